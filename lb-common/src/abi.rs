@@ -1,0 +1,168 @@
+//! The contract between programs, pinned tables and controllers: names, sizes, version.
+
+use crate::pod;
+
+/// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
+pub const ABI_VERSION: u32 = 1;
+
+/// Names of the tables, in the object and as pins.
+pub mod table {
+    /// [`super::Config`], one entry.
+    pub const CONFIG: &str = "CONFIG";
+    /// The port filter, [`crate::filter`].
+    pub const FILTER: &str = "FILTER";
+    /// Listeners by [`crate::endpoint::Endpoint`], IPv4.
+    pub const LISTENERS4: &str = "LISTENERS4";
+    /// Listeners, IPv6.
+    pub const LISTENERS6: &str = "LISTENERS6";
+    /// [`crate::endpoint::Replies`] by endpoint of the task, IPv4.
+    pub const REPLIES4: &str = "REPLIES4";
+    /// Replies, IPv6.
+    pub const REPLIES6: &str = "REPLIES6";
+    /// Backend indexes, in ranges that listeners name.
+    pub const SLOTS: &str = "SLOTS";
+    /// [`crate::backend::Backend`] by index.
+    pub const BACKENDS: &str = "BACKENDS";
+    /// Round-robin cursor of each service.
+    pub const CURSORS: &str = "CURSORS";
+    /// [`crate::flow::Flow`] by five-tuple, IPv4.
+    pub const FLOWS4: &str = "FLOWS4";
+    /// Flows, IPv6.
+    pub const FLOWS6: &str = "FLOWS6";
+    /// Counter of each [`crate::outcome::Outcome`].
+    pub const OUTCOMES: &str = "OUTCOMES";
+    /// [`crate::stats::BackendStats`] by backend.
+    pub const BACKEND_STATS: &str = "BACKEND_STATS";
+    /// [`crate::stats::ServiceStats`] by service.
+    pub const SERVICE_STATS: &str = "SERVICE_STATS";
+    /// What each program is working on; private to the programs.
+    pub const SCRATCH: &str = "SCRATCH";
+    /// [`super::Label`] by [`super::LabelKey`]: what user space calls the numbers.
+    pub const LABELS: &str = "LABELS";
+
+    /// All of them.
+    pub const ALL: [&str; 16] = [
+        CONFIG,
+        FILTER,
+        LISTENERS4,
+        LISTENERS6,
+        REPLIES4,
+        REPLIES6,
+        SLOTS,
+        BACKENDS,
+        CURSORS,
+        FLOWS4,
+        FLOWS6,
+        OUTCOMES,
+        BACKEND_STATS,
+        SERVICE_STATS,
+        SCRATCH,
+        LABELS,
+    ];
+}
+
+/// Names of the programs in the object.
+pub mod program {
+    /// XDP on the uplink.
+    pub const UPLINK_XDP: &str = "uplink_xdp";
+    /// TC ingress on the uplink.
+    pub const UPLINK_TC: &str = "uplink_tc";
+    /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
+    pub const TASK_TC: &str = "task_tc";
+
+    /// All of them.
+    pub const ALL: [&str; 3] = [UPLINK_XDP, UPLINK_TC, TASK_TC];
+}
+
+/// No XDP program decides: TC on the uplink does all.
+pub const TC_ALONE: u32 = 1;
+/// XDP can send frames back out of the uplink itself; otherwise TC forwards.
+pub const XDP_TRANSMITS: u32 = 2;
+/// XDP sends by `bpf_redirect` instead of `XDP_TX` (a veth delivers the latter only to a peer with XDP).
+pub const XDP_REDIRECTS: u32 = 4;
+/// Frames of a local stack may arrive here with an unfinished checksum (veth, virtio): XDP checks for it.
+pub const PARTIAL_CHECKSUMS: u32 = 8;
+
+/// What the programs need to know of their surroundings; read on the fly, so that it may change.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Config {
+    /// [`ABI_VERSION`] of the controller that made the tables.
+    pub abi_version: u32,
+    /// Interface index of the uplink.
+    pub uplink: u32,
+    /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`].
+    pub flags: u32,
+    /// Lowest and highest source port for snat, host order, inclusive.
+    pub snat_ports: [u16; 2],
+    /// The host's own range of ephemeral ports, host order, inclusive: snat never takes a client's port in it.
+    pub host_ports: [u16; 2],
+    /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
+    pub metadata_refused: u32,
+}
+
+/// What XDP tells TC about a frame. The same for every frame of a flow, since GRO merges only equal metadata.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Handover {
+    /// [`HANDOVER_MAGIC`].
+    pub magic: u32,
+    /// Index of the local backend to deliver to, or [`HANDOVER_DECIDE`].
+    pub backend: u32,
+}
+
+/// Marks metadata as ours.
+pub const HANDOVER_MAGIC: u32 = 0x6c62_7864;
+/// XDP could not forward the frame itself and has not counted it: TC decides anew.
+pub const HANDOVER_DECIDE: u32 = u32::MAX;
+
+/// What a label names.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub struct LabelKey {
+    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`] or [`LABEL_NODE`].
+    pub kind: u32,
+    /// Index of the service or backend; a running number for nodes.
+    pub index: u32,
+}
+
+/// A service.
+pub const LABEL_SERVICE: u32 = 1;
+/// A backend.
+pub const LABEL_BACKEND: u32 = 2;
+/// A node of the cluster.
+pub const LABEL_NODE: u32 = 3;
+
+/// Room for a label's text in bytes.
+pub const LABEL_BYTES: usize = 380;
+
+/// What user space calls a number, as JSON; the datapath never reads it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Label {
+    /// Bytes of `text` in use.
+    pub length: u32,
+    /// UTF-8.
+    pub text: [u8; LABEL_BYTES],
+}
+
+/// Sizes of the tables when nothing else is asked for.
+pub mod size {
+    /// Flows of each family.
+    pub const FLOWS: usize = 262_144;
+    /// Listeners of each family.
+    pub const LISTENERS: usize = 16_384;
+    /// Services (published ports).
+    pub const SERVICES: usize = 16_384;
+    /// Backends (ports of tasks, by family).
+    pub const BACKENDS: usize = 65_536;
+    /// Slots.
+    pub const SLOTS: usize = 262_144;
+}
+
+const _: () = {
+    assert!(size_of::<Config>() == 24 && size_of::<Handover>() == 8);
+    assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
+};
+
+pod!(Config, Handover, LabelKey, Label);

@@ -1,0 +1,171 @@
+//! Flows: one client connection or UDP exchange, both directions in one entry.
+//!
+//! A request is keyed as it arrives, (client, listener). The reply of a local or routed task finds the same
+//! entry through the listeners that lead to the task ([`crate::endpoint::Replies`]). A flow that leaves with
+//! an address of this node (snat) has a second entry, keyed as its reply arrives: (task, own address).
+
+use crate::{
+    checksum::Delta,
+    net::{Address, Be16, V4, V6},
+    pod,
+};
+
+/// The five-tuple of a packet as it arrives from the uplink.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
+pub struct FlowKey<A> {
+    /// Source address, network order.
+    pub source: A,
+    /// Destination address, network order.
+    pub destination: A,
+    /// Network order.
+    pub source_port: Be16,
+    /// Network order.
+    pub destination_port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub _pad: u8,
+    /// Zero; not an array, which the BPF compiler would fill by calling a loop.
+    pub _pad2: u16,
+}
+
+impl<A> FlowKey<A> {
+    /// A key with its padding zeroed.
+    #[inline(always)]
+    pub const fn new(source: A, destination: A, source_port: Be16, destination_port: Be16, protocol: u8) -> Self {
+        Self { source, destination, source_port, destination_port, protocol, _pad: 0, _pad2: 0 }
+    }
+}
+
+/// The addresses and ports that a packet leaves with, and what that adds to its checksums.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Rewrite<A> {
+    /// Source address, network order.
+    pub source: A,
+    /// Destination address, network order.
+    pub destination: A,
+    /// Network order.
+    pub source_port: Be16,
+    /// Network order.
+    pub destination_port: Be16,
+    /// [`Delta`] of the addresses: for the IPv4 header and for the pseudo header.
+    pub address_delta: u16,
+    /// [`Delta`] of the ports.
+    pub port_delta: u16,
+}
+
+impl<A: Address> Rewrite<A> {
+    /// The rewrite from a packet's five-tuple to new addresses and ports.
+    #[inline(always)]
+    pub fn new(
+        from: &FlowKey<A>,
+        source: A,
+        source_port: Be16,
+        destination: A,
+        destination_port: Be16,
+    ) -> Self {
+        let addresses = Delta::of_address(from.source, source).and(Delta::of_address(from.destination, destination));
+        let ports = Delta::of_port(from.source_port, source_port)
+            .and(Delta::of_port(from.destination_port, destination_port));
+        Self {
+            source,
+            destination,
+            source_port,
+            destination_port,
+            address_delta: addresses.raw(),
+            port_delta: ports.raw(),
+        }
+    }
+}
+
+/// A flow whose packets go to a task.
+pub const REQUEST: u8 = 0;
+/// The entry by which replies to an address of this node find their way back (snat).
+pub const REPLY: u8 = 1;
+
+/// The client sent FIN.
+pub const CLIENT_FIN: u8 = 1;
+/// The task sent FIN.
+pub const TASK_FIN: u8 = 2;
+/// Either side sent RST.
+pub const RESET: u8 = 4;
+/// The task answered.
+pub const ANSWERED: u8 = 8;
+
+/// A VLAN tag: protocol (TPID) and TCI, both network order; zero is no tag.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VlanTag {
+    /// 0x8100 or 0x88a8, network order.
+    pub protocol: Be16,
+    /// Priority and VLAN id, network order.
+    pub tci: Be16,
+}
+
+/// The VLAN tags of a frame.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Tags {
+    /// The first on the wire.
+    pub outer: VlanTag,
+    /// The second; never without the first.
+    pub inner: VlanTag,
+}
+
+impl VlanTag {
+    /// No tag.
+    pub const NONE: Self = Self { protocol: Be16::from_raw(0), tci: Be16::from_raw(0) };
+
+    /// Whether there is a tag.
+    #[inline(always)]
+    pub const fn is_some(self) -> bool {
+        self.protocol.raw() != 0
+    }
+}
+
+/// One entry of the flow table.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flow<A> {
+    /// The ready-made rewrite of the packets that find this entry by its key.
+    pub rewrite: Rewrite<A>,
+    /// Index of the task's backend.
+    pub backend: u32,
+    /// The backend's generation when the flow was made.
+    pub generation: u32,
+    /// When the last packet was seen: jiffies, low 32 bits.
+    pub seen: u32,
+    /// When the next hop to the client was last asked for: jiffies / 256, about a second.
+    pub hop_seen: u32,
+    /// Hardware address of the client or of the router to it.
+    pub client_mac: [u8; 6],
+    /// Own hardware address towards the client.
+    pub node_mac: [u8; 6],
+    /// The tags the client's packets carry.
+    pub tags: Tags,
+    /// [`REQUEST`] or [`REPLY`].
+    pub role: u8,
+    /// Bits: [`CLIENT_FIN`], [`TASK_FIN`], [`RESET`], [`ANSWERED`].
+    pub state: u8,
+    /// Zero.
+    pub _pad: u16,
+}
+
+impl<A> Flow<A> {
+    /// Whether either side has begun to close: a SYN starts a new flow.
+    #[inline(always)]
+    pub const fn closing(&self) -> bool {
+        self.state & (CLIENT_FIN | TASK_FIN | RESET) != 0
+    }
+}
+
+const _: () = {
+    assert!(size_of::<FlowKey<V4>>() == 16 && align_of::<FlowKey<V4>>() == 4);
+    assert!(size_of::<FlowKey<V6>>() == 40 && align_of::<FlowKey<V6>>() == 4);
+    assert!(size_of::<Rewrite<V4>>() == 16 && size_of::<Rewrite<V6>>() == 40);
+    assert!(size_of::<Flow<V4>>() == 56 && size_of::<Flow<V6>>() == 80);
+};
+
+pod!(FlowKey<V4>, FlowKey<V6>, Flow<V4>, Flow<V6>);

@@ -1,0 +1,27 @@
+//! What the kernel and the user side of the balancer share: the keys and values of every table, the names
+//! of the counters, and the checksum arithmetic.
+//!
+//! This crate owns layouts and meaning, never I/O. Every type in a table is `#[repr(C)]`, has its padding
+//! spelled out, and holds neither `bool` nor `enum`: a byte read back from a map may hold anything.
+#![cfg_attr(not(test), no_std)]
+
+pub mod abi;
+pub mod backend;
+pub mod checksum;
+pub mod endpoint;
+pub mod filter;
+pub mod flow;
+pub mod net;
+pub mod outcome;
+pub mod stats;
+
+/// Declares that a type is plain data without padding, so that user space may copy it to and from a map.
+macro_rules! pod {
+    ($($type:ty),+ $(,)?) => {$(
+        // SAFETY: the type is `#[repr(C)]`, has no implicit padding (asserted on its size beside it) and every
+        // bit pattern is a valid value of it.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $type {}
+    )+};
+}
+pub(crate) use pod;

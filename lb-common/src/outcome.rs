@@ -1,0 +1,100 @@
+//! What became of a packet. Every packet that reaches the datapath ends in exactly one outcome.
+
+macro_rules! outcomes {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+        /// What became of a packet; the discriminant is the index of its per-CPU counter.
+        ///
+        /// The names are the same in `stats`, the metrics and the docs.
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+        pub enum Outcome {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl Outcome {
+            /// All of them, in the order of their discriminants.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The name users see.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+
+            /// One sentence on what it means.
+            pub const fn help(self) -> &'static str {
+                match self {
+                    $(Self::$variant => concat!($($doc),+).trim_ascii(),)+
+                }
+            }
+        }
+    };
+}
+
+outcomes! {
+    /// Handed to a task on this node.
+    Local = "forwarded_local",
+    /// Sent to a task behind a next hop, the client's address kept.
+    Routed = "forwarded_routed",
+    /// Sent to a task behind a next hop from an address of this node.
+    Snat = "forwarded_snat",
+    /// A task's answer, turned around to the client.
+    Reply = "forwarded_reply",
+    /// Neither IPv4 nor IPv6, or more than two VLAN tags.
+    NotIp = "not_ip",
+    /// Not addressed to this host alone: a broadcast or multicast frame.
+    NotUnicast = "not_unicast",
+    /// Neither TCP nor UDP.
+    OtherProtocol = "other_protocol",
+    /// No listener and no flow of ours.
+    NotOurs = "not_ours",
+    /// A header that contradicts itself or the frame's length.
+    Malformed = "malformed",
+    /// A fragment of a datagram; fragments are left to the host.
+    Fragment = "fragment",
+    /// More IPv6 extension headers than are followed, or one that hides the transport header.
+    ExtensionHeaders = "extension_headers",
+    /// TTL or hop limit used up.
+    TtlExpired = "ttl_expired",
+    /// TCP for a listener, but no flow of ours and no SYN: a connection the host or Swarm's mesh carries.
+    NoFlow = "no_flow",
+    /// A new flow for a listener without an eligible task.
+    NoBackend = "no_backend",
+    /// The task of the flow is gone.
+    BackendGone = "backend_gone",
+    /// The task of the flow cannot be reached now: no next hop, or its interface is down.
+    BackendUnreachable = "backend_unreachable",
+    /// Each task tried already serves this client address and port through another listener.
+    SourceCollision = "source_collision",
+    /// No free source port for another flow to this task.
+    SnatPortsExhausted = "snat_ports_exhausted",
+    /// The kernel refused an entry in the flow table.
+    FlowTableFull = "flow_table_full",
+    /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
+    HandoverLost = "handover_lost",
+}
+
+/// How many outcomes there are.
+pub const OUTCOMES: usize = Outcome::ALL.len();
+
+impl Outcome {
+    /// Whether the packet was sent on by the datapath; all others were passed to the host as they came.
+    pub const fn is_forwarded(self) -> bool {
+        matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Reply)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn discriminants_index_the_counters_and_names_are_unique() {
+        for (index, outcome) in Outcome::ALL.iter().enumerate() {
+            assert_eq!(*outcome as usize, index);
+            assert!(outcome.help().ends_with('.') || outcome.help().ends_with(')'), "{}", outcome.help());
+            assert_eq!(Outcome::ALL.iter().filter(|o| o.name() == outcome.name()).count(), 1);
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Making flows: choose a task, compute the rewrite and its checksum deltas once, put both into the table.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use lb_common::{
+    backend::{Backend, Kind},
+    endpoint::Listener,
+    flow::{FlowKey, REQUEST, Rewrite},
+    outcome::Outcome,
+};
+
+use crate::{
+    classify::{Found, Way},
+    count,
+    family::Family,
+    frame::Frame,
+    maps::BACKENDS,
+    neighbour,
+    packet::Packet,
+    parse::Ethernet,
+    select, snat,
+};
+
+const EEXIST: i32 = -17;
+
+/// Starts a flow for a packet that reached a listener.
+#[inline(always)]
+pub fn open<F: Frame, A: Family>(
+    frame: &F,
+    packet: &mut Packet<A>,
+    listener: &Listener,
+) -> Result<Found<A>, Outcome> {
+    if !packet.may_open() {
+        return Err(Outcome::NoFlow);
+    }
+    if packet.hops <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    match make(frame, packet, listener) {
+        Ok(()) => {}
+        Err(outcome) => {
+            count::refused(listener.service);
+            return Err(outcome);
+        }
+    }
+    // Read back: another CPU may have been first with the same flow, and its choice stands.
+    let known = A::flow(&packet.key).ok_or(Outcome::FlowTableFull)?;
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let index = unsafe { (*known).backend };
+    let backend = BACKENDS.get(index).ok_or(Outcome::BackendGone)?;
+    Ok(Found { flow: known, backend, way: Way::Task })
+}
+
+#[inline(always)]
+fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Listener) -> Result<(), Outcome> {
+    let (index, backend) = select::backend(packet, listener)?;
+    draft(frame, packet, index, backend)?;
+    let snat = backend.kind == Kind::Snat as u8;
+    if snat {
+        snat::reserve(packet, backend)?;
+    }
+    match A::insert_flow(&packet.key, &packet.draft, BPF_NOEXIST as u64) {
+        Ok(()) => {
+            count::new_flow(listener.service, index);
+            Ok(())
+        }
+        Err(error) => {
+            if snat {
+                A::delete_flow(&reply_key(&packet.draft.rewrite, packet.key.protocol));
+            }
+            if error == EEXIST { Ok(()) } else { Err(Outcome::FlowTableFull) }
+        }
+    }
+}
+
+/// Drafts a flow from this packet to a backend that keeps the client's address and port.
+#[inline(always)]
+fn draft<F: Frame, A: Family>(
+    frame: &F,
+    packet: &mut Packet<A>,
+    index: u32,
+    backend: &Backend,
+) -> Result<(), Outcome> {
+    let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
+    let now = neighbour::jiffies();
+    let (key, flow) = (&packet.key, &mut packet.draft);
+    let task = A::from_wide(backend.address);
+    flow.rewrite = Rewrite::new(key, key.source, key.source_port, task, backend.port);
+    flow.backend = index;
+    flow.generation = backend.generation;
+    flow.seen = now as u32;
+    // Until the routing table is asked, answer to where the question came from.
+    flow.hop_seen = neighbour::tick(now);
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        flow.client_mac = mac((*ethernet).source);
+        flow.node_mac = mac((*ethernet).destination);
+    }
+    flow.tags = packet.tags;
+    flow.role = REQUEST;
+    flow.state = 0;
+    flow._pad = 0;
+    Ok(())
+}
+
+/// A hardware address in words as bytes.
+#[inline(always)]
+pub fn mac(words: [u16; 3]) -> [u8; 6] {
+    let ([a, b], [c, d], [e, f]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes());
+    [a, b, c, d, e, f]
+}
+
+/// The key by which the reply to a rewritten packet arrives.
+#[inline(always)]
+pub fn reply_key<A: Family>(rewrite: &Rewrite<A>, protocol: u8) -> FlowKey<A> {
+    FlowKey::new(
+        rewrite.destination,
+        rewrite.source,
+        rewrite.destination_port,
+        rewrite.source_port,
+        protocol,
+    )
+}

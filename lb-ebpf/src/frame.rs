@@ -1,0 +1,294 @@
+//! A frame in the hands of XDP or TC, behind one trait. The only bounds-checked accessor of packet bytes.
+
+use core::{ffi::c_void, ptr::read_volatile};
+
+use aya_ebpf::{
+    EbpfContext as _, Global,
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, __sk_buff, xdp_md},
+    helpers::generated::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len,
+    },
+    programs::{TcContext, XdpContext},
+};
+use lb_common::{
+    abi::{HANDOVER_MAGIC, Handover},
+    checksum::Delta,
+    flow::VlanTag,
+    net::{Be16, UDP},
+};
+
+use crate::packet::Packet;
+
+/// Whether the kernel knows `bpf_xdp_get_buff_len` (5.18); the loader says. Without it a frame is linear.
+#[unsafe(no_mangle)]
+static FRAGS: Global<u8> = Global::new(1);
+
+/// Bytes that hold every header the datapath looks at: Ethernet, two tags, IPv6, extension headers, TCP.
+const HEADERS: u32 = 14 + 8 + 40 + 256 + 20;
+
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16): the pseudo header's addresses are IPv6, so that the
+/// device's sum over the whole packet (`CHECKSUM_COMPLETE`) does not change.
+const IPV6_SUM: u64 = 1 << 7;
+
+/// A frame, however it came.
+pub trait Frame {
+    /// Address of the first byte.
+    fn data(&self) -> usize;
+
+    /// Address past the last byte that can be read directly.
+    fn data_end(&self) -> usize;
+
+    /// Length in bytes, with what lies in fragments.
+    fn length(&self) -> usize;
+
+    /// Interface that the frame came in by.
+    fn ifindex(&self) -> u32;
+
+    /// The program's context, for helpers.
+    fn context(&self) -> *mut c_void;
+
+    /// How many packets of the wire this frame stands for.
+    fn packets(&self) -> u64;
+
+    /// The outermost VLAN tag, where it does not lie in the frame's bytes.
+    fn offloaded_tag(&self) -> Option<VlanTag>;
+
+    /// Adds what a rewrite changed to the transport checksum. Packet pointers are void afterwards.
+    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()>;
+
+    /// The `T` at `offset`, if the frame holds all of it.
+    #[inline(always)]
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
+        let start = self.data() + offset;
+        if start + size_of::<T>() > self.data_end() {
+            return None;
+        }
+        Some(start as *mut T)
+    }
+}
+
+/// A frame in XDP.
+pub struct XdpFrame {
+    context: XdpContext,
+}
+
+impl XdpFrame {
+    /// Wraps the program's context.
+    #[inline(always)]
+    pub fn new(context: XdpContext) -> Self {
+        Self { context }
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> *mut xdp_md {
+        self.context.ctx
+    }
+
+    /// Puts a note for TC in front of the frame; false where the driver has no room for it.
+    #[inline(always)]
+    pub fn hand_over(&self, backend: u32) -> bool {
+        let room = size_of::<Handover>();
+        // SAFETY: the context is the program's own; the new metadata is bounds-checked before it is written.
+        unsafe {
+            if bpf_xdp_adjust_meta(self.raw(), -(room as i32)) != 0 {
+                return false;
+            }
+            let start = read_volatile(&raw const (*self.raw()).data_meta) as usize;
+            if start + room > self.data() {
+                return false;
+            }
+            *(start as *mut Handover) = Handover { magic: HANDOVER_MAGIC, backend };
+        }
+        true
+    }
+}
+
+impl Frame for XdpFrame {
+    // Read anew each time: a compiler that keeps the difference of the two makes the verifier refuse.
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { read_volatile(&raw const (*self.raw()).data) as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { read_volatile(&raw const (*self.raw()).data_end) as usize }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        if FRAGS.load() != 0 {
+            // SAFETY: as above.
+            unsafe { bpf_xdp_get_buff_len(self.raw()) as usize }
+        } else {
+            self.data_end() - self.data()
+        }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.raw().cast()
+    }
+
+    #[inline(always)]
+    fn packets(&self) -> u64 {
+        1
+    }
+
+    #[inline(always)]
+    fn offloaded_tag(&self) -> Option<VlanTag> {
+        None
+    }
+
+    #[inline(always)]
+    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
+        let field = self.at::<u16>(packet.checksum_offset())?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            let old = *field;
+            // A UDP datagram over IPv4 may carry no sum (RFC 768); one that computes to 0 is sent as 0xffff.
+            if packet.key.protocol == UDP && ipv4 && old == 0 {
+                return Some(());
+            }
+            let new = addresses.and(ports).apply(old);
+            *field = if packet.key.protocol == UDP && new == 0 { 0xffff } else { new };
+        }
+        Some(())
+    }
+}
+
+/// A frame in TC: a socket buffer, perhaps many segments merged.
+pub struct Skb {
+    context: TcContext,
+}
+
+impl Skb {
+    /// Wraps the program's context.
+    #[inline(always)]
+    pub fn new(context: TcContext) -> Self {
+        Self { context }
+    }
+
+    /// The kernel's view of the buffer, for helpers.
+    #[inline(always)]
+    pub fn raw(&self) -> *mut __sk_buff {
+        self.context.skb.skb
+    }
+
+    /// Makes the headers readable and writable in place.
+    #[inline(always)]
+    pub fn pull_headers(&self) {
+        let length = self.length() as u32;
+        let wanted = if length < HEADERS { length } else { HEADERS };
+        let linear = self.data_end() - self.data();
+        if linear < wanted as usize && linear < 64 {
+            // What cannot be pulled fails its bounds check later and is passed.
+            // SAFETY: the context is the program's own.
+            unsafe { bpf_skb_pull_data(self.raw(), wanted) };
+        }
+    }
+
+    /// XDP's note about this frame.
+    #[inline(always)]
+    pub fn handover(&self) -> Option<u32> {
+        // SAFETY: the context is valid while the program runs; the note is bounds-checked before it is read.
+        unsafe {
+            let start = read_volatile(&raw const (*self.raw()).data_meta) as usize;
+            if start + size_of::<Handover>() > self.data() {
+                return None;
+            }
+            let note = &*(start as *const Handover);
+            if note.magic != HANDOVER_MAGIC {
+                return None;
+            }
+            Some(note.backend)
+        }
+    }
+}
+
+impl Frame for Skb {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { read_volatile(&raw const (*self.raw()).data) as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { read_volatile(&raw const (*self.raw()).data_end) as usize }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).len as usize }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).ifindex }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.context.as_ptr()
+    }
+
+    #[inline(always)]
+    fn packets(&self) -> u64 {
+        // SAFETY: as above.
+        let segments = unsafe { (*self.raw()).gso_segs };
+        if segments == 0 { 1 } else { segments as u64 }
+    }
+
+    #[inline(always)]
+    fn offloaded_tag(&self) -> Option<VlanTag> {
+        // SAFETY: as above.
+        unsafe {
+            if (*self.raw()).vlan_present == 0 {
+                return None;
+            }
+            Some(VlanTag {
+                protocol: Be16::from_raw((*self.raw()).vlan_proto as u16),
+                tci: Be16::new((*self.raw()).vlan_tci as u16),
+            })
+        }
+    }
+
+    // The helper knows what the buffer's checksum state asks for: an unfinished sum takes the addresses alone.
+    #[inline(always)]
+    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
+        let at = packet.checksum_offset() as u32;
+        let mangled = if packet.key.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        let pseudo = mangled | BPF_F_PSEUDO_HDR as u64;
+        let (addresses, ports) = (addresses.raw() as u64, ports.raw() as u64);
+        // SAFETY: the context is the program's own; the helper checks the offset.
+        unsafe {
+            if bpf_l4_csum_replace(self.raw(), at, 0, ports, mangled) != 0 {
+                return None;
+            }
+            if ipv4 {
+                return (bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) == 0).then_some(());
+            }
+            // Kernels before 6.16 do not know the flag.
+            if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo | IPV6_SUM) != 0
+                && bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) != 0
+            {
+                return None;
+            }
+            // IPv6 has no header checksum to absorb the hop limit; a no-op without a sum from the device.
+            bpf_csum_update(self.raw(), crate::rewrite::HOP.raw() as u32);
+        }
+        Some(())
+    }
+}

@@ -1,0 +1,93 @@
+//! IPv6 (RFC 8200), with the extension headers that may precede TCP and UDP.
+
+use lb_common::{
+    net::{TCP, UDP, V6},
+    outcome::Outcome,
+};
+
+use super::transport;
+use crate::{
+    frame::Frame,
+    packet::{Link, Packet},
+};
+
+/// An IPv6 header; multi-byte fields in network order.
+#[repr(C)]
+pub struct Header {
+    pub version_and_flow: u32,
+    pub payload_length: u16,
+    pub next: u8,
+    pub hop_limit: u8,
+    pub source: [u32; 4],
+    pub destination: [u32; 4],
+}
+
+/// The fields that hop-by-hop, routing and destination options headers share (RFC 8200, 4.2 to 4.6).
+#[repr(C)]
+struct Extension {
+    next: u8,
+    /// In units of eight bytes, without the first eight.
+    length: u8,
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const NO_NEXT: u8 = 59;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// Extension headers followed; each occurs once, destination options at most twice (RFC 8200, 4.1).
+const MAX_EXTENSIONS: usize = 5;
+/// Bytes of extension headers followed.
+const MAX_EXTENSION_BYTES: usize = 256;
+
+/// Parses the network and transport headers.
+#[inline(always)]
+pub fn parse<F: Frame>(frame: &F, link: &Link, packet: &mut Packet<V6>) -> Result<(), Outcome> {
+    let header = frame.at::<Header>(link.network).ok_or(Outcome::Malformed)?;
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    if header.version_and_flow & 0xf000_0000_u32.to_be() != 0x6000_0000_u32.to_be() {
+        return Err(Outcome::Malformed);
+    }
+    let payload = u16::from_be(header.payload_length);
+    packet.key.source = V6(header.source);
+    packet.key.destination = V6(header.destination);
+    packet.hops = header.hop_limit;
+    let (protocol, extensions) = skip_extensions(frame, link.network + size_of::<Header>(), header.next)?;
+    let bytes = payload as usize + size_of::<Header>();
+    transport::check_length(frame, link.network, bytes, size_of::<Header>() + extensions)?;
+    // A payload within forty bytes of the limit saturates the byte counter, nothing else.
+    packet.bytes = if bytes > u16::MAX as usize { u16::MAX } else { bytes as u16 };
+    packet.transport_bytes = payload - extensions as u16;
+    transport::parse(frame, link, link.network + size_of::<Header>() + extensions, protocol, packet)
+}
+
+/// The protocol after the extension headers, and their length in bytes.
+#[inline(always)]
+fn skip_extensions<F: Frame>(frame: &F, start: usize, first: u8) -> Result<(u8, usize), Outcome> {
+    let (mut next, mut skipped) = (first, 0);
+    for _ in 0..MAX_EXTENSIONS {
+        match next {
+            TCP | UDP => return Ok((next, skipped)),
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS => {
+                let extension = frame.at::<Extension>(start + skipped).ok_or(Outcome::Malformed)?;
+                // SAFETY: `at` checked the bounds.
+                let extension = unsafe { &*extension };
+                next = extension.next;
+                skipped += (extension.length as usize + 1) * 8;
+                if skipped > MAX_EXTENSION_BYTES {
+                    return Err(Outcome::ExtensionHeaders);
+                }
+            }
+            FRAGMENT => return Err(Outcome::Fragment),
+            AUTHENTICATION | NO_NEXT => return Err(Outcome::ExtensionHeaders),
+            _ => return Err(Outcome::OtherProtocol),
+        }
+    }
+    match next {
+        TCP | UDP => Ok((next, skipped)),
+        _ => Err(Outcome::ExtensionHeaders),
+    }
+}

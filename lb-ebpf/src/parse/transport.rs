@@ -1,0 +1,90 @@
+//! TCP (RFC 9293) and UDP (RFC 768): ports, flags, plausibility.
+
+use lb_common::{
+    net::{Address, Be16, TCP, UDP},
+    outcome::Outcome,
+};
+
+use crate::{
+    frame::Frame,
+    packet::{Link, Packet},
+};
+
+#[repr(C)]
+struct Tcp {
+    source: u16,
+    destination: u16,
+    sequence: u32,
+    acknowledgment: u32,
+    offset: u8,
+    flags: u8,
+    window: u16,
+    checksum: u16,
+    urgent: u16,
+}
+
+#[repr(C)]
+struct Udp {
+    source: u16,
+    destination: u16,
+    length: u16,
+    checksum: u16,
+}
+
+/// Whether the packet's own length holds its headers, and the frame holds the packet.
+#[inline(always)]
+pub fn check_length<F: Frame>(frame: &F, network: usize, bytes: usize, headers: usize) -> Result<(), Outcome> {
+    if bytes < headers || network + bytes > frame.length() {
+        return Err(Outcome::Malformed);
+    }
+    Ok(())
+}
+
+/// Parses the transport header at `at` and completes the packet, whose addresses, protocol and lengths the
+/// network header has filled in.
+#[inline(always)]
+pub fn parse<F: Frame, A: Address>(
+    frame: &F,
+    link: &Link,
+    at: usize,
+    protocol: u8,
+    packet: &mut Packet<A>,
+) -> Result<(), Outcome> {
+    let (source_port, destination_port, flags) = match protocol {
+        TCP => tcp(frame, at, packet.transport_bytes)?,
+        UDP => udp(frame, at, packet.transport_bytes)?,
+        _ => return Err(Outcome::OtherProtocol),
+    };
+    packet.key.source_port = source_port;
+    packet.key.destination_port = destination_port;
+    packet.key.protocol = protocol;
+    packet.flags = flags;
+    packet.tags = link.tags;
+    packet.network_at = link.network as u16;
+    packet.transport_at = at as u16;
+    Ok(())
+}
+
+#[inline(always)]
+fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), Outcome> {
+    let header = frame.at::<Tcp>(at).ok_or(Outcome::Malformed)?;
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    let length = ((header.offset >> 4) as u16) * 4;
+    if length < size_of::<Tcp>() as u16 || length > bytes {
+        return Err(Outcome::Malformed);
+    }
+    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), header.flags))
+}
+
+#[inline(always)]
+fn udp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), Outcome> {
+    let header = frame.at::<Udp>(at).ok_or(Outcome::Malformed)?;
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    let length = u16::from_be(header.length);
+    if length < size_of::<Udp>() as u16 || length > bytes {
+        return Err(Outcome::Malformed);
+    }
+    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), 0))
+}
