@@ -23,7 +23,7 @@ pub mod table {
     pub const SLOTS: &str = "SLOTS";
     /// [`crate::backend::Backend`] by index.
     pub const BACKENDS: &str = "BACKENDS";
-    /// Round-robin cursor of each service.
+    /// Round-robin cursor of each published port.
     pub const CURSORS: &str = "CURSORS";
     /// [`crate::flow::Flow`] by five-tuple, IPv4.
     pub const FLOWS4: &str = "FLOWS4";
@@ -97,8 +97,37 @@ pub struct Config {
     pub snat_ports: [u16; 2],
     /// The host's own range of ephemeral ports, host order, inclusive: snat never takes a client's port in it.
     pub host_ports: [u16; 2],
+    /// How the uplink is served: [`Mode`]; the programs do not read it.
+    pub mode: u32,
+    /// Zero.
+    pub _pad: u32,
     /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
     pub metadata_refused: u32,
+}
+
+/// How an uplink is served.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// XDP in the driver, then TC.
+    Native = 1,
+    /// XDP on socket buffers, then TC.
+    Generic = 2,
+    /// TC alone.
+    Tc = 3,
+}
+
+impl TryFrom<u32> for Mode {
+    type Error = u32;
+
+    fn try_from(raw: u32) -> Result<Self, u32> {
+        match raw {
+            1 => Ok(Self::Native),
+            2 => Ok(Self::Generic),
+            3 => Ok(Self::Tc),
+            other => Err(other),
+        }
+    }
 }
 
 /// What XDP tells TC about a frame. The same for every frame of a flow, since GRO merges only equal metadata.
@@ -120,9 +149,9 @@ pub const HANDOVER_DECIDE: u32 = u32::MAX;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct LabelKey {
-    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`] or [`LABEL_NODE`].
+    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`] or [`LABEL_PORT`].
     pub kind: u32,
-    /// Index of the service or backend; a running number for nodes.
+    /// Index of the service, backend or cursor; a running number for nodes.
     pub index: u32,
 }
 
@@ -132,6 +161,9 @@ pub const LABEL_SERVICE: u32 = 1;
 pub const LABEL_BACKEND: u32 = 2;
 /// A node of the cluster.
 pub const LABEL_NODE: u32 = 3;
+
+/// A published port, by the index of its cursor.
+pub const LABEL_PORT: u32 = 4;
 
 /// Room for a label's text in bytes.
 pub const LABEL_BYTES: usize = 380;
@@ -152,7 +184,7 @@ pub mod size {
     pub const FLOWS: usize = 262_144;
     /// Listeners of each family.
     pub const LISTENERS: usize = 16_384;
-    /// Services (published ports).
+    /// Services.
     pub const SERVICES: usize = 16_384;
     /// Backends (ports of tasks, by family).
     pub const BACKENDS: usize = 65_536;
@@ -161,7 +193,7 @@ pub mod size {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 24 && size_of::<Handover>() == 8);
+    assert!(size_of::<Config>() == 32 && size_of::<Handover>() == 8);
     assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
 };
 

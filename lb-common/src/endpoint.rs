@@ -34,14 +34,14 @@ impl<A> Endpoint<A> {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
 pub struct Listener {
-    /// Index of the service's cursor and counters.
+    /// Index of the service and of its counters.
     pub service: u32,
     /// First slot.
     pub slot_base: u32,
     /// Number of slots; zero when no task is eligible.
     pub slot_count: u32,
-    /// Zero.
-    pub _pad: u32,
+    /// Index of the published port's round-robin cursor.
+    pub cursor: u32,
 }
 
 /// How many listeners may lead to one port of one task.

@@ -1,7 +1,7 @@
 //! Whose packet is it: that of a known flow, of a new one, a task's answer, or none of ours.
 
 use lb_common::{
-    backend::{Backend, State},
+    backend::{Backend, Kind, State},
     endpoint::{Endpoint, MAX_REPLY_LISTENERS, ReplySource},
     filter::{Side, position},
     flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REPLY, REQUEST, RESET, TASK_FIN},
@@ -77,12 +77,22 @@ pub fn task<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Result<Found<
     if !may_be_ours(Side::Source, packet.key.protocol, packet.key.source_port) {
         return Err(Outcome::NotOurs);
     }
-    let found = answer(packet)?;
-    // Only the task itself answers for its address.
-    if found.backend.ifindex != frame.ifindex() {
-        return Err(Outcome::NotOurs);
+    match answer(packet) {
+        // Only the task itself answers for its address.
+        Ok(found) if found.backend.kind == Kind::Local as u8 && found.backend.ifindex != frame.ifindex() => {
+            Err(Outcome::NotOurs)
+        }
+        Ok(found) => Ok(found),
+        // The next hop of a backend may lie behind another interface than the uplink.
+        Err(_) => {
+            let known = A::flow(&packet.key).ok_or(Outcome::NotOurs)?;
+            // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+            if unsafe { (*known).role } != REPLY {
+                return Err(Outcome::NotOurs);
+            }
+            usable(packet, known)?.ok_or(Outcome::NotOurs)
+        }
     }
-    Ok(found)
 }
 
 /// False if no listener, flow or reply can match the port.

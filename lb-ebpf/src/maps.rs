@@ -45,7 +45,7 @@ pub static SLOTS: Array<u32, { size::SLOTS }> = Array::new();
 pub static BACKENDS: Array<Backend, { size::BACKENDS }> = Array::new();
 
 #[btf_map]
-pub static CURSORS: Array<u64, { size::SERVICES }> = Array::new();
+pub static CURSORS: Array<u64, { size::LISTENERS }> = Array::new();
 
 #[btf_map]
 pub static FLOWS4: LruHashMap<FlowKey<V4>, Flow<V4>, { size::FLOWS }> = LruHashMap::new();

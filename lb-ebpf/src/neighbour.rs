@@ -81,11 +81,10 @@ struct Route {
 /// calling a loop.
 #[repr(C)]
 struct FibLookup {
-    family: u8,
-    protocol: u8,
-    source_port: u16,
-    destination_port: u16,
-    total_length: u16,
+    /// The family in the first byte, then the transport protocol; zero is any.
+    family_and_protocol: u32,
+    /// Any destination port; a total length of zero asks for no check of the MTU.
+    port_and_length: u32,
     ifindex: u32,
     flow_info: u32,
     source: Wide,
@@ -102,11 +101,8 @@ const _: () = assert!(size_of::<FibLookup>() == size_of::<bpf_fib_lookup>());
 #[inline(never)]
 fn ask(context: *mut c_void, route: &Route, to: &mut [u8; 6], from: &mut [u8; 6]) -> u32 {
     let mut question = FibLookup {
-        family: route.family,
-        protocol: 0,
-        source_port: 0,
-        destination_port: 0,
-        total_length: 0,
+        family_and_protocol: u32::from_ne_bytes([route.family, 0, 0, 0]),
+        port_and_length: 0,
         ifindex: route.uplink,
         flow_info: 0,
         source: route.from,

@@ -22,7 +22,7 @@ pub fn backend<A: Family>(packet: &Packet<A>, listener: &Listener) -> Result<(u3
     if listener.slot_count == 0 {
         return Err(Outcome::NoBackend);
     }
-    let cursor = CURSORS.get_ptr_mut(listener.service).ok_or(Outcome::NoBackend)?;
+    let cursor = CURSORS.get_ptr_mut(listener.cursor).ok_or(Outcome::NoBackend)?;
     let mut refusal = Outcome::NoBackend;
     for _ in 0..TRIES {
         let turn = take_turn(cursor);
@@ -46,7 +46,7 @@ pub fn backend<A: Family>(packet: &Packet<A>, listener: &Listener) -> Result<(u3
     Err(refusal)
 }
 
-/// Takes the next turn of a service, one atomic add.
+/// Takes the next turn of a published port, one atomic add.
 #[inline(always)]
 fn take_turn(cursor: *mut u64) -> u64 {
     // The target has the instruction, but the standard library offers it only where there is compare-and-swap
