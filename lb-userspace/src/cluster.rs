@@ -1,0 +1,171 @@
+//! The cluster as a source describes it: plain data, no I/O, no numbers of the datapath.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything a source knows at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClusterState {
+    /// The machines.
+    pub nodes: Vec<Node>,
+    /// The services that publish ports.
+    pub services: Vec<Service>,
+}
+
+/// A machine of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Unique in the cluster.
+    pub name: String,
+    /// Where clients and other nodes reach it.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Unique in the cluster.
+    pub name: String,
+    /// Where it answers; empty is every address of the uplink.
+    pub addresses: Vec<IpAddr>,
+    /// What it publishes.
+    pub ports: Vec<Port>,
+    /// What serves it.
+    pub tasks: Vec<Task>,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// Its number in an IP header.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => lb_common::net::TCP,
+            Self::Udp => lb_common::net::UDP,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// A published port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Port {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// The port clients use, on every node.
+    pub published: u16,
+    /// The port tasks listen on.
+    pub target: u16,
+}
+
+/// Why text is not a port.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is not a port: write PUBLISHED:TARGET or PUBLISHED:TARGET/PROTOCOL, as in \"80:8080\" or \"53:5353/udp\"")]
+pub struct PortError(String);
+
+impl FromStr for Port {
+    type Err = PortError;
+
+    /// Docker's short syntax: `80:8080`, `53:5353/udp`.
+    fn from_str(text: &str) -> Result<Self, PortError> {
+        let error = || PortError(text.to_owned());
+        let (ports, protocol) = match text.split_once('/') {
+            None | Some((_, "tcp")) => (text.split('/').next().unwrap_or_default(), Protocol::Tcp),
+            Some((ports, "udp")) => (ports, Protocol::Udp),
+            Some(_) => return Err(error()),
+        };
+        let (published, target) = ports.split_once(':').ok_or_else(error)?;
+        let number = |text: &str| text.parse().ok().filter(|port| *port != 0).ok_or_else(error);
+        Ok(Self { protocol, published: number(published)?, target: number(target)? })
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}->{}/{}", self.published, self.target, self.protocol)
+    }
+}
+
+/// What a task is doing, as far as new flows are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskState {
+    /// Not ready: no flows.
+    Starting,
+    /// Ready: new flows.
+    #[default]
+    Running,
+    /// Going away: keeps its flows, takes no new ones.
+    Draining,
+}
+
+impl fmt::Display for TaskState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Draining => "draining",
+        })
+    }
+}
+
+/// How a task on another node is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// From an address of this node, so that replies come back: the task sees this node.
+    #[default]
+    Snat,
+    /// With the client's address; the task's replies must come back through this node by themselves.
+    Routed,
+}
+
+/// A task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// Unique in the cluster; by Docker's habit SERVICE.SLOT.
+    pub name: String,
+    /// Name of its node.
+    pub node: String,
+    /// Where it listens, at most one address of each family.
+    pub addresses: Vec<IpAddr>,
+    /// What it is doing.
+    pub state: TaskState,
+    /// Share of new flows, relative to the service's other tasks.
+    pub weight: u16,
+    /// How it is reached from another node.
+    pub via: Via,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_read_as_docker_writes_them() {
+        let port = |protocol, published, target| Ok(Port { protocol, published, target });
+        assert_eq!("80:8080".parse(), port(Protocol::Tcp, 80, 8080));
+        assert_eq!("80:8080/tcp".parse(), port(Protocol::Tcp, 80, 8080));
+        assert_eq!("53:5353/udp".parse(), port(Protocol::Udp, 53, 5353));
+        for bad in ["", "80", "80:", ":80", "80:0", "0:80", "80:8080/sctp", "80:8080/tcp/x", "65536:1", "-1:80"] {
+            assert!(bad.parse::<Port>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! Giving numbers to what is desired: those in use are kept, freed ones rest as long as possible.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use lb_common::{
+    backend::{Kind, SHARED, State},
+    endpoint::Listener,
+    filter::{Side, position},
+    net::Be16,
+};
+
+use super::{
+    Plan,
+    desired::{Desired, DesiredBackend, DesiredPort, DesiredService},
+    tables::{At, BackendEntry, PortLabel, ReplySet, ServiceLabel, Tables},
+    transition::transition,
+};
+use crate::{cluster::Protocol, slots};
+
+/// Sizes of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Services.
+    pub services: u32,
+    /// Listeners of each family, and published ports.
+    pub listeners: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Slots.
+    pub slots: u32,
+}
+
+/// The operations that turn `actual` into what is desired.
+///
+/// A service that does not fit is left out whole and named in [`Plan::refused`]; what fits is planned.
+pub fn plan(desired: &Desired, actual: &Tables, limits: &Limits) -> Plan {
+    let mut draft = Draft::new(actual, limits);
+    let mut refused = desired.refused.clone();
+    for service in &desired.services {
+        if let Err(reason) = draft.add(service) {
+            refused.push(format!("service {} is left out: {reason}", service.label.name));
+        }
+    }
+    draft.next.nodes = desired.nodes.iter().cloned().enumerate().map(|(i, node)| (i as u32, node)).collect();
+    let next = draft.finish();
+    Plan { ops: transition(actual, &next), refused }
+}
+
+/// What makes a backend the same from one plan to the next. The address and the way belong to it: flows carry
+/// both.
+type Identity = (u32, String, Protocol, u16, IpAddr, u8);
+
+struct Draft<'a> {
+    actual: &'a Tables,
+    limits: &'a Limits,
+    next: Tables,
+    services: Numbers<String>,
+    cursors: Numbers<(u32, Protocol, u16)>,
+    backends: Numbers<Identity>,
+    ranges: Ranges,
+}
+
+impl<'a> Draft<'a> {
+    fn new(actual: &'a Tables, limits: &'a Limits) -> Self {
+        let next = Tables {
+            slots: actual.slots.clone(),
+            generations: actual.generations.clone(),
+            ..Tables::default()
+        };
+        let services = actual.services.iter().map(|(index, label)| (label.name.clone(), *index));
+        let cursors =
+            actual.ports.iter().map(|(index, label)| ((label.service, label.protocol, label.published), *index));
+        let backends = actual.backends.iter().map(|(index, entry)| (identity_of(entry), *index));
+        let used = actual.listeners.values().map(|listener| (listener.slot_base, listener.slot_count));
+        // A number that was used last is given again last.
+        let rested = actual.generations.keys().next_back().map_or(0, |last| last + 1);
+        Self {
+            actual,
+            limits,
+            next,
+            services: Numbers::new(services, limits.services, 0),
+            cursors: Numbers::new(cursors, limits.listeners, 0),
+            backends: Numbers::new(backends, limits.backends, rested),
+            ranges: Ranges::new(used, limits.slots),
+        }
+    }
+
+    /// Adds a service, or nothing of it.
+    fn add(&mut self, service: &DesiredService) -> Result<(), String> {
+        self.room_for_listeners(service)?;
+        let number = self.services.of(service.label.name.clone()).ok_or_else(|| full("services"))?;
+        let mut backends = Vec::new();
+        for wanted in &service.backends {
+            let entry = entry(wanted, number);
+            let index = self.backends.of(identity_of(&entry)).ok_or_else(|| full("backends"))?;
+            backends.push((index, entry));
+        }
+        let mut ports = Vec::new();
+        for port in &service.ports {
+            ports.push(self.port(number, port, service, &backends)?);
+        }
+        self.commit(number, &service.label, backends, ports);
+        Ok(())
+    }
+
+    fn room_for_listeners(&self, service: &DesiredService) -> Result<(), String> {
+        for v4 in [true, false] {
+            let of_family = |address: &&IpAddr| address.is_ipv4() == v4;
+            let have = self.next.listeners.keys().filter(|at| of_family(&&at.address)).count();
+            let more: usize = service.ports.iter().map(|port| port.addresses.iter().filter(of_family).count()).sum();
+            if have + more > self.limits.listeners as usize {
+                return Err(full("listeners"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The cursor, listeners and slots of one published port.
+    fn port(
+        &mut self,
+        number: u32,
+        wanted: &DesiredPort,
+        service: &DesiredService,
+        backends: &[(u32, BackendEntry)],
+    ) -> Result<PlannedPort, String> {
+        let port = wanted.port;
+        let cursor =
+            self.cursors.of((number, port.protocol, port.published)).ok_or_else(|| full("listeners"))?;
+        let label =
+            PortLabel { service: number, protocol: port.protocol, published: port.published, target: port.target };
+        let mut listeners = Vec::new();
+        for v4 in [true, false] {
+            let addresses: Vec<IpAddr> =
+                wanted.addresses.iter().copied().filter(|address| address.is_ipv4() == v4).collect();
+            if addresses.is_empty() {
+                continue;
+            }
+            let eligible: Vec<(u32, u16)> = backends
+                .iter()
+                .zip(&service.backends)
+                .filter(|((_, entry), _)| {
+                    entry.backend.state == State::Active as u8
+                        && (entry.label.protocol, entry.label.target) == (port.protocol, port.target)
+                        && entry.label.address.is_ipv4() == v4
+                })
+                .map(|((index, _), wanted)| (*index, wanted.weight))
+                .collect();
+            let weights: Vec<u16> = eligible.iter().map(|(_, weight)| *weight).collect();
+            let slots: Vec<u32> = slots::order(&weights).into_iter().map(|i| eligible[i].0).collect();
+            let at = |address: &IpAddr| At { address: *address, protocol: port.protocol, port: port.published };
+            let base = self.range(&slots, addresses.iter().map(at))?;
+            let listener =
+                Listener { service: number, slot_base: base, slot_count: slots.len() as u32, cursor };
+            listeners.extend(addresses.iter().map(|address| (at(address), listener)));
+        }
+        Ok(PlannedPort { cursor, label, listeners })
+    }
+
+    /// Where these slots stand: where they stand already, or in a range that nobody reads.
+    fn range(&mut self, slots: &[u32], listeners: impl Iterator<Item = At>) -> Result<u32, String> {
+        if slots.is_empty() {
+            return Ok(0);
+        }
+        for at in listeners {
+            if let Some(listener) = self.actual.listeners.get(&at) {
+                if self.actual.slots_of(listener) == Some(slots) {
+                    return Ok(listener.slot_base);
+                }
+            }
+        }
+        let base = self.ranges.take(slots.len() as u32).ok_or_else(|| full("slots"))?;
+        self.next.slots[base as usize..][..slots.len()].copy_from_slice(slots);
+        Ok(base)
+    }
+
+    fn commit(
+        &mut self,
+        number: u32,
+        label: &ServiceLabel,
+        backends: Vec<(u32, BackendEntry)>,
+        ports: Vec<PlannedPort>,
+    ) {
+        self.next.services.insert(number, label.clone());
+        for (index, entry) in &backends {
+            // Every listener of the task's family that leads to its port.
+            let sources: Vec<(IpAddr, u16)> = ports
+                .iter()
+                .filter(|port| (port.label.protocol, port.label.target) == (entry.label.protocol, entry.label.target))
+                .flat_map(|port| port.listeners.iter().map(|(at, _)| (at.address, at.port)))
+                .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
+                .collect();
+            let mut entry = entry.clone();
+            let answers_here =
+                entry.backend.kind == Kind::Local as u8 || entry.backend.kind == Kind::Routed as u8;
+            if answers_here && !sources.is_empty() {
+                if sources.len() > 1 {
+                    entry.backend.flags |= SHARED;
+                }
+                let at = At {
+                    address: entry.label.address,
+                    protocol: entry.label.protocol,
+                    port: entry.label.target,
+                };
+                self.next.replies.insert(at, ReplySet { backend: *index, sources });
+            }
+            entry.backend.generation = match self.actual.backends.get(index) {
+                Some(known) => known.backend.generation,
+                None => self.actual.generations.get(index).map_or(1, |last| last.wrapping_add(1)),
+            };
+            self.next.generations.insert(*index, entry.backend.generation);
+            self.next.backends.insert(*index, entry);
+        }
+        for port in ports {
+            self.next.ports.insert(port.cursor, port.label);
+            self.next.listeners.extend(port.listeners);
+        }
+    }
+
+    fn finish(mut self) -> Tables {
+        let mut mark = |side, protocol: Protocol, port| {
+            let (word, bit) = position(side, protocol.number(), Be16::new(port));
+            *self.next.filter.entry(word).or_default() |= bit;
+        };
+        for at in self.next.listeners.keys() {
+            mark(Side::Destination, at.protocol, at.port);
+        }
+        // Replies come from the tasks' ports, to wherever they go.
+        for entry in self.next.backends.values() {
+            mark(Side::Source, entry.label.protocol, entry.label.target);
+        }
+        self.next
+    }
+}
+
+struct PlannedPort {
+    cursor: u32,
+    label: PortLabel,
+    listeners: Vec<(At, Listener)>,
+}
+
+fn full(what: &str) -> String {
+    format!("the table of {what} is full; attach again with a higher --max-{what}")
+}
+
+fn entry(wanted: &DesiredBackend, service: u32) -> BackendEntry {
+    let mut backend = wanted.backend;
+    backend.service = service;
+    BackendEntry { backend, label: wanted.label.clone() }
+}
+
+fn identity_of(entry: &BackendEntry) -> Identity {
+    let label = &entry.label;
+    let (service, kind) = (entry.backend.service, entry.backend.kind);
+    (service, label.task.clone(), label.protocol, label.target, label.address, kind)
+}
+
+/// Numbers for things: those that have one keep it.
+struct Numbers<K> {
+    known: HashMap<K, u32>,
+    used: std::collections::HashSet<u32>,
+    limit: u32,
+    cursor: u32,
+}
+
+impl<K: std::hash::Hash + Eq> Numbers<K> {
+    fn new(known: impl Iterator<Item = (K, u32)>, limit: u32, cursor: u32) -> Self {
+        let known: HashMap<K, u32> = known.collect();
+        let used = known.values().copied().collect();
+        Self { known, used, limit, cursor }
+    }
+
+    fn of(&mut self, key: K) -> Option<u32> {
+        if let Some(number) = self.known.get(&key) {
+            return Some(*number);
+        }
+        if self.used.len() >= self.limit as usize {
+            return None;
+        }
+        let mut number = self.cursor % self.limit;
+        while !self.used.insert(number) {
+            number = (number + 1) % self.limit;
+        }
+        self.cursor = number + 1;
+        self.known.insert(key, number);
+        Some(number)
+    }
+}
+
+/// Free ranges of the slot table: what a listener reads today is not written.
+struct Ranges {
+    used: BTreeMap<u32, u32>,
+    limit: u32,
+    cursor: u32,
+}
+
+impl Ranges {
+    fn new(used: impl Iterator<Item = (u32, u32)>, limit: u32) -> Self {
+        let used: BTreeMap<u32, u32> = used.filter(|(_, count)| *count > 0).collect();
+        let cursor = used.iter().next_back().map_or(0, |(base, count)| base.saturating_add(*count));
+        Self { used, limit, cursor }
+    }
+
+    /// A free range, looked for behind the last one taken and then from the start.
+    fn take(&mut self, count: u32) -> Option<u32> {
+        let base = self.fit(self.cursor, count).or_else(|| self.fit(0, count))?;
+        self.used.insert(base, count);
+        self.cursor = base + count;
+        Some(base)
+    }
+
+    fn fit(&self, from: u32, count: u32) -> Option<u32> {
+        let mut base = from;
+        if let Some((before, taken)) = self.used.range(..from).next_back() {
+            base = base.max(before + taken);
+        }
+        for (next, taken) in self.used.range(from..) {
+            if base.checked_add(count)? <= *next {
+                break;
+            }
+            base = base.max(next + taken);
+        }
+        (base.checked_add(count)? <= self.limit).then_some(base)
+    }
+}

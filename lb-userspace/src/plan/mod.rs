@@ -1,0 +1,30 @@
+//! From what the cluster should look like to the operations that make the tables say so.
+//!
+//! Pure: no I/O, no clock, neither aya nor tokio. [`desired`] turns the cluster's state into what the tables
+//! should mean; [`plan`] gives that numbers, keeping those in use, and orders the changes so that no packet
+//! ever sees half of one.
+
+mod assign;
+mod desired;
+mod tables;
+mod transition;
+
+pub use assign::{Limits, plan};
+pub use desired::{
+    Desired, DesiredBackend, DesiredPort, DesiredService, Reach, View, Way, desired, destinations,
+};
+pub use tables::{
+    At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables,
+};
+
+/// What a planning came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// In the order in which they are to be applied.
+    pub ops: Vec<MapOp>,
+    /// What could not be planned, in words for the operator, each with the next step.
+    pub refused: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests;

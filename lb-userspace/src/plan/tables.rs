@@ -1,0 +1,215 @@
+//! The tables as plain data, and the operations that change them.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+};
+
+use lb_common::{
+    backend::{Backend, State},
+    endpoint::Listener,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::{Protocol, TaskState};
+
+/// An address, protocol and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct At {
+    /// Address.
+    pub address: IpAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+}
+
+/// What the number of a service stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceLabel {
+    /// Name.
+    pub name: String,
+    /// Tasks it has, whatever they are doing.
+    pub tasks: u32,
+}
+
+/// What a cursor stands for: a published port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortLabel {
+    /// Number of the service.
+    pub service: u32,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// The port clients use.
+    pub published: u16,
+    /// The port tasks listen on.
+    pub target: u16,
+}
+
+/// What the number of a backend stands for: one port of one task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendLabel {
+    /// Name of the task.
+    pub task: String,
+    /// Name of its node.
+    pub node: String,
+    /// What the source says the task is doing.
+    pub state: TaskState,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// The port it listens on.
+    pub target: u16,
+    /// Its address.
+    pub address: IpAddr,
+    /// Why it is not offered, if it should be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A machine of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeLabel {
+    /// Name.
+    pub name: String,
+    /// Where it is reached; the first few.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it is the machine of this datapath.
+    pub this: bool,
+}
+
+/// A backend and what it stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendEntry {
+    /// As the datapath sees it.
+    pub backend: Backend,
+    /// As users see it.
+    pub label: BackendLabel,
+}
+
+/// The listeners that lead to one port of one task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplySet {
+    /// Number of the backend.
+    pub backend: u32,
+    /// At most [`lb_common::endpoint::MAX_REPLY_LISTENERS`].
+    pub sources: Vec<(IpAddr, u16)>,
+}
+
+/// All tables that user space writes.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Tables {
+    /// Nodes by running number.
+    pub nodes: BTreeMap<u32, NodeLabel>,
+    /// Services by number.
+    pub services: BTreeMap<u32, ServiceLabel>,
+    /// Published ports by cursor.
+    pub ports: BTreeMap<u32, PortLabel>,
+    /// Backends by number; free ones are not here.
+    pub backends: BTreeMap<u32, BackendEntry>,
+    /// The last generation of every number that was ever used.
+    pub generations: BTreeMap<u32, u32>,
+    /// Listeners.
+    pub listeners: BTreeMap<At, Listener>,
+    /// Reply sources by the task's endpoint.
+    pub replies: BTreeMap<At, ReplySet>,
+    /// The whole slot table; what no listener names has no meaning.
+    pub slots: Vec<u32>,
+    /// Words of the port filter that are not zero.
+    pub filter: BTreeMap<u32, u64>,
+}
+
+impl Tables {
+    /// Empty tables with room for `slots` slots.
+    pub fn empty(slots: u32) -> Self {
+        Self { slots: vec![0; slots as usize], ..Self::default() }
+    }
+
+    /// The slots that a listener names; `None` if it names some that do not exist.
+    pub fn slots_of(&self, listener: &Listener) -> Option<&[u32]> {
+        let base = listener.slot_base as usize;
+        self.slots.get(base..base.checked_add(listener.slot_count as usize)?)
+    }
+
+    /// Does to this copy what applying the operation does to the kernel's.
+    pub fn apply(&mut self, op: &MapOp) {
+        match op.clone() {
+            MapOp::SetNode(index, label) => drop(self.nodes.insert(index, label)),
+            MapOp::RemoveNode(index) => drop(self.nodes.remove(&index)),
+            MapOp::SetService(index, label) => drop(self.services.insert(index, label)),
+            MapOp::RemoveService(index) => drop(self.services.remove(&index)),
+            MapOp::SetPort(index, label) => drop(self.ports.insert(index, label)),
+            MapOp::RemovePort(index) => drop(self.ports.remove(&index)),
+            MapOp::SetBackend(index, entry) => {
+                self.generations.insert(index, entry.backend.generation);
+                self.backends.insert(index, entry);
+            }
+            MapOp::FreeBackend(index) => drop(self.backends.remove(&index)),
+            MapOp::SetReplies(at, replies) => drop(self.replies.insert(at, replies)),
+            MapOp::RemoveReplies(at) => drop(self.replies.remove(&at)),
+            MapOp::SetSlots(base, slots) => {
+                self.slots[base as usize..][..slots.len()].copy_from_slice(&slots);
+            }
+            MapOp::SetListener(at, listener) => drop(self.listeners.insert(at, listener)),
+            MapOp::RemoveListener(at) => drop(self.listeners.remove(&at)),
+            MapOp::SetFilter(word, 0) => drop(self.filter.remove(&word)),
+            MapOp::SetFilter(word, bits) => drop(self.filter.insert(word, bits)),
+        }
+    }
+
+    /// What contradicts itself, in words: a listener that leads to a slot or backend that is not valid.
+    pub fn contradictions(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (at, listener) in &self.listeners {
+            let Some(slots) = self.slots_of(listener) else {
+                found.push(format!("{at:?} names slots that do not exist"));
+                continue;
+            };
+            for index in slots {
+                match self.backends.get(index) {
+                    None => found.push(format!("{at:?} leads to backend {index}, which is free")),
+                    Some(entry) if entry.backend.state != State::Active as u8 => {
+                        found.push(format!("{at:?} leads to backend {index}, which is not active"));
+                    }
+                    Some(entry) if entry.backend.service != listener.service => {
+                        found.push(format!("{at:?} leads to backend {index} of another service"));
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        found
+    }
+}
+
+/// One change of one table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MapOp {
+    /// Name a node.
+    SetNode(u32, NodeLabel),
+    /// Forget a node.
+    RemoveNode(u32),
+    /// Name a service.
+    SetService(u32, ServiceLabel),
+    /// Forget a service.
+    RemoveService(u32),
+    /// Name a cursor.
+    SetPort(u32, PortLabel),
+    /// Forget a cursor.
+    RemovePort(u32),
+    /// Write a backend.
+    SetBackend(u32, BackendEntry),
+    /// Free a backend: its flows have lost their task.
+    FreeBackend(u32),
+    /// Write the reply sources of a task's endpoint.
+    SetReplies(At, ReplySet),
+    /// Forget a task's endpoint.
+    RemoveReplies(At),
+    /// Write slots that no listener names yet.
+    SetSlots(u32, Vec<u32>),
+    /// Point a listener at a range of slots.
+    SetListener(At, Listener),
+    /// Forget a listener.
+    RemoveListener(At),
+    /// Write a word of the port filter.
+    SetFilter(u32, u64),
+}

@@ -1,0 +1,205 @@
+//! Properties of planning: from any state to any state.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use lb_common::backend::{Kind, SHARED, State};
+use proptest::prelude::*;
+
+use super::*;
+use crate::cluster::{ClusterState, Node, Port, Protocol, Service, Task, TaskState, Via};
+
+const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 256 };
+
+fn addresses() -> Vec<IpAddr> {
+    vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
+}
+
+/// A cluster of a few services with a few tasks, and the ways of one node.
+fn cluster() -> impl Strategy<Value = ClusterState> {
+    let state = prop_oneof![Just(TaskState::Starting), Just(TaskState::Running), Just(TaskState::Draining)];
+    let task = (0_u8..6, state, 1_u16..4, any::<bool>(), prop_oneof![Just(Via::Snat), Just(Via::Routed)], any::<bool>());
+    let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
+    let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3));
+    prop::collection::btree_map(0_u8..5, service, 0..5).prop_map(|services| {
+        let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
+        let services = services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports)).collect();
+        ClusterState { nodes, services }
+    })
+}
+
+type RawTask = (u8, TaskState, u16, bool, Via, bool);
+
+fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> Service {
+    let mut seen = BTreeMap::new();
+    for (slot, state, weight, here, via, dual) in tasks {
+        let mut addresses: Vec<IpAddr> = vec![format!("10.0.{number}.{}", slot + 1).parse().unwrap()];
+        if dual {
+            addresses.push(format!("fd00::{number}:{}", slot + 1).parse().unwrap());
+        }
+        let node = if here { "node1" } else { "node2" }.to_owned();
+        let name = format!("s{number}.{slot}");
+        seen.insert(slot, Task { name, node, addresses, state, weight, via });
+    }
+    let ports: BTreeMap<_, _> =
+        ports.into_iter().map(|(offset, protocol, target)| ((offset, protocol), target)).collect();
+    Service {
+        name: format!("s{number}"),
+        addresses: vec![],
+        ports: ports
+            .into_iter()
+            .map(|((offset, protocol), target)| Port {
+                protocol,
+                published: 100 * u16::from(number) + offset + 1,
+                target: 8000 + target,
+            })
+            .collect(),
+        tasks: seen.into_values().collect(),
+    }
+}
+
+fn way(address: IpAddr, reach: Reach) -> Result<Way, String> {
+    let kind = match reach {
+        Reach::Local => Kind::Local,
+        Reach::Snat => Kind::Snat,
+        Reach::Routed => Kind::Routed,
+    };
+    // Some have no way at all.
+    if address.to_string().ends_with('4') {
+        return Err("no route".into());
+    }
+    Ok(Way { kind, ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), flags: 0 })
+}
+
+fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
+    let ways = destinations(cluster, "node1").into_iter().map(|(a, r)| ((a, r), way(a, r))).collect();
+    let view = View { cluster, node: "node1", addresses: &addresses(), ways: &ways };
+    plan(&desired(&view), actual, limits)
+}
+
+fn apply(tables: &mut Tables, plan: &Plan) -> Result<(), TestCaseError> {
+    for (step, op) in plan.ops.iter().enumerate() {
+        tables.apply(op);
+        let wrong = tables.contradictions();
+        prop_assert!(wrong.is_empty(), "after step {step} {op:?}: {wrong:?}");
+    }
+    Ok(())
+}
+
+/// What a new flow to each listener may get, by task: the meaning of the tables, free of numbers.
+fn meaning(tables: &Tables) -> BTreeMap<At, Vec<String>> {
+    let tasks = |listener| {
+        let slots = tables.slots_of(listener).unwrap();
+        slots.iter().map(|index| tables.backends[index].label.task.clone()).collect()
+    };
+    tables.listeners.iter().map(|(at, listener)| (*at, tasks(listener))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    /// Through any sequence of states: no step contradicts itself, the end means what a start from nothing
+    /// means, and planning again changes nothing.
+    #[test]
+    fn any_sequence_of_states_is_planned(states in prop::collection::vec(cluster(), 1..6)) {
+        let mut tables = Tables::empty(LIMITS.slots);
+        for state in &states {
+            let plan = plan_for(state, &tables, &LIMITS);
+            prop_assert_eq!(&plan.refused, &Vec::<String>::new());
+            apply(&mut tables, &plan)?;
+            let mut fresh = Tables::empty(LIMITS.slots);
+            apply(&mut fresh, &plan_for(state, &Tables::empty(LIMITS.slots), &LIMITS))?;
+            prop_assert_eq!(meaning(&tables), meaning(&fresh));
+            prop_assert_eq!(&tables.filter, &fresh.filter);
+            prop_assert_eq!(tables.backends.len(), fresh.backends.len());
+            prop_assert_eq!(tables.replies.len(), fresh.replies.len());
+            prop_assert_eq!(tables.services.len(), fresh.services.len());
+            prop_assert_eq!(tables.ports.len(), fresh.ports.len());
+            prop_assert!(plan_for(state, &tables, &LIMITS).ops.is_empty());
+        }
+    }
+
+    /// With tables too small, what is left out is left out whole and said, and the rest is right.
+    #[test]
+    fn what_does_not_fit_is_left_out_whole(
+        states in prop::collection::vec(cluster(), 1..5),
+        services in 1_u32..4, listeners in 1_u32..8, backends in 1_u32..12, slots in 1_u32..24,
+    ) {
+        let limits = Limits { services, listeners, backends, slots };
+        let mut tables = Tables::empty(slots);
+        for state in &states {
+            let plan = plan_for(state, &tables, &limits);
+            apply(&mut tables, &plan)?;
+            let left_out = plan.refused.len();
+            prop_assert_eq!(tables.services.len() + left_out, state.services.len());
+            prop_assert!(plan.refused.iter().all(|reason| reason.contains("--max-")));
+            prop_assert!(tables.services.keys().all(|index| *index < services));
+            prop_assert!(tables.backends.keys().all(|index| *index < backends));
+        }
+    }
+
+    /// Crashing after any step and planning anew from what stands ends in the same meaning.
+    #[test]
+    fn a_plan_cut_short_is_taken_up_again(from in cluster(), to in cluster(), cut in any::<prop::sample::Index>()) {
+        let mut tables = Tables::empty(LIMITS.slots);
+        apply(&mut tables, &plan_for(&from, &Tables::empty(LIMITS.slots), &LIMITS))?;
+        let plan = plan_for(&to, &tables, &LIMITS);
+        let steps = cut.index(plan.ops.len() + 1);
+        apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![] })?;
+        let rest = plan_for(&to, &tables, &LIMITS);
+        apply(&mut tables, &rest)?;
+        let mut fresh = Tables::empty(LIMITS.slots);
+        apply(&mut fresh, &plan_for(&to, &Tables::empty(LIMITS.slots), &LIMITS))?;
+        prop_assert_eq!(meaning(&tables), meaning(&fresh));
+    }
+}
+
+fn one_service(states: &[TaskState]) -> ClusterState {
+    let tasks = states.iter().enumerate().map(|(slot, state)| (slot as u8, *state, 1, true, Via::Snat, false));
+    let service = build(1, tasks.collect(), vec![(0, Protocol::Tcp, 0)]);
+    ClusterState { nodes: vec![], services: vec![service] }
+}
+
+#[test]
+fn a_freed_number_rests_and_comes_back_with_another_generation() {
+    let limits = Limits { backends: 2, ..LIMITS };
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut go = |states: &[TaskState]| {
+        let plan = plan_for(&one_service(states), &tables, &limits);
+        plan.ops.iter().for_each(|op| tables.apply(op));
+        tables.backends.iter().map(|(i, e)| (*i, e.backend.generation)).collect::<Vec<_>>()
+    };
+    assert_eq!(go(&[TaskState::Running]), [(0, 1)]);
+    assert_eq!(go(&[]), []);
+    assert_eq!(go(&[TaskState::Running]), [(1, 1)]);
+    assert_eq!(go(&[TaskState::Running, TaskState::Running]), [(0, 2), (1, 1)]);
+}
+
+#[test]
+fn a_draining_task_keeps_its_number_and_leaves_the_slots() {
+    let mut tables = Tables::empty(LIMITS.slots);
+    for states in [[TaskState::Running; 2], [TaskState::Running, TaskState::Draining]] {
+        plan_for(&one_service(&states), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+    }
+    assert_eq!(tables.backends[&1].backend.state, State::Draining as u8);
+    assert!(tables.listeners.values().filter(|l| l.slot_count > 0).all(|l| l.slot_count == 1));
+}
+
+#[test]
+fn a_task_behind_two_listeners_is_marked_and_knows_both() {
+    let cluster = one_service(&[TaskState::Running]);
+    let mut tables = Tables::empty(LIMITS.slots);
+    plan_for(&cluster, &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+    assert_eq!(tables.backends[&0].backend.flags & SHARED, SHARED);
+    assert_eq!(tables.replies.values().next().unwrap().sources.len(), 2);
+}
+
+#[test]
+fn more_listeners_than_a_reply_can_match_are_said() {
+    let cluster = one_service(&[TaskState::Running]);
+    let addresses: Vec<IpAddr> = (1..=9).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
+    let ways = BTreeMap::new();
+    let view = View { cluster: &cluster, node: "node1", addresses: &addresses, ways: &ways };
+    let desired = desired(&view);
+    assert_eq!(desired.services[0].ports[0].addresses.len(), 8);
+    assert!(desired.refused[0].contains("8 of 9 addresses"), "{:?}", desired.refused);
+}
