@@ -3,8 +3,15 @@
 //! ```text
 //! source ─► cluster ─► plan ─► datapath        net ─► ways to the tasks ─► plan
 //! ```
+//!
+//! [`controller`] joins them; [`cmd`] holds the verbs.
 
+pub mod cli;
 pub mod cluster;
+pub mod cmd;
+pub mod controller;
+pub mod datapath;
+pub mod net;
 pub mod plan;
 pub mod slots;
 pub mod source;

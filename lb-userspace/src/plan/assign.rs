@@ -165,10 +165,10 @@ impl<'a> Draft<'a> {
             return Ok(0);
         }
         for at in listeners {
-            if let Some(listener) = self.actual.listeners.get(&at) {
-                if self.actual.slots_of(listener) == Some(slots) {
-                    return Ok(listener.slot_base);
-                }
+            if let Some(listener) = self.actual.listeners.get(&at)
+                && self.actual.slots_of(listener) == Some(slots)
+            {
+                return Ok(listener.slot_base);
             }
         }
         let base = self.ranges.take(slots.len() as u32).ok_or_else(|| full("slots"))?;

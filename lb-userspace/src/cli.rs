@@ -1,0 +1,216 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The ingress of a Docker Swarm: every published port answers on this node, and the task sees the client.
+#[derive(Debug, Parser)]
+#[command(name = "lb-userspace", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  it failed; the message says what happened and the next step
+  2  the command line is wrong
+  3  no datapath is attached
+  4  another controller holds the interface
+
+Logging: RUST_LOG=debug says more.";
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve published ports on an interface, until stopped
+    #[command(after_help = ATTACH_EXAMPLES)]
+    Attach(Attach),
+    /// Remove the datapath of an interface, with its tables and flows
+    Detach {
+        /// The interface
+        #[arg(long, value_name = "IF", required = true)]
+        iface: Vec<String>,
+    },
+    /// Show what is attached, how, and who controls it
+    Status(Read),
+    /// Services: ls, ps
+    Service {
+        /// What of them
+        #[command(subcommand)]
+        command: ServiceCommand,
+    },
+    /// Nodes: ls
+    Node {
+        /// What of them
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+    /// Show counters by outcome, service and task
+    Stats {
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+        /// Show again every second, with the change
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+const ATTACH_EXAMPLES: &str = "\
+Examples:
+  # Serve the cluster of a file on eth1, in the foreground
+  sudo lb-userspace attach --iface eth1 --cluster /etc/lb/cluster.toml
+
+  # As a service: the datapath goes on while the controller restarts
+  lb-userspace attach --iface eth1 --cluster /etc/lb/cluster.toml --on-exit keep
+
+  # Where the driver has no XDP, or to compare
+  sudo lb-userspace attach --iface eth1 --cluster cluster.toml --mode tc";
+
+/// Options of `attach`.
+#[derive(Clone, Debug, Args)]
+pub struct Attach {
+    /// Interface that clients and other nodes reach; may be given more than once
+    #[arg(long, value_name = "IF", required = true)]
+    pub iface: Vec<String>,
+    /// Where the cluster's state comes from
+    #[arg(long, value_enum, default_value_t = SourceKind::File)]
+    pub source: SourceKind,
+    /// Cluster file of the file source (TOML); followed while it changes
+    #[arg(long, value_name = "FILE")]
+    pub cluster: PathBuf,
+    /// Name of this node [default: the node with an address of this machine]
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
+    /// How to serve the interface; auto takes the first that works of native, generic, tc
+    #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
+    pub mode: ModeArg,
+    /// What becomes of the datapath when the controller stops [default: detach on a terminal, else keep]
+    #[arg(long, value_enum)]
+    pub on_exit: Option<OnExit>,
+    /// Source ports for tasks reached by snat, outside the host's own ephemeral ports
+    #[arg(long, value_name = "LOW-HIGH", default_value = "16384-32767", value_parser = ports)]
+    pub snat_ports: [u16; 2],
+    /// Room for flows of each family [default: 262144]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
+    pub max_flows: Option<u32>,
+    /// Room for services [default: 16384]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub max_services: Option<u32>,
+    /// Room for listeners of each family [default: 16384]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub max_listeners: Option<u32>,
+    /// Room for backends: ports of tasks, by family [default: 65536]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub max_backends: Option<u32>,
+    /// Room for slots: eligible tasks by weight, at least twice the sum over all ports [default: 262144]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub max_slots: Option<u32>,
+}
+
+fn ports(text: &str) -> Result<[u16; 2], String> {
+    let error = || format!("{text:?} is not a range of ports such as 16384-32767");
+    let (low, high) = text.split_once('-').ok_or_else(error)?;
+    let range: [u16; 2] = [low.parse().map_err(|_| error())?, high.parse().map_err(|_| error())?];
+    if range[0] == 0 || range[0] > range[1] { Err(error()) } else { Ok(range) }
+}
+
+/// Where the cluster's state comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SourceKind {
+    /// A TOML file
+    File,
+}
+
+/// How to serve the interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    /// The first that works
+    Auto,
+    /// XDP in the driver
+    Native,
+    /// XDP on socket buffers
+    Generic,
+    /// TC alone
+    Tc,
+}
+
+/// What becomes of the datapath.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnExit {
+    /// It goes on forwarding; the next attach adopts it
+    Keep,
+    /// It is removed
+    Detach,
+}
+
+/// Options of the verbs that read.
+#[derive(Clone, Debug, Args)]
+pub struct Read {
+    /// Only this interface
+    #[arg(long, value_name = "IF")]
+    pub iface: Option<String>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Table,
+    /// For programs; "schema" says which version of the fields
+    Json,
+}
+
+/// What of services.
+#[derive(Debug, Subcommand)]
+pub enum ServiceCommand {
+    /// List services
+    Ls(Read),
+    /// List the tasks of a service
+    Ps {
+        /// Name of the service
+        name: String,
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+    },
+}
+
+/// What of nodes.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List nodes
+    Ls(Read),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn port_ranges_are_read_and_nonsense_is_refused() {
+        assert_eq!(ports("1000-2000"), Ok([1000, 2000]));
+        for bad in ["", "1000", "2000-1000", "0-10", "1-70000", "a-b"] {
+            assert!(ports(bad).is_err(), "{bad}");
+        }
+    }
+}

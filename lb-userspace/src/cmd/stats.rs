@@ -1,0 +1,110 @@
+//! `stats`: counters by outcome, service and task.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{attached, print_json, print_table, table};
+use crate::{
+    cli::{Output, Read},
+    datapath::{Counters, TableSet},
+    plan::Tables,
+};
+
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Prints the counters, again every second if asked to.
+///
+/// # Errors
+/// Nothing is attached, or the kernel refuses a read.
+pub async fn run(read: &Read, watch: bool) -> Result<()> {
+    let mut before: BTreeMap<String, Counters> = BTreeMap::new();
+    loop {
+        let attached = attached(read)?;
+        let several = attached.len() > 1;
+        let mut documents = Vec::new();
+        for (interface, set) in attached {
+            let tables = set.read_labelled()?;
+            let counters = set.counters(&tables)?;
+            if read.output == Output::Json {
+                documents.push(document(&interface, &tables, &counters));
+            } else {
+                print(&interface, several, &tables, &counters, before.get(&interface));
+            }
+            before.insert(interface, counters);
+        }
+        if read.output == Output::Json {
+            print_json(json!({ "interfaces": documents }));
+        }
+        if !watch {
+            return Ok(());
+        }
+        tokio::time::sleep(PERIOD).await;
+        println!();
+    }
+}
+
+fn print(interface: &str, several: bool, tables: &Tables, counters: &Counters, before: Option<&Counters>) {
+    let mut rows = table(["OUTCOME", "PACKETS", "CHANGE", "MEANING"]);
+    for count in counters.outcomes.iter().filter(|count| count.packets > 0) {
+        let change = before.map_or(0, |before| count.packets.saturating_sub(before.of(count.outcome)));
+        rows.add_row([
+            count.outcome.name().to_owned(),
+            count.packets.to_string(),
+            format!("+{change}"),
+            count.outcome.help().to_owned(),
+        ]);
+    }
+    print_table(interface, several, &rows);
+    let mut rows = table(["SERVICE", "TASK", "FLOWS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
+    for (index, entry) in &tables.backends {
+        let stats = counters.backends.get(index).copied().unwrap_or_default();
+        let service = tables.services.get(&entry.backend.service).map_or("", |service| &service.name);
+        let numbers =
+            [stats.flows, stats.request_packets, stats.request_bytes, stats.reply_packets, stats.reply_bytes];
+        let task = format!("{} {}/{}", entry.label.task, entry.label.target, entry.label.protocol);
+        rows.add_row([service.to_owned(), task].into_iter().chain(numbers.map(|number| number.to_string())));
+    }
+    if !tables.backends.is_empty() {
+        println!();
+        print_table(interface, several, &rows);
+    }
+}
+
+fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json::Value {
+    let outcomes: serde_json::Map<_, _> =
+        counters.outcomes.iter().map(|count| (count.outcome.name().to_owned(), json!(count.packets))).collect();
+    let services: Vec<_> = tables
+        .services
+        .iter()
+        .map(|(index, service)| {
+            let stats = counters.services.get(index).copied().unwrap_or_default();
+            json!({ "name": service.name, "flows": stats.flows, "refused_flows": stats.refused })
+        })
+        .collect();
+    let backends: Vec<_> = tables
+        .backends
+        .iter()
+        .map(|(index, entry)| {
+            let stats = counters.backends.get(index).copied().unwrap_or_default();
+            json!({
+                "service": tables.services.get(&entry.backend.service).map(|service| &service.name),
+                "task": entry.label.task, "protocol": entry.label.protocol, "target": entry.label.target,
+                "address": entry.label.address, "flows": stats.flows,
+                "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
+                "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,
+            })
+        })
+        .collect();
+    json!({ "interface": interface, "outcomes": outcomes, "services": services, "backends": backends })
+}
+
+/// The counters of one interface; tests read them as users would.
+///
+/// # Errors
+/// Nothing is attached, or the kernel refuses a read.
+pub fn counters(interface: &str) -> Result<Counters> {
+    let set = TableSet::of(interface)?;
+    Ok(set.counters(&set.read_labelled()?)?)
+}

@@ -1,0 +1,56 @@
+//! `status`: what is attached, how, and who controls it.
+
+use anyhow::Result;
+use lb_common::abi::Mode;
+use serde_json::json;
+
+use super::{attached, print_json};
+use crate::{
+    cli::{Output, Read},
+    controller::name,
+    datapath::{PinDir, TableSet},
+};
+
+/// Prints the status of every attached interface.
+///
+/// # Errors
+/// Nothing is attached, or the kernel refuses a read.
+pub fn run(read: &Read) -> Result<()> {
+    let mut interfaces = Vec::new();
+    for (interface, set) in attached(read)? {
+        interfaces.push(describe(&interface, &set)?);
+    }
+    if read.output == Output::Json {
+        print_json(json!({ "interfaces": interfaces }));
+        return Ok(());
+    }
+    for status in interfaces {
+        println!("{}", status["interface"].as_str().unwrap_or_default());
+        for (field, value) in status.as_object().into_iter().flatten() {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            if field != "interface" && field != "tables" {
+                println!("  {:<20} {text}", field.replace('_', " "));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
+    let config = set.surroundings()?;
+    let tables = set.read_labelled()?;
+    let memory = set.memory()?;
+    let total: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
+    let controller = PinDir::of(interface)?.controller();
+    Ok(json!({
+        "interface": interface,
+        "mode": Mode::try_from(config.mode).map_or("not attached", name),
+        "controller": controller.map_or_else(|| "none; the datapath goes on by itself".to_owned(), |pid| format!("process {pid}")),
+        "services": tables.services.len(),
+        "listeners": tables.listeners.len(),
+        "backends": tables.backends.len(),
+        "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,
+        "memory_bytes": total,
+        "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),
+    }))
+}

@@ -1,0 +1,364 @@
+//! The controller of one interface: joins what the source says with what the kernel says, and keeps the tables
+//! true. It owns the order of things; each thing is done elsewhere.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use lb_common::abi::{
+    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_REDIRECTS, XDP_TRANSMITS,
+};
+use tokio::sync::mpsc;
+
+use crate::{
+    cluster::ClusterState,
+    datapath::{Datapath, Sizes},
+    net::{self, Changes, Link, Net, Snapshot, Ways},
+    plan::{self, MapOp, Reach, View, Way, destinations, desired},
+    source::Update,
+};
+
+/// What a controller is asked to do.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The uplink.
+    pub interface: String,
+    /// Name of this node; `None` finds it by the machine's addresses.
+    pub node: Option<String>,
+    /// How to serve the uplink; `None` takes the best that works.
+    pub mode: Option<Mode>,
+    /// Sizes of the tables.
+    pub sizes: Sizes,
+    /// Source ports for snat, inclusive.
+    pub snat_ports: [u16; 2],
+}
+
+/// The controller of one interface.
+pub struct Controller {
+    settings: Settings,
+    datapath: Datapath,
+    net: Net,
+    changes: Changes,
+    updates: mpsc::Receiver<Update>,
+    ways: Ways,
+    cluster: Option<ClusterState>,
+    /// Interface index the uplink's programs were attached to in this life.
+    served: Option<u32>,
+    /// What was last complained about, so that it is said once.
+    complaints: BTreeSet<String>,
+}
+
+/// A destination without a way is looked for again after this time, though nothing was heard of it.
+const RETRY: Duration = Duration::from_secs(1);
+/// Everything is compared again after this time, in case an event was missed.
+const RESYNC: Duration = Duration::from_secs(30);
+
+impl Controller {
+    /// Takes hold of the interface, waits for the source's first word, fills the tables and attaches.
+    ///
+    /// # Errors
+    /// The interface is not there, its datapath cannot be had, or the source has no first state. Nothing of a
+    /// new datapath stays; an adopted one goes on as it was.
+    pub async fn start(settings: Settings, mut updates: mpsc::Receiver<Update>) -> Result<Self> {
+        let (net, changes) = Net::connect().context("start watching the network")?;
+        let snapshot = net.snapshot().await?;
+        if snapshot.link(&settings.interface).is_none() {
+            return Err(crate::datapath::DatapathError::NoInterface(settings.interface.clone()).into());
+        }
+        let datapath = Datapath::open(&settings.interface, &settings.sizes)?;
+        let cluster = match (first(&mut updates).await, datapath.adopted()) {
+            (Ok(cluster), _) => Some(cluster),
+            (Err(error), true) => {
+                log::warn!("{}: {error:#}; the adopted tables stand", settings.interface);
+                None
+            }
+            (Err(error), false) => {
+                datapath.remove(&[]);
+                return Err(error);
+            }
+        };
+        let adopted = datapath.adopted();
+        let mut controller = Self {
+            settings,
+            datapath,
+            net,
+            changes,
+            updates,
+            ways: Ways::default(),
+            cluster,
+            served: None,
+            complaints: BTreeSet::new(),
+        };
+        let interface = controller.settings.interface.clone();
+        if adopted {
+            log::info!("{interface}: adopted the running datapath, with its flows");
+        }
+        if let Err(error) = controller.sync().await {
+            if !adopted {
+                controller.remove().await;
+            }
+            return Err(error.context(format!("attach to {interface}")));
+        }
+        Ok(controller)
+    }
+
+    /// Follows source and network until `stop` resolves.
+    pub async fn run(&mut self, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut source_ended = false;
+        loop {
+            let pause = if self.pending() { RETRY } else { RESYNC };
+            tokio::select! {
+                () = &mut stop => return,
+                update = self.updates.recv(), if !source_ended => match update {
+                    Some(Update::State(cluster)) => self.cluster = Some(cluster),
+                    Some(Update::Failed(reason)) => {
+                        self.complain([format!("the source failed, the last state stands: {reason}")].into());
+                        continue;
+                    }
+                    None => {
+                        source_ended = true;
+                        self.complain(["the source ended, the last state stands".to_owned()].into());
+                        continue;
+                    }
+                },
+                Some(()) = self.changes.recv() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            if let Err(error) = self.sync().await {
+                self.complain([format!("{error:#}; trying again")].into());
+            }
+        }
+    }
+
+    /// Takes the datapath away.
+    pub async fn remove(self) {
+        let interfaces = match self.net.snapshot().await {
+            Ok(snapshot) => snapshot.links.into_values().map(|link| link.name).collect(),
+            Err(_) => vec![self.settings.interface.clone()],
+        };
+        self.datapath.remove(&interfaces);
+    }
+
+    /// Whether a task that should be offered cannot be reached yet.
+    fn pending(&self) -> bool {
+        self.served.is_none() || self.datapath.tables().backends.values().any(|entry| entry.label.problem.is_some())
+    }
+
+    /// Makes tables and links what source and network say they should be.
+    async fn sync(&mut self) -> Result<()> {
+        let snapshot = self.net.snapshot().await?;
+        let Some(uplink) = snapshot.link(&self.settings.interface).cloned() else {
+            self.served = None;
+            bail!("interface {} is gone; its programs went with it", self.settings.interface);
+        };
+        let mut complaints = BTreeSet::new();
+        if let Some(cluster) = self.cluster.take() {
+            let synced = self.sync_tables(&cluster, &snapshot, &uplink, &mut complaints).await;
+            self.cluster = Some(cluster);
+            synced?;
+        }
+        if self.served != Some(uplink.index) {
+            self.attach(&snapshot, &uplink)?;
+            self.served = Some(uplink.index);
+        }
+        self.complain(complaints);
+        Ok(())
+    }
+
+    async fn sync_tables(
+        &mut self,
+        cluster: &ClusterState,
+        snapshot: &Snapshot,
+        uplink: &Link,
+        complaints: &mut BTreeSet<String>,
+    ) -> Result<()> {
+        let node = self.node(cluster, snapshot, complaints);
+        let addresses = snapshot.addresses_of(uplink.index);
+        let wanted = destinations(cluster, &node);
+        let ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
+        let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
+        let plan = plan::plan(&desired(&view), self.datapath.tables(), &self.datapath.limits()?);
+        complaints.extend(plan.refused.iter().cloned());
+        let carriers = carriers(&ways, uplink.index);
+        // A task's replies find their program before the first request can reach it.
+        for index in &carriers {
+            if !self.datapath.task_links().contains(index) || self.served.is_none() {
+                let name = snapshot.links.get(index).map_or("", |link| &link.name);
+                if let Err(problem) = self.datapath.attach_task(name, *index) {
+                    complaints.insert(format!("attach to {name}, where tasks answer: {problem}"));
+                }
+            }
+        }
+        for op in &plan.ops {
+            self.apply(op)?;
+        }
+        for index in self.datapath.task_links() {
+            if !carriers.contains(&index) && !self.in_use(index) {
+                self.datapath.detach_task(snapshot.links.get(&index).map(|link| link.name.as_str()), index);
+            }
+        }
+        if !plan.ops.is_empty() {
+            log::debug!("{}: applied {} changes", self.settings.interface, plan.ops.len());
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, op: &MapOp) -> Result<()> {
+        self.datapath.apply(op).with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
+    }
+
+    /// Whether a backend is reached by this interface.
+    fn in_use(&self, index: u32) -> bool {
+        self.datapath.tables().backends.values().any(|entry| entry.backend.ifindex == index)
+    }
+
+    /// This node's name: as it was told, or that of the node which has an address of this machine.
+    fn node(&self, cluster: &ClusterState, snapshot: &Snapshot, complaints: &mut BTreeSet<String>) -> String {
+        if let Some(name) = &self.settings.node {
+            if !cluster.nodes.iter().any(|node| node.name == *name) {
+                complaints.insert(format!("the cluster has no node named {name:?}"));
+            }
+            return name.clone();
+        }
+        let own: BTreeSet<IpAddr> = snapshot.addresses.iter().map(|(_, address)| *address).collect();
+        let this = cluster.nodes.iter().find(|node| node.addresses.iter().any(|address| own.contains(address)));
+        match this {
+            Some(node) => node.name.clone(),
+            None => {
+                complaints.insert("no node of the cluster has an address of this machine; name it with --node".into());
+                String::new()
+            }
+        }
+    }
+
+    /// Attaches the uplink's programs: native XDP, then generic, then TC alone, or only what was asked for.
+    fn attach(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<()> {
+        let modes = match self.settings.mode {
+            Some(mode) => vec![mode],
+            None => vec![Mode::Native, Mode::Generic, Mode::Tc],
+        };
+        let mut problems = Vec::new();
+        for mode in modes {
+            let done = hidden_tags(snapshot, uplink, mode)
+                .and_then(|()| self.attach_in(uplink, mode).map_err(|error| error.to_string()));
+            match done {
+                Ok(()) => {
+                    let hook = self.datapath.tc_hook();
+                    let since = problems.iter().map(|p| format!("; not {p}")).collect::<String>();
+                    log::info!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
+                    return Ok(());
+                }
+                Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
+            }
+        }
+        Err(anyhow!("{}", problems.join("; ")))
+    }
+
+    fn attach_in(&mut self, uplink: &Link, mode: Mode) -> Result<()> {
+        let device = net::device(&uplink.name).ok();
+        let partial = device.as_ref().is_none_or(net::Device::passes_partial_checksums);
+        let before = self.datapath.config();
+        let mut config = Config {
+            uplink: uplink.index,
+            snat_ports: self.settings.snat_ports,
+            host_ports: host_ports(),
+            mode: mode as u32,
+            ..Config::default()
+        };
+        config.flags |= if partial { PARTIAL_CHECKSUMS } else { 0 };
+        config.flags |= if mode == Mode::Tc { TC_ALONE } else { 0 };
+        // A packet that comes before the features are known is forwarded by TC.
+        self.datapath.set_config(config)?;
+        if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
+            self.datapath.set_config(before)?;
+            bail!("{problem}");
+        }
+        let veth = device.is_some_and(|device| device.driver == "veth");
+        config.flags |= transmission(uplink.index, mode, veth);
+        self.datapath.set_config(config)?;
+        Ok(())
+    }
+
+    /// Says what is wrong, once for as long as it is.
+    fn complain(&mut self, complaints: BTreeSet<String>) {
+        for complaint in complaints.difference(&self.complaints) {
+            log::warn!("{}: {complaint}", self.settings.interface);
+        }
+        self.complaints = complaints;
+    }
+
+    /// The datapath in its hands.
+    pub fn datapath(&self) -> &Datapath {
+        &self.datapath
+    }
+}
+
+async fn first(updates: &mut mpsc::Receiver<Update>) -> Result<ClusterState> {
+    match updates.recv().await {
+        Some(Update::State(cluster)) => Ok(cluster),
+        Some(Update::Failed(reason)) => Err(anyhow!(reason)),
+        None => Err(anyhow!("the source ended before it said anything")),
+    }
+}
+
+/// The interfaces by which tasks answer, other than the uplink.
+fn carriers(ways: &BTreeMap<(IpAddr, Reach), Result<Way, String>>, uplink: u32) -> BTreeSet<u32> {
+    ways.values().flatten().map(|way| way.ifindex).filter(|index| *index != uplink).collect()
+}
+
+/// XDP cannot see tags that the device takes out of the frames; TC can.
+fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), String> {
+    let above: Vec<&str> = snapshot
+        .links
+        .values()
+        .filter(|link| link.kind == "vlan" && link.lower == Some(uplink.index) && !link.lower_elsewhere)
+        .map(|link| link.name.as_str())
+        .collect();
+    if mode == Mode::Tc || above.is_empty() || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags) {
+        return Ok(());
+    }
+    Err(format!(
+        "{0} takes VLAN tags out of the frames before XDP sees them, and {1} sits on it; turn that off with \
+         `ethtool -K {0} rxvlan off`, or attach with --mode tc",
+        uplink.name,
+        above.join(", ")
+    ))
+}
+
+/// How XDP sends frames back out of the uplink. A veth delivers what XDP sends only if its peer polls for it.
+fn transmission(ifindex: u32, mode: Mode, veth: bool) -> u32 {
+    const NDO_XMIT: u64 = 4;
+    match mode {
+        Mode::Tc => 0,
+        Mode::Generic => XDP_TRANSMITS | XDP_REDIRECTS,
+        Mode::Native if !veth => XDP_TRANSMITS,
+        Mode::Native => match net::xdp_features(ifindex) {
+            Some(features) if features & NDO_XMIT != 0 => XDP_TRANSMITS | XDP_REDIRECTS,
+            _ => 0,
+        },
+    }
+}
+
+/// The name of a mode in sentences.
+pub fn name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Native => "native XDP",
+        Mode::Generic => "generic XDP",
+        Mode::Tc => "TC alone",
+    }
+}
+
+/// The host's ephemeral ports.
+fn host_ports() -> [u16; 2] {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|number| number.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(low), Some(high)) => [low, high],
+        _ => [32768, 60999],
+    }
+}

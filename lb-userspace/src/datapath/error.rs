@@ -1,0 +1,178 @@
+//! What can go wrong with the datapath: what happened, the kernel's own words, the next step.
+
+use std::{error::Error as _, io, path::PathBuf};
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+
+/// Why the datapath could not be opened, read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// This build has no eBPF object in it.
+    #[error("this build carries no eBPF object; build the agent with `cargo xtask build`")]
+    NoObject,
+    /// The object lacks a program.
+    #[error("the eBPF object holds no program {0}; build the agent anew with `cargo xtask build`")]
+    NoProgram(&'static str),
+    /// No bpffs.
+    #[error(
+        "{path} is not a BPF file system; mount one: mount -t bpf bpf {path} \
+         (inside `ip netns exec` it is hidden: enter the namespace with `nsenter --net=` instead)"
+    )]
+    NoBpffs {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// No interface of that name.
+    #[error("there is no interface {0} in this network namespace; `ip link` lists those there are")]
+    NoInterface(String),
+    /// Another controller.
+    #[error("interface {interface} is held by another controller{}; stop it first", .pid.map(|pid| format!(", process {pid}")).unwrap_or_default())]
+    Held {
+        /// The interface.
+        interface: String,
+        /// The other process, where the kernel tells.
+        pid: Option<u32>,
+    },
+    /// Nothing attached.
+    #[error("no datapath is attached to {0} in this network namespace; `lb-userspace attach --iface {0}` makes one")]
+    NotAttached(String),
+    /// Tables of another version.
+    #[error(
+        "the pinned tables have version {found}, this agent writes version {expected}; \
+         `lb-userspace detach` removes them (and their flows), then attach again"
+    )]
+    Version {
+        /// Pinned.
+        found: u32,
+        /// Ours.
+        expected: u32,
+    },
+    /// A table of another shape.
+    #[error(
+        "the pinned table {table} differs in {what}: it has {found}, {expected} is asked for; attach with the \
+         size it has, or `lb-userspace detach` first (its flows are lost)"
+    )]
+    Shape {
+        /// The table.
+        table: &'static str,
+        /// The attribute.
+        what: &'static str,
+        /// Pinned.
+        found: u32,
+        /// Asked for.
+        expected: u32,
+    },
+    /// The object was not loaded.
+    #[error("load the eBPF object: {}", explain_load(.0))]
+    Load(#[source] EbpfError),
+    /// The verifier said no.
+    #[error("load program {program}: {}", explain_program(.source))]
+    Verify {
+        /// The program.
+        program: &'static str,
+        /// The kernel's words.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A table could not be used.
+    #[error("{what} table: {}", chain(.source))]
+    Map {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's words.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// A program could not be inspected.
+    #[error("inspect program: {}", chain(.0))]
+    Program(#[source] ProgramError),
+    /// A pin.
+    #[error("{what} {path}: {source}")]
+    Pin {
+        /// What was tried.
+        what: &'static str,
+        /// The pin.
+        path: PathBuf,
+        /// The kernel's words.
+        source: io::Error,
+    },
+    /// A table is full.
+    #[error("table {table} is full; attach again with a higher {setting}")]
+    Full {
+        /// The table.
+        table: &'static str,
+        /// The setting to raise.
+        setting: &'static str,
+    },
+}
+
+impl DatapathError {
+    pub(super) fn map(what: &'static str, source: MapError) -> Self {
+        Self::Map { what, source: Box::new(source) }
+    }
+
+    pub(super) fn pin(what: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
+        Self::Pin { what, path: path.into(), source }
+    }
+}
+
+/// An error and what caused it, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// The error number at the bottom of a chain of errors.
+pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut current: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = current {
+        if let Some(number) = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(number);
+        }
+        current = cause.source();
+    }
+    None
+}
+
+const CAPABILITIES: &str =
+    "the agent needs the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: run it with sudo";
+
+fn explain_load(error: &EbpfError) -> String {
+    let text = chain(error);
+    match errno(error) {
+        Some(libc::EPERM | libc::EACCES) => format!("{text}; {CAPABILITIES}"),
+        Some(libc::ENOMEM) => format!("{text}; the tables ask for more memory than there is: attach with smaller ones"),
+        _ if text.contains("BTF") || text.contains("btf") => {
+            format!("{text}; the kernel needs BTF: /sys/kernel/btf/vmlinux must exist (CONFIG_DEBUG_INFO_BTF)")
+        }
+        _ => text,
+    }
+}
+
+/// The verifier's log is long; its last lines say why.
+fn explain_program(error: &ProgramError) -> String {
+    if let ProgramError::LoadError { io_error, verifier_log } = error {
+        let log = verifier_log.to_string();
+        let tail: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(3).collect();
+        let tail: Vec<&str> = tail.into_iter().rev().collect();
+        let hint = match io_error.raw_os_error() {
+            Some(libc::EPERM) => format!("; {CAPABILITIES}"),
+            // Without CAP_PERFMON the verifier refuses what it otherwise allows.
+            Some(libc::EACCES) => format!("; {CAPABILITIES}; with them, report this kernel"),
+            _ => String::new(),
+        };
+        return format!("{io_error}: {}{hint}", tail.join(" | "));
+    }
+    match error.source() {
+        Some(_) => chain(error),
+        None => error.to_string(),
+    }
+}

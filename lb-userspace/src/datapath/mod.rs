@@ -1,0 +1,310 @@
+//! The datapath in the kernel: programs, links and tables, pinned so that they outlive the controller.
+//!
+//! The only module that names aya. It owns the pins of one interface ([`pin`]), the object ([`object`]), the
+//! tables ([`tables`]), the links ([`links`]) and the counters ([`counters`]); it decides nothing about services.
+
+mod counters;
+mod error;
+mod links;
+mod memory;
+mod object;
+mod pin;
+mod tables;
+
+use std::{os::fd::AsFd as _, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::MapData,
+    programs::{ProgramError, SchedClassifier, Xdp},
+};
+pub use counters::{Counters, OutcomeCount};
+pub use error::DatapathError;
+use lb_common::{
+    abi::{ABI_VERSION, Config, Mode, program, table},
+    backend::Backend,
+};
+pub use links::{AttachProblem, TcHook};
+pub use object::{is_embedded, program_facts, ProgramFacts};
+pub use pin::{Lock, PinDir, attached_interfaces};
+pub use tables::{Shape, TableSet};
+
+use crate::plan::{Limits, MapOp, Tables};
+
+/// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Flows of each family.
+    pub flows: Option<u32>,
+    /// Services.
+    pub services: Option<u32>,
+    /// Listeners of each family.
+    pub listeners: Option<u32>,
+    /// Backends.
+    pub backends: Option<u32>,
+    /// Slots.
+    pub slots: Option<u32>,
+}
+
+/// The datapath of one interface, in the hands of its controller.
+pub struct Datapath {
+    pins: PinDir,
+    _lock: Lock,
+    ebpf: Ebpf,
+    set: TableSet,
+    /// What the tables say, kept in step.
+    tables: Tables,
+    config: Config,
+    adopted: bool,
+    /// Interface and mode of the uplink's links, as far as they are known to be there.
+    attached: Option<(u32, Mode)>,
+    hook: TcHook,
+}
+
+impl Datapath {
+    /// Takes hold of an interface's datapath: adopts what is pinned, or loads it anew. Nothing is attached yet.
+    ///
+    /// # Errors
+    /// Another controller holds it; what is pinned does not fit; the kernel refuses. What was there stays.
+    pub fn open(interface: &str, sizes: &Sizes) -> Result<Self, DatapathError> {
+        if !is_embedded() {
+            return Err(DatapathError::NoObject);
+        }
+        let pins = PinDir::of(interface)?;
+        let fresh = pins.create()?;
+        let lock = pins.lock()?;
+        let opened = Self::open_locked(&pins, sizes);
+        match opened {
+            Ok((ebpf, set, adopted)) => {
+                let tables = set.read()?;
+                let config = set.config()?;
+                let attached = Mode::try_from(config.mode).ok().map(|mode| (config.uplink, mode));
+                Ok(Self { pins, _lock: lock, ebpf, set, tables, config, adopted, attached, hook: TcHook::Tcx })
+            }
+            Err(error) => {
+                if fresh {
+                    pins.remove_all();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn open_locked(pins: &PinDir, sizes: &Sizes) -> Result<(Ebpf, TableSet, bool), DatapathError> {
+        let adopted = Self::check_pins(pins, sizes)?;
+        let mut ebpf = Self::load(pins, sizes)?;
+        // The kernel's verifier speaks here.
+        for name in program::ALL {
+            Self::load_program(&mut ebpf, name)?;
+        }
+        for name in program::ALL {
+            let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+            pins.replace(&pins.program(name), |path| program.pin(path))?;
+        }
+        let set = TableSet::open(pins)?;
+        Ok((ebpf, set, adopted))
+    }
+
+    /// Whether a whole set of tables is pinned, of this version and these sizes. The kernel hands out a pinned
+    /// table of any shape, so each is compared here.
+    fn check_pins(pins: &PinDir, sizes: &Sizes) -> Result<bool, DatapathError> {
+        let have = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
+        if have < table::ALL.len() {
+            // A load that was cut short: nothing is attached to it.
+            for name in table::ALL {
+                pins.remove(&pins.table(name));
+            }
+            return Ok(false);
+        }
+        let version = TableSet::version(pins)?;
+        if version != ABI_VERSION {
+            return Err(DatapathError::Version { found: version, expected: ABI_VERSION });
+        }
+        for shape in Shape::all(sizes) {
+            let pinned = MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
+            shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
+        }
+        Ok(true)
+    }
+
+    fn load(pins: &PinDir, sizes: &Sizes) -> Result<Ebpf, DatapathError> {
+        let mut loader = EbpfLoader::new();
+        for shape in Shape::all(sizes) {
+            if let Some(entries) = shape.entries {
+                loader.map_max_entries(shape.name, entries);
+            }
+        }
+        for name in table::ALL {
+            loader.map_pin_path(name, pins.table(name));
+        }
+        loader.load(object::bytes()).map_err(DatapathError::Load)
+    }
+
+    fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+        let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+        let loaded = match name {
+            program::UPLINK_XDP => <&mut Xdp>::try_from(program).and_then(Xdp::load),
+            _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
+        };
+        loaded.map_err(|error| DatapathError::Verify { program: name, source: Box::new(error) })
+    }
+
+    /// Whether a running datapath was adopted.
+    pub fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// What the tables say.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// How much fits into the tables.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn limits(&self) -> Result<Limits, DatapathError> {
+        self.set.limits()
+    }
+
+    /// The surroundings as the programs know them.
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// Tells the programs of their surroundings.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
+        let config = Config { abi_version: ABI_VERSION, ..config };
+        self.set.set_config(config)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// Applies one operation.
+    ///
+    /// # Errors
+    /// The kernel refuses the write; [`Self::tables`] says what stands.
+    pub fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
+        let used = |index: &u32| self.tables.backends.get(index).map(|entry| entry.backend);
+        match op {
+            MapOp::SetBackend(index, entry) => self.set.set_backend(*index, entry, used(index).is_none())?,
+            MapOp::FreeBackend(index) => {
+                let generation = self.tables.generations.get(index).copied().unwrap_or_default();
+                self.set.free_backend(*index, Backend { generation, ..Backend::default() })?;
+            }
+            MapOp::SetService(index, label) => {
+                self.set.set_service(*index, label, !self.tables.services.contains_key(index))?;
+            }
+            other => self.set.apply(other)?,
+        }
+        self.tables.apply(op);
+        Ok(())
+    }
+
+    /// Counters of everything.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn counters(&self) -> Result<Counters, DatapathError> {
+        self.set.counters(&self.tables)
+    }
+
+    /// Attaches the programs of the uplink in this mode, or swaps them where they are attached already.
+    ///
+    /// # Errors
+    /// The kernel refuses; nothing of this mode stays attached.
+    pub fn attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
+        let tc = classifier(&mut self.ebpf, program::UPLINK_TC)?;
+        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC)?;
+        if mode == Mode::Tc {
+            links::detach_xdp(&self.pins);
+            self.attached = Some((ifindex, mode));
+            return Ok(());
+        }
+        let xdp = self.ebpf.program_mut(program::UPLINK_XDP).ok_or(ProgramError::NotLoaded)?;
+        let same = self.attached == Some((ifindex, mode));
+        links::attach_xdp(&self.pins, xdp.try_into()?, ifindex, mode, same)?;
+        self.attached = Some((ifindex, mode));
+        Ok(())
+    }
+
+    /// Attaches the program that turns replies around to an interface that tasks answer by.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn attach_task(&mut self, interface: &str, ifindex: u32) -> Result<(), AttachProblem> {
+        let program = classifier(&mut self.ebpf, program::TASK_TC)?;
+        links::attach_tc(&self.pins, program, interface, &pin::task_link(ifindex))?;
+        Ok(())
+    }
+
+    /// Detaches it again; an interface that is gone has taken the link with it.
+    pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32) {
+        links::detach_tc(&self.pins, interface.unwrap_or_default(), &pin::task_link(ifindex), program::TASK_TC);
+    }
+
+    /// The interfaces that carry the program for replies, as far as pins tell.
+    pub fn task_links(&self) -> Vec<u32> {
+        self.pins.task_links()
+    }
+
+    /// How the TC programs are attached.
+    pub fn tc_hook(&self) -> TcHook {
+        self.hook
+    }
+
+    /// Takes everything away: links first, so that no program runs on tables that go.
+    pub fn remove(self, interfaces: &[String]) {
+        remove(&self.pins, interfaces);
+    }
+
+    /// What the kernel knows of the loaded programs.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn programs(&self) -> Result<Vec<ProgramFacts>, DatapathError> {
+        self.ebpf
+            .programs()
+            .map(|(name, program)| program_facts(name, program).map_err(DatapathError::Program))
+            .collect()
+    }
+
+    /// How the uplink is served, and on which interface index.
+    pub fn attached(&self) -> Option<(u32, Mode)> {
+        self.attached
+    }
+
+    /// A program's descriptor, to run it on packets without a wire.
+    pub fn program_mut(&mut self, name: &str) -> Option<&mut aya::programs::Program> {
+        self.ebpf.program_mut(name)
+    }
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, ProgramError> {
+    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+/// Removes the datapath of an interface: links, programs, tables, pins. `interfaces` are those on which a
+/// filter without a pin may sit (before TCX).
+pub fn remove(pins: &PinDir, interfaces: &[String]) {
+    links::detach_all(pins, interfaces);
+    pins.remove_all();
+}
+
+/// Whether a file system at `path` is bpffs.
+pub(crate) fn is_bpffs(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
+}
+
+/// A pinned table's identity in the kernel; tests compare them.
+///
+/// # Errors
+/// The pin is not there.
+pub fn table_id(pins: &PinDir, name: &str) -> Result<u32, DatapathError> {
+    let map = MapData::from_pin(pins.table(name)).map_err(|e| DatapathError::map("open", e))?;
+    let _ = map.fd().as_fd();
+    map.info().map(|info| info.id()).map_err(|e| DatapathError::map("inspect", e))
+}

@@ -1,0 +1,240 @@
+//! Pins: one directory for each network namespace and interface, so that several agents on one machine, with
+//! interfaces of the same name, do not get into each other's way.
+//!
+//! ```text
+//! /sys/fs/bpf/lb/<cookie of the network namespace>/<interface>/table-FLOWS4 … program-uplink_xdp … link-xdp …
+//! ```
+//!
+//! The cookie is never given twice while the machine runs, unlike a namespace's inode.
+
+use std::{
+    fs,
+    io::{self, ErrorKind},
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            fs::{DirBuilderExt as _, MetadataExt as _},
+            net::UnixDatagram,
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::{DatapathError, is_bpffs};
+
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Pin of the XDP link.
+pub(super) const XDP: &str = "xdp";
+/// Pin of the uplink's TC link.
+pub(super) const UPLINK_TC: &str = "uplink-tc";
+const TASK: &str = "task-";
+
+/// Pin of the link for replies on an interface.
+pub(super) fn task_link(ifindex: u32) -> String {
+    format!("{TASK}{ifindex}")
+}
+
+/// The pins of one interface.
+#[derive(Clone, Debug)]
+pub struct PinDir {
+    path: PathBuf,
+    interface: String,
+}
+
+/// Keeps other controllers out; a crash releases it.
+#[derive(Debug)]
+pub struct Lock {
+    _directory: Flock<fs::File>,
+}
+
+impl PinDir {
+    /// The directory of an interface of the current network namespace, which need not exist yet.
+    ///
+    /// # Errors
+    /// There is no bpffs, or the kernel does not tell the namespace.
+    pub fn of(interface: &str) -> Result<Self, DatapathError> {
+        let path = namespace()?.join(encode(interface));
+        Ok(Self { path, interface: interface.to_owned() })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether a datapath is there.
+    pub fn exists(&self) -> bool {
+        self.table(lb_common::abi::table::CONFIG).exists()
+    }
+
+    /// Makes the directory; true if it was not there.
+    pub(super) fn create(&self) -> Result<bool, DatapathError> {
+        let fresh = !self.path.exists();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+            .map_err(|error| DatapathError::pin("create", &self.path, error))?;
+        Ok(fresh)
+    }
+
+    /// Takes the lock.
+    pub(super) fn lock(&self) -> Result<Lock, DatapathError> {
+        let directory =
+            fs::File::open(&self.path).map_err(|error| DatapathError::pin("open", &self.path, error))?;
+        let inode = directory.metadata().map(|meta| meta.ino()).unwrap_or_default();
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(directory) => Ok(Lock { _directory: directory }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                Err(DatapathError::Held { interface: self.interface.clone(), pid: holder(inode) })
+            }
+            Err((_, errno)) => Err(DatapathError::pin("lock", &self.path, errno.into())),
+        }
+    }
+
+    /// The process that controls this datapath, if one does.
+    pub fn controller(&self) -> Option<u32> {
+        let inode = fs::metadata(&self.path).ok()?.ino();
+        holder(inode)
+    }
+
+    /// Pin of a table.
+    pub fn table(&self, name: &str) -> PathBuf {
+        self.path.join(format!("table-{name}"))
+    }
+
+    /// Pin of a program.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.path.join(format!("program-{name}"))
+    }
+
+    /// Pin of a link.
+    pub fn link(&self, name: &str) -> PathBuf {
+        self.path.join(format!("link-{name}"))
+    }
+
+    /// The interfaces that have a pinned link for replies.
+    pub(super) fn task_links(&self) -> Vec<u32> {
+        let prefix = format!("link-{TASK}");
+        let name = |entry: fs::DirEntry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok();
+        fs::read_dir(&self.path).into_iter().flatten().flatten().filter_map(name).collect()
+    }
+
+    /// Removes a pin; one that is not there is as good.
+    pub(super) fn remove(&self, pin: &Path) {
+        if let Err(error) = fs::remove_file(pin)
+            && error.kind() != ErrorKind::NotFound
+        {
+            log::warn!("remove pin {}: {error}", pin.display());
+        }
+    }
+
+    /// Replaces a pin.
+    pub(super) fn replace(
+        &self,
+        path: &Path,
+        pin: impl FnOnce(&Path) -> Result<(), aya::pin::PinError>,
+    ) -> Result<(), DatapathError> {
+        self.remove(path);
+        pin(path).map_err(|error| DatapathError::pin("pin", path, io::Error::other(super::error::chain(&error))))
+    }
+
+    /// Removes every pin and the directory, links first.
+    pub(super) fn remove_all(&self) {
+        let mut pins: Vec<PathBuf> =
+            fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        // "link-…" sorts before "program-…" and "table-…".
+        pins.sort();
+        for pin in pins {
+            self.remove(&pin);
+        }
+        for directory in self.path.ancestors().take(3) {
+            // Another interface, namespace or agent may still need the upper ones.
+            if fs::remove_dir(directory).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// The interfaces of the current network namespace that have a datapath.
+///
+/// # Errors
+/// There is no bpffs.
+pub fn attached_interfaces() -> Result<Vec<String>, DatapathError> {
+    let mut names: Vec<String> = fs::read_dir(namespace()?)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str().map(decode))
+        .filter(|name| PinDir::of(name).is_ok_and(|pins| pins.exists()))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// The directory of the current network namespace.
+fn namespace() -> Result<PathBuf, DatapathError> {
+    let bpffs = Path::new(BPFFS);
+    if !is_bpffs(bpffs) {
+        return Err(DatapathError::NoBpffs { path: bpffs.to_owned() });
+    }
+    let cookie = netns_cookie().map_err(|error| DatapathError::pin("ask for the network namespace of", bpffs, error))?;
+    Ok(bpffs.join("lb").join(cookie.to_string()))
+}
+
+/// The network namespace's cookie (`SO_NETNS_COOKIE`, Linux 5.14).
+fn netns_cookie() -> io::Result<u64> {
+    let socket = UnixDatagram::unbound()?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// bpffs keeps dots in names for itself.
+fn encode(interface: &str) -> String {
+    interface.replace('%', "%25").replace('.', "%2E")
+}
+
+fn decode(name: &str) -> String {
+    name.replace("%2E", ".").replace("%25", "%")
+}
+
+/// The process that holds a lock on this inode, by `/proc/locks`.
+fn holder(inode: u64) -> Option<u32> {
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // 1: FLOCK ADVISORY WRITE 1234 00:1b:56 0 EOF
+        let [_, "FLOCK", _, _, pid, place, ..] = fields.as_slice() else {
+            return None;
+        };
+        (place.rsplit(':').next()?.parse() == Ok(inode)).then(|| pid.parse().ok())?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_dots_come_back() {
+        for name in ["eth1", "eth1.100", "a%2Eb", "x%", "."] {
+            assert_eq!(decode(&encode(name)), name);
+            assert!(!encode(name).contains('.'));
+        }
+    }
+}

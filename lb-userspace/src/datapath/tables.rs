@@ -1,0 +1,488 @@
+//! Reading and writing the pinned tables.
+
+use std::net::IpAddr;
+
+use aya::{
+    Pod,
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray},
+};
+use lb_common::{
+    abi::{
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, size, table,
+    },
+    backend::{Backend, State},
+    endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
+    filter::FILTER_WORDS,
+    flow::{Flow, FlowKey},
+    net::{Address, Be16, V4, V6},
+    outcome::OUTCOMES,
+    stats::{BackendStats, ServiceStats},
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{DatapathError, PinDir, Sizes, error::errno};
+use crate::{
+    cluster::Protocol,
+    plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
+};
+
+/// The shape a pinned table must have.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Name.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: MapType,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value.
+    pub value: u32,
+    /// Entries asked for; `None` takes what there is.
+    pub entries: Option<u32>,
+    /// Entries when nothing is asked for.
+    pub usual: u32,
+}
+
+impl Shape {
+    /// The shapes of all tables.
+    pub fn all(sizes: &Sizes) -> Vec<Self> {
+        let shape = |name, kind, key: usize, value: usize, entries, usual: usize| Self {
+            name,
+            kind,
+            key: key as u32,
+            value: value as u32,
+            entries,
+            usual: usual as u32,
+        };
+        fn of<K, V>() -> (usize, usize) {
+            (size_of::<K>(), size_of::<V>())
+        }
+        let hash = |name, kind, (key, value), entries, usual| shape(name, kind, key, value, entries, usual);
+        let array = |name, kind, value, entries, usual| shape(name, kind, 4, value, entries, usual);
+        let labels = sizes.backends.map(|backends| backends.saturating_mul(2));
+        vec![
+            array(table::CONFIG, MapType::Array, size_of::<Config>(), None, 1),
+            array(table::FILTER, MapType::Array, 8, None, FILTER_WORDS),
+            hash(table::LISTENERS4, MapType::Hash, of::<Endpoint<V4>, Listener>(), sizes.listeners, size::LISTENERS),
+            hash(table::LISTENERS6, MapType::Hash, of::<Endpoint<V6>, Listener>(), sizes.listeners, size::LISTENERS),
+            hash(table::REPLIES4, MapType::Hash, of::<Endpoint<V4>, Replies<V4>>(), sizes.backends, size::BACKENDS),
+            hash(table::REPLIES6, MapType::Hash, of::<Endpoint<V6>, Replies<V6>>(), sizes.backends, size::BACKENDS),
+            array(table::SLOTS, MapType::Array, 4, sizes.slots, size::SLOTS),
+            array(table::BACKENDS, MapType::Array, size_of::<Backend>(), sizes.backends, size::BACKENDS),
+            array(table::CURSORS, MapType::Array, 8, sizes.listeners, size::LISTENERS),
+            hash(table::FLOWS4, MapType::LruHash, of::<FlowKey<V4>, Flow<V4>>(), sizes.flows, size::FLOWS),
+            hash(table::FLOWS6, MapType::LruHash, of::<FlowKey<V6>, Flow<V6>>(), sizes.flows, size::FLOWS),
+            array(table::OUTCOMES, MapType::PerCpuArray, 8, None, OUTCOMES),
+            array(
+                table::BACKEND_STATS,
+                MapType::PerCpuArray,
+                size_of::<BackendStats>(),
+                sizes.backends,
+                size::BACKENDS,
+            ),
+            array(
+                table::SERVICE_STATS,
+                MapType::PerCpuArray,
+                size_of::<ServiceStats>(),
+                sizes.services,
+                size::SERVICES,
+            ),
+            hash(table::LABELS, MapType::Hash, of::<LabelKey, Label>(), labels, size::BACKENDS * 2),
+        ]
+    }
+
+    /// Compares a pinned table with this shape.
+    ///
+    /// # Errors
+    /// The first attribute that differs.
+    pub fn compare(&self, info: &MapInfo) -> Result<(), DatapathError> {
+        let kind = info.map_type().map_err(|e| DatapathError::map("inspect", e))?;
+        let pairs = [
+            ("kind", kind as u32, self.kind as u32),
+            ("the size of its keys", info.key_size(), self.key),
+            ("the size of its values", info.value_size(), self.value),
+            ("entries", info.max_entries(), self.entries.unwrap_or(info.max_entries())),
+        ];
+        match pairs.into_iter().find(|(_, found, expected)| found != expected) {
+            None => Ok(()),
+            Some((what, found, expected)) => {
+                Err(DatapathError::Shape { table: self.name, what, found, expected })
+            }
+        }
+    }
+}
+
+type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
+type ReplyTable<A> = HashMap<MapData, Endpoint<A>, Replies<A>>;
+
+/// All tables of one datapath, open.
+pub struct TableSet {
+    pins: PinDir,
+    config: Array<MapData, Config>,
+    filter: Array<MapData, u64>,
+    listeners4: Listeners<V4>,
+    listeners6: Listeners<V6>,
+    replies4: ReplyTable<V4>,
+    replies6: ReplyTable<V6>,
+    slots: Array<MapData, u32>,
+    backends: Array<MapData, Backend>,
+    labels: HashMap<MapData, LabelKey, Label>,
+    pub(super) outcomes: PerCpuArray<MapData, u64>,
+    pub(super) backend_stats: PerCpuArray<MapData, BackendStats>,
+    pub(super) service_stats: PerCpuArray<MapData, ServiceStats>,
+}
+
+fn open<T: TryFrom<Map, Error = MapError>>(pins: &PinDir, name: &str) -> Result<T, DatapathError> {
+    let map = MapData::from_pin(pins.table(name)).and_then(Map::from_map_data).and_then(T::try_from);
+    map.map_err(|error| DatapathError::map("open", error))
+}
+
+impl TableSet {
+    /// Opens what is pinned.
+    ///
+    /// # Errors
+    /// Nothing is attached, a pin is missing, or a table is not what it should be.
+    pub fn of(interface: &str) -> Result<Self, DatapathError> {
+        let pins = PinDir::of(interface)?;
+        if !pins.exists() {
+            return Err(DatapathError::NotAttached(interface.to_owned()));
+        }
+        let (found, expected) = (Self::version(&pins)?, lb_common::abi::ABI_VERSION);
+        if found != expected {
+            return Err(DatapathError::Version { found, expected });
+        }
+        Self::open(&pins)
+    }
+
+    pub(super) fn pins(&self) -> &PinDir {
+        &self.pins
+    }
+
+    pub(super) fn open(pins: &PinDir) -> Result<Self, DatapathError> {
+        Ok(Self {
+            pins: pins.clone(),
+            config: open(pins, table::CONFIG)?,
+            filter: open(pins, table::FILTER)?,
+            listeners4: open(pins, table::LISTENERS4)?,
+            listeners6: open(pins, table::LISTENERS6)?,
+            replies4: open(pins, table::REPLIES4)?,
+            replies6: open(pins, table::REPLIES6)?,
+            slots: open(pins, table::SLOTS)?,
+            backends: open(pins, table::BACKENDS)?,
+            labels: open(pins, table::LABELS)?,
+            outcomes: open(pins, table::OUTCOMES)?,
+            backend_stats: open(pins, table::BACKEND_STATS)?,
+            service_stats: open(pins, table::SERVICE_STATS)?,
+        })
+    }
+
+    /// The version that the pinned tables were made by; its place in the first four bytes never changes.
+    pub(super) fn version(pins: &PinDir) -> Result<u32, DatapathError> {
+        let map = MapData::from_pin(pins.table(table::CONFIG)).map_err(|e| DatapathError::map("open", e))?;
+        let value = map.info().map_err(|e| DatapathError::map("inspect", e))?.value_size() as usize;
+        if value != size_of::<Config>() {
+            return Ok(0);
+        }
+        let config: Array<_, Config> = open(pins, table::CONFIG)?;
+        Ok(config.get(&0, 0).map_err(|e| DatapathError::map("read", e))?.abi_version)
+    }
+
+    /// The surroundings.
+    pub(super) fn config(&self) -> Result<Config, DatapathError> {
+        self.config.get(&0, 0).map_err(|e| DatapathError::map("read", e))
+    }
+
+    /// The surroundings, for verbs that only read.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn surroundings(&self) -> Result<Config, DatapathError> {
+        self.config()
+    }
+
+    pub(super) fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
+        self.config.set(0, config, 0).map_err(|e| DatapathError::map("write", e))
+    }
+
+    pub(super) fn limits(&self) -> Result<Limits, DatapathError> {
+        Ok(Limits {
+            services: self.entries(table::SERVICE_STATS)?,
+            listeners: self.entries(table::LISTENERS4)?,
+            backends: self.entries(table::BACKENDS)?,
+            slots: self.entries(table::SLOTS)?,
+        })
+    }
+
+    /// Entries a table has room for.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn entries(&self, name: &str) -> Result<u32, DatapathError> {
+        let map = MapData::from_pin(self.pins.table(name)).map_err(|e| DatapathError::map("open", e))?;
+        Ok(map.info().map_err(|e| DatapathError::map("inspect", e))?.max_entries())
+    }
+
+    /// Everything that user space has written.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn read(&self) -> Result<Tables, DatapathError> {
+        let mut tables = self.read_labelled()?;
+        // Free numbers too: their generations must go on.
+        for index in 0..self.backends.len() {
+            let backend = self.backends.get(&index, 0).map_err(|e| DatapathError::map("read", e))?;
+            if backend.generation != 0 {
+                tables.generations.insert(index, backend.generation);
+            }
+            if backend.state != State::Free as u8 && !tables.backends.contains_key(&index) {
+                tables.backends.insert(index, BackendEntry { backend, label: nameless(&backend, index) });
+            }
+        }
+        self.read_replies(&self.replies4, &mut tables)?;
+        self.read_replies(&self.replies6, &mut tables)?;
+        for word in 0..self.filter.len() {
+            let bits = self.filter.get(&word, 0).map_err(|e| DatapathError::map("read", e))?;
+            if bits != 0 {
+                tables.filter.insert(word, bits);
+            }
+        }
+        Ok(tables)
+    }
+
+    /// What users may ask about: names, listeners, backends and their slots.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn read_labelled(&self) -> Result<Tables, DatapathError> {
+        let mut tables = Tables::empty(self.entries(table::SLOTS)?);
+        for item in self.labels.iter() {
+            let (key, label) = item.map_err(|e| DatapathError::map("read", e))?;
+            match key.kind {
+                LABEL_NODE => keep(&mut tables.nodes, key.index, decode(&label)),
+                LABEL_SERVICE => keep(&mut tables.services, key.index, decode(&label)),
+                LABEL_PORT => keep(&mut tables.ports, key.index, decode(&label)),
+                LABEL_BACKEND => self.read_backend(key.index, decode(&label), &mut tables)?,
+                _ => {}
+            }
+        }
+        self.read_listeners(&self.listeners4, &mut tables)?;
+        self.read_listeners(&self.listeners6, &mut tables)?;
+        Ok(tables)
+    }
+
+    fn read_backend(
+        &self,
+        index: u32,
+        label: Option<BackendLabel>,
+        tables: &mut Tables,
+    ) -> Result<(), DatapathError> {
+        let backend = match self.backends.get(&index, 0) {
+            Ok(backend) => backend,
+            Err(MapError::OutOfBounds { .. }) => return Ok(()),
+            Err(error) => return Err(DatapathError::map("read", error)),
+        };
+        if backend.state != State::Free as u8 {
+            let label = label.unwrap_or_else(|| nameless(&backend, index));
+            tables.backends.insert(index, BackendEntry { backend, label });
+        }
+        Ok(())
+    }
+
+    fn read_listeners<A: Address>(&self, table: &Listeners<A>, tables: &mut Tables) -> Result<(), DatapathError>
+    where
+        Endpoint<A>: Pod,
+    {
+        for item in table.iter() {
+            let (endpoint, listener) = item.map_err(|e| DatapathError::map("read", e))?;
+            let Some(at) = at(&endpoint) else { continue };
+            let end = listener.slot_base.saturating_add(listener.slot_count).min(self.slots.len());
+            for slot in listener.slot_base..end {
+                let index = self.slots.get(&slot, 0).map_err(|e| DatapathError::map("read", e))?;
+                tables.slots[slot as usize] = index;
+            }
+            tables.listeners.insert(at, listener);
+        }
+        Ok(())
+    }
+
+    fn read_replies<A: Address>(&self, table: &ReplyTable<A>, tables: &mut Tables) -> Result<(), DatapathError>
+    where
+        Endpoint<A>: Pod,
+        Replies<A>: Pod,
+    {
+        for item in table.iter() {
+            let (endpoint, replies) = item.map_err(|e| DatapathError::map("read", e))?;
+            let Some(at) = at(&endpoint) else { continue };
+            let count = (replies.count as usize).min(MAX_REPLY_LISTENERS);
+            let sources = replies.sources[..count].iter().map(|s| (s.address.to_ip(), s.port.get())).collect();
+            tables.replies.insert(at, ReplySet { backend: replies.backend, sources });
+        }
+        Ok(())
+    }
+
+    /// Writes a backend; its counters start anew if it is a new one.
+    pub(super) fn set_backend(&mut self, index: u32, entry: &BackendEntry, new: bool) -> Result<(), DatapathError> {
+        if new {
+            zero(&mut self.backend_stats, index)?;
+        }
+        let mut label = entry.label.clone();
+        if let Some(problem) = &mut label.problem {
+            problem.truncate(problem.floor_char_boundary(64));
+        }
+        self.set_label(LABEL_BACKEND, index, &label)?;
+        self.backends.set(index, entry.backend, 0).map_err(|e| DatapathError::map("write", e))
+    }
+
+    /// Frees a backend.
+    pub(super) fn free_backend(&mut self, index: u32, free: Backend) -> Result<(), DatapathError> {
+        self.backends.set(index, free, 0).map_err(|e| DatapathError::map("write", e))?;
+        self.remove_label(LABEL_BACKEND, index)
+    }
+
+    /// Names a service; its counters start anew if it is a new one.
+    pub(super) fn set_service(&mut self, index: u32, label: &ServiceLabel, new: bool) -> Result<(), DatapathError> {
+        if new {
+            zero(&mut self.service_stats, index)?;
+        }
+        self.set_label(LABEL_SERVICE, index, label)
+    }
+
+    /// Applies the operations that need nothing but the tables.
+    pub(super) fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
+        match op {
+            MapOp::SetNode(index, label) => self.set_label(LABEL_NODE, *index, label),
+            MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
+            MapOp::SetService(index, label) => self.set_service(*index, label, false),
+            MapOp::RemoveService(index) => self.remove_label(LABEL_SERVICE, *index),
+            MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, label),
+            MapOp::RemovePort(index) => self.remove_label(LABEL_PORT, *index),
+            MapOp::SetBackend(index, entry) => self.set_backend(*index, entry, false),
+            MapOp::FreeBackend(index) => self.free_backend(*index, Backend::default()),
+            MapOp::SetSlots(base, slots) => {
+                for (slot, index) in (*base..).zip(slots) {
+                    self.slots.set(slot, *index, 0).map_err(|e| DatapathError::map("write", e))?;
+                }
+                Ok(())
+            }
+            MapOp::SetFilter(word, bits) => {
+                self.filter.set(*word, *bits, 0).map_err(|e| DatapathError::map("write", e))
+            }
+            MapOp::SetListener(at, listener) => match at.address {
+                IpAddr::V4(a) => insert(&mut self.listeners4, &endpoint(V4::from(a), at), listener, LISTENERS),
+                IpAddr::V6(a) => insert(&mut self.listeners6, &endpoint(V6::from(a), at), listener, LISTENERS),
+            },
+            MapOp::RemoveListener(at) => match at.address {
+                IpAddr::V4(a) => remove(&mut self.listeners4, &endpoint(V4::from(a), at)),
+                IpAddr::V6(a) => remove(&mut self.listeners6, &endpoint(V6::from(a), at)),
+            },
+            MapOp::SetReplies(at, set) => match at.address {
+                IpAddr::V4(a) => {
+                    let v4 = |ip| if let IpAddr::V4(ip) = ip { Some(V4::from(ip)) } else { None };
+                    insert(&mut self.replies4, &endpoint(V4::from(a), at), &replies(set, v4), REPLIES)
+                }
+                IpAddr::V6(a) => {
+                    let v6 = |ip| if let IpAddr::V6(ip) = ip { Some(V6::from(ip)) } else { None };
+                    insert(&mut self.replies6, &endpoint(V6::from(a), at), &replies(set, v6), REPLIES)
+                }
+            },
+            MapOp::RemoveReplies(at) => match at.address {
+                IpAddr::V4(a) => remove(&mut self.replies4, &endpoint(V4::from(a), at)),
+                IpAddr::V6(a) => remove(&mut self.replies6, &endpoint(V6::from(a), at)),
+            },
+        }
+    }
+
+    fn set_label(&mut self, kind: u32, index: u32, label: &impl Serialize) -> Result<(), DatapathError> {
+        let json = serde_json::to_vec(label).unwrap_or_default();
+        let mut value = Label { length: 0, text: [0; LABEL_BYTES] };
+        // Names are bounded where they come in; what is too long all the same is kept nameless.
+        if json.len() <= LABEL_BYTES {
+            value.length = json.len() as u32;
+            value.text[..json.len()].copy_from_slice(&json);
+        }
+        insert(&mut self.labels, &LabelKey { kind, index }, &value, ("LABELS", "--max-backends"))
+    }
+
+    fn remove_label(&mut self, kind: u32, index: u32) -> Result<(), DatapathError> {
+        remove(&mut self.labels, &LabelKey { kind, index })
+    }
+}
+
+const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");
+const REPLIES: (&str, &str) = ("REPLIES", "--max-backends");
+
+fn insert<K: Pod, V: Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    key: &K,
+    value: &V,
+    (table, setting): (&'static str, &'static str),
+) -> Result<(), DatapathError> {
+    map.insert(key, value, 0).map_err(|error| match errno(&error) {
+        Some(libc::E2BIG) => DatapathError::Full { table, setting },
+        _ => DatapathError::map("write", error),
+    })
+}
+
+fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), DatapathError> {
+    match map.remove(key) {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(DatapathError::map("write", error)),
+    }
+}
+
+fn zero<T: Pod + Default>(map: &mut PerCpuArray<MapData, T>, index: u32) -> Result<(), DatapathError> {
+    let cpus = aya::util::nr_cpus().map_err(|(what, source)| DatapathError::pin("read", what, source))?;
+    let values = aya::maps::PerCpuValues::try_from(vec![T::default(); cpus])
+        .map_err(|source| DatapathError::pin("count", "CPUs", source))?;
+    map.set(index, values, 0).map_err(|e| DatapathError::map("write", e))
+}
+
+fn keep<T>(map: &mut std::collections::BTreeMap<u32, T>, index: u32, label: Option<T>) {
+    if let Some(label) = label {
+        map.insert(index, label);
+    }
+}
+
+fn decode<T: DeserializeOwned>(label: &Label) -> Option<T> {
+    serde_json::from_slice(label.text.get(..label.length as usize)?).ok()
+}
+
+/// What stands for a backend whose name was lost: the planner will find nothing like it, and free it.
+fn nameless(backend: &Backend, index: u32) -> BackendLabel {
+    let address = if backend.family == 6 { V6::from_wide(backend.address).to_ip() } else { V4::from_wide(backend.address).to_ip() };
+    BackendLabel {
+        task: format!("backend {index}"),
+        node: String::new(),
+        state: crate::cluster::TaskState::Draining,
+        protocol: Protocol::Tcp,
+        target: backend.port.get(),
+        address,
+        problem: None,
+    }
+}
+
+fn at<A: Address>(endpoint: &Endpoint<A>) -> Option<At> {
+    let protocol = match endpoint.protocol {
+        lb_common::net::TCP => Protocol::Tcp,
+        lb_common::net::UDP => Protocol::Udp,
+        _ => return None,
+    };
+    Some(At { address: endpoint.address.to_ip(), protocol, port: endpoint.port.get() })
+}
+
+fn endpoint<A>(address: A, at: &At) -> Endpoint<A> {
+    Endpoint::new(address, Be16::new(at.port), at.protocol.number())
+}
+
+fn replies<A: Address>(set: &ReplySet, narrow: impl Fn(IpAddr) -> Option<A>) -> Replies<A> {
+    let mut replies =
+        Replies { backend: set.backend, count: 0, sources: [ReplySource::default(); MAX_REPLY_LISTENERS] };
+    for (address, port) in &set.sources {
+        let Some(address) = narrow(*address) else { continue };
+        let Some(source) = replies.sources.get_mut(replies.count as usize) else { break };
+        *source = ReplySource { address, port: Be16::new(*port), _pad: 0 };
+        replies.count += 1;
+    }
+    replies
+}

@@ -1,0 +1,331 @@
+//! What the kernel knows of the network around this node: links, addresses, neighbours, routes.
+//!
+//! It reads by netlink and, where a neighbour is not resolved, asks the kernel to resolve it and keep it so. It
+//! knows nothing of services; the ways it finds are what the planner turns into backends.
+
+mod device;
+mod netdev;
+mod ways;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::IpAddr,
+    time::Duration,
+};
+
+pub use device::{Device, device};
+use futures::{StreamExt as _, TryStreamExt as _};
+pub use netdev::xdp_features;
+use netlink_packet_core::NetlinkPayload;
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage, AddressScope},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    neighbour::{
+        NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
+    },
+    route::{RouteAddress, RouteAttribute, RouteType},
+};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+use tokio::sync::mpsc;
+pub use ways::Ways;
+
+/// Why the kernel could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// No netlink socket.
+    #[error("open a netlink socket: {0}")]
+    Socket(#[from] io::Error),
+    /// A request failed.
+    #[error("ask the kernel for {what}: {source}")]
+    Request {
+        /// What was asked for.
+        what: &'static str,
+        /// The kernel's words.
+        source: Box<rtnetlink::Error>,
+    },
+}
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// Hardware address; zero where there is none.
+    pub mac: [u8; 6],
+    /// Administratively up, and the lower layer too.
+    pub up: bool,
+    /// `veth`, `bridge`, `vlan`, …; empty for a plain device.
+    pub kind: String,
+    /// The bridge or bond it is a port of.
+    pub master: Option<u32>,
+    /// The interface it sits on, or a veth's peer.
+    pub lower: Option<u32>,
+    /// Whether the peer or lower interface is in another network namespace.
+    pub lower_elsewhere: bool,
+    /// Largest packet in bytes.
+    pub mtu: u32,
+}
+
+/// What the kernel said at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Interfaces by index.
+    pub links: BTreeMap<u32, Link>,
+    /// Addresses by interface, in the kernel's order; link-local ones are left out.
+    pub addresses: Vec<(u32, IpAddr)>,
+    /// Hardware addresses of resolved neighbours, by interface and address.
+    pub neighbours: HashMap<(u32, IpAddr), [u8; 6]>,
+    /// Ports of bridges behind which hardware addresses were seen, by bridge and address.
+    pub ports: HashMap<(u32, [u8; 6]), u32>,
+}
+
+impl Snapshot {
+    /// The interface of a name.
+    pub fn link(&self, name: &str) -> Option<&Link> {
+        self.links.values().find(|link| link.name == name)
+    }
+
+    /// The addresses of an interface.
+    pub fn addresses_of(&self, index: u32) -> Vec<IpAddr> {
+        self.addresses.iter().filter(|(owner, _)| *owner == index).map(|(_, address)| *address).collect()
+    }
+}
+
+/// The next hop to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Interface it is reached by.
+    pub interface: u32,
+    /// The router, if it is not on the link.
+    pub gateway: Option<IpAddr>,
+    /// Own address that the kernel would use.
+    pub source: Option<IpAddr>,
+}
+
+/// A connection to the kernel.
+#[derive(Clone)]
+pub struct Net {
+    handle: Handle,
+}
+
+/// Something changed that ways may depend on.
+pub type Changes = mpsc::Receiver<()>;
+
+/// A burst of netlink events is one change.
+const SETTLE: Duration = Duration::from_millis(20);
+
+impl Net {
+    /// Connects, and listens for changes.
+    ///
+    /// # Errors
+    /// No netlink socket is to be had.
+    pub fn connect() -> Result<(Self, Changes), NetError> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ];
+        let (connection, _, mut messages) = rtnetlink::new_multicast_connection(&groups)?;
+        tokio::spawn(connection);
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        let (changed, changes) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some((message, _)) = messages.next().await {
+                if !matters(&message.payload) {
+                    continue;
+                }
+                tokio::time::sleep(SETTLE).await;
+                while messages.try_recv().is_ok() {}
+                if changed.send(()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { handle }, changes))
+    }
+
+    /// Everything there is now.
+    ///
+    /// # Errors
+    /// The kernel refuses a request.
+    pub async fn snapshot(&self) -> Result<Snapshot, NetError> {
+        let failed = |what| move |source| NetError::Request { what, source: Box::new(source) };
+        let mut snapshot = Snapshot::default();
+        let links: Vec<LinkMessage> =
+            self.handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
+        for link in links.iter().map(link) {
+            snapshot.links.insert(link.index, link);
+        }
+        let addresses: Vec<AddressMessage> =
+            self.handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
+        snapshot.addresses = addresses.iter().filter_map(address).collect();
+        let neighbours: Vec<NeighbourMessage> =
+            self.handle.neighbours().get().execute().try_collect().await.map_err(failed("neighbours"))?;
+        snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
+        let mut request = self.handle.neighbours().get();
+        request.message_mut().header.family = AddressFamily::Bridge;
+        let ports: Vec<NeighbourMessage> =
+            request.execute().try_collect().await.map_err(failed("forwarding tables of bridges"))?;
+        snapshot.ports = ports.iter().filter_map(bridge_port).collect();
+        Ok(snapshot)
+    }
+
+    /// The route to an address, or why there is none.
+    pub async fn route(&self, to: IpAddr) -> Result<Route, String> {
+        let message = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(to, if to.is_ipv4() { 32 } else { 128 })
+            .map_err(|error| error.to_string())?
+            .build();
+        let mut answers = self.handle.route().get(message).execute();
+        let route = match answers.try_next().await {
+            Ok(Some(route)) => route,
+            Ok(None) => return Err(format!("there is no route to {to}")),
+            Err(error) => return Err(format!("there is no route to {to}: {error}")),
+        };
+        if route.header.kind != RouteType::Unicast {
+            return Err(format!("the route to {to} is of kind {:?}", route.header.kind).to_lowercase());
+        }
+        let mut found = Route { interface: 0, gateway: None, source: None };
+        for attribute in route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => found.interface = index,
+                RouteAttribute::Gateway(address) => found.gateway = ip(&address),
+                RouteAttribute::PrefSource(address) => found.source = ip(&address),
+                _ => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// Has the kernel resolve a neighbour, and keep it resolved where it can (`NTF_EXT_MANAGED`, Linux 5.16;
+    /// before that it is resolved once). XDP's traffic alone would let the entry go stale.
+    pub async fn resolve(&self, interface: u32, address: IpAddr) {
+        let mut request = self
+            .handle
+            .neighbours()
+            .add(interface, address)
+            .replace()
+            .state(NeighbourState::None)
+            .flags(NeighbourFlags::Use);
+        request
+            .message_mut()
+            .attributes
+            .push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
+        if let Err(error) = request.execute().await {
+            log::debug!("ask the kernel to resolve {address}: {error}");
+        }
+    }
+}
+
+/// A client's neighbour entry that only changes its freshness is no news.
+fn matters(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
+    match payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(message)) => !matches!(
+            message.header.state,
+            NeighbourState::Stale | NeighbourState::Delay | NeighbourState::Probe
+        ),
+        NetlinkPayload::InnerMessage(_) => true,
+        _ => false,
+    }
+}
+
+fn mac(bytes: &[u8]) -> Option<[u8; 6]> {
+    bytes.try_into().ok()
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some((*v4).into()),
+        RouteAddress::Inet6(v6) => Some((*v6).into()),
+        _ => None,
+    }
+}
+
+fn link(message: &LinkMessage) -> Link {
+    let flags = message.header.flags;
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: [0; 6],
+        up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
+        kind: String::new(),
+        master: None,
+        lower: None,
+        lower_elsewhere: false,
+        mtu: 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(bytes) => link.mac = mac(bytes).unwrap_or_default(),
+            LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::Link(index) => link.lower = Some(*index),
+            LinkAttribute::IfNetnsId(_) => link.lower_elsewhere = true,
+            LinkAttribute::Mtu(bytes) => link.mtu = *bytes,
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.kind = kind_name(kind);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+fn kind_name(kind: &InfoKind) -> String {
+    kind.to_string()
+}
+
+fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
+    if message.header.scope != AddressScope::Universe {
+        return None;
+    }
+    let of = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
+    // On a point-to-point link "local" is ours and "address" the peer's.
+    let local = of(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None });
+    let plain = of(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
+    Some((message.header.index, local.or(plain)?))
+}
+
+fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), [u8; 6])> {
+    if matches!(message.header.state, NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None) {
+        return None;
+    }
+    let (mut to, mut hardware) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => to = Some(IpAddr::from(*v4)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => to = Some(IpAddr::from(*v6)),
+            NeighbourAttribute::LinkLayerAddress(bytes) => hardware = mac(bytes),
+            _ => {}
+        }
+    }
+    Some(((message.header.ifindex, to?), hardware?))
+}
+
+/// An address that a bridge learned on a port; its own are permanent.
+fn bridge_port(message: &NeighbourMessage) -> Option<((u32, [u8; 6]), u32)> {
+    if message.header.state == NeighbourState::Permanent {
+        return None;
+    }
+    let (mut master, mut hardware) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Controller(index) => master = Some(*index),
+            NeighbourAttribute::LinkLayerAddress(bytes) => hardware = mac(bytes),
+            _ => {}
+        }
+    }
+    Some(((master?, hardware?), message.header.ifindex))
+}

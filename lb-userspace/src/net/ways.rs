@@ -1,0 +1,136 @@
+//! Finding the way to each task: its host-side veth on this node, or the next hop to another.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use lb_common::backend::{Kind, VIA_TC};
+
+use super::{Link, Net, Route, Snapshot, netdev};
+use crate::plan::{Reach, Way};
+
+/// What is remembered from one search to the next.
+#[derive(Default)]
+pub struct Ways {
+    /// Ports behind which local tasks were seen: a bridge forgets a silent task after five minutes.
+    ports: HashMap<IpAddr, (u32, [u8; 6])>,
+    /// Neighbours that the kernel was asked to keep.
+    managed: BTreeSet<(u32, IpAddr)>,
+}
+
+impl Ways {
+    /// The way to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
+    /// their answer is a change that calls for another search.
+    pub async fn find(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        uplink: u32,
+        destinations: &BTreeSet<(IpAddr, Reach)>,
+    ) -> BTreeMap<(IpAddr, Reach), Result<Way, String>> {
+        let mut ways = BTreeMap::new();
+        for (address, reach) in destinations {
+            let way = match net.route(*address).await {
+                Err(reason) => Err(reason),
+                Ok(route) => match reach {
+                    Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
+                    Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, *reach, &route).await,
+                },
+            };
+            ways.insert((*address, *reach), way);
+        }
+        self.ports.retain(|address, _| destinations.contains(&(*address, Reach::Local)));
+        ways
+    }
+
+    async fn local(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        uplink: u32,
+        address: IpAddr,
+        route: &Route,
+    ) -> Result<Way, String> {
+        let device = link(snapshot, route.interface)?;
+        if route.gateway.is_some() || device.index == uplink {
+            return Err(format!(
+                "it is said to run on this node, but the route to {address} leaves by {}",
+                device.name
+            ));
+        }
+        let mac = self.neighbour(net, snapshot, device.index, address).await;
+        let port = match device.kind.as_str() {
+            "veth" => device,
+            "bridge" => self.port(snapshot, device, address, mac).ok_or_else(|| {
+                format!("no port of bridge {} is known yet to lead to {address}", device.name)
+            })?,
+            _ => return Err(format!("{} leads to {address}, and is neither a veth nor a bridge", device.name)),
+        };
+        if port.kind != "veth" || !port.lower_elsewhere {
+            return Err(format!("port {} leads to {address}, and is no veth into another namespace", port.name));
+        }
+        if !port.up {
+            return Err(format!("{} is down", port.name));
+        }
+        if let Some(mac) = mac {
+            self.ports.insert(address, (port.index, mac));
+        }
+        let mac = mac.unwrap_or_default();
+        let source_mac = device.mac;
+        Ok(Way { kind: Kind::Local, ifindex: port.index, mac, source_mac, source: route.source, flags: VIA_TC })
+    }
+
+    /// The bridge's port behind which a task is, now or when it was last heard of.
+    fn port<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        bridge: &Link,
+        address: IpAddr,
+        mac: Option<[u8; 6]>,
+    ) -> Option<&'a Link> {
+        let mac = mac?;
+        let learned = snapshot.ports.get(&(bridge.index, mac)).copied();
+        let remembered = || self.ports.get(&address).filter(|(_, known)| *known == mac).map(|(port, _)| *port);
+        let port = snapshot.links.get(&learned.or_else(remembered)?)?;
+        (port.master == Some(bridge.index)).then_some(port)
+    }
+
+    async fn remote(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        uplink: u32,
+        address: IpAddr,
+        reach: Reach,
+        route: &Route,
+    ) -> Result<Way, String> {
+        let device = link(snapshot, route.interface)?;
+        if !device.up {
+            return Err(format!("{}, which leads to {address}, is down", device.name));
+        }
+        let hop = route.gateway.unwrap_or(address);
+        let mac = self
+            .neighbour(net, snapshot, device.index, hop)
+            .await
+            .ok_or_else(|| format!("the next hop {hop} on {} does not answer", device.name))?;
+        let source = route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
+        let kind = if reach == Reach::Routed { Kind::Routed } else { Kind::Snat };
+        let by_tc = device.index != uplink && !netdev::transmits(device.index);
+        let flags = if by_tc { VIA_TC } else { 0 };
+        Ok(Way { kind, ifindex: device.index, mac, source_mac: device.mac, source: Some(source), flags })
+    }
+
+    /// A neighbour's hardware address; the kernel is asked once to resolve it and keep it.
+    async fn neighbour(&mut self, net: &Net, snapshot: &Snapshot, interface: u32, address: IpAddr) -> Option<[u8; 6]> {
+        let known = snapshot.neighbours.get(&(interface, address)).copied();
+        if self.managed.insert((interface, address)) || known.is_none() {
+            net.resolve(interface, address).await;
+        }
+        known
+    }
+}
+
+fn link(snapshot: &Snapshot, index: u32) -> Result<&Link, String> {
+    snapshot.links.get(&index).ok_or_else(|| format!("interface {index}, which leads there, is gone"))
+}
