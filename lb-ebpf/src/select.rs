@@ -50,18 +50,19 @@ pub fn backend<A: Family>(packet: &Packet<A>, listener: &Listener) -> Result<(u3
 #[inline(always)]
 fn take_turn(cursor: *mut u64) -> u64 {
     // The target has the instruction, but the standard library offers it only where there is compare-and-swap
-    // as well.
+    // as well. Relaxed would do, but LLVM 22 then emits the add that does not fetch and takes its operand for
+    // the result.
     // SAFETY: an array's entry is valid while the program runs, and aligned to eight bytes.
     #[cfg(target_arch = "bpf")]
     unsafe {
         use core::intrinsics::{AtomicOrdering, atomic_xadd};
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(cursor, 1)
+        atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(cursor, 1)
     }
     // SAFETY: as above.
     #[cfg(not(target_arch = "bpf"))]
     unsafe {
         use core::sync::atomic::{AtomicU64, Ordering};
-        AtomicU64::from_ptr(cursor).fetch_add(1, Ordering::Relaxed)
+        AtomicU64::from_ptr(cursor).fetch_add(1, Ordering::AcqRel)
     }
 }
 

@@ -12,8 +12,14 @@ use lb_userspace::{
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let environment = env_logger::Env::default().default_filter_or("info,netlink_proto=warn,aya=warn");
-    env_logger::Builder::from_env(environment).format_target(false).init();
+    let environment = env_logger::Env::default().default_filter_or("info");
+    // What the libraries have to say at these levels helps nobody who runs the agent.
+    env_logger::Builder::from_env(environment)
+        .filter_module("aya", log::LevelFilter::Warn)
+        .filter_module("aya_obj", log::LevelFilter::Warn)
+        .filter_module("netlink_proto", log::LevelFilter::Warn)
+        .format_target(false)
+        .init();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

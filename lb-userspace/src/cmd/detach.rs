@@ -17,7 +17,7 @@ pub async fn run(interfaces: &[String]) -> Result<()> {
     for interface in interfaces {
         let pins = PinDir::of(interface)?;
         if !pins.path().exists() {
-            return Err(DatapathError::NotAttached(interface.clone()).into());
+            return Err(DatapathError::NotAttached(Some(interface.clone())).into());
         }
         if let Some(pid) = pins.controller() {
             return Err(DatapathError::Held { interface: interface.clone(), pid: Some(pid) }.into());

@@ -26,7 +26,7 @@ fn attached(read: &Read) -> Result<Vec<(String, TableSet)>, DatapathError> {
         None => attached_interfaces()?,
     };
     if names.is_empty() {
-        return Err(DatapathError::NotAttached("any interface".into()));
+        return Err(DatapathError::NotAttached(None));
     }
     names.into_iter().map(|name| TableSet::of(&name).map(|set| (name, set))).collect()
 }

@@ -34,8 +34,11 @@ pub enum DatapathError {
         pid: Option<u32>,
     },
     /// Nothing attached.
-    #[error("no datapath is attached to {0} in this network namespace; `lb-userspace attach --iface {0}` makes one")]
-    NotAttached(String),
+    #[error(
+        "no datapath is attached to {} in this network namespace; `lb-userspace attach` makes one",
+        .0.as_deref().unwrap_or("any interface")
+    )]
+    NotAttached(Option<String>),
     /// Tables of another version.
     #[error(
         "the pinned tables have version {found}, this agent writes version {expected}; \

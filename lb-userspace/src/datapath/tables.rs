@@ -145,7 +145,7 @@ impl TableSet {
     pub fn of(interface: &str) -> Result<Self, DatapathError> {
         let pins = PinDir::of(interface)?;
         if !pins.exists() {
-            return Err(DatapathError::NotAttached(interface.to_owned()));
+            return Err(DatapathError::NotAttached(Some(interface.to_owned())));
         }
         let (found, expected) = (Self::version(&pins)?, lb_common::abi::ABI_VERSION);
         if found != expected {

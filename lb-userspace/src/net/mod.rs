@@ -268,7 +268,7 @@ fn link(message: &LinkMessage) -> Link {
             LinkAttribute::Address(bytes) => link.mac = mac(bytes).unwrap_or_default(),
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
             LinkAttribute::Link(index) => link.lower = Some(*index),
-            LinkAttribute::IfNetnsId(_) => link.lower_elsewhere = true,
+            LinkAttribute::LinkNetNsId(_) => link.lower_elsewhere = true,
             LinkAttribute::Mtu(bytes) => link.mtu = *bytes,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
