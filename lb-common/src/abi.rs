@@ -83,6 +83,10 @@ pub const XDP_REDIRECTS: u32 = 4;
 /// Frames of a local stack may arrive here with an unfinished checksum (veth, virtio): XDP checks for it.
 pub const PARTIAL_CHECKSUMS: u32 = 8;
 
+/// XDP runs on socket buffers: checksums stay unfinished on the way out, and TC may get frames whose link
+/// header the kernel has hidden.
+pub const XDP_GENERIC: u32 = 16;
+
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -91,7 +95,8 @@ pub struct Config {
     pub abi_version: u32,
     /// Interface index of the uplink.
     pub uplink: u32,
-    /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`].
+    /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`],
+    /// [`XDP_GENERIC`].
     pub flags: u32,
     /// Lowest and highest source port for snat, host order, inclusive.
     pub snat_ports: [u16; 2],

@@ -57,26 +57,18 @@ pub struct Rewrite<A> {
 }
 
 impl<A: Address> Rewrite<A> {
-    /// The rewrite from a packet's five-tuple to new addresses and ports.
+    /// Becomes the rewrite from a packet's five-tuple to new addresses and ports. In place, for a copy would
+    /// take stack that the programs do not have.
     #[inline(always)]
-    pub fn new(
-        from: &FlowKey<A>,
-        source: A,
-        source_port: Be16,
-        destination: A,
-        destination_port: Be16,
-    ) -> Self {
-        let addresses = Delta::of_address(from.source, source).and(Delta::of_address(from.destination, destination));
-        let ports = Delta::of_port(from.source_port, source_port)
-            .and(Delta::of_port(from.destination_port, destination_port));
-        Self {
-            source,
-            destination,
-            source_port,
-            destination_port,
-            address_delta: addresses.raw(),
-            port_delta: ports.raw(),
-        }
+    pub fn set(&mut self, from: &FlowKey<A>, source: (&A, Be16), destination: (&A, Be16)) {
+        let addresses = Delta::of_address(from.source, *source.0);
+        let ports = Delta::of_port(from.source_port, source.1);
+        self.source = *source.0;
+        self.destination = *destination.0;
+        self.source_port = source.1;
+        self.destination_port = destination.1;
+        self.address_delta = addresses.and(Delta::of_address(from.destination, *destination.0)).raw();
+        self.port_delta = ports.and(Delta::of_port(from.destination_port, destination.1)).raw();
     }
 }
 

@@ -76,6 +76,9 @@ pub trait Address: Copy + Eq + Default + core::fmt::Debug + 'static {
     /// Narrowed from a family-agnostic table; IPv4 takes the first word.
     fn from_wide(wide: Wide) -> Self;
 
+    /// The same without a copy: the address in place.
+    fn in_wide(wide: &Wide) -> &Self;
+
     /// As the standard library's address.
     fn to_ip(self) -> IpAddr;
 }
@@ -103,6 +106,12 @@ impl Address for V4 {
         Self(wide[0])
     }
 
+    #[inline(always)]
+    fn in_wide(wide: &Wide) -> &Self {
+        // SAFETY: `V4` is a transparent `u32`, and the first word is one.
+        unsafe { &*wide.as_ptr().cast() }
+    }
+
     fn to_ip(self) -> IpAddr {
         Ipv4Addr::from(self.0.to_ne_bytes()).into()
     }
@@ -124,6 +133,12 @@ impl Address for V6 {
     #[inline(always)]
     fn from_wide(wide: Wide) -> Self {
         Self(wide)
+    }
+
+    #[inline(always)]
+    fn in_wide(wide: &Wide) -> &Self {
+        // SAFETY: `V6` is a transparent `Wide`.
+        unsafe { &*wide.as_ptr().cast() }
     }
 
     fn to_ip(self) -> IpAddr {
@@ -182,8 +197,8 @@ mod tests {
         for text in ["192.0.2.1", "2001:db8::1:2", "::ffff:0:1", "255.255.255.255"] {
             let ip: IpAddr = text.parse().unwrap();
             let back = match ip {
-                IpAddr::V4(v4) => V4::from_wide(wide(ip)).to_ip() == IpAddr::V4(v4),
-                IpAddr::V6(v6) => V6::from_wide(wide(ip)).to_ip() == IpAddr::V6(v6),
+                IpAddr::V4(_) => V4::from_wide(wide(ip)).to_ip() == ip && V4::in_wide(&wide(ip)).to_ip() == ip,
+                IpAddr::V6(_) => V6::from_wide(wide(ip)).to_ip() == ip && V6::in_wide(&wide(ip)).to_ip() == ip,
             };
             assert!(back, "{text}");
         }

@@ -50,7 +50,7 @@ pub struct Found<A: 'static> {
 /// Classifies a packet that came in by the uplink, and makes its flow if it starts one.
 #[inline(always)]
 pub fn uplink<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found<A>, Outcome> {
-    let key = packet.key;
+    let key = &packet.key;
     if !may_be_ours(Side::Destination, key.protocol, key.destination_port)
         && !may_be_ours(Side::Source, key.protocol, key.source_port)
     {
@@ -64,6 +64,7 @@ pub fn uplink<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Sco
     if scope == Scope::Flows {
         return answer(packet);
     }
+    let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
     match A::listener(&endpoint) {
         Some(listener) => flow::open(frame, packet, &listener),

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     backend::{Backend, Kind},
     endpoint::Listener,
-    flow::{FlowKey, REQUEST, Rewrite},
+    flow::REQUEST,
     outcome::Outcome,
 };
 
@@ -65,7 +65,7 @@ fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Liste
         }
         Err(error) => {
             if snat {
-                A::delete_flow(&reply_key(&packet.draft.rewrite, packet.key.protocol));
+                A::delete_flow(&packet.reply_key);
             }
             if error == EEXIST { Ok(()) } else { Err(Outcome::FlowTableFull) }
         }
@@ -83,8 +83,7 @@ fn draft<F: Frame, A: Family>(
     let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
     let now = neighbour::jiffies();
     let (key, flow) = (&packet.key, &mut packet.draft);
-    let task = A::from_wide(backend.address);
-    flow.rewrite = Rewrite::new(key, key.source, key.source_port, task, backend.port);
+    flow.rewrite.set(key, (&key.source, key.source_port), (A::in_wide(&backend.address), backend.port));
     flow.backend = index;
     flow.generation = backend.generation;
     flow.seen = now as u32;
@@ -107,16 +106,4 @@ fn draft<F: Frame, A: Family>(
 pub fn mac(words: [u16; 3]) -> [u8; 6] {
     let ([a, b], [c, d], [e, f]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes());
     [a, b, c, d, e, f]
-}
-
-/// The key by which the reply to a rewritten packet arrives.
-#[inline(always)]
-pub fn reply_key<A: Family>(rewrite: &Rewrite<A>, protocol: u8) -> FlowKey<A> {
-    FlowKey::new(
-        rewrite.destination,
-        rewrite.source,
-        rewrite.destination_port,
-        rewrite.source_port,
-        protocol,
-    )
 }

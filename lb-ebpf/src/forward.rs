@@ -9,7 +9,7 @@ use aya_ebpf::{
     },
 };
 use lb_common::{
-    abi::{Config, HANDOVER_DECIDE, PARTIAL_CHECKSUMS, XDP_REDIRECTS, XDP_TRANSMITS},
+    abi::{Config, HANDOVER_DECIDE, PARTIAL_CHECKSUMS, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
     backend::{Backend, Kind, VIA_TC},
     checksum::pseudo_header,
     flow::Tags,
@@ -30,7 +30,7 @@ use crate::{
 
 /// In XDP: local tasks are left to TC with a note, everything else is rewritten and sent at once.
 #[inline(always)]
-pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
+pub fn from_xdp<A: Family>(frame: &mut XdpFrame, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let backend = found.backend;
     let to_task = matches!(found.way, Way::Task);
@@ -46,8 +46,11 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
         return Ok(XDP_PASS);
     }
     let blocked = config.flags & XDP_TRANSMITS == 0 || to_task && backend.flags & VIA_TC != 0;
-    // TC knows tags and unfinished checksums; XDP sees only bytes.
-    if blocked || packet.tagged() || config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet) {
+    frame.unfinished = config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet);
+    // TC knows tags and unfinished checksums; XDP sees only bytes. On a socket buffer the sum stays unfinished
+    // whoever sends it on.
+    let handed = frame.unfinished && config.flags & XDP_GENERIC == 0;
+    if blocked || packet.tagged() || handed {
         if !frame.hand_over(HANDOVER_DECIDE) {
             note_refusal(config);
         }
@@ -78,13 +81,17 @@ pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Fo
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
+    if packet.network() == 0 && outcome != Outcome::Local {
+        return Err(Outcome::HandoverLost);
+    }
     let Way::Task = found.way else {
         return to_client(frame, packet, found, config, outcome);
     };
     untag(frame, packet)?;
     let local = backend.kind == Kind::Local as u8;
     let target = target(packet, found);
-    rewrite::apply(frame, packet, &target, local_or_hop(backend)).ok_or(Outcome::Malformed)?;
+    let hop = if packet.network() == 0 { None } else { local_or_hop(backend) };
+    rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     tally(found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
     // SAFETY: the helpers have no preconditions.
@@ -99,9 +106,9 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
         return Err(Outcome::HandoverLost);
     }
     untag(frame, packet)?;
-    let address = A::from_wide(backend.address);
-    let target = Target::task(packet, &address, backend.port);
-    rewrite::apply(frame, packet, &target, local_or_hop(backend)).ok_or(Outcome::HandoverLost)?;
+    let target = Target::task(packet, A::in_wide(&backend.address), backend.port);
+    let hop = if packet.network() == 0 { None } else { local_or_hop(backend) };
+    rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::HandoverLost)?;
     // SAFETY: the helper has no preconditions.
     Ok(unsafe { bpf_redirect_peer(backend.ifindex, 0) } as i32)
 }

@@ -53,6 +53,9 @@ pub trait Frame {
     /// The outermost VLAN tag, where it does not lie in the frame's bytes.
     fn offloaded_tag(&self) -> Option<VlanTag>;
 
+    /// The network protocol, where the frame's bytes begin with the network header.
+    fn without_link_header(&self) -> Option<u16>;
+
     /// Adds what a rewrite changed to the transport checksum. Packet pointers are void afterwards.
     fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()>;
 
@@ -70,13 +73,15 @@ pub trait Frame {
 /// A frame in XDP.
 pub struct XdpFrame {
     context: XdpContext,
+    /// The transport checksum is left to the device, which takes over from the pseudo header's sum.
+    pub unfinished: bool,
 }
 
 impl XdpFrame {
     /// Wraps the program's context.
     #[inline(always)]
     pub fn new(context: XdpContext) -> Self {
-        Self { context }
+        Self { context, unfinished: false }
     }
 
     #[inline(always)]
@@ -149,11 +154,20 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
+    fn without_link_header(&self) -> Option<u16> {
+        None
+    }
+
+    #[inline(always)]
     fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
         let field = self.at::<u16>(packet.checksum_offset())?;
         // SAFETY: `at` checked the bounds.
         unsafe {
             let old = *field;
+            if self.unfinished {
+                *field = addresses.add(old);
+                return Some(());
+            }
             // A UDP datagram over IPv4 may carry no sum (RFC 768); one that computes to 0 is sent as 0xffff.
             if packet.key.protocol == UDP && ipv4 && old == 0 {
                 return Some(());
@@ -168,13 +182,15 @@ impl Frame for XdpFrame {
 /// A frame in TC: a socket buffer, perhaps many segments merged.
 pub struct Skb {
     context: TcContext,
+    /// Generic XDP saw it before.
+    generic: bool,
 }
 
 impl Skb {
     /// Wraps the program's context.
     #[inline(always)]
-    pub fn new(context: TcContext) -> Self {
-        Self { context }
+    pub fn new(context: TcContext, generic: bool) -> Self {
+        Self { context, generic }
     }
 
     /// The kernel's view of the buffer, for helpers.
@@ -262,6 +278,21 @@ impl Frame for Skb {
                 protocol: Be16::from_raw((*self.raw()).vlan_proto as u16),
                 tci: Be16::new((*self.raw()).vlan_tci as u16),
             })
+        }
+    }
+
+    // When generic XDP copies a buffer to make room, the kernel forgets how long its link header is (seen on
+    // 6.18): TC then gets it from the network header on.
+    #[inline(always)]
+    fn without_link_header(&self) -> Option<u16> {
+        if !self.generic {
+            return None;
+        }
+        let kind = self.at::<u16>(12)?;
+        // SAFETY: the context is valid while the program runs; `at` checked the bounds.
+        unsafe {
+            let protocol = (*self.raw()).protocol as u16;
+            (*kind != protocol).then_some(protocol)
         }
     }
 

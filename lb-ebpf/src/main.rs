@@ -31,7 +31,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    abi::{HANDOVER_DECIDE, TC_ALONE},
+    abi::{HANDOVER_DECIDE, TC_ALONE, XDP_GENERIC},
     outcome::Outcome,
 };
 
@@ -46,17 +46,17 @@ use crate::{
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
 #[xdp(frags)]
 pub fn uplink_xdp(context: XdpContext) -> u32 {
-    let frame = XdpFrame::new(context);
+    let mut frame = XdpFrame::new(context);
     let Some(scratch) = maps::scratch(0) else {
         return XDP_PASS;
     };
     let done = match parse::frame(&frame, scratch) {
-        IS_IPV4 => in_xdp(&frame, &mut scratch.v4),
-        IS_IPV6 => in_xdp(&frame, &mut scratch.v6),
-        other => Err(other - IS_OUTCOME),
+        IS_IPV4 => in_xdp(&mut frame, &mut scratch.v4),
+        IS_IPV6 => in_xdp(&mut frame, &mut scratch.v6),
+        other => -1 - (other - IS_OUTCOME) as i32,
     };
-    match done {
-        Ok(action) => action,
+    match decode(done) {
+        Ok(action) => action as u32,
         Err(outcome) => {
             count::outcome(outcome, 1);
             XDP_PASS
@@ -64,11 +64,29 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
     }
 }
 
+/// What a stage came to, as the plain number that a function of its own may return: an action, which is not
+/// negative, or one less than the negated outcome. Each family has functions of its own because the stack of
+/// both together would be too much.
 #[inline(always)]
-fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> Result<u32, u32> {
-    let sent = classify::uplink(frame, packet, Scope::All)
-        .and_then(|found| forward::from_xdp(frame, packet, &found));
-    sent.map_err(|outcome| outcome as u32)
+fn encode(done: Result<i32, Outcome>) -> i32 {
+    match done {
+        Ok(action) => action,
+        Err(outcome) => -1 - outcome as i32,
+    }
+}
+
+#[inline(always)]
+fn decode(done: i32) -> Result<i32, u32> {
+    if done < 0 { Err((-1 - done) as u32) } else { Ok(done) }
+}
+
+#[inline(never)]
+fn in_xdp<A: Family>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> i32 {
+    encode(
+        classify::uplink(frame, packet, Scope::All)
+            .and_then(|found| forward::from_xdp(frame, packet, &found))
+            .map(|action| action as i32),
+    )
 }
 
 /// TC ingress on the uplink: delivers to local tasks what XDP decided, and does all of XDP's work where XDP
@@ -76,10 +94,10 @@ fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> Result<u32, u3
 #[classifier]
 #[inline(always)]
 pub fn uplink_tc(context: TcContext) -> i32 {
-    let frame = Skb::new(context);
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(1)) else {
         return TC_ACT_UNSPEC;
     };
+    let frame = Skb::new(context, config.flags & XDP_GENERIC != 0);
     let task = match frame.handover() {
         Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
         Some(backend) => Task::Deliver(backend),
@@ -88,12 +106,14 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         None => return TC_ACT_UNSPEC,
     };
     frame.pull_headers();
-    let done = match parse::frame(&frame, scratch) {
-        IS_IPV4 => in_tc(&frame, &mut scratch.v4, task),
-        IS_IPV6 => in_tc(&frame, &mut scratch.v6, task),
-        other => Err(other - IS_OUTCOME),
+    let done = match (parse::frame(&frame, scratch), task) {
+        (IS_IPV4, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v4, backend),
+        (IS_IPV6, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v6, backend),
+        (IS_IPV4, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v4, scope == Scope::All),
+        (IS_IPV6, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v6, scope == Scope::All),
+        (other, _) => -1 - (other - IS_OUTCOME) as i32,
     };
-    match (done, task) {
+    match (decode(done), task) {
         (Ok(action), _) => return action,
         (Err(outcome), Task::Decide(Scope::All)) => count::outcome(outcome, frame.packets()),
         // What XDP passed to the host it has counted already.
@@ -112,14 +132,17 @@ enum Task {
     Decide(Scope),
 }
 
-#[inline(always)]
-fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, task: Task) -> Result<i32, u32> {
-    let sent = match task {
-        Task::Deliver(backend) => forward::handed_over(frame, packet, backend),
-        Task::Decide(scope) => classify::uplink(frame, packet, scope)
-            .and_then(|found| forward::from_uplink_tc(frame, packet, &found)),
-    };
-    sent.map_err(|outcome| outcome as u32)
+#[inline(never)]
+fn deliver<A: Family>(frame: &Skb, packet: &mut Packet<A>, backend: u32) -> i32 {
+    encode(forward::handed_over(frame, packet, backend))
+}
+
+#[inline(never)]
+fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, all: bool) -> i32 {
+    let scope = if all { Scope::All } else { Scope::Flows };
+    encode(
+        classify::uplink(frame, packet, scope).and_then(|found| forward::from_uplink_tc(frame, packet, &found)),
+    )
 }
 
 /// TC ingress where tasks answer: turns replies around to the client. A task's own traffic is nobody's business
@@ -127,7 +150,7 @@ fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, task: Task) -> Result<i
 #[classifier]
 #[inline(always)]
 pub fn task_tc(context: TcContext) -> i32 {
-    let frame = Skb::new(context);
+    let frame = Skb::new(context, false);
     let Some(scratch) = maps::scratch(2) else {
         return TC_ACT_UNSPEC;
     };
@@ -135,15 +158,14 @@ pub fn task_tc(context: TcContext) -> i32 {
     let done = match parse::frame(&frame, scratch) {
         IS_IPV4 => from_task(&frame, &mut scratch.v4),
         IS_IPV6 => from_task(&frame, &mut scratch.v6),
-        _ => None,
+        _ => TC_ACT_UNSPEC,
     };
-    done.unwrap_or(TC_ACT_UNSPEC)
+    decode(done).unwrap_or(TC_ACT_UNSPEC)
 }
 
-#[inline(always)]
-fn from_task<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Option<i32> {
-    let found = classify::task(frame, packet).ok()?;
-    forward::from_task_tc(frame, packet, &found).ok()
+#[inline(never)]
+fn from_task<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
+    encode(classify::task(frame, packet).and_then(|found| forward::from_task_tc(frame, packet, &found)))
 }
 
 #[cfg(not(test))]

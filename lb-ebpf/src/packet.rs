@@ -47,6 +47,8 @@ pub struct Packet<A> {
     pub draft: Flow<A>,
     /// The entry for that flow's replies being made (snat).
     pub reply: Flow<A>,
+    /// Its key.
+    pub reply_key: FlowKey<A>,
 }
 
 impl<A> Packet<A> {

@@ -10,14 +10,13 @@ use aya_ebpf::{
 use lb_common::{
     abi::Config,
     backend::Backend,
-    flow::{REPLY, Rewrite},
+    flow::REPLY,
     net::Be16,
     outcome::Outcome,
 };
 
 use crate::{
     family::Family,
-    flow::reply_key,
     maps,
     packet::Packet,
 };
@@ -57,18 +56,21 @@ fn any(config: &Config) -> Be16 {
 /// Puts the entry for replies in place and the port into the draft; false if another flow has this port.
 #[inline(never)]
 fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bool {
-    let request = &packet.key;
-    packet.draft.rewrite = Rewrite::new(
-        request,
-        A::from_wide(backend.source),
-        port,
-        A::from_wide(backend.address),
-        backend.port,
+    let Packet { key: request, draft, reply, reply_key, .. } = packet;
+    let (own, task) = (A::in_wide(&backend.source), A::in_wide(&backend.address));
+    draft.rewrite.set(request, (own, port), (task, backend.port));
+    reply_key.source = *task;
+    reply_key.destination = *own;
+    reply_key.source_port = backend.port;
+    reply_key.destination_port = port;
+    reply_key.protocol = request.protocol;
+    reply_key._pad = 0;
+    reply_key._pad2 = 0;
+    let (listener, client) = (
+        (&request.destination, request.destination_port),
+        (&request.source, request.source_port),
     );
-    let key = reply_key(&packet.draft.rewrite, request.protocol);
-    let (draft, reply) = (&packet.draft, &mut packet.reply);
-    reply.rewrite =
-        Rewrite::new(&key, request.destination, request.destination_port, request.source, request.source_port);
+    reply.rewrite.set(reply_key, listener, client);
     // Field by field: a copy of the whole would be a call of a loop.
     reply.backend = draft.backend;
     reply.generation = draft.generation;
@@ -80,11 +82,11 @@ fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bo
     reply.role = REPLY;
     reply.state = 0;
     reply._pad = 0;
-    if A::insert_flow(&key, &packet.reply, BPF_NOEXIST as u64).is_ok() {
+    if A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok() {
         return true;
     }
     // What an earlier connection of the same client to the same listener left behind is ours to take.
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let own = A::flow(&key).is_some_and(|taken| unsafe { (*taken).rewrite == packet.reply.rewrite });
-    own && A::insert_flow(&key, &packet.reply, BPF_ANY as u64).is_ok()
+    let own = A::flow(reply_key).is_some_and(|taken| unsafe { (*taken).rewrite == reply.rewrite });
+    own && A::insert_flow(reply_key, reply, BPF_ANY as u64).is_ok()
 }

@@ -91,7 +91,7 @@ pub struct Attach {
     /// Name of this node [default: the node with an address of this machine]
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
-    /// How to serve the interface; auto takes the first that works of native, generic, tc
+    /// How to serve the interface; auto takes native XDP where it works, else tc
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub mode: ModeArg,
     /// What becomes of the datapath when the controller stops [default: detach on a terminal, else keep]
@@ -134,7 +134,7 @@ pub enum SourceKind {
 /// How to serve the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
-    /// The first that works
+    /// Native XDP where it works, else TC alone
     Auto,
     /// XDP in the driver
     Native,

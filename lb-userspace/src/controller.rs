@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::abi::{
-    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_REDIRECTS, XDP_TRANSMITS,
+    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS,
 };
 use tokio::sync::mpsc;
 
@@ -236,11 +236,12 @@ impl Controller {
         }
     }
 
-    /// Attaches the uplink's programs: native XDP, then generic, then TC alone, or only what was asked for.
+    /// Attaches the uplink's programs: native XDP, else TC alone, or only what was asked for.
     fn attach(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<()> {
         let modes = match self.settings.mode {
             Some(mode) => vec![mode],
-            None => vec![Mode::Native, Mode::Generic, Mode::Tc],
+            // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
+            None => vec![Mode::Native, Mode::Tc],
         };
         let mut problems = Vec::new();
         for mode in modes {
@@ -271,7 +272,11 @@ impl Controller {
             ..Config::default()
         };
         config.flags |= if partial { PARTIAL_CHECKSUMS } else { 0 };
-        config.flags |= if mode == Mode::Tc { TC_ALONE } else { 0 };
+        config.flags |= match mode {
+            Mode::Native => 0,
+            Mode::Generic => XDP_GENERIC,
+            Mode::Tc => TC_ALONE,
+        };
         // A packet that comes before the features are known is forwarded by TC.
         self.datapath.set_config(config)?;
         if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {

@@ -51,7 +51,10 @@ pub fn frame<F: Frame>(frame: &F, scratch: &mut Scratch) -> u32 {
 
 #[inline(always)]
 fn packet<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<u32, Outcome> {
-    let (link, kind) = link(frame)?;
+    let (link, kind) = match frame.without_link_header() {
+        Some(kind) => (Link { network: 0, tags: Tags { outer: VlanTag::NONE, inner: VlanTag::NONE } }, kind),
+        None => link(frame)?,
+    };
     match kind {
         IPV4 => ipv4::parse(frame, &link, &mut scratch.v4).map(|()| IS_IPV4),
         IPV6 => ipv6::parse(frame, &link, &mut scratch.v6).map(|()| IS_IPV6),
