@@ -35,13 +35,11 @@ pub mod table {
     pub const BACKEND_STATS: &str = "BACKEND_STATS";
     /// [`crate::stats::ServiceStats`] by service.
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
-    /// What each program is working on; private to the programs.
-    pub const SCRATCH: &str = "SCRATCH";
     /// [`super::Label`] by [`super::LabelKey`]: what user space calls the numbers.
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 16] = [
+    pub const ALL: [&str; 15] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -56,7 +54,6 @@ pub mod table {
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
-        SCRATCH,
         LABELS,
     ];
 }

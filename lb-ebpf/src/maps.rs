@@ -62,7 +62,8 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
 
-/// What each program is working on, see [`crate::packet::Packet`]: one entry a program.
+/// What each program is working on, see [`crate::packet::Packet`]: one entry a program. Not pinned: whoever
+/// loads the programs gets one of its own.
 #[btf_map]
 pub static SCRATCH: PerCpuArray<Scratch, 3> = PerCpuArray::new();
 

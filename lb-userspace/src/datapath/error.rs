@@ -4,7 +4,8 @@ use std::{error::Error as _, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
-/// Why the datapath could not be opened, read or changed.
+/// Why the datapath could not be opened, read or changed. The text holds the kernel's words; nothing is left to
+/// a chain of sources.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
     /// This build has no eBPF object in it.
@@ -67,37 +68,35 @@ pub enum DatapathError {
     },
     /// The object was not loaded.
     #[error("load the eBPF object: {}", explain_load(.0))]
-    Load(#[source] EbpfError),
+    Load(EbpfError),
     /// The verifier said no.
-    #[error("load program {program}: {}", explain_program(.source))]
+    #[error("load program {program}: {}", explain_program(.cause))]
     Verify {
         /// The program.
         program: &'static str,
         /// The kernel's words.
-        #[source]
-        source: Box<ProgramError>,
+        cause: Box<ProgramError>,
     },
     /// A table could not be used.
-    #[error("{what} table: {}", chain(.source))]
+    #[error("{what} table: {}", chain(.cause))]
     Map {
         /// What was tried.
         what: &'static str,
         /// The kernel's words.
-        #[source]
-        source: Box<MapError>,
+        cause: Box<MapError>,
     },
     /// A program could not be inspected.
     #[error("inspect program: {}", chain(.0))]
-    Program(#[source] ProgramError),
+    Program(ProgramError),
     /// A pin.
-    #[error("{what} {path}: {source}")]
+    #[error("{what} {path}: {cause}")]
     Pin {
         /// What was tried.
         what: &'static str,
         /// The pin.
         path: PathBuf,
         /// The kernel's words.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A table is full.
     #[error("table {table} is full; attach again with a higher {setting}")]
@@ -110,12 +109,12 @@ pub enum DatapathError {
 }
 
 impl DatapathError {
-    pub(super) fn map(what: &'static str, source: MapError) -> Self {
-        Self::Map { what, source: Box::new(source) }
+    pub(super) fn map(what: &'static str, cause: MapError) -> Self {
+        Self::Map { what, cause: Box::new(cause) }
     }
 
-    pub(super) fn pin(what: &'static str, path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Self::Pin { what, path: path.into(), source }
+    pub(super) fn pin(what: &'static str, path: impl Into<PathBuf>, cause: io::Error) -> Self {
+        Self::Pin { what, path: path.into(), cause }
     }
 }
 

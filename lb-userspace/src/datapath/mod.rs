@@ -146,7 +146,7 @@ impl Datapath {
             program::UPLINK_XDP => <&mut Xdp>::try_from(program).and_then(Xdp::load),
             _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
         };
-        loaded.map_err(|error| DatapathError::Verify { program: name, source: Box::new(error) })
+        loaded.map_err(|error| DatapathError::Verify { program: name, cause: Box::new(error) })
     }
 
     /// Whether a running datapath was adopted.
