@@ -37,11 +37,10 @@ pub fn from_xdp<A: Family>(frame: &mut XdpFrame, packet: &Packet<A>, found: &Fou
     if to_task && backend.kind == Kind::Local as u8 {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
         let index = unsafe { (*found.flow).backend };
-        if frame.hand_over(index) {
+        // Without a note TC looks the flow up, and counts.
+        if note(frame, config, index) {
             count::request(index, 1, packet.bytes as u64);
             count::outcome(Outcome::Local as u32, 1);
-        } else {
-            note_refusal(config);
         }
         return Ok(XDP_PASS);
     }
@@ -51,9 +50,7 @@ pub fn from_xdp<A: Family>(frame: &mut XdpFrame, packet: &Packet<A>, found: &Fou
     // whoever sends it on.
     let handed = frame.unfinished && config.flags & XDP_GENERIC == 0;
     if blocked || packet.tagged() || handed {
-        if !frame.hand_over(HANDOVER_DECIDE) {
-            note_refusal(config);
-        }
+        note(frame, config, HANDOVER_DECIDE);
         return Ok(XDP_PASS);
     }
     let outcome = outcome(found)?;
@@ -244,10 +241,18 @@ fn tag(frame: &Skb, tags: Tags) -> Result<(), Outcome> {
     Ok(())
 }
 
-/// Tells TC that this driver has no room for notes.
+/// Leaves a note for TC on the frame. False where there can be none: generic XDP's do not reach TC, and some
+/// drivers have no room, which TC is told once.
 #[inline(always)]
-fn note_refusal(config: &Config) {
-    let refused = &raw const config.metadata_refused;
-    // SAFETY: the table's entry is valid while the program runs; every writer writes the same.
-    unsafe { refused.cast_mut().write_volatile(1) };
+fn note(frame: &XdpFrame, config: &Config, backend: u32) -> bool {
+    if config.flags & XDP_GENERIC != 0 {
+        return false;
+    }
+    let noted = frame.hand_over(backend);
+    if !noted {
+        let refused = &raw const config.metadata_refused;
+        // SAFETY: the table's entry is valid while the program runs; every writer writes the same.
+        unsafe { refused.cast_mut().write_volatile(1) };
+    }
+    noted
 }

@@ -102,7 +102,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
         Some(backend) => Task::Deliver(backend),
         None if config.flags & TC_ALONE != 0 => Task::Decide(Scope::All),
-        None if config.metadata_refused != 0 => Task::Decide(Scope::Flows),
+        None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Task::Decide(Scope::Flows),
         None => return TC_ACT_UNSPEC,
     };
     frame.pull_headers();
