@@ -1,1 +1,10 @@
-//! placeholder
+//! What the root tests and the demo are made of: namespaces, clusters in them, packets, agents.
+//!
+//! Everything made here is taken down when it is dropped, also when a test panics.
+
+pub mod agent;
+pub mod cluster;
+pub mod lab;
+pub mod netns;
+pub mod packet;
+pub mod traffic;

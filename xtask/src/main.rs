@@ -1,3 +1,53 @@
-fn main() {
-    println!("Hello, world!");
+//! `cargo xtask`: everything that is done to this project, in one place.
+
+mod check;
+mod demo;
+mod ebpf;
+mod run;
+mod test;
+mod toolchain;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Builds, checks, tests and shows the balancer. What is missing is set up first.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Find or install what building and testing need
+    Setup,
+    /// Build the eBPF object
+    BuildEbpf,
+    /// Build the agent, with the eBPF object in it: target/release/lb-userspace
+    Build,
+    /// Formatting, lints, tests that need no root, licences
+    Check,
+    /// Everything `check` does not: tests in network namespaces, as root
+    Test {
+        /// Only tests whose name holds this
+        filter: Option<String>,
+    },
+    /// A three-node cluster in network namespaces, and the Swarm walk-through on it, as root
+    Demo {
+        /// Leave the cluster up, and say how to enter it
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().verb {
+        Verb::Setup => toolchain::setup(),
+        Verb::BuildEbpf => ebpf::build().map(drop),
+        Verb::Build => ebpf::build_agent().map(drop),
+        Verb::Check => check::run(),
+        Verb::Test { filter } => test::run(filter.as_deref()),
+        Verb::Demo { keep } => demo::run(keep),
+    }
 }

@@ -277,9 +277,9 @@ impl Datapath {
         self.attached
     }
 
-    /// A program's descriptor, to run it on packets without a wire.
-    pub fn program_mut(&mut self, name: &str) -> Option<&mut aya::programs::Program> {
-        self.ebpf.program_mut(name)
+    /// A loaded program, to run it on packets without a wire.
+    pub fn program(&self, name: &str) -> Option<&aya::programs::Program> {
+        self.ebpf.program(name)
     }
 }
 

@@ -1,0 +1,108 @@
+//! The agent, as users run it.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::netns::{Netns, Running, eventually};
+
+/// The agent's program.
+pub fn program() -> PathBuf {
+    std::env::var_os("LB_AGENT").map(PathBuf::from).expect("LB_AGENT names the agent; run `cargo xtask test`")
+}
+
+/// An agent that controls `eth1` of a namespace.
+pub struct Agent<'a> {
+    netns: &'a Netns,
+    running: Running,
+    log: PathBuf,
+}
+
+impl<'a> Agent<'a> {
+    /// Attaches, and waits until the interface is served.
+    pub fn attach(netns: &'a Netns, folder: &Path, cluster: &Path, arguments: &[&str]) -> Self {
+        let log = folder.join(format!("{}.log", netns.name()));
+        let file = File::create(&log).expect("create the log");
+        let mut command = netns.command(program());
+        command.args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"]).arg(cluster).args(arguments);
+        command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
+        let mut agent = Self { netns, running: Running::start(&mut command), log };
+        eventually("the agent serves", || {
+            assert!(agent.running.is_running(), "the agent ended: {}", agent.log());
+            agent.log().contains("serving ")
+        });
+        agent
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.running.pid().as_raw()
+    }
+
+    /// Ends it; the datapath stays.
+    pub fn stop(mut self, signal: Signal) {
+        self.running.stop(signal);
+        // Dropping would remove the datapath.
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Agent<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- agent in {}:\n{}", self.netns.name(), self.log());
+            eprintln!("{}", String::from_utf8_lossy(&verb(self.netns, &["stats"]).stdout));
+        }
+        self.running.stop(Signal::SIGTERM);
+        let _ = verb(self.netns, &["detach", "--iface", "eth1"]);
+    }
+}
+
+/// Runs a verb of the agent in a namespace.
+pub fn verb(netns: &Netns, arguments: &[&str]) -> Output {
+    netns.command(program()).args(arguments).output().expect("start the agent")
+}
+
+/// What a verb prints, which must succeed.
+pub fn text(netns: &Netns, arguments: &[&str]) -> String {
+    let output = verb(netns, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// What a verb prints as JSON, for the first interface.
+pub fn json(netns: &Netns, arguments: &[&str]) -> Value {
+    let text = text(netns, &[arguments, &["-o", "json"]].concat());
+    let document: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(document["schema"], 1);
+    document["interfaces"][0].clone()
+}
+
+/// Tasks of a service that take new flows, as `service ls` has it.
+pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
+    let output = verb(netns, &["service", "ls", "-o", "json"]);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let services = document["interfaces"][0]["services"].as_array().cloned().unwrap_or_default();
+    services.iter().find(|s| s["name"] == service).and_then(|s| s["active_tasks"].as_u64()).unwrap_or_default()
+}
+
+/// Packets that came to an outcome.
+pub fn outcome(netns: &Netns, name: &str) -> u64 {
+    json(netns, &["stats"])["outcomes"][name].as_u64().expect("a counter of that name")
+}
+
+/// A command line for people to copy.
+pub fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,288 @@
+//! A cluster in namespaces: nodes on a lan, each with a bridge like docker_gwbridge, tasks behind it.
+//!
+//! ```text
+//! client ──┐          ┌── node1: eth1, gwbridge ── task …
+//!          ├── lan ───┤
+//!          ┘          └── node2: eth1, gwbridge ── task …
+//! ```
+
+use std::{
+    fmt::Write as _,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::netns::{Netns, Running, run};
+
+/// A machine.
+pub struct Node {
+    /// Its namespace.
+    pub netns: Netns,
+    /// `node1`, …
+    pub name: String,
+    number: u8,
+}
+
+/// A task: a namespace behind a node's bridge, and what runs in it.
+pub struct Task {
+    /// Its namespace.
+    pub netns: Netns,
+    /// `web.1`, …
+    pub name: String,
+    /// Index of its node.
+    pub node: usize,
+    /// IPv4 address.
+    pub v4: Ipv4Addr,
+    /// IPv6 address.
+    pub v6: Ipv6Addr,
+    processes: Vec<Running>,
+}
+
+/// The whole.
+pub struct Cluster {
+    // Dropped in this order: processes and tasks before the namespaces that carry them.
+    /// Tasks, in the order they were added.
+    pub tasks: Vec<Task>,
+    /// Nodes.
+    pub nodes: Vec<Node>,
+    /// A machine on the same lan that is no node.
+    pub client: Netns,
+    lan: Netns,
+    folder: tempfile::TempDir,
+    made: u8,
+}
+
+/// The client's IPv4 address.
+pub const CLIENT4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+/// The client's IPv6 address.
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 10);
+
+impl Node {
+    /// Its IPv4 address on the lan.
+    pub fn v4(&self) -> Ipv4Addr {
+        Ipv4Addr::new(192, 0, 2, 100 + self.number)
+    }
+
+    /// Its IPv6 address on the lan.
+    pub fn v6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x100 + u16::from(self.number))
+    }
+}
+
+impl Cluster {
+    /// Nodes without tasks.
+    pub fn new(nodes: u8) -> Self {
+        let folder = tempfile::tempdir().expect("make a folder");
+        let lan = Netns::new("lan");
+        lan.ip("link add lanbr type bridge");
+        lan.ip("link set lanbr up");
+        let client = Netns::new("client");
+        plug(&lan, &client, CLIENT4, CLIENT6);
+        let nodes = (1..=nodes).map(|number| node(&lan, number)).collect::<Vec<_>>();
+        for node in &nodes {
+            for other in nodes.iter().filter(|other| other.number != node.number) {
+                node.netns.ip(&format!("route add 172.18.{}.0/24 via {}", other.number, other.v4()));
+                node.netns.ip(&format!("route add fd18:{}::/64 via {}", other.number, other.v6()));
+            }
+        }
+        Self { tasks: Vec::new(), nodes, client, lan, folder, made: 0 }
+    }
+
+    /// A folder that goes with the cluster.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The namespace of the wire.
+    pub fn lan(&self) -> &Netns {
+        &self.lan
+    }
+
+    /// The port of the lan's bridge that a namespace is plugged into.
+    pub fn port(netns: &Netns) -> String {
+        let number = netns.name().split('-').nth(1).expect("a name made here");
+        format!("port{number}")
+    }
+
+    /// Lets frames that XDP sends out of a node's veth arrive: its other end must poll for them, as a switch's
+    /// port does of itself.
+    pub fn receive_xdp(&self) {
+        for node in &self.nodes {
+            run(self.lan.command("ethtool").args(["-K", &Self::port(&node.netns), "gro", "on"]));
+        }
+    }
+
+    /// Adds a task without a server.
+    pub fn add_task(&mut self, name: &str, node: usize) -> usize {
+        self.made += 1;
+        let (slot, number) = (10 + self.made, self.nodes[node].number);
+        let v4 = Ipv4Addr::new(172, 18, number, slot);
+        let v6 = Ipv6Addr::new(0xfd18, u16::from(number), 0, 0, 0, 0, 0, u16::from(slot));
+        let netns = Netns::new("task");
+        let host = &self.nodes[node].netns;
+        host.ip(&format!("link add hv{slot} type veth peer name eth0 netns {}", netns.name()));
+        host.ip(&format!("link set hv{slot} master gwbridge up"));
+        netns.ip(&format!("addr add {v4}/24 dev eth0"));
+        netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
+        netns.ip("link set eth0 up");
+        netns.ip(&format!("route add default via 172.18.{number}.1"));
+        netns.ip(&format!("route add default via fd18:{number}::1"));
+        self.tasks.push(Task { netns, name: name.to_owned(), node, v4, v6, processes: Vec::new() });
+        self.tasks.len() - 1
+    }
+
+    /// Adds a task with nginx on port 8080: `/` says who answered and which client it saw, `/big` is a file of
+    /// 100 MB.
+    pub fn add_nginx(&mut self, name: &str, node: usize) -> usize {
+        let task = self.add_task(name, node);
+        let folder = self.folder().join(format!("nginx-{}", self.made));
+        fs::create_dir(&folder).expect("make a folder");
+        let folder_text = folder.display();
+        let big = self.folder().join("big");
+        if !big.exists() {
+            fs::write(&big, big_file()).expect("write the big file");
+        }
+        let config = format!(
+            "daemon off; worker_processes 1; pid {folder_text}/pid; error_log {folder_text}/error.log;\n\
+             events {{}}\n\
+             http {{ access_log off; client_body_temp_path {folder_text}/body; proxy_temp_path {folder_text}/p;\n\
+             fastcgi_temp_path {folder_text}/f; uwsgi_temp_path {folder_text}/u; scgi_temp_path {folder_text}/s;\n\
+             server {{ listen 8080 backlog=4096; listen [::]:8080 ipv6only=on backlog=4096;\n\
+             location = / {{ return 200 \"{name} saw $remote_addr\\n\"; }}\n\
+             location = /big {{ root {}; }} }} }}\n",
+            self.folder().display()
+        );
+        let path = folder.join("nginx.conf");
+        fs::write(&path, config).expect("write nginx's configuration");
+        let nginx = self.tasks[task].netns.command("nginx").args(["-c"]).arg(&path).args(["-e", "/dev/null"]).start();
+        self.tasks[task].processes.push(nginx);
+        self.wait_for_port(task, 8080);
+        task
+    }
+
+    /// Starts a command in a task's namespace; it is stopped with the task.
+    pub fn start(&mut self, task: usize, command: impl FnOnce(&Netns) -> Command) {
+        let running = Running::start(&mut command(&self.tasks[task].netns));
+        self.tasks[task].processes.push(running);
+    }
+
+    /// Waits until a task listens on a TCP port.
+    pub fn wait_for_port(&self, task: usize, port: u16) {
+        let task = &self.tasks[task];
+        crate::netns::eventually("the task listens", || {
+            task.netns.enter(|| std::net::TcpStream::connect((task.v4, port)).is_ok())
+        });
+    }
+
+    /// Waits until something listens on a TCP port of a task, without connecting to it.
+    pub fn wait_for_listener(&self, task: usize, port: u16) {
+        let wanted = format!(":{port:04X} ");
+        let listens = |netns: &Netns| {
+            let tables = netns.enter(|| ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}"))));
+            tables.into_iter().flatten().any(|table| {
+                // local_address … st: 0A is LISTEN
+                table.lines().any(|line| {
+                    let fields: Vec<&str> = line.split_whitespace().collect();
+                    fields.len() > 3 && format!("{} ", fields[1]).ends_with(&wanted) && fields[3] == "0A"
+                })
+            })
+        };
+        crate::netns::eventually("the task listens", || listens(&self.tasks[task].netns));
+    }
+
+    /// Removes a task and what runs in it.
+    pub fn remove_task(&mut self, task: usize) -> Task {
+        self.tasks.remove(task)
+    }
+
+    /// A cluster file with one service of these tasks; each with its state.
+    pub fn file(&self, ports: &str, tasks: &[(&Task, &str)]) -> String {
+        let mut text = String::new();
+        for node in &self.nodes {
+            let _ = writeln!(
+                text,
+                "[[node]]\nname = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
+                node.name,
+                node.v4(),
+                node.v6()
+            );
+        }
+        let _ = writeln!(text, "[[service]]\nname = \"web\"\nports = [{ports}]\n");
+        for (task, state) in tasks {
+            let _ = writeln!(
+                text,
+                "[[service.task]]\nname = \"{}\"\nnode = \"{}\"\naddresses = [\"{}\", \"{}\"]\nstate = \"{state}\"\n",
+                task.name, self.nodes[task.node].name, task.v4, task.v6
+            );
+        }
+        text
+    }
+
+    /// Writes the cluster file, by renaming, so that nobody reads half of it.
+    pub fn write(&self, text: &str) -> PathBuf {
+        let path = self.folder().join("cluster.toml");
+        let new = self.folder().join("cluster.toml.new");
+        fs::write(&new, text).expect("write the cluster file");
+        fs::rename(&new, &path).expect("rename the cluster file");
+        path
+    }
+
+    /// Writes a cluster file in which all tasks run, behind port 80.
+    pub fn write_all_running(&self) -> PathBuf {
+        let tasks: Vec<(&Task, &str)> = self.tasks.iter().map(|task| (task, "running")).collect();
+        self.write(&self.file("\"80:8080\"", &tasks))
+    }
+
+    /// The addresses of a node, both families.
+    pub fn addresses(&self, node: usize) -> [IpAddr; 2] {
+        [self.nodes[node].v4().into(), self.nodes[node].v6().into()]
+    }
+}
+
+trait Start {
+    fn start(&mut self) -> Running;
+}
+
+impl Start for Command {
+    fn start(&mut self) -> Running {
+        Running::start(self)
+    }
+}
+
+fn plug(lan: &Netns, netns: &Netns, v4: Ipv4Addr, v6: Ipv6Addr) {
+    let port = Cluster::port(netns);
+    lan.ip(&format!("link add {port} type veth peer name eth1 netns {}", netns.name()));
+    lan.ip(&format!("link set {port} master lanbr up"));
+    netns.ip(&format!("addr add {v4}/24 dev eth1"));
+    netns.ip(&format!("addr add {v6}/64 dev eth1 nodad"));
+    netns.ip("link set eth1 up");
+}
+
+fn node(lan: &Netns, number: u8) -> Node {
+    let name = format!("node{number}");
+    let node = Node { netns: Netns::new(&name), name, number };
+    plug(lan, &node.netns, node.v4(), node.v6());
+    node.netns.ip("link add gwbridge type bridge");
+    node.netns.ip(&format!("addr add 172.18.{number}.1/24 dev gwbridge"));
+    node.netns.ip(&format!("addr add fd18:{number}::1/64 dev gwbridge nodad"));
+    node.netns.ip("link set gwbridge up");
+    // As Docker leaves it.
+    let forwarding = ["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"];
+    run(node.netns.command("sysctl").arg("-qw").args(forwarding));
+    node
+}
+
+/// 100 MB that no compression and no repetition makes easy.
+pub fn big_file() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(100_000_000);
+    while bytes.len() < 100_000_000 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes
+}

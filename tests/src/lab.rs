@@ -1,0 +1,269 @@
+//! The programs on the bench: loaded in a namespace of their own, tables filled by the planner, fed with packets
+//! by BPF_PROG_TEST_RUN, every counter watched.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use aya::programs::{Program, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use lb_common::{
+    abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program},
+    backend::Kind,
+    outcome::Outcome,
+};
+use lb_userspace::{
+    cluster::{ClusterState, Node, Service, Task, TaskState, Via},
+    datapath::{Counters, Datapath, Sizes},
+    plan::{self, Reach, View, Way, desired, destinations},
+};
+
+use crate::{
+    netns::Netns,
+    packet::{NODE_MAC, Packet},
+};
+
+/// Hardware address of the next hop to routed and snat tasks.
+pub const HOP_MAC: [u8; 6] = [2, 0, 0, 0, 0, 99];
+/// Hardware address of local tasks.
+pub const TASK_MAC: [u8; 6] = [2, 0, 0, 0, 0, 50];
+/// Hardware address of the bridge before them.
+pub const BRIDGE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 51];
+
+/// What became of a packet in a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The program's return value.
+    pub action: u32,
+    /// The frame afterwards.
+    pub frame: Vec<u8>,
+    /// XDP's note for TC.
+    pub note: Option<u32>,
+}
+
+/// `XDP_PASS`.
+pub const PASS: u32 = 2;
+/// `XDP_TX`.
+pub const TX: u32 = 3;
+/// `TC_ACT_UNSPEC`.
+pub const UNSPEC: u32 = u32::MAX;
+/// `TC_ACT_REDIRECT`.
+pub const REDIRECT: u32 = 7;
+
+/// The bench.
+pub struct Lab {
+    datapath: Option<Datapath>,
+    cluster: ClusterState,
+    /// Interface indexes of the uplink and of the local tasks' veth.
+    pub uplink: u32,
+    /// Of the local tasks' veth.
+    pub veth: u32,
+    /// [`lb_common::backend::VIA_TC`] or nothing, for the ways to other nodes; taken up by the next update.
+    pub way_flags: u16,
+}
+
+/// An address from text.
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// A service of the bench.
+pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
+    let ports = ports.iter().map(|port| port.parse().expect("a port")).collect();
+    Service { name: name.into(), addresses: vec![], ports, tasks }
+}
+
+/// A task of the bench; `here` is local, else it is reached as `via` says.
+pub fn task(name: &str, here: bool, via: Via, addresses: &[&str]) -> Task {
+    let node = if here { "node1" } else { "node2" }.to_owned();
+    let addresses = addresses.iter().map(|text| ip(text)).collect();
+    Task { name: name.into(), node, addresses, state: TaskState::Running, weight: 1, via }
+}
+
+/// Runs a test on a bench of its own.
+pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
+    let netns = Netns::new("bench");
+    netns.ip("link add eth1 type veth peer name wire");
+    netns.ip("link add hv1 type veth peer name task");
+    for link in ["eth1", "wire", "hv1", "task"] {
+        netns.ip(&format!("link set {link} up"));
+    }
+    netns.enter(move || {
+        let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("an interface");
+        let sizes = Sizes {
+            flows: Some(16_384),
+            services: Some(64),
+            listeners: Some(256),
+            backends: Some(256),
+            slots: Some(1024),
+        };
+        let datapath = Datapath::open("eth1", &sizes).unwrap_or_else(|error| panic!("{error}"));
+        let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
+        let cluster = ClusterState { nodes, services };
+        let mut lab = Lab { datapath: Some(datapath), cluster, uplink: index("eth1"), veth: index("hv1"), way_flags: 0 };
+        lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);
+        lab.update(|_| {});
+        test(&mut lab);
+    });
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(datapath) = self.datapath.take() {
+            datapath.remove(&[]);
+        }
+    }
+}
+
+impl Lab {
+    /// The datapath.
+    pub fn datapath(&self) -> &Datapath {
+        self.datapath.as_ref().expect("the datapath is there until the end")
+    }
+
+    fn datapath_mut(&mut self) -> &mut Datapath {
+        self.datapath.as_mut().expect("the datapath is there until the end")
+    }
+
+    /// Changes the programs' surroundings.
+    pub fn configure(&mut self, change: impl FnOnce(&mut Config)) {
+        let mut config = self.datapath().config();
+        config.uplink = self.uplink;
+        if config.snat_ports == [0, 0] {
+            config.snat_ports = [20_000, 20_100];
+            config.host_ports = [32_768, 60_999];
+        }
+        change(&mut config);
+        self.datapath_mut().set_config(config).expect("write the surroundings");
+    }
+
+    /// Changes the cluster, and the tables with it.
+    pub fn update(&mut self, change: impl FnOnce(&mut ClusterState)) {
+        change(&mut self.cluster);
+        let ways: BTreeMap<_, _> = destinations(&self.cluster, "node1")
+            .into_iter()
+            .map(|(address, reach)| ((address, reach), Ok(self.way(address, reach))))
+            .collect();
+        let addresses = [ip("192.0.2.1"), ip("2001:db8::1")];
+        let view = View { cluster: &self.cluster, node: "node1", addresses: &addresses, ways: &ways };
+        let limits = self.datapath().limits().expect("limits");
+        let plan = plan::plan(&desired(&view), self.datapath().tables(), &limits);
+        assert_eq!(plan.refused, Vec::<String>::new());
+        for op in &plan.ops {
+            self.datapath_mut().apply(op).expect("apply");
+        }
+    }
+
+    fn way(&self, address: IpAddr, reach: Reach) -> Way {
+        let source = Some(if address.is_ipv4() { ip("192.0.2.1") } else { ip("2001:db8::1") });
+        let (kind, ifindex, mac, source_mac) = match reach {
+            Reach::Local => (Kind::Local, self.veth, TASK_MAC, BRIDGE_MAC),
+            Reach::Snat => (Kind::Snat, self.uplink, HOP_MAC, NODE_MAC),
+            Reach::Routed => (Kind::Routed, self.uplink, HOP_MAC, NODE_MAC),
+        };
+        Way { kind, ifindex, mac, source_mac, source, flags: self.way_flags }
+    }
+
+    /// Runs the uplink's XDP program.
+    pub fn xdp(&self, frame: &[u8]) -> Verdict {
+        let program: &Xdp = match self.datapath().program(program::UPLINK_XDP) {
+            Some(Program::Xdp(program)) => program,
+            _ => panic!("no XDP program"),
+        };
+        // struct xdp_md
+        let words = [0, frame.len() as u32, 0, self.uplink, 0, 0];
+        let context: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut out = vec![0; frame.len() + 64];
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ..TestRunOptions::default()
+            })
+            .expect("run the program");
+        out.truncate(result.data_size_out as usize);
+        let mut note = None;
+        if out.len() == frame.len() + 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
+            note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
+            out.drain(..8);
+        }
+        Verdict { action: result.return_value, frame: out, note }
+    }
+
+    /// Runs a TC program on a frame that came in by an interface.
+    pub fn tc(&self, name: &str, frame: &[u8], ifindex: u32) -> Verdict {
+        let program: &SchedClassifier = match self.datapath().program(name) {
+            Some(Program::SchedClassifier(program)) => program,
+            _ => panic!("no TC program {name}"),
+        };
+        // struct __sk_buff: ifindex is its eleventh word.
+        let mut context = vec![0; 192];
+        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut out = vec![0; frame.len() + 64];
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ..TestRunOptions::default()
+            })
+            .expect("run the program");
+        out.truncate(result.data_size_out as usize);
+        Verdict { action: result.return_value, frame: out, note: None }
+    }
+
+    /// TC ingress on the uplink.
+    pub fn uplink_tc(&self, frame: &[u8]) -> Verdict {
+        self.tc(program::UPLINK_TC, frame, self.uplink)
+    }
+
+    /// TC ingress on the tasks' veth.
+    pub fn task_tc(&self, frame: &[u8]) -> Verdict {
+        self.tc(program::TASK_TC, frame, self.veth)
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> Counters {
+        self.datapath().counters().expect("counters")
+    }
+
+    /// Runs something and says which outcomes were counted meanwhile.
+    pub fn counting<T>(&self, body: impl FnOnce(&Self) -> T) -> (T, BTreeMap<Outcome, u64>) {
+        let before = self.counters();
+        let result = body(self);
+        let after = self.counters();
+        let changes = Outcome::ALL
+            .iter()
+            .map(|outcome| (*outcome, after.of(*outcome) - before.of(*outcome)))
+            .filter(|(_, change)| *change > 0)
+            .collect();
+        (result, changes)
+    }
+
+    /// Asserts that XDP passes a frame untouched, and counts it once, so.
+    pub fn passes(&self, what: &str, frame: &[u8], outcome: Outcome) {
+        let (verdict, counted) = self.counting(|lab| lab.xdp(frame));
+        assert_eq!(verdict, Verdict { action: PASS, frame: frame.to_vec(), note: None }, "{what}");
+        assert_eq!(counted, BTreeMap::from([(outcome, 1)]), "{what}");
+    }
+
+    /// Asserts that XDP sends a packet on as another, and counts it once, so.
+    pub fn becomes(&self, what: &str, packet: &Packet, expected: &Packet, outcome: Outcome) {
+        let (verdict, counted) = self.counting(|lab| lab.xdp(&packet.bytes()));
+        assert_eq!(verdict.frame, expected.bytes(), "{what}: {packet:?}");
+        crate::packet::assert_checksums(&verdict.frame);
+        assert_eq!((verdict.action, verdict.note), (TX, None), "{what}");
+        assert_eq!(counted, BTreeMap::from([(outcome, 1)]), "{what}");
+    }
+
+    /// The task that XDP leaves a note for, with the packet as it came.
+    pub fn delivered_to(&self, packet: &Packet) -> String {
+        let (verdict, counted) = self.counting(|lab| lab.xdp(&packet.bytes()));
+        assert_eq!((verdict.action, &verdict.frame), (PASS, &packet.bytes()));
+        assert_eq!(counted, BTreeMap::from([(Outcome::Local, 1)]));
+        self.task_of(verdict.note.expect("a note"))
+    }
+
+    /// The task of a backend's number.
+    pub fn task_of(&self, backend: u32) -> String {
+        self.datapath().tables().backends[&backend].label.task.clone()
+    }
+}

@@ -1,0 +1,170 @@
+//! Network namespaces: made with a name of their own, entered by thread or by command, removed with everything
+//! that runs in them.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::{Pid, geteuid},
+};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A network namespace.
+pub struct Netns {
+    name: String,
+}
+
+impl Netns {
+    /// Makes one. `label` is for people who look at it.
+    pub fn new(label: &str) -> Self {
+        assert!(geteuid().is_root(), "these tests make network namespaces: run them as root (cargo xtask test)");
+        bpffs();
+        let name = format!("lb{}-{}-{label}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        run(Command::new("ip").args(["netns", "add", &name]));
+        let netns = Self { name };
+        netns.ip("link set lo up");
+        netns
+    }
+
+    /// Its name, as `ip netns` knows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.name)
+    }
+
+    /// `ip` in the namespace, its arguments in one string.
+    pub fn ip(&self, arguments: &str) {
+        run(Command::new("ip").args(["-n", &self.name]).args(arguments.split_whitespace()));
+    }
+
+    /// A command in the namespace. Not by `ip netns exec`, which hides bpffs.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
+        command
+    }
+
+    /// What a command in the namespace prints.
+    pub fn output(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.command(program).args(arguments).output().expect("start nsenter");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {arguments:?} in {}: {}: {errors}", self.name, output.status);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs a closure on a thread of its own in the namespace.
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let handle = scope.spawn(|| {
+                let file = File::open(self.path()).expect("open the namespace");
+                setns(file, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+                body()
+            });
+            handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Like [`Self::enter`], without waiting.
+    pub fn spawn<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+        let path = self.path();
+        thread::spawn(move || {
+            let file = File::open(path).expect("open the namespace");
+            setns(file, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            body()
+        })
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        // Removes its interfaces too: veths go with either end.
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+    }
+}
+
+/// A process that is stopped when it is dropped.
+pub struct Running {
+    child: Child,
+}
+
+impl Running {
+    /// Starts a command, its output thrown away unless it was redirected.
+    pub fn start(command: &mut Command) -> Self {
+        let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        Self { child }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// Sends a signal and waits for the end.
+    pub fn stop(&mut self, signal: Signal) {
+        if self.child.try_wait().ok().flatten().is_some() {
+            return;
+        }
+        let _ = kill(self.pid(), signal);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < deadline {
+            if self.child.try_wait().ok().flatten().is_some() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_none())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop(Signal::SIGTERM);
+    }
+}
+
+/// Runs a command that must succeed.
+pub fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}: {errors}", output.status);
+}
+
+/// Waits until something is so, ten seconds at most.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Mounts bpffs where a bare machine has none.
+fn bpffs() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let path = "/sys/fs/bpf";
+        let kind = nix::sys::statfs::statfs(path).map(|stat| stat.filesystem_type());
+        if kind != Ok(nix::sys::statfs::BPF_FS_MAGIC) {
+            run(Command::new("mount").args(["-t", "bpf", "bpf", path]));
+        }
+    });
+}

@@ -1,0 +1,287 @@
+//! Packets for BPF_PROG_TEST_RUN, built and checked by etherparse: a code path that shares nothing with ours.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use etherparse::{
+    EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader, TransportSlice, UdpHeader, VlanId,
+};
+
+/// The client's or its router's hardware address.
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 10];
+/// The uplink's hardware address.
+pub const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// A TCP or UDP packet, and how it is framed.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    /// Source and destination hardware address.
+    pub macs: ([u8; 6], [u8; 6]),
+    /// VLAN tags, outermost first: type and id.
+    pub tags: Vec<(u16, u16)>,
+    /// Source.
+    pub source: IpAddr,
+    /// Destination.
+    pub destination: IpAddr,
+    /// Source port.
+    pub source_port: u16,
+    /// Destination port.
+    pub destination_port: u16,
+    /// TTL or hop limit.
+    pub hops: u8,
+    /// IPv4 options, a multiple of four bytes.
+    pub options: Vec<u8>,
+    /// IPv6 extension headers: (their number, the bytes after "next header").
+    pub extensions: Vec<(u8, Vec<u8>)>,
+    /// Transport.
+    pub transport: Transport,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// What the transport checksum is.
+    pub checksum: Checksum,
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP with these flags.
+    Tcp(Flags),
+    /// UDP.
+    Udp,
+}
+
+/// TCP flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flags {
+    /// Opens.
+    pub syn: bool,
+    /// Acknowledges.
+    pub ack: bool,
+    /// Ends.
+    pub fin: bool,
+    /// Aborts.
+    pub rst: bool,
+}
+
+/// What a transport checksum is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checksum {
+    /// Right.
+    Full,
+    /// The pseudo header's sum, as a local stack leaves it to the device.
+    Unfinished,
+    /// Zero: none (UDP over IPv4).
+    None,
+}
+
+/// SYN alone.
+pub const SYN: Transport = Transport::Tcp(Flags { syn: true, ack: false, fin: false, rst: false });
+/// SYN and ACK.
+pub const SYN_ACK: Transport = Transport::Tcp(Flags { syn: true, ack: true, fin: false, rst: false });
+/// ACK alone.
+pub const ACK: Transport = Transport::Tcp(Flags { syn: false, ack: true, fin: false, rst: false });
+/// FIN and ACK.
+pub const FIN: Transport = Transport::Tcp(Flags { syn: false, ack: true, fin: true, rst: false });
+/// RST alone.
+pub const RST: Transport = Transport::Tcp(Flags { syn: false, ack: false, fin: false, rst: true });
+
+impl Packet {
+    /// A packet from the client to the node.
+    pub fn new(transport: Transport, from: (IpAddr, u16), to: (IpAddr, u16)) -> Self {
+        Self {
+            macs: (CLIENT_MAC, NODE_MAC),
+            tags: vec![],
+            source: from.0,
+            destination: to.0,
+            source_port: from.1,
+            destination_port: to.1,
+            hops: 64,
+            options: vec![],
+            extensions: vec![],
+            transport,
+            payload: b"some payload".to_vec(),
+            checksum: Checksum::Full,
+        }
+    }
+
+    /// The same with other fields.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    /// What it becomes when it is forwarded: other addresses and hardware addresses, one hop less.
+    #[must_use]
+    pub fn forwarded(&self, from: (IpAddr, u16), to: (IpAddr, u16), macs: ([u8; 6], [u8; 6])) -> Self {
+        self.clone().with(|packet| {
+            (packet.source, packet.source_port) = from;
+            (packet.destination, packet.destination_port) = to;
+            packet.macs = macs;
+            packet.hops -= 1;
+        })
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let transport = self.transport_bytes();
+        let mut frame = self.link_bytes();
+        match (self.source, self.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                frame.extend(self.ipv4_bytes(source, destination, transport.len()));
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                frame.extend(self.ipv6_bytes(source, destination, transport.len()));
+            }
+            _ => panic!("one family at a time"),
+        }
+        frame.extend(transport);
+        frame
+    }
+
+    fn link_bytes(&self) -> Vec<u8> {
+        let network = if self.source.is_ipv4() { 0x0800 } else { 0x86dd };
+        let kinds: Vec<u16> = self.tags.iter().map(|(kind, _)| *kind).chain([network]).collect();
+        let header = Ethernet2Header {
+            source: self.macs.0,
+            destination: self.macs.1,
+            ether_type: EtherType(kinds[0]),
+        };
+        let mut bytes = header.to_bytes().to_vec();
+        for ((_, id), next) in self.tags.iter().zip(&kinds[1..]) {
+            assert!(VlanId::try_new(*id).is_ok());
+            bytes.extend(id.to_be_bytes());
+            bytes.extend(next.to_be_bytes());
+        }
+        bytes
+    }
+
+    fn number(&self) -> IpNumber {
+        match self.transport {
+            Transport::Tcp(_) => IpNumber::TCP,
+            Transport::Udp => IpNumber::UDP,
+        }
+    }
+
+    fn ipv4_bytes(&self, source: Ipv4Addr, destination: Ipv4Addr, length: usize) -> Vec<u8> {
+        let mut header =
+            Ipv4Header::new(length as u16, self.hops, self.number(), source.octets(), destination.octets())
+                .expect("a short packet");
+        header.options = self.options.as_slice().try_into().expect("short options");
+        header.set_payload_len(length).expect("a short packet");
+        header.identification = 0x1234;
+        header.header_checksum = header.calc_header_checksum();
+        header.to_bytes().to_vec()
+    }
+
+    fn ipv6_bytes(&self, source: Ipv6Addr, destination: Ipv6Addr, length: usize) -> Vec<u8> {
+        let extensions: usize = self.extensions.iter().map(|(_, rest)| 1 + rest.len()).sum();
+        let numbers: Vec<u8> = self.extensions.iter().map(|(number, _)| *number).chain([self.number().0]).collect();
+        let header = Ipv6Header {
+            traffic_class: 0,
+            flow_label: Ipv6FlowLabel::ZERO,
+            payload_length: (extensions + length) as u16,
+            next_header: IpNumber(numbers[0]),
+            hop_limit: self.hops,
+            source: source.octets(),
+            destination: destination.octets(),
+        };
+        let mut bytes = header.to_bytes().to_vec();
+        for ((_, rest), next) in self.extensions.iter().zip(&numbers[1..]) {
+            bytes.push(*next);
+            bytes.extend(rest);
+        }
+        bytes
+    }
+
+    fn transport_bytes(&self) -> Vec<u8> {
+        let mut bytes = match self.transport {
+            Transport::Tcp(flags) => {
+                let mut header = TcpHeader::new(self.source_port, self.destination_port, 1_000, 65_000);
+                (header.syn, header.ack, header.fin, header.rst) = (flags.syn, flags.ack, flags.fin, flags.rst);
+                header.to_bytes().to_vec()
+            }
+            Transport::Udp => {
+                let length = (8 + self.payload.len()) as u16;
+                let header = UdpHeader {
+                    source_port: self.source_port,
+                    destination_port: self.destination_port,
+                    length,
+                    checksum: 0,
+                };
+                header.to_bytes().to_vec()
+            }
+        };
+        bytes.extend(&self.payload);
+        let at = if self.number() == IpNumber::TCP { 16 } else { 6 };
+        let checksum = match self.checksum {
+            Checksum::None => 0,
+            Checksum::Unfinished => fold(self.pseudo_header(bytes.len())),
+            Checksum::Full => match !fold(self.pseudo_header(bytes.len()) + sum(&bytes)) {
+                0 if self.transport == Transport::Udp => 0xffff,
+                checksum => checksum,
+            },
+        };
+        bytes[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
+        bytes
+    }
+
+    fn pseudo_header(&self, length: usize) -> u32 {
+        let addresses = match (self.source, self.destination) {
+            (IpAddr::V4(s), IpAddr::V4(d)) => sum(&s.octets()) + sum(&d.octets()),
+            (IpAddr::V6(s), IpAddr::V6(d)) => sum(&s.octets()) + sum(&d.octets()),
+            _ => panic!("one family at a time"),
+        };
+        addresses + u32::from(self.number().0) + length as u32
+    }
+}
+
+fn sum(bytes: &[u8]) -> u32 {
+    bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0))).sum()
+}
+
+fn fold(mut sum: u32) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// Checks every checksum of a frame by a full computation.
+pub fn assert_checksums(frame: &[u8]) {
+    let parsed = etherparse::SlicedPacket::from_ethernet(frame).expect("a well-formed frame");
+    let transport = parsed.transport.as_ref().expect("TCP or UDP");
+    match parsed.net.as_ref().expect("IP") {
+        etherparse::NetSlice::Ipv4(ip) => {
+            let header = ip.header().to_header();
+            assert_eq!(header.header_checksum, header.calc_header_checksum(), "IPv4 header checksum");
+            let (source, destination) = (header.source, header.destination);
+            match transport {
+                TransportSlice::Tcp(tcp) => {
+                    let full = tcp.calc_checksum_ipv4(source, destination).expect("a short packet");
+                    assert_eq!(tcp.checksum(), full, "TCP checksum");
+                }
+                TransportSlice::Udp(udp) if udp.checksum() != 0 => {
+                    let full = udp.to_header().calc_checksum_ipv4_raw(source, destination, udp.payload());
+                    assert_eq!(udp.checksum(), full.expect("a short packet"), "UDP checksum");
+                }
+                _ => {}
+            }
+        }
+        etherparse::NetSlice::Ipv6(ip) => {
+            let header = ip.header().to_header();
+            let (source, destination) = (header.source, header.destination);
+            match transport {
+                TransportSlice::Tcp(tcp) => {
+                    let full = tcp.calc_checksum_ipv6(source, destination).expect("a short packet");
+                    assert_eq!(tcp.checksum(), full, "TCP checksum");
+                }
+                TransportSlice::Udp(udp) => {
+                    let full = udp.to_header().calc_checksum_ipv6_raw(source, destination, udp.payload());
+                    assert_eq!(udp.checksum(), full.expect("a short packet"), "UDP checksum");
+                }
+                _ => {}
+            }
+        }
+        other => panic!("not IP: {other:?}"),
+    }
+}

@@ -1,0 +1,164 @@
+//! Clients and servers.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::netns::Netns;
+
+/// A client that opens a connection for each request, as `curl` in a loop does.
+pub fn client() -> ureq::Agent {
+    let config = ureq::Agent::config_builder()
+        .timeout_global(Some(Duration::from_secs(10)))
+        .max_idle_connections(0)
+        .build();
+    config.into()
+}
+
+/// One request; the answer's text.
+pub fn get(client: &ureq::Agent, to: SocketAddr, path: &str) -> Result<String, String> {
+    let url = format!("http://{to}{path}");
+    let answer = client.get(&url).header("connection", "close").call();
+    let text = answer.and_then(|mut answer| answer.body_mut().read_to_string());
+    text.map_err(|error| format!("{url}: {error}"))
+}
+
+/// Requests from a namespace, one after another; the answers.
+pub fn requests(netns: &Netns, to: IpAddr, count: usize) -> Vec<String> {
+    netns.enter(|| {
+        let client = client();
+        let to = SocketAddr::new(to, 80);
+        (0..count).map(|_| get(&client, to, "/").unwrap_or_else(|error| panic!("{error}")).trim().to_owned()).collect()
+    })
+}
+
+/// How often each answer was given.
+pub fn tally(answers: &[String]) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for answer in answers {
+        *counts.entry(answer.as_str()).or_default() += 1;
+    }
+    counts
+}
+
+/// Load in the background: requests to one address until it is stopped or a number is reached.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicU64>,
+    failed: Arc<AtomicU64>,
+    threads: Vec<std::thread::JoinHandle<Vec<String>>>,
+}
+
+impl Load {
+    /// Starts `threads` clients in a namespace; they end by themselves after `limit` requests in all.
+    pub fn start(netns: &Netns, to: IpAddr, threads: usize, limit: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let done = Arc::new(AtomicU64::new(0));
+        let failed = Arc::new(AtomicU64::new(0));
+        let threads = (0..threads)
+            .map(|_| {
+                let (stop, done, failed) = (stop.clone(), done.clone(), failed.clone());
+                netns.spawn(move || {
+                    let client = client();
+                    let mut errors = Vec::new();
+                    while !stop.load(Ordering::Relaxed) && done.fetch_add(1, Ordering::Relaxed) < limit {
+                        if let Err(error) = get(&client, SocketAddr::new(to, 80), "/") {
+                            failed.fetch_add(1, Ordering::Relaxed);
+                            errors.push(error);
+                        }
+                    }
+                    errors
+                })
+            })
+            .collect();
+        Self { stop, done, failed, threads }
+    }
+
+    /// Requests made so far.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Requests that failed so far.
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    /// Waits for the limit; what failed.
+    pub fn finish(self) -> Vec<String> {
+        self.threads.into_iter().flat_map(|thread| thread.join().expect("a client")).collect()
+    }
+
+    /// Ends it; what failed.
+    pub fn stop(self) -> Vec<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.finish()
+    }
+}
+
+/// The SHA-256 of some bytes.
+pub fn hash(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+/// Serves one TCP connection on port 8080 of every address: answers with the hash of what it receives until the
+/// client stops sending.
+pub fn hash_one_upload() {
+    let listener = TcpListener::bind("[::]:8080").expect("listen");
+    let (mut stream, _) = listener.accept().expect("a client");
+    let mut sum = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match stream.read(&mut buffer).expect("read") {
+            0 => break,
+            length => sum.update(&buffer[..length]),
+        }
+    }
+    stream.write_all(&sum.finalize()).expect("write");
+}
+
+/// Sends bytes to a port and reads the answer.
+pub fn upload(to: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(to).expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set a time limit");
+    stream.write_all(bytes).expect("write");
+    stream.shutdown(std::net::Shutdown::Write).expect("stop sending");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("read");
+    answer
+}
+
+/// Echoes UDP datagrams on a port with a name before them, until told to stop by an empty one.
+pub fn echo(port: u16, name: &str) {
+    let socket = UdpSocket::bind(("::", port)).expect("bind");
+    let mut buffer = [0; 2048];
+    loop {
+        let (length, from) = socket.recv_from(&mut buffer).expect("receive");
+        if length == 0 {
+            return;
+        }
+        let answer = [name.as_bytes(), b" ", &buffer[..length], b" ", from.ip().to_canonical().to_string().as_bytes()].concat();
+        socket.send_to(&answer, from).expect("send");
+    }
+}
+
+/// One datagram from a new port, and its answer.
+pub fn exchange(to: SocketAddr, text: &str) -> String {
+    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+    let socket = UdpSocket::bind(any).expect("bind");
+    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
+    socket.send_to(text.as_bytes(), to).expect("send");
+    let mut buffer = [0; 2048];
+    let (length, from) = socket.recv_from(&mut buffer).expect("an answer");
+    assert_eq!(from, to, "the answer comes from the listener");
+    String::from_utf8_lossy(&buffer[..length]).into_owned()
+}

@@ -1,0 +1,26 @@
+//! `check`: what needs no root.
+
+use anyhow::Result;
+
+use crate::{
+    run::{cargo, exec},
+    toolchain,
+};
+
+/// Formatting, lints, host tests, documentation, licences.
+pub fn run() -> Result<()> {
+    exec(cargo().args(["fmt", "--all", "--", "--check"]))?;
+    exec(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    exec(cargo().args(["test", "--package", "lb-common", "--package", "lb-userspace", "--package", "xtask"]))?;
+    exec(cargo().env("RUSTDOCFLAGS", "-D warnings").args([
+        "doc",
+        "--no-deps",
+        "--package",
+        "lb-common",
+        "--package",
+        "lb-userspace",
+    ]))?;
+    // Advisories need a network beyond the package registry; the release job asks for those.
+    toolchain::deny()?;
+    exec(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}

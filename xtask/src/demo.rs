@@ -1,0 +1,23 @@
+//! `demo`: a cluster in network namespaces, and the walk-through.
+
+use anyhow::Result;
+
+use crate::{
+    ebpf,
+    run::{as_root, exec, target},
+    toolchain,
+};
+
+/// Builds what is missing and plays the demo as root.
+pub fn run(keep: bool) -> Result<()> {
+    toolchain::tools()?;
+    let object = ebpf::build()?;
+    let agent = ebpf::build_agent()?;
+    ebpf::build_tests(&object)?;
+    let mut command = as_root("env");
+    command.arg(format!("LB_AGENT={}", agent.display())).arg(target().join("release/lb-demo"));
+    if keep {
+        command.arg("--keep");
+    }
+    exec(&mut command)
+}

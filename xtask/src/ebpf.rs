@@ -1,0 +1,90 @@
+//! Building the eBPF object, and the agent that carries it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    run::{cargo, exec, find, output, root, target},
+    toolchain::{self, Compiler},
+};
+
+const TARGET: &str = "bpfel-unknown-none";
+/// Debug info set in a profile alone would break BTF's function records (aya#1649). v3 has the fetching add.
+const FLAGS: &str = "-Cdebuginfo=2 -Clink-arg=--btf -Ctarget-cpu=v3";
+
+/// Builds the object, refuses one that can panic, says how large it is.
+pub fn build() -> Result<PathBuf> {
+    let compiler = toolchain::compiler()?;
+    let linker = toolchain::linker()?;
+    let folder = target().join("ebpf");
+    let mut command = match &compiler {
+        Compiler::Debian => {
+            let mut command = Command::new("/usr/bin/cargo");
+            // The target is unstable, the compiler is a release: it must be told to allow it.
+            command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+            command
+        }
+        Compiler::Nightly(name) => {
+            let mut command = Command::new("cargo");
+            command.arg(format!("+{name}")).env_remove("RUSTC");
+            command
+        }
+    };
+    if let Some(bin) = linker.parent() {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let paths = std::iter::once(bin.to_owned()).chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(paths)?);
+    }
+    // What the outer cargo and rustup set for themselves is not meant for this compiler.
+    for name in ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUSTC_WRAPPER", "CARGO_TARGET_DIR"] {
+        command.env_remove(name);
+    }
+    command.current_dir(root()).env("RUSTFLAGS", FLAGS).args(["build", "--release", "--package", "lb-ebpf"]);
+    command.args(["--target", TARGET, "--target-dir"]).arg(&folder);
+    if let Compiler::Nightly(_) = compiler {
+        command.args(["-Z", "build-std=core"]);
+    }
+    exec(&mut command)?;
+    let object = folder.join(TARGET).join("release/lb-ebpf");
+    refuse_panics(&object)?;
+    let bytes = fs::metadata(&object).with_context(|| format!("read {}", object.display()))?.len();
+    println!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
+    Ok(object)
+}
+
+/// A bounds check that can fail compiles and links; the kernel then says only that the last instruction is no
+/// exit. The symbol tells.
+fn refuse_panics(object: &Path) -> Result<()> {
+    let nm = ["llvm-nm-22", "llvm-nm"].iter().find_map(|name| find(name));
+    let nm = nm.or_else(|| Some(PathBuf::from("/usr/lib/llvm-22/bin/llvm-nm")).filter(|path| path.exists()));
+    let symbols = match nm {
+        Some(nm) => output(Command::new(nm).arg(object))?,
+        // The symbol's name lies in the object's string table in any case.
+        None => String::from_utf8_lossy(&fs::read(object)?).into_owned(),
+    };
+    if let Some(line) = symbols.lines().find(|line| line.contains("panicking") || line.contains("panic_bounds_check")) {
+        let line = line.trim();
+        let line = line.char_indices().nth(200).map_or(line, |(end, _)| &line[..end]);
+        bail!("the eBPF object can panic, look for an index or an arithmetic check without a guard: {line}");
+    }
+    Ok(())
+}
+
+/// Builds the agent with the object in it.
+pub fn build_agent() -> Result<PathBuf> {
+    let object = build()?;
+    exec(cargo().env("LB_EBPF_OBJECT", object).args(["build", "--release", "--package", "lb-userspace"]))?;
+    let agent = target().join("release/lb-userspace");
+    println!("{}", agent.strip_prefix(root()).unwrap_or(&agent).display());
+    Ok(agent)
+}
+
+/// Builds the programs of the `tests` package.
+pub fn build_tests(object: &Path) -> Result<()> {
+    exec(cargo().env("LB_EBPF_OBJECT", object).args(["build", "--release", "--package", "lb-tests", "--bins"]))
+}

@@ -1,0 +1,78 @@
+//! Running other programs.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The project's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Where builds go.
+pub fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// Runs a command to its end.
+///
+/// # Errors
+/// It cannot be started, or does not succeed.
+pub fn exec(command: &mut Command) -> Result<()> {
+    let shown = show(command);
+    let status = command.status().with_context(|| format!("run {shown}"))?;
+    if !status.success() {
+        bail!("{shown}: {status}");
+    }
+    Ok(())
+}
+
+/// What a command prints.
+///
+/// # Errors
+/// It cannot be started, or does not succeed.
+pub fn output(command: &mut Command) -> Result<String> {
+    let shown = show(command);
+    let output = command.stderr(Stdio::inherit()).output().with_context(|| format!("run {shown}"))?;
+    if !output.status.success() {
+        bail!("{shown}: {}", output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn show(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+/// The cargo that runs this.
+pub fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// A program of the search path.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let home = env::var_os("HOME").map(|home| Path::new(&home).join(".cargo/bin"));
+    let cargo = env::var_os("CARGO_HOME").map(|home| Path::new(&home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut places = env::split_paths(&path).chain(cargo).chain(home).chain(extra);
+    places.find_map(|place| Some(place.join(program)).filter(|path| path.is_file()))
+}
+
+/// A command run as root: by sudo for an ordinary user.
+pub fn as_root(program: impl AsRef<Path>) -> Command {
+    if nix::unistd::geteuid().is_root() {
+        return Command::new(program.as_ref());
+    }
+    println!("(root is needed for this step: {})", program.as_ref().display());
+    let mut command = Command::new("sudo");
+    command.arg("--preserve-env=RUST_LOG,RUST_BACKTRACE").arg(program.as_ref());
+    command
+}

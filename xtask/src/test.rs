@@ -1,0 +1,50 @@
+//! `test`: the tests that need root.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    ebpf,
+    run::{as_root, cargo, exec, output},
+    toolchain,
+};
+
+/// Builds everything, then runs each test program as root.
+pub fn run(filter: Option<&str>) -> Result<()> {
+    toolchain::tools()?;
+    let object = ebpf::build()?;
+    let agent = ebpf::build_agent()?;
+    for program in programs(&object)? {
+        let mut command: Command = as_root("env");
+        command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
+        // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
+        command.arg(&program).arg("--test-threads=2").args(filter);
+        exec(&mut command)?;
+    }
+    Ok(())
+}
+
+/// The test programs, built as an ordinary user.
+fn programs(object: &std::path::Path) -> Result<Vec<String>> {
+    let built = output(cargo().env("LB_EBPF_OBJECT", object).args([
+        "test",
+        "--release",
+        "--package",
+        "lb-tests",
+        "--no-run",
+        "--message-format=json",
+    ]))
+    .context("build the tests")?;
+    let mut programs: Vec<String> = built
+        .lines()
+        .filter(|line| line.contains("\"test\":true"))
+        .filter_map(|line| line.split_once("\"executable\":\"")?.1.split_once('"'))
+        .map(|(path, _)| path.to_owned())
+        .collect();
+    programs.sort();
+    if programs.is_empty() {
+        bail!("cargo built no test program");
+    }
+    Ok(programs)
+}

@@ -1,0 +1,159 @@
+//! Finding the two halves of the toolchain, and installing what is missing where that is possible.
+//!
+//! The eBPF object can be built by either of two compilers: a rustup nightly with `rust-src`, or Debian's
+//! `rustc-web`, which brings a ready-made `core` for the BPF target.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Result, bail};
+
+use crate::run::{as_root, cargo, exec, find};
+
+/// What builds the eBPF object.
+pub enum Compiler {
+    /// A rustup nightly with `rust-src`: `core` is built along.
+    Nightly(String),
+    /// Debian's compiler, with a prebuilt `core`.
+    Debian,
+}
+
+const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
+const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
+const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
+/// Debian's packages by the program of each that tests and demo call.
+const DEBIAN_TOOLS: [(&str, &str); 8] = [
+    ("ip", "iproute2"),
+    ("busybox", "busybox-static"),
+    ("nginx", "nginx-light"),
+    ("curl", "curl"),
+    ("iperf3", "iperf3"),
+    ("ethtool", "ethtool"),
+    ("sysctl", "procps"),
+    ("nsenter", "util-linux"),
+];
+
+/// Installs what is missing, or says what to install. Does nothing where all is there.
+pub fn setup() -> Result<()> {
+    compiler()?;
+    linker()?;
+    tools()?;
+    deny()?;
+    println!("setup: everything is there");
+    Ok(())
+}
+
+/// The compiler for the eBPF object, installed if need be.
+pub fn compiler() -> Result<Compiler> {
+    if let Some(found) = present() {
+        return Ok(found);
+    }
+    if is_debian() && has_candidate(DEBIAN_BUILD[0]) {
+        apt(&DEBIAN_BUILD)?;
+        if let Some(found) = present() {
+            return Ok(found);
+        }
+    }
+    bail!(
+        "no compiler for the eBPF target was found. Install one of:\n  \
+         rustup toolchain install nightly --component rust-src\n  \
+         apt-get install {} (Debian 12 and later)",
+        DEBIAN_BUILD.join(" ")
+    )
+}
+
+fn present() -> Option<Compiler> {
+    let prebuilt = Path::new("/usr/lib/rustlib/bpfel-unknown-none");
+    if prebuilt.exists() && Path::new("/usr/bin/rustc").exists() && Path::new("/usr/bin/cargo").exists() {
+        return Some(Compiler::Debian);
+    }
+    let rustup = find("rustup")?;
+    let list = Command::new(rustup).args(["toolchain", "list"]).output().ok()?;
+    let list = String::from_utf8_lossy(&list.stdout).into_owned();
+    list.lines().filter_map(|line| line.split_whitespace().next()).find_map(|name| {
+        let sysroot = Command::new("rustc").args([&format!("+{name}"), "--print", "sysroot"]).output().ok()?;
+        let sysroot = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim());
+        let sources = sysroot.join("lib/rustlib/src/rust/library/core");
+        (name.starts_with("nightly") && sources.exists()).then(|| Compiler::Nightly(name.to_owned()))
+    })
+}
+
+/// The linker for the eBPF object, installed if need be.
+pub fn linker() -> Result<PathBuf> {
+    let (name, version) = LINKER;
+    if let Some(found) = find(name) {
+        return Ok(found);
+    }
+    let llvm = Path::new("/usr/lib/llvm-22");
+    if !llvm.join("lib").exists() && is_debian() && has_candidate("llvm-22-dev") {
+        apt(&["llvm-22-dev"])?;
+    }
+    if !llvm.join("lib").exists() {
+        bail!("no {name} was found. Install it: cargo binstall {name}, or cargo install {name} with LLVM 22 at hand");
+    }
+    exec(cargo().env("LLVM_PREFIX", llvm).args([
+        "install",
+        name,
+        "--version",
+        version,
+        "--no-default-features",
+        "--features",
+        "llvm-22",
+    ]))?;
+    find(name).ok_or_else(|| anyhow::anyhow!("{name} was installed, but is not on the search path"))
+}
+
+/// cargo-deny, installed if need be.
+pub fn deny() -> Result<PathBuf> {
+    let (name, version) = DENY;
+    if find(name).is_none() {
+        exec(cargo().args(["install", name, "--version", version, "--locked"]))?;
+    }
+    find(name).ok_or_else(|| anyhow::anyhow!("{name} was installed, but is not on the search path"))
+}
+
+/// The programs that tests and demo call.
+pub fn tools() -> Result<()> {
+    let missing: Vec<&str> =
+        DEBIAN_TOOLS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if is_debian() {
+        return apt(&missing);
+    }
+    let programs: Vec<&str> = DEBIAN_TOOLS.iter().map(|(program, _)| *program).filter(|p| find(p).is_none()).collect();
+    bail!("tests and demo need these programs, install them first: {}", programs.join(" "))
+}
+
+fn is_debian() -> bool {
+    find("apt-get").is_some() && find("dpkg").is_some()
+}
+
+/// Whether apt knows the package, if need be after an update of its lists.
+fn has_candidate(package: &str) -> bool {
+    let known = || {
+        Command::new("apt-cache").args(["show", package]).stdout(Stdio::null()).stderr(Stdio::null()).status().ok()
+    };
+    if known().is_some_and(|status| status.success()) {
+        return true;
+    }
+    // A machine that was just made has no lists.
+    let updated = exec(as_root("apt-get").args(["-q", "update"]));
+    updated.is_ok() && known().is_some_and(|status| status.success())
+}
+
+fn apt(packages: &[&str]) -> Result<()> {
+    println!("setup: installing {}", packages.join(" "));
+    if !has_candidate(packages[0]) {
+        bail!("apt has no package {}; check /etc/apt/sources.list", packages[0]);
+    }
+    exec(
+        as_root("env")
+            .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "install", "-y", "--no-install-recommends"])
+            .args(packages)
+            .stdin(Stdio::null()),
+    )
+}
