@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn pseudo_header_is_the_sum_of_its_words() {
-        let (s, d) = (V4::from(core::net::Ipv4Addr::new(1, 2, 3, 4)), V4::from(core::net::Ipv4Addr::new(5, 6, 7, 8)));
+        let (s, d) =
+            (V4::from(core::net::Ipv4Addr::new(1, 2, 3, 4)), V4::from(core::net::Ipv4Addr::new(5, 6, 7, 8)));
         let sum = pseudo_header(s, d, 6, 20);
         assert_eq!(u16::from_be(sum), 0x0102 + 0x0304 + 0x0506 + 0x0708 + 6 + 20);
     }

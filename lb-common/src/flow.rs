@@ -33,7 +33,13 @@ pub struct FlowKey<A> {
 impl<A> FlowKey<A> {
     /// A key with its padding zeroed.
     #[inline(always)]
-    pub const fn new(source: A, destination: A, source_port: Be16, destination_port: Be16, protocol: u8) -> Self {
+    pub const fn new(
+        source: A,
+        destination: A,
+        source_port: Be16,
+        destination_port: Be16,
+        protocol: u8,
+    ) -> Self {
         Self { source, destination, source_port, destination_port, protocol, _pad: 0, _pad2: 0 }
     }
 }

@@ -197,8 +197,12 @@ mod tests {
         for text in ["192.0.2.1", "2001:db8::1:2", "::ffff:0:1", "255.255.255.255"] {
             let ip: IpAddr = text.parse().unwrap();
             let back = match ip {
-                IpAddr::V4(_) => V4::from_wide(wide(ip)).to_ip() == ip && V4::in_wide(&wide(ip)).to_ip() == ip,
-                IpAddr::V6(_) => V6::from_wide(wide(ip)).to_ip() == ip && V6::in_wide(&wide(ip)).to_ip() == ip,
+                IpAddr::V4(_) => {
+                    V4::from_wide(wide(ip)).to_ip() == ip && V4::in_wide(&wide(ip)).to_ip() == ip
+                }
+                IpAddr::V6(_) => {
+                    V6::from_wide(wide(ip)).to_ip() == ip && V6::in_wide(&wide(ip)).to_ip() == ip
+                }
             };
             assert!(back, "{text}");
         }

@@ -49,7 +49,11 @@ pub struct Found<A: 'static> {
 
 /// Classifies a packet that came in by the uplink, and makes its flow if it starts one.
 #[inline(always)]
-pub fn uplink<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found<A>, Outcome> {
+pub fn uplink<F: Frame, A: Family>(
+    frame: &F,
+    packet: &mut Packet<A>,
+    scope: Scope,
+) -> Result<Found<A>, Outcome> {
     let key = &packet.key;
     if !may_be_ours(Side::Destination, key.protocol, key.destination_port)
         && !may_be_ours(Side::Source, key.protocol, key.source_port)
@@ -141,8 +145,13 @@ fn answer<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
             break;
         }
         let listener = &replies.sources[index];
-        let request =
-            FlowKey::new(key.destination, listener.address, key.destination_port, listener.port, key.protocol);
+        let request = FlowKey::new(
+            key.destination,
+            listener.address,
+            key.destination_port,
+            listener.port,
+            key.protocol,
+        );
         let Some(known) = A::flow(&request) else {
             continue;
         };

@@ -36,7 +36,13 @@ pub trait Family: Address {
     fn replies(endpoint: &Endpoint<Self>) -> Option<&'static Replies<Self>>;
 
     /// Writes addresses into the network header at `offset` and takes one hop off.
-    fn rewrite<F: Frame>(frame: &F, offset: usize, source: &Self, destination: &Self, delta: Delta) -> Option<()>;
+    fn rewrite<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        delta: Delta,
+    ) -> Option<()>;
 }
 
 /// `AF_INET`.
@@ -76,7 +82,13 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn rewrite<F: Frame>(frame: &F, offset: usize, source: &Self, destination: &Self, delta: Delta) -> Option<()> {
+    fn rewrite<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        delta: Delta,
+    ) -> Option<()> {
         let header = frame.at::<ipv4::Header>(offset)?;
         // SAFETY: `at` checked the bounds.
         unsafe {
@@ -121,7 +133,13 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn rewrite<F: Frame>(frame: &F, offset: usize, source: &Self, destination: &Self, _: Delta) -> Option<()> {
+    fn rewrite<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        _: Delta,
+    ) -> Option<()> {
         let header = frame.at::<ipv6::Header>(offset)?;
         // SAFETY: `at` checked the bounds.
         unsafe {

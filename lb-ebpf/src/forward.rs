@@ -30,7 +30,11 @@ use crate::{
 
 /// In XDP: local tasks are left to TC with a note, everything else is rewritten and sent at once.
 #[inline(always)]
-pub fn from_xdp<A: Family>(frame: &mut XdpFrame, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
+pub fn from_xdp<A: Family>(
+    frame: &mut XdpFrame,
+    packet: &Packet<A>,
+    found: &Found<A>,
+) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let backend = found.backend;
     let to_task = matches!(found.way, Way::Task);
@@ -74,7 +78,11 @@ pub fn from_xdp<A: Family>(frame: &mut XdpFrame, packet: &Packet<A>, found: &Fou
 
 /// In TC on the uplink, where XDP has not decided.
 #[inline(always)]
-pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Found<A>) -> Result<i32, Outcome> {
+pub fn from_uplink_tc<A: Family>(
+    frame: &Skb,
+    packet: &mut Packet<A>,
+    found: &Found<A>,
+) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
@@ -92,7 +100,11 @@ pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Fo
     tally(found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
     // SAFETY: the helpers have no preconditions.
-    Ok(unsafe { if local { bpf_redirect_peer(backend.ifindex, 0) } else { bpf_redirect(backend.ifindex, 0) } } as i32)
+    Ok(
+        unsafe {
+            if local { bpf_redirect_peer(backend.ifindex, 0) } else { bpf_redirect(backend.ifindex, 0) }
+        } as i32,
+    )
 }
 
 /// In TC on the uplink, with XDP's note: the flow is decided and counted, only the backend is asked.
@@ -112,7 +124,11 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
 
 /// In TC where tasks answer.
 #[inline(always)]
-pub fn from_task_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Found<A>) -> Result<i32, Outcome> {
+pub fn from_task_tc<A: Family>(
+    frame: &Skb,
+    packet: &mut Packet<A>,
+    found: &Found<A>,
+) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     to_client(frame, packet, found, config, Outcome::Reply)
 }
@@ -129,7 +145,8 @@ fn to_client<A: Family>(
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     untag(frame, packet)?;
     let target = target(packet, found);
-    let next = neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
+    let next =
+        neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
     rewrite::apply(frame, packet, &target, Some(neighbour::hop(found.flow))).ok_or(Outcome::Malformed)?;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let tags = unsafe { (*found.flow).tags };

@@ -4,7 +4,7 @@ use core::{ffi::c_void, ptr::read_volatile};
 
 use aya_ebpf::{
     EbpfContext as _, Global,
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, __sk_buff, xdp_md},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len,
     },
@@ -57,7 +57,13 @@ pub trait Frame {
     fn without_link_header(&self) -> Option<u16>;
 
     /// Adds what a rewrite changed to the transport checksum. Packet pointers are void afterwards.
-    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()>;
+    fn update_checksum<A>(
+        &self,
+        packet: &Packet<A>,
+        addresses: Delta,
+        ports: Delta,
+        ipv4: bool,
+    ) -> Option<()>;
 
     /// The `T` at `offset`, if the frame holds all of it.
     #[inline(always)]
@@ -159,7 +165,13 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
-    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
+    fn update_checksum<A>(
+        &self,
+        packet: &Packet<A>,
+        addresses: Delta,
+        ports: Delta,
+        ipv4: bool,
+    ) -> Option<()> {
         let field = self.at::<u16>(packet.checksum_offset())?;
         // SAFETY: `at` checked the bounds.
         unsafe {
@@ -298,7 +310,13 @@ impl Frame for Skb {
 
     // The helper knows what the buffer's checksum state asks for: an unfinished sum takes the addresses alone.
     #[inline(always)]
-    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
+    fn update_checksum<A>(
+        &self,
+        packet: &Packet<A>,
+        addresses: Delta,
+        ports: Delta,
+        ipv4: bool,
+    ) -> Option<()> {
         let at = packet.checksum_offset() as u32;
         let mangled = if packet.key.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
         let pseudo = mangled | BPF_F_PSEUDO_HDR as u64;

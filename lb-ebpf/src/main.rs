@@ -8,6 +8,7 @@
 //! ```
 #![no_std]
 #![no_main]
+#![expect(missing_docs, reason = "the macros of the entry points wrap them in functions without documentation")]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(target_arch = "bpf", expect(internal_features, reason = "atomic add without compare-and-swap"))]
 
@@ -141,7 +142,8 @@ fn deliver<A: Family>(frame: &Skb, packet: &mut Packet<A>, backend: u32) -> i32 
 fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, all: bool) -> i32 {
     let scope = if all { Scope::All } else { Scope::Flows };
     encode(
-        classify::uplink(frame, packet, scope).and_then(|found| forward::from_uplink_tc(frame, packet, &found)),
+        classify::uplink(frame, packet, scope)
+            .and_then(|found| forward::from_uplink_tc(frame, packet, &found)),
     )
 }
 

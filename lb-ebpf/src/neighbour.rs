@@ -47,7 +47,13 @@ pub fn hop<A>(flow: *const Flow<A>) -> Hop {
 
 /// Renews the flow's hop to `client` if it is old.
 #[inline(always)]
-pub fn refresh<A: Family>(context: *mut c_void, flow: *mut Flow<A>, client: &A, from: &A, uplink: u32) -> Next {
+pub fn refresh<A: Family>(
+    context: *mut c_void,
+    flow: *mut Flow<A>,
+    client: &A,
+    from: &A,
+    uplink: u32,
+) -> Next {
     let now = tick(jiffies());
     // SAFETY: as above.
     let flow = unsafe { &mut *flow };
@@ -112,12 +118,7 @@ fn ask(context: *mut c_void, route: &Route, to: &mut [u8; 6], from: &mut [u8; 6]
     };
     // SAFETY: the context is the program's own, the structure is on the stack and of the size passed.
     let answer = unsafe {
-        fib_lookup(
-            context,
-            (&raw mut question).cast(),
-            size_of::<FibLookup>() as i32,
-            BPF_FIB_LOOKUP_OUTPUT,
-        )
+        fib_lookup(context, (&raw mut question).cast(), size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_OUTPUT)
     } as u32;
     if answer == BPF_FIB_LKUP_RET_SUCCESS {
         let [a, b, c, d, e, f] = question.macs;

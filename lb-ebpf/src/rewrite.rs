@@ -2,8 +2,8 @@
 
 use lb_common::{
     checksum::Delta,
-    flow::{Flow, Rewrite},
     endpoint::ReplySource,
+    flow::{Flow, Rewrite},
     net::Be16,
 };
 

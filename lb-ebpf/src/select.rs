@@ -18,7 +18,10 @@ const TRIES: u64 = 4;
 
 /// The next backend of the listener that can take this flow.
 #[inline(always)]
-pub fn backend<A: Family>(packet: &Packet<A>, listener: &Listener) -> Result<(u32, &'static Backend), Outcome> {
+pub fn backend<A: Family>(
+    packet: &Packet<A>,
+    listener: &Listener,
+) -> Result<(u32, &'static Backend), Outcome> {
     if listener.slot_count == 0 {
         return Err(Outcome::NoBackend);
     }

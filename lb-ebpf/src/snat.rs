@@ -7,19 +7,9 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_get_prandom_u32,
 };
-use lb_common::{
-    abi::Config,
-    backend::Backend,
-    flow::REPLY,
-    net::Be16,
-    outcome::Outcome,
-};
+use lb_common::{abi::Config, backend::Backend, flow::REPLY, net::Be16, outcome::Outcome};
 
-use crate::{
-    family::Family,
-    maps,
-    packet::Packet,
-};
+use crate::{family::Family, maps, packet::Packet};
 
 /// Ports tried for one flow. With nine tenths of a range in use, all fail once in thirty flows.
 const TRIES: usize = 32;
@@ -66,10 +56,8 @@ fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bo
     reply_key.protocol = request.protocol;
     reply_key._pad = 0;
     reply_key._pad2 = 0;
-    let (listener, client) = (
-        (&request.destination, request.destination_port),
-        (&request.source, request.source_port),
-    );
+    let (listener, client) =
+        ((&request.destination, request.destination_port), (&request.source, request.source_port));
     reply.rewrite.set(reply_key, listener, client);
     // Field by field: a copy of the whole would be a call of a loop.
     reply.backend = draft.backend;

@@ -77,7 +77,9 @@ pub struct Port {
 
 /// Why text is not a port.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{0:?} is not a port: write PUBLISHED:TARGET or PUBLISHED:TARGET/PROTOCOL, as in \"80:8080\" or \"53:5353/udp\"")]
+#[error(
+    "{0:?} is not a port: write PUBLISHED:TARGET or PUBLISHED:TARGET/PROTOCOL, as in \"80:8080\" or \"53:5353/udp\""
+)]
 pub struct PortError(String);
 
 impl FromStr for Port {
@@ -164,7 +166,9 @@ mod tests {
         assert_eq!("80:8080".parse(), port(Protocol::Tcp, 80, 8080));
         assert_eq!("80:8080/tcp".parse(), port(Protocol::Tcp, 80, 8080));
         assert_eq!("53:5353/udp".parse(), port(Protocol::Udp, 53, 5353));
-        for bad in ["", "80", "80:", ":80", "80:0", "0:80", "80:8080/sctp", "80:8080/tcp/x", "65536:1", "-1:80"] {
+        for bad in
+            ["", "80", "80:", ":80", "80:0", "0:80", "80:8080/sctp", "80:8080/tcp/x", "65536:1", "-1:80"]
+        {
             assert!(bad.parse::<Port>().is_err(), "{bad}");
         }
     }

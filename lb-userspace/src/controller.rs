@@ -9,16 +9,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use lb_common::abi::{
-    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS,
-};
+use lb_common::abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS};
 use tokio::sync::mpsc;
 
 use crate::{
     cluster::ClusterState,
     datapath::{Datapath, Sizes},
     net::{self, Changes, Link, Net, Snapshot, Ways},
-    plan::{self, MapOp, Reach, View, Way, destinations, desired},
+    plan::{self, MapOp, Reach, View, Way, desired, destinations},
     source::Update,
 };
 
@@ -146,7 +144,8 @@ impl Controller {
 
     /// Whether a task that should be offered cannot be reached yet.
     fn pending(&self) -> bool {
-        self.served.is_none() || self.datapath.tables().backends.values().any(|entry| entry.label.problem.is_some())
+        self.served.is_none()
+            || self.datapath.tables().backends.values().any(|entry| entry.label.problem.is_some())
     }
 
     /// Makes tables and links what source and network say they should be.
@@ -209,7 +208,9 @@ impl Controller {
     }
 
     fn apply(&mut self, op: &MapOp) -> Result<()> {
-        self.datapath.apply(op).with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
+        self.datapath
+            .apply(op)
+            .with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
     }
 
     /// Whether a backend is reached by this interface.
@@ -226,11 +227,14 @@ impl Controller {
             return name.clone();
         }
         let own: BTreeSet<IpAddr> = snapshot.addresses.iter().map(|(_, address)| *address).collect();
-        let this = cluster.nodes.iter().find(|node| node.addresses.iter().any(|address| own.contains(address)));
+        let this =
+            cluster.nodes.iter().find(|node| node.addresses.iter().any(|address| own.contains(address)));
         match this {
             Some(node) => node.name.clone(),
             None => {
-                complaints.insert("no node of the cluster has an address of this machine; name it with --node".into());
+                complaints.insert(
+                    "no node of the cluster has an address of this machine; name it with --node".into(),
+                );
                 String::new()
             }
         }
@@ -324,7 +328,10 @@ fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), Str
         .filter(|link| link.kind == "vlan" && link.lower == Some(uplink.index) && !link.lower_elsewhere)
         .map(|link| link.name.as_str())
         .collect();
-    if mode == Mode::Tc || above.is_empty() || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags) {
+    if mode == Mode::Tc
+        || above.is_empty()
+        || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags)
+    {
         return Ok(());
     }
     Err(format!(

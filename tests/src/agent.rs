@@ -29,7 +29,10 @@ impl<'a> Agent<'a> {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
         let mut command = netns.command(program());
-        command.args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"]).arg(cluster).args(arguments);
+        command
+            .args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"])
+            .arg(cluster)
+            .args(arguments);
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
         let mut agent = Self { netns, running: Running::start(&mut command), log };
         eventually("the agent serves", || {
@@ -93,7 +96,11 @@ pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
     let output = verb(netns, &["service", "ls", "-o", "json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let services = document["interfaces"][0]["services"].as_array().cloned().unwrap_or_default();
-    services.iter().find(|s| s["name"] == service).and_then(|s| s["active_tasks"].as_u64()).unwrap_or_default()
+    services
+        .iter()
+        .find(|s| s["name"] == service)
+        .and_then(|s| s["active_tasks"].as_u64())
+        .unwrap_or_default()
 }
 
 /// Packets that came to an outcome.

@@ -156,7 +156,8 @@ impl Cluster {
         );
         let path = folder.join("nginx.conf");
         fs::write(&path, config).expect("write nginx's configuration");
-        let nginx = self.tasks[task].netns.command("nginx").args(["-c"]).arg(&path).args(["-e", "/dev/null"]).start();
+        let nginx =
+            self.tasks[task].netns.command("nginx").args(["-c"]).arg(&path).args(["-e", "/dev/null"]).start();
         self.tasks[task].processes.push(nginx);
         self.wait_for_port(task, 8080);
         task
@@ -180,7 +181,9 @@ impl Cluster {
     pub fn wait_for_listener(&self, task: usize, port: u16) {
         let wanted = format!(":{port:04X} ");
         let listens = |netns: &Netns| {
-            let tables = netns.enter(|| ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}"))));
+            let tables = netns.enter(|| {
+                ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")))
+            });
             tables.into_iter().flatten().any(|table| {
                 // local_address … st: 0A is LISTEN
                 table.lines().any(|line| {

@@ -97,7 +97,13 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
         let datapath = Datapath::open("eth1", &sizes).unwrap_or_else(|error| panic!("{error}"));
         let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
         let cluster = ClusterState { nodes, services };
-        let mut lab = Lab { datapath: Some(datapath), cluster, uplink: index("eth1"), veth: index("hv1"), way_flags: 0 };
+        let mut lab = Lab {
+            datapath: Some(datapath),
+            cluster,
+            uplink: index("eth1"),
+            veth: index("hv1"),
+            way_flags: 0,
+        };
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);
         lab.update(|_| {});
         test(&mut lab);

@@ -27,7 +27,10 @@ pub struct Netns {
 impl Netns {
     /// Makes one. `label` is for people who look at it.
     pub fn new(label: &str) -> Self {
-        assert!(geteuid().is_root(), "these tests make network namespaces: run them as root (cargo xtask test)");
+        assert!(
+            geteuid().is_root(),
+            "these tests make network namespaces: run them as root (cargo xtask test)"
+        );
         bpffs();
         let name = format!("lb{}-{}-{label}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         run(Command::new("ip").args(["netns", "add", &name]));
@@ -61,7 +64,12 @@ impl Netns {
     pub fn output(&self, program: &str, arguments: &[&str]) -> String {
         let output = self.command(program).args(arguments).output().expect("start nsenter");
         let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{program} {arguments:?} in {}: {}: {errors}", self.name, output.status);
+        assert!(
+            output.status.success(),
+            "{program} {arguments:?} in {}: {}: {errors}",
+            self.name,
+            output.status
+        );
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
@@ -78,7 +86,10 @@ impl Netns {
     }
 
     /// Like [`Self::enter`], without waiting.
-    pub fn spawn<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        body: impl FnOnce() -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
         let path = self.path();
         thread::spawn(move || {
             let file = File::open(path).expect("open the namespace");
@@ -103,7 +114,8 @@ pub struct Running {
 impl Running {
     /// Starts a command, its output thrown away unless it was redirected.
     pub fn start(command: &mut Command) -> Self {
-        let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        let child =
+            command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
         Self { child }
     }
 

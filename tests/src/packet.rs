@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::{
-    EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader, TransportSlice, UdpHeader, VlanId,
+    EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6Header, TcpHeader, TransportSlice,
+    UdpHeader, VlanId,
 };
 
 /// The client's or its router's hardware address.
@@ -175,7 +176,8 @@ impl Packet {
 
     fn ipv6_bytes(&self, source: Ipv6Addr, destination: Ipv6Addr, length: usize) -> Vec<u8> {
         let extensions: usize = self.extensions.iter().map(|(_, rest)| 1 + rest.len()).sum();
-        let numbers: Vec<u8> = self.extensions.iter().map(|(number, _)| *number).chain([self.number().0]).collect();
+        let numbers: Vec<u8> =
+            self.extensions.iter().map(|(number, _)| *number).chain([self.number().0]).collect();
         let header = Ipv6Header {
             traffic_class: 0,
             flow_label: Ipv6FlowLabel::ZERO,
@@ -197,7 +199,8 @@ impl Packet {
         let mut bytes = match self.transport {
             Transport::Tcp(flags) => {
                 let mut header = TcpHeader::new(self.source_port, self.destination_port, 1_000, 65_000);
-                (header.syn, header.ack, header.fin, header.rst) = (flags.syn, flags.ack, flags.fin, flags.rst);
+                (header.syn, header.ack, header.fin, header.rst) =
+                    (flags.syn, flags.ack, flags.fin, flags.rst);
                 header.to_bytes().to_vec()
             }
             Transport::Udp => {

@@ -37,7 +37,9 @@ pub fn requests(netns: &Netns, to: IpAddr, count: usize) -> Vec<String> {
     netns.enter(|| {
         let client = client();
         let to = SocketAddr::new(to, 80);
-        (0..count).map(|_| get(&client, to, "/").unwrap_or_else(|error| panic!("{error}")).trim().to_owned()).collect()
+        (0..count)
+            .map(|_| get(&client, to, "/").unwrap_or_else(|error| panic!("{error}")).trim().to_owned())
+            .collect()
     })
 }
 
@@ -146,7 +148,9 @@ pub fn echo(port: u16, name: &str) {
         if length == 0 {
             return;
         }
-        let answer = [name.as_bytes(), b" ", &buffer[..length], b" ", from.ip().to_canonical().to_string().as_bytes()].concat();
+        let answer =
+            [name.as_bytes(), b" ", &buffer[..length], b" ", from.ip().to_canonical().to_string().as_bytes()]
+                .concat();
         socket.send_to(&answer, from).expect("send");
     }
 }

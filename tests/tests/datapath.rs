@@ -64,8 +64,16 @@ fn services() -> Vec<Service> {
                 task("web.2", true, Via::Snat, &["172.18.0.12", "fd18::12"]),
             ],
         ),
-        service("routed", &["81:8081", "81:8081/udp"], vec![task("routed.1", false, Via::Routed, &[V4.routed, V6.routed])]),
-        service("snat", &["82:8082", "82:8082/udp"], vec![task("snat.1", false, Via::Snat, &[V4.snat, V6.snat])]),
+        service(
+            "routed",
+            &["81:8081", "81:8081/udp"],
+            vec![task("routed.1", false, Via::Routed, &[V4.routed, V6.routed])],
+        ),
+        service(
+            "snat",
+            &["82:8082", "82:8082/udp"],
+            vec![task("snat.1", false, Via::Snat, &[V4.snat, V6.snat])],
+        ),
         service("empty", &["85:8085"], vec![]),
         service(
             "twin",
@@ -98,7 +106,11 @@ fn what_is_not_ours_passes_untouched_and_named() {
         lab.passes("a stray RST", &V6.packet(RST, 40_000, 80).bytes(), Outcome::NoFlow);
         lab.passes("no task", &V4.packet(SYN, 40_000, 85).bytes(), Outcome::NoBackend);
         lab.passes("expired", &syn.clone().with(|p| p.hops = 1).bytes(), Outcome::TtlExpired);
-        lab.passes("expired, IPv6", &V6.packet(SYN, 40_000, 80).with(|p| p.hops = 0).bytes(), Outcome::TtlExpired);
+        lab.passes(
+            "expired, IPv6",
+            &V6.packet(SYN, 40_000, 80).with(|p| p.hops = 0).bytes(),
+            Outcome::TtlExpired,
+        );
         let triple = syn.clone().with(|p| p.tags = vec![(0x88a8, 1), (0x8100, 2), (0x8100, 3)]);
         lab.passes("three tags", &triple.bytes(), Outcome::NotIp);
         // Nothing of this made a flow.
@@ -176,8 +188,9 @@ fn a_local_task_gets_the_packet_by_a_note_and_keeps_its_flow() {
         // IPv4 options, IPv6 extension headers and tags are stepped over.
         let options = V4.packet(ACK, 40_001, 80).with(|p| p.options = vec![1; 40]);
         lab.delivered_to(&options);
-        let extensions =
-            V6.packet(ACK, 40_001, 80).with(|p| p.extensions = vec![(0, vec![0; 7]), (60, vec![0; 7]), (43, vec![0; 7])]);
+        let extensions = V6
+            .packet(ACK, 40_001, 80)
+            .with(|p| p.extensions = vec![(0, vec![0; 7]), (60, vec![0; 7]), (43, vec![0; 7])]);
         lab.delivered_to(&extensions);
         for tags in [vec![(0x8100, 7)], vec![(0x88a8, 8), (0x8100, 9)]] {
             lab.delivered_to(&V4.packet(ACK, 40_001, 80).with(|p| p.tags.clone_from(&tags)));
@@ -192,7 +205,9 @@ fn a_local_task_gets_the_packet_by_a_note_and_keeps_its_flow() {
 fn a_routed_task_sees_the_client() {
     with_lab(services(), |lab| {
         for family in [V4, V6] {
-            for (open, go_on, answer) in [(SYN, ACK, SYN_ACK), (Transport::Udp, Transport::Udp, Transport::Udp)] {
+            for (open, go_on, answer) in
+                [(SYN, ACK, SYN_ACK), (Transport::Udp, Transport::Udp, Transport::Udp)]
+            {
                 let (client, task) = ((ip(family.client), 40_003), (ip(family.routed), 8081));
                 for transport in [open, go_on] {
                     let packet = family.packet(transport, 40_003, 81);
@@ -207,14 +222,17 @@ fn a_routed_task_sees_the_client() {
             }
         }
         let options = V4.packet(ACK, 40_003, 81).with(|p| p.options = vec![1; 8]);
-        let expected =
-            options.forwarded((ip(V4.client), 40_003), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
+        let expected = options.forwarded((ip(V4.client), 40_003), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
         lab.becomes("with IPv4 options", &options, &expected, Outcome::Routed);
         let extended = V6.packet(ACK, 40_003, 81).with(|p| p.extensions = vec![(60, vec![0; 7])]);
         let expected =
             extended.forwarded((ip(V6.client), 40_003), (ip(V6.routed), 8081), (NODE_MAC, HOP_MAC));
         lab.becomes("with an extension header", &extended, &expected, Outcome::Routed);
-        lab.passes("expired on the way", &V4.packet(ACK, 40_003, 81).with(|p| p.hops = 1).bytes(), Outcome::TtlExpired);
+        lab.passes(
+            "expired on the way",
+            &V4.packet(ACK, 40_003, 81).with(|p| p.hops = 1).bytes(),
+            Outcome::TtlExpired,
+        );
     });
 }
 
@@ -227,8 +245,18 @@ fn a_snat_task_sees_the_node_and_its_answers_find_the_client() {
                 let (client, own, task) =
                     ((ip(family.client), 2_345), (ip(family.listener), 2_345), (ip(family.snat), 8082));
                 let packet = family.packet(open, 2_345, 82);
-                lab.becomes("a request", &packet, &packet.forwarded(own, task, (NODE_MAC, HOP_MAC)), Outcome::Snat);
-                lab.becomes("once more", &packet, &packet.forwarded(own, task, (NODE_MAC, HOP_MAC)), Outcome::Snat);
+                lab.becomes(
+                    "a request",
+                    &packet,
+                    &packet.forwarded(own, task, (NODE_MAC, HOP_MAC)),
+                    Outcome::Snat,
+                );
+                lab.becomes(
+                    "once more",
+                    &packet,
+                    &packet.forwarded(own, task, (NODE_MAC, HOP_MAC)),
+                    Outcome::Snat,
+                );
                 let back = family.answer(answer, (family.snat, 8082), own);
                 let expected = back.forwarded((ip(family.listener), 82), client, (NODE_MAC, CLIENT_MAC));
                 lab.becomes("an answer", &back, &expected, Outcome::Reply);
@@ -261,7 +289,8 @@ fn snat_ports_are_never_shared_and_run_out_with_a_name() {
             }
         }
         assert_eq!((seen.len(), refused), (4, 36));
-        let service = lab.datapath().tables().services.iter().find(|(_, s)| s.name == "snat").map(|(i, _)| *i);
+        let service =
+            lab.datapath().tables().services.iter().find(|(_, s)| s.name == "snat").map(|(i, _)| *i);
         assert_eq!(lab.counters().services[&service.expect("the service")].refused, 36);
     });
 }
@@ -275,8 +304,10 @@ fn udp_checksums_of_zero_stay_and_are_never_made() {
         // Among all values of two payload bytes is one whose sum comes to zero after the rewrite.
         let mut met = 0;
         for word in 0..=u16::MAX {
-            let packet = V4.packet(Transport::Udp, 40_005, 81).with(|p| p.payload = word.to_be_bytes().to_vec());
-            let expected = packet.forwarded((ip(V4.client), 40_005), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
+            let packet =
+                V4.packet(Transport::Udp, 40_005, 81).with(|p| p.payload = word.to_be_bytes().to_vec());
+            let expected =
+                packet.forwarded((ip(V4.client), 40_005), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
             let bytes = expected.bytes();
             if bytes[40..42] == [0xff, 0xff] {
                 lab.becomes("a sum of zero", &packet, &expected, Outcome::Routed);
@@ -310,7 +341,8 @@ fn what_xdp_cannot_send_is_left_to_tc_uncounted() {
         assert_eq!(lab.xdp(&unfinished.bytes()).action, TX);
         // On a socket buffer the sum stays unfinished: the pseudo header's, of the new addresses.
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS | XDP_GENERIC);
-        let expected = unfinished.forwarded((ip(V4.client), 40_006), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
+        let expected =
+            unfinished.forwarded((ip(V4.client), 40_006), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
         let verdict = lab.xdp(&unfinished.bytes());
         assert_eq!((verdict.action, verdict.frame), (TX, expected.bytes()));
     });
@@ -367,8 +399,15 @@ fn a_tasks_answer_is_turned_around_on_its_veth_alone() {
             let client = (ip(family.client), 40_007);
             let request = family.packet(SYN, 40_007, 80).with(|p| p.tags = vec![(0x8100, 5)]);
             let to = lab.delivered_to(&request);
-            let from = if to == "web.1" { local } else if family.client == V4.client { "172.18.0.12" } else { "fd18::12" };
-            let answer = Packet::new(SYN_ACK, (ip(from), 8080), client).with(|p| p.macs = (TASK_MAC, BRIDGE_MAC));
+            let from = if to == "web.1" {
+                local
+            } else if family.client == V4.client {
+                "172.18.0.12"
+            } else {
+                "fd18::12"
+            };
+            let answer =
+                Packet::new(SYN_ACK, (ip(from), 8080), client).with(|p| p.macs = (TASK_MAC, BRIDGE_MAC));
             // The client's tag is put on too, beside the bytes: the device writes it.
             let expected = answer.forwarded((ip(family.listener), 80), client, (NODE_MAC, CLIENT_MAC));
             let (verdict, counted) = lab.counting(|lab| lab.task_tc(&answer.bytes()));
@@ -391,10 +430,12 @@ fn a_tasks_answer_is_turned_around_on_its_veth_alone() {
 #[test]
 fn rotation_is_exact_with_many_clients_at_once() {
     let mut services = services();
-    let tasks = (1..=5).map(|slot| task(&format!("five.{slot}"), true, Via::Snat, &[&format!("172.18.1.{slot}")]));
+    let tasks =
+        (1..=5).map(|slot| task(&format!("five.{slot}"), true, Via::Snat, &[&format!("172.18.1.{slot}")]));
     services.push(service("five", &["90:8090"], tasks.collect()));
     with_lab(services, |lab| {
-        let order: Vec<String> = (0..10).map(|port| lab.delivered_to(&V4.packet(SYN, 41_000 + port, 90))).collect();
+        let order: Vec<String> =
+            (0..10).map(|port| lab.delivered_to(&V4.packet(SYN, 41_000 + port, 90))).collect();
         assert_eq!(order[..5], ["five.1", "five.2", "five.3", "five.4", "five.5"]);
         assert_eq!(order[..5], order[5..]);
         let counts: Vec<AtomicU32> = (0..6).map(|_| AtomicU32::new(0)).collect();
@@ -403,7 +444,8 @@ fn rotation_is_exact_with_many_clients_at_once() {
             for thread in 0..8_u16 {
                 let (lab, counts, netns) = (&*lab, &counts, &netns);
                 scope.spawn(move || {
-                    nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+                    nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)
+                        .expect("enter the namespace");
                     for port in 0..500 {
                         let frame = V4.packet(SYN, 42_000 + thread * 500 + port, 90).bytes();
                         let task = lab.task_of(lab.xdp(&frame).note.expect("a note"));
@@ -443,7 +485,11 @@ fn one_client_port_to_two_listeners_gets_two_tasks() {
         });
         let only = lab.delivered_to(&V4.packet(SYN, 44_001, 86));
         assert_eq!(only, "twin.1");
-        lab.passes("no task is left to tell them apart", &V4.packet(SYN, 44_001, 87).bytes(), Outcome::SourceCollision);
+        lab.passes(
+            "no task is left to tell them apart",
+            &V4.packet(SYN, 44_001, 87).bytes(),
+            Outcome::SourceCollision,
+        );
     });
 }
 
@@ -507,7 +553,10 @@ fn a_way_by_tc_is_left_to_tc() {
         lab.update(|_| {});
         let packet = V4.packet(SYN, 48_000, 81);
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
-        assert_eq!((verdict.action, verdict.note, verdict.frame), (PASS, Some(HANDOVER_DECIDE), packet.bytes()));
+        assert_eq!(
+            (verdict.action, verdict.note, verdict.frame),
+            (PASS, Some(HANDOVER_DECIDE), packet.bytes())
+        );
         assert_eq!(counted, BTreeMap::new());
         // The answer comes in by the uplink, and XDP can send it on.
         let client = (ip(V4.client), 48_000);
@@ -545,7 +594,10 @@ fn truncated_packets_of_every_length_pass_untouched() {
             let bytes = packet.bytes();
             for length in 14..bytes.len() {
                 let (verdict, counted) = lab.counting(|lab| lab.xdp(&bytes[..length]));
-                assert_eq!((verdict.action, verdict.frame.as_slice(), verdict.note), (PASS, &bytes[..length], None));
+                assert_eq!(
+                    (verdict.action, verdict.frame.as_slice(), verdict.note),
+                    (PASS, &bytes[..length], None)
+                );
                 assert_eq!(counted.values().sum::<u64>(), 1, "{length} bytes of {packet:?}");
                 assert!(counted.keys().all(|outcome| !outcome.is_forwarded()));
             }
@@ -557,8 +609,11 @@ fn truncated_packets_of_every_length_pass_untouched() {
 fn random_bytes_change_nothing_and_are_all_counted() {
     with_lab(services(), |lab| {
         let mut random = Random(0x1234_5678_9abc_def1);
-        let seeds: Vec<Vec<u8>> =
-            [V4, V6].iter().flat_map(|f| [f.packet(ACK, 50_000, 80), f.packet(ACK, 50_000, 82)]).map(|p| p.bytes()).collect();
+        let seeds: Vec<Vec<u8>> = [V4, V6]
+            .iter()
+            .flat_map(|f| [f.packet(ACK, 50_000, 80), f.packet(ACK, 50_000, 82)])
+            .map(|p| p.bytes())
+            .collect();
         let rounds = 40_000;
         let ((), counted) = lab.counting(|lab| {
             for round in 0..rounds {

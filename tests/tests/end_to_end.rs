@@ -51,7 +51,9 @@ fn any_node_answers_and_rotation_is_exact() {
             assert!(tally(&answers).values().all(|count| *count == 2), "{answers:?}");
             assert_eq!(tally(&answers).len(), 5, "{answers:?}");
             let seen: IpAddr = if address.is_ipv4() { CLIENT4.into() } else { CLIENT6.into() };
-            for (answer, task) in answers.iter().map(|a| (a, cluster.tasks.iter().find(|t| a.starts_with(&t.name)))) {
+            for (answer, task) in
+                answers.iter().map(|a| (a, cluster.tasks.iter().find(|t| a.starts_with(&t.name))))
+            {
                 // A task of the node sees the client; one of another node, reached by snat, sees the node.
                 let expected = if task.expect("a task").node == node { seen } else { address };
                 assert!(answer.ends_with(&format!("saw {expected}")), "{answer}: not {expected}");
@@ -73,7 +75,8 @@ fn every_mode_serves_local_and_remote_tasks() {
     for mode in ["native", "generic", "tc", "auto"] {
         let agent = attach(&cluster, 0, &["--mode", mode]);
         let status = text(&cluster.nodes[0].netns, &["status"]);
-        let expected = if mode == "tc" { "TC alone".into() } else { format!("{} XDP", mode.replace("auto", "native")) };
+        let expected =
+            if mode == "tc" { "TC alone".into() } else { format!("{} XDP", mode.replace("auto", "native")) };
         assert!(status.contains(&expected), "{status}");
         for address in cluster.addresses(0) {
             let answers = requests(&cluster.client, address, 10);
@@ -163,12 +166,16 @@ fn udp_is_answered_from_the_listener_both_families() {
     let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &[]);
     eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
     for address in cluster.addresses(0) {
-        let answers: Vec<String> =
-            cluster.client.enter(|| (0..6).map(|i| exchange(SocketAddr::new(address, 53), &format!("hello{i}"))).collect());
+        let answers: Vec<String> = cluster
+            .client
+            .enter(|| (0..6).map(|i| exchange(SocketAddr::new(address, 53), &format!("hello{i}"))).collect());
         let names = names(&answers);
         assert_eq!(names[..2], names[2..4]);
         assert_ne!(names[0], names[1]);
-        assert!(answers.iter().enumerate().all(|(i, answer)| answer.contains(&format!("hello{i} "))), "{answers:?}");
+        assert!(
+            answers.iter().enumerate().all(|(i, answer)| answer.contains(&format!("hello{i} "))),
+            "{answers:?}"
+        );
     }
     drop(agent);
     for (task, server) in cluster.tasks.iter().zip(servers) {
@@ -253,7 +260,9 @@ fn an_interface_may_go_and_come_back() {
     cluster.lan().ip(&format!("link set {port} master lanbr up"));
     node.netns.ip(&format!("addr add {}/24 dev eth1", node.v4()));
     node.netns.ip("link set eth1 up");
+    node.netns.ip(&format!("addr add {}/64 dev eth1 nodad", node.v6()));
     node.netns.ip(&format!("route add 172.18.2.0/24 via {}", cluster.nodes[1].v4()));
+    node.netns.ip(&format!("route add fd18:2::/64 via {}", cluster.nodes[1].v6()));
     eventually("it is served again", || {
         agent.log().matches("served by").count() == 2 && active_tasks(&node.netns, "web") == 5
     });
@@ -276,7 +285,10 @@ fn a_task_whose_veth_disappears_is_said_and_left_out() {
     drop(gone);
     eventually("four are left", || active_tasks(node, "web") == 4);
     let shown = text(node, &["service", "ps", "web"]);
-    assert!(shown.lines().any(|line| line.starts_with("web.1 ") && line.contains("no port of bridge")), "{shown}");
+    assert!(
+        shown.lines().any(|line| line.starts_with("web.1 ") && line.contains("no port of bridge")),
+        "{shown}"
+    );
     let answers = requests(&cluster.client, cluster.addresses(0)[0], 8);
     assert!(tally(&answers).values().all(|count| *count == 2), "{answers:?}");
 }
@@ -316,7 +328,10 @@ fn detach_leaves_nothing() {
     let agent = attach(&cluster, 0, &[]);
     let pid = agent.pid();
     let ids = kernel_objects(pid);
-    assert!(ids.iter().any(|id| id.starts_with("prog")) && ids.iter().any(|id| id.starts_with("map")), "{ids:?}");
+    assert!(
+        ids.iter().any(|id| id.starts_with("prog")) && ids.iter().any(|id| id.starts_with("map")),
+        "{ids:?}"
+    );
     let held = verb(node, &["detach", "--iface", "eth1"]);
     assert_eq!(held.status.code(), Some(4), "a running controller's datapath is not taken away");
     assert!(String::from_utf8_lossy(&held.stderr).contains(&format!("process {pid}")));
@@ -368,7 +383,11 @@ fn mistakes_are_said_with_the_next_step() {
         assert!(errors.contains(part), "{arguments:?}: {errors}");
     };
     says(&["attach", "--iface", "eth7", "--cluster", path], 1, "there is no interface eth7");
-    says(&["attach", "--iface", "eth1", "--cluster", "/nonexistent.toml"], 1, "read cluster file /nonexistent.toml");
+    says(
+        &["attach", "--iface", "eth1", "--cluster", "/nonexistent.toml"],
+        1,
+        "read cluster file /nonexistent.toml",
+    );
     says(&["attach", "--iface", "eth1"], 2, "--cluster");
     says(&["attach", "--iface", "eth1", "--cluster", path, "--snat-ports", "9"], 2, "range of ports");
     says(&["status"], 3, "no datapath is attached");
@@ -396,7 +415,8 @@ fn mistakes_are_said_with_the_next_step() {
         "umount -l /sys/fs/bpf && exec {} attach --iface eth1 --cluster {path}",
         lb_tests::agent::program().display()
     );
-    let output = node.command("unshare").args(["--mount", "sh", "-c", &script]).output().expect("start unshare");
+    let output =
+        node.command("unshare").args(["--mount", "sh", "-c", &script]).output().expect("start unshare");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("mount -t bpf bpf /sys/fs/bpf"), "{errors}");
 }
@@ -406,7 +426,8 @@ fn another_xdp_program_on_the_uplink_makes_way_for_tc() {
     let cluster = five_tasks();
     let other = cluster.nodes[0].netns.enter(|| {
         // Any XDP program will do: our own object, in other hands.
-        let object = fs::read(std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object")).expect("the object");
+        let object =
+            fs::read(std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object")).expect("the object");
         let mut object = aya::Ebpf::load(&object).expect("load the object");
         let program: &mut aya::programs::Xdp =
             object.program_mut("uplink_xdp").expect("a program").try_into().expect("an XDP program");
@@ -428,7 +449,12 @@ fn vlan_interfaces_on_an_offloading_uplink_make_way_for_tc() {
     let cluster = five_tasks();
     let node = &cluster.nodes[0].netns;
     // Not every kernel has VLAN interfaces; what is above the uplink is then not there to be noticed either.
-    if !node.command("ip").args(["link", "add", "link", "eth1", "name", "eth1.7", "type", "vlan", "id", "7"]).status().is_ok_and(|s| s.success()) {
+    if !node
+        .command("ip")
+        .args(["link", "add", "link", "eth1", "name", "eth1.7", "type", "vlan", "id", "7"])
+        .status()
+        .is_ok_and(|s| s.success())
+    {
         let agent = attach(&cluster, 0, &[]);
         assert!(agent.log().contains("served by native XDP"), "{}", agent.log());
         return;

@@ -11,7 +11,15 @@ use crate::{
 pub fn run() -> Result<()> {
     exec(cargo().args(["fmt", "--all", "--", "--check"]))?;
     exec(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    exec(cargo().args(["test", "--package", "lb-common", "--package", "lb-userspace", "--package", "xtask"]))?;
+    exec(cargo().args([
+        "test",
+        "--package",
+        "lb-common",
+        "--package",
+        "lb-userspace",
+        "--package",
+        "xtask",
+    ]))?;
     exec(cargo().env("RUSTDOCFLAGS", "-D warnings").args([
         "doc",
         "--no-deps",

@@ -41,7 +41,8 @@ pub fn build() -> Result<PathBuf> {
         command.env("PATH", std::env::join_paths(paths)?);
     }
     // What the outer cargo and rustup set for themselves is not meant for this compiler.
-    for name in ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUSTC_WRAPPER", "CARGO_TARGET_DIR"] {
+    for name in ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUSTC_WRAPPER", "CARGO_TARGET_DIR"]
+    {
         command.env_remove(name);
     }
     command.current_dir(root()).env("RUSTFLAGS", FLAGS).args(["build", "--release", "--package", "lb-ebpf"]);
@@ -67,7 +68,9 @@ fn refuse_panics(object: &Path) -> Result<()> {
         // The symbol's name lies in the object's string table in any case.
         None => String::from_utf8_lossy(&fs::read(object)?).into_owned(),
     };
-    if let Some(line) = symbols.lines().find(|line| line.contains("panicking") || line.contains("panic_bounds_check")) {
+    if let Some(line) =
+        symbols.lines().find(|line| line.contains("panicking") || line.contains("panic_bounds_check"))
+    {
         let line = line.trim();
         let line = line.char_indices().nth(200).map_or(line, |(end, _)| &line[..end]);
         bail!("the eBPF object can panic, look for an index or an arithmetic check without a guard: {line}");
@@ -86,5 +89,11 @@ pub fn build_agent() -> Result<PathBuf> {
 
 /// Builds the programs of the `tests` package.
 pub fn build_tests(object: &Path) -> Result<()> {
-    exec(cargo().env("LB_EBPF_OBJECT", object).args(["build", "--release", "--package", "lb-tests", "--bins"]))
+    exec(cargo().env("LB_EBPF_OBJECT", object).args([
+        "build",
+        "--release",
+        "--package",
+        "lb-tests",
+        "--bins",
+    ]))
 }

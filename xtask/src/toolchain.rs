@@ -73,7 +73,8 @@ fn present() -> Option<Compiler> {
     let list = Command::new(rustup).args(["toolchain", "list"]).output().ok()?;
     let list = String::from_utf8_lossy(&list.stdout).into_owned();
     list.lines().filter_map(|line| line.split_whitespace().next()).find_map(|name| {
-        let sysroot = Command::new("rustc").args([&format!("+{name}"), "--print", "sysroot"]).output().ok()?;
+        let sysroot =
+            Command::new("rustc").args([&format!("+{name}"), "--print", "sysroot"]).output().ok()?;
         let sysroot = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim());
         let sources = sysroot.join("lib/rustlib/src/rust/library/core");
         (name.starts_with("nightly") && sources.exists()).then(|| Compiler::Nightly(name.to_owned()))
@@ -91,7 +92,9 @@ pub fn linker() -> Result<PathBuf> {
         apt(&["llvm-22-dev"])?;
     }
     if !llvm.join("lib").exists() {
-        bail!("no {name} was found. Install it: cargo binstall {name}, or cargo install {name} with LLVM 22 at hand");
+        bail!(
+            "no {name} was found. Install it: cargo binstall {name}, or cargo install {name} with LLVM 22 at hand"
+        );
     }
     exec(cargo().env("LLVM_PREFIX", llvm).args([
         "install",
@@ -116,15 +119,19 @@ pub fn deny() -> Result<PathBuf> {
 
 /// The programs that tests and demo call.
 pub fn tools() -> Result<()> {
-    let missing: Vec<&str> =
-        DEBIAN_TOOLS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    let missing: Vec<&str> = DEBIAN_TOOLS
+        .iter()
+        .filter(|(program, _)| find(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
     if is_debian() {
         return apt(&missing);
     }
-    let programs: Vec<&str> = DEBIAN_TOOLS.iter().map(|(program, _)| *program).filter(|p| find(p).is_none()).collect();
+    let programs: Vec<&str> =
+        DEBIAN_TOOLS.iter().map(|(program, _)| *program).filter(|p| find(p).is_none()).collect();
     bail!("tests and demo need these programs, install them first: {}", programs.join(" "))
 }
 
@@ -135,7 +142,12 @@ fn is_debian() -> bool {
 /// Whether apt knows the package, if need be after an update of its lists.
 fn has_candidate(package: &str) -> bool {
     let known = || {
-        Command::new("apt-cache").args(["show", package]).stdout(Stdio::null()).stderr(Stdio::null()).status().ok()
+        Command::new("apt-cache")
+            .args(["show", package])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .ok()
     };
     if known().is_some_and(|status| status.success()) {
         return true;
@@ -152,7 +164,14 @@ fn apt(packages: &[&str]) -> Result<()> {
     }
     exec(
         as_root("env")
-            .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "install", "-y", "--no-install-recommends"])
+            .args([
+                "DEBIAN_FRONTEND=noninteractive",
+                "apt-get",
+                "-q",
+                "install",
+                "-y",
+                "--no-install-recommends",
+            ])
             .args(packages)
             .stdin(Stdio::null()),
     )

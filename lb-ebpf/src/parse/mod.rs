@@ -4,7 +4,11 @@ pub mod ipv4;
 pub mod ipv6;
 mod transport;
 
-use lb_common::{flow::{Tags, VlanTag}, net::Be16, outcome::Outcome};
+use lb_common::{
+    flow::{Tags, VlanTag},
+    net::Be16,
+    outcome::Outcome,
+};
 
 use crate::{
     frame::Frame,

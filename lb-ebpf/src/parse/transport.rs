@@ -33,7 +33,12 @@ struct Udp {
 
 /// Whether the packet's own length holds its headers, and the frame holds the packet.
 #[inline(always)]
-pub fn check_length<F: Frame>(frame: &F, network: usize, bytes: usize, headers: usize) -> Result<(), Outcome> {
+pub fn check_length<F: Frame>(
+    frame: &F,
+    network: usize,
+    bytes: usize,
+    headers: usize,
+) -> Result<(), Outcome> {
     if bytes < headers || network + bytes > frame.length() {
         return Err(Outcome::Malformed);
     }

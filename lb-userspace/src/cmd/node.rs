@@ -39,7 +39,9 @@ fn ls(read: &Read) -> Result<()> {
             // Docker marks the node that answers with a star.
             let mark = if node.this { " *" } else { "" };
             rows.add_row([format!("{}{mark}", node.name), addresses.join(", "), tasks.to_string()]);
-            nodes.push(json!({ "name": node.name, "addresses": addresses, "tasks": tasks, "this": node.this }));
+            nodes.push(
+                json!({ "name": node.name, "addresses": addresses, "tasks": tasks, "this": node.this }),
+            );
         }
         documents.push(json!({ "interface": interface, "nodes": nodes }));
         if read.output == Output::Table {

@@ -27,11 +27,13 @@ pub fn run(command: &ServiceCommand) -> Result<()> {
     }
 }
 
-/// Tasks of a service that take new flows.
+/// Tasks of a service that take new flows on all their ports and addresses.
 fn active(tables: &Tables, service: u32) -> usize {
-    let of_service = tables.backends.values().filter(|entry| entry.backend.service == service);
-    let active = of_service.filter(|entry| entry.backend.state == State::Active as u8);
-    active.map(|entry| &entry.label.task).collect::<BTreeSet<_>>().len()
+    let mut tasks: BTreeMap<&str, bool> = BTreeMap::new();
+    for entry in tables.backends.values().filter(|entry| entry.backend.service == service) {
+        *tasks.entry(&entry.label.task).or_insert(true) &= entry.backend.state == State::Active as u8;
+    }
+    tasks.values().filter(|active| **active).count()
 }
 
 fn ls(read: &Read) -> Result<()> {
@@ -87,7 +89,8 @@ fn ps(name: &str, read: &Read) -> Result<()> {
         };
         let mut rows = table(["NAME", "NODE", "STATE", "VIA", "ADDRESS", "FLOWS", "PROBLEM"]);
         for task in &tasks {
-            let text = |field: &str| task[field].as_str().map_or_else(|| task[field].to_string(), str::to_owned);
+            let text =
+                |field: &str| task[field].as_str().map_or_else(|| task[field].to_string(), str::to_owned);
             let addresses: Vec<&str> =
                 task["addresses"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
             rows.add_row([
@@ -117,7 +120,8 @@ fn ps(name: &str, read: &Read) -> Result<()> {
 /// The tasks of a service, each with all its ports; `None` if there is no such service.
 fn tasks(set: &TableSet, name: &str) -> Result<Option<Vec<Value>>> {
     let tables = set.read_labelled()?;
-    let Some(index) = tables.services.iter().find(|(_, service)| service.name == name).map(|(index, _)| *index)
+    let Some(index) =
+        tables.services.iter().find(|(_, service)| service.name == name).map(|(index, _)| *index)
     else {
         return Ok(None);
     };
@@ -139,8 +143,10 @@ fn task(backends: &[(u32, &BackendEntry)], counters: &Counters) -> Value {
         .iter()
         .filter_map(|(number, _)| counters.backends.get(number))
         .fold(BackendStats::default(), |total, stats| total.plus(*stats));
-    let addresses: BTreeSet<String> =
-        backends.iter().map(|(_, entry)| std::net::SocketAddr::new(entry.label.address, entry.label.target).to_string()).collect();
+    let addresses: BTreeSet<String> = backends
+        .iter()
+        .map(|(_, entry)| std::net::SocketAddr::new(entry.label.address, entry.label.target).to_string())
+        .collect();
     let problem = backends.iter().find_map(|(_, entry)| entry.label.problem.clone());
     let via = backends.iter().find_map(|(_, entry)| Kind::try_from(entry.backend.kind).ok()).map_or("-", via);
     json!({

@@ -73,8 +73,11 @@ fn print(interface: &str, several: bool, tables: &Tables, counters: &Counters, b
 }
 
 fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json::Value {
-    let outcomes: serde_json::Map<_, _> =
-        counters.outcomes.iter().map(|count| (count.outcome.name().to_owned(), json!(count.packets))).collect();
+    let outcomes: serde_json::Map<_, _> = counters
+        .outcomes
+        .iter()
+        .map(|count| (count.outcome.name().to_owned(), json!(count.packets)))
+        .collect();
     let services: Vec<_> = tables
         .services
         .iter()

@@ -41,7 +41,12 @@ impl Counters {
     }
 }
 
-fn sum<T: Pod>(map: &PerCpuArray<MapData, T>, index: u32, zero: T, plus: fn(T, T) -> T) -> Result<T, DatapathError> {
+fn sum<T: Pod>(
+    map: &PerCpuArray<MapData, T>,
+    index: u32,
+    zero: T,
+    plus: fn(T, T) -> T,
+) -> Result<T, DatapathError> {
     let values = map.get(&index, 0).map_err(|e| DatapathError::map("read", e))?;
     Ok(values.iter().fold(zero, |total, value| plus(total, *value)))
 }

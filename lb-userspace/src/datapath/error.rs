@@ -151,9 +151,13 @@ fn explain_load(error: &EbpfError) -> String {
     let text = chain(error);
     match errno(error) {
         Some(libc::EPERM | libc::EACCES) => format!("{text}; {CAPABILITIES}"),
-        Some(libc::ENOMEM) => format!("{text}; the tables ask for more memory than there is: attach with smaller ones"),
+        Some(libc::ENOMEM) => {
+            format!("{text}; the tables ask for more memory than there is: attach with smaller ones")
+        }
         _ if text.contains("BTF") || text.contains("btf") => {
-            format!("{text}; the kernel needs BTF: /sys/kernel/btf/vmlinux must exist (CONFIG_DEBUG_INFO_BTF)")
+            format!(
+                "{text}; the kernel needs BTF: /sys/kernel/btf/vmlinux must exist (CONFIG_DEBUG_INFO_BTF)"
+            )
         }
         _ => text,
     }

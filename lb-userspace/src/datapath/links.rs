@@ -78,7 +78,9 @@ pub(super) fn attach_xdp(
     let id = program.attach_to_if_index(ifindex, flags).map_err(|error| explain_xdp(&error))?;
     // A link that is not a descriptor (netlink) cannot outlive this process: dropping it detaches.
     let link: FdLink = program.take_link(id)?.try_into().map_err(|_| {
-        AttachProblem("the kernel attaches XDP by netlink only, which cannot be pinned (Linux 5.9 can)".into())
+        AttachProblem(
+            "the kernel attaches XDP by netlink only, which cannot be pinned (Linux 5.9 can)".into(),
+        )
     })?;
     link.pin(&path).map_err(|error| AttachProblem(chain(&error)))?;
     Ok(())

@@ -25,7 +25,7 @@ use lb_common::{
     backend::Backend,
 };
 pub use links::{AttachProblem, TcHook};
-pub use object::{is_embedded, program_facts, ProgramFacts};
+pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces};
 pub use tables::{Shape, TableSet};
 
@@ -79,7 +79,17 @@ impl Datapath {
                 let tables = set.read()?;
                 let config = set.config()?;
                 let attached = Mode::try_from(config.mode).ok().map(|mode| (config.uplink, mode));
-                Ok(Self { pins, _lock: lock, ebpf, set, tables, config, adopted, attached, hook: TcHook::Tcx })
+                Ok(Self {
+                    pins,
+                    _lock: lock,
+                    ebpf,
+                    set,
+                    tables,
+                    config,
+                    adopted,
+                    attached,
+                    hook: TcHook::Tcx,
+                })
             }
             Err(error) => {
                 if fresh {
@@ -121,7 +131,8 @@ impl Datapath {
             return Err(DatapathError::Version { found: version, expected: ABI_VERSION });
         }
         for shape in Shape::all(sizes) {
-            let pinned = MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
+            let pinned =
+                MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
             shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
         }
         Ok(true)
@@ -243,7 +254,12 @@ impl Datapath {
 
     /// Detaches it again; an interface that is gone has taken the link with it.
     pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32) {
-        links::detach_tc(&self.pins, interface.unwrap_or_default(), &pin::task_link(ifindex), program::TASK_TC);
+        links::detach_tc(
+            &self.pins,
+            interface.unwrap_or_default(),
+            &pin::task_link(ifindex),
+            program::TASK_TC,
+        );
     }
 
     /// The interfaces that carry the program for replies, as far as pins tell.

@@ -139,7 +139,8 @@ impl PinDir {
         pin: impl FnOnce(&Path) -> Result<(), aya::pin::PinError>,
     ) -> Result<(), DatapathError> {
         self.remove(path);
-        pin(path).map_err(|error| DatapathError::pin("pin", path, io::Error::other(super::error::chain(&error))))
+        pin(path)
+            .map_err(|error| DatapathError::pin("pin", path, io::Error::other(super::error::chain(&error))))
     }
 
     /// Removes every pin and the directory, links first.
@@ -182,7 +183,8 @@ fn namespace() -> Result<PathBuf, DatapathError> {
     if !is_bpffs(bpffs) {
         return Err(DatapathError::NoBpffs { path: bpffs.to_owned() });
     }
-    let cookie = netns_cookie().map_err(|error| DatapathError::pin("ask for the network namespace of", bpffs, error))?;
+    let cookie = netns_cookie()
+        .map_err(|error| DatapathError::pin("ask for the network namespace of", bpffs, error))?;
     Ok(bpffs.join("lb").join(cookie.to_string()))
 }
 

@@ -8,7 +8,8 @@ use aya::{
 };
 use lb_common::{
     abi::{
-        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, size, table,
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, size,
+        table,
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
@@ -63,10 +64,34 @@ impl Shape {
         vec![
             array(table::CONFIG, MapType::Array, size_of::<Config>(), None, 1),
             array(table::FILTER, MapType::Array, 8, None, FILTER_WORDS),
-            hash(table::LISTENERS4, MapType::Hash, of::<Endpoint<V4>, Listener>(), sizes.listeners, size::LISTENERS),
-            hash(table::LISTENERS6, MapType::Hash, of::<Endpoint<V6>, Listener>(), sizes.listeners, size::LISTENERS),
-            hash(table::REPLIES4, MapType::Hash, of::<Endpoint<V4>, Replies<V4>>(), sizes.backends, size::BACKENDS),
-            hash(table::REPLIES6, MapType::Hash, of::<Endpoint<V6>, Replies<V6>>(), sizes.backends, size::BACKENDS),
+            hash(
+                table::LISTENERS4,
+                MapType::Hash,
+                of::<Endpoint<V4>, Listener>(),
+                sizes.listeners,
+                size::LISTENERS,
+            ),
+            hash(
+                table::LISTENERS6,
+                MapType::Hash,
+                of::<Endpoint<V6>, Listener>(),
+                sizes.listeners,
+                size::LISTENERS,
+            ),
+            hash(
+                table::REPLIES4,
+                MapType::Hash,
+                of::<Endpoint<V4>, Replies<V4>>(),
+                sizes.backends,
+                size::BACKENDS,
+            ),
+            hash(
+                table::REPLIES6,
+                MapType::Hash,
+                of::<Endpoint<V6>, Replies<V6>>(),
+                sizes.backends,
+                size::BACKENDS,
+            ),
             array(table::SLOTS, MapType::Array, 4, sizes.slots, size::SLOTS),
             array(table::BACKENDS, MapType::Array, size_of::<Backend>(), sizes.backends, size::BACKENDS),
             array(table::CURSORS, MapType::Array, 8, sizes.listeners, size::LISTENERS),
@@ -288,7 +313,11 @@ impl TableSet {
         Ok(())
     }
 
-    fn read_listeners<A: Address>(&self, table: &Listeners<A>, tables: &mut Tables) -> Result<(), DatapathError>
+    fn read_listeners<A: Address>(
+        &self,
+        table: &Listeners<A>,
+        tables: &mut Tables,
+    ) -> Result<(), DatapathError>
     where
         Endpoint<A>: Pod,
     {
@@ -305,7 +334,11 @@ impl TableSet {
         Ok(())
     }
 
-    fn read_replies<A: Address>(&self, table: &ReplyTable<A>, tables: &mut Tables) -> Result<(), DatapathError>
+    fn read_replies<A: Address>(
+        &self,
+        table: &ReplyTable<A>,
+        tables: &mut Tables,
+    ) -> Result<(), DatapathError>
     where
         Endpoint<A>: Pod,
         Replies<A>: Pod,
@@ -314,14 +347,20 @@ impl TableSet {
             let (endpoint, replies) = item.map_err(|e| DatapathError::map("read", e))?;
             let Some(at) = at(&endpoint) else { continue };
             let count = (replies.count as usize).min(MAX_REPLY_LISTENERS);
-            let sources = replies.sources[..count].iter().map(|s| (s.address.to_ip(), s.port.get())).collect();
+            let sources =
+                replies.sources[..count].iter().map(|s| (s.address.to_ip(), s.port.get())).collect();
             tables.replies.insert(at, ReplySet { backend: replies.backend, sources });
         }
         Ok(())
     }
 
     /// Writes a backend; its counters start anew if it is a new one.
-    pub(super) fn set_backend(&mut self, index: u32, entry: &BackendEntry, new: bool) -> Result<(), DatapathError> {
+    pub(super) fn set_backend(
+        &mut self,
+        index: u32,
+        entry: &BackendEntry,
+        new: bool,
+    ) -> Result<(), DatapathError> {
         if new {
             zero(&mut self.backend_stats, index)?;
         }
@@ -340,7 +379,12 @@ impl TableSet {
     }
 
     /// Names a service; its counters start anew if it is a new one.
-    pub(super) fn set_service(&mut self, index: u32, label: &ServiceLabel, new: bool) -> Result<(), DatapathError> {
+    pub(super) fn set_service(
+        &mut self,
+        index: u32,
+        label: &ServiceLabel,
+        new: bool,
+    ) -> Result<(), DatapathError> {
         if new {
             zero(&mut self.service_stats, index)?;
         }
@@ -368,8 +412,12 @@ impl TableSet {
                 self.filter.set(*word, *bits, 0).map_err(|e| DatapathError::map("write", e))
             }
             MapOp::SetListener(at, listener) => match at.address {
-                IpAddr::V4(a) => insert(&mut self.listeners4, &endpoint(V4::from(a), at), listener, LISTENERS),
-                IpAddr::V6(a) => insert(&mut self.listeners6, &endpoint(V6::from(a), at), listener, LISTENERS),
+                IpAddr::V4(a) => {
+                    insert(&mut self.listeners4, &endpoint(V4::from(a), at), listener, LISTENERS)
+                }
+                IpAddr::V6(a) => {
+                    insert(&mut self.listeners6, &endpoint(V6::from(a), at), listener, LISTENERS)
+                }
             },
             MapOp::RemoveListener(at) => match at.address {
                 IpAddr::V4(a) => remove(&mut self.listeners4, &endpoint(V4::from(a), at)),
@@ -450,7 +498,11 @@ fn decode<T: DeserializeOwned>(label: &Label) -> Option<T> {
 
 /// What stands for a backend whose name was lost: the planner will find nothing like it, and free it.
 fn nameless(backend: &Backend, index: u32) -> BackendLabel {
-    let address = if backend.family == 6 { V6::from_wide(backend.address).to_ip() } else { V4::from_wide(backend.address).to_ip() };
+    let address = if backend.family == 6 {
+        V6::from_wide(backend.address).to_ip()
+    } else {
+        V4::from_wide(backend.address).to_ip()
+    };
     BackendLabel {
         task: format!("backend {index}"),
         node: String::new(),

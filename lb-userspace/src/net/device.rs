@@ -49,8 +49,14 @@ struct Value {
 /// # Errors
 /// There is no such interface, or its driver does not answer.
 pub fn device(interface: &str) -> io::Result<Device> {
-    let mut info =
-        DriverInfo { command: GET_DRIVER, driver: [0; 32], version: [0; 32], firmware: [0; 32], bus: [0; 32], rest: [0; 64] };
+    let mut info = DriverInfo {
+        command: GET_DRIVER,
+        driver: [0; 32],
+        version: [0; 32],
+        firmware: [0; 32],
+        bus: [0; 32],
+        rest: [0; 64],
+    };
     ethtool(interface, (&raw mut info).cast())?;
     let mut flags = Value { command: GET_FLAGS, data: 0 };
     // A driver without offloads need not know the question.

@@ -23,7 +23,8 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressMessage, AddressScope},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     neighbour::{
-        NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
+        NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+        NeighbourState,
     },
     route::{RouteAddress, RouteAttribute, RouteType},
 };
@@ -215,10 +216,7 @@ impl Net {
             .replace()
             .state(NeighbourState::None)
             .flags(NeighbourFlags::Use);
-        request
-            .message_mut()
-            .attributes
-            .push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
+        request.message_mut().attributes.push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
         if let Err(error) = request.execute().await {
             log::debug!("ask the kernel to resolve {address}: {error}");
         }
@@ -299,7 +297,10 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
 }
 
 fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), [u8; 6])> {
-    if matches!(message.header.state, NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None) {
+    if matches!(
+        message.header.state,
+        NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None
+    ) {
         return None;
     }
     let (mut to, mut hardware) = (None, None);

@@ -32,7 +32,8 @@ fn ask(ifindex: u32) -> io::Result<Option<u64>> {
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let name = exchange(&socket, CONTROL, CONTROL_GET_FAMILY, CONTROL_FAMILY_NAME, b"netdev\0")?;
-    let Some(family) = attribute(&name, CONTROL_FAMILY_ID).and_then(|id| id.try_into().ok()).map(u16::from_ne_bytes)
+    let Some(family) =
+        attribute(&name, CONTROL_FAMILY_ID).and_then(|id| id.try_into().ok()).map(u16::from_ne_bytes)
     else {
         return Ok(None);
     };

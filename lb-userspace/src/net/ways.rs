@@ -35,7 +35,9 @@ impl Ways {
                 Err(reason) => Err(reason),
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
-                    Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, *reach, &route).await,
+                    Reach::Snat | Reach::Routed => {
+                        self.remote(net, snapshot, uplink, *address, *reach, &route).await
+                    }
                 },
             };
             ways.insert((*address, *reach), way);
@@ -65,10 +67,15 @@ impl Ways {
             "bridge" => self.port(snapshot, device, address, mac).ok_or_else(|| {
                 format!("no port of bridge {} is known yet to lead to {address}", device.name)
             })?,
-            _ => return Err(format!("{} leads to {address}, and is neither a veth nor a bridge", device.name)),
+            _ => {
+                return Err(format!("{} leads to {address}, and is neither a veth nor a bridge", device.name));
+            }
         };
         if port.kind != "veth" || !port.lower_elsewhere {
-            return Err(format!("port {} leads to {address}, and is no veth into another namespace", port.name));
+            return Err(format!(
+                "port {} leads to {address}, and is no veth into another namespace",
+                port.name
+            ));
         }
         if !port.up {
             return Err(format!("{} is down", port.name));
@@ -78,7 +85,14 @@ impl Ways {
         }
         let mac = mac.unwrap_or_default();
         let source_mac = device.mac;
-        Ok(Way { kind: Kind::Local, ifindex: port.index, mac, source_mac, source: route.source, flags: VIA_TC })
+        Ok(Way {
+            kind: Kind::Local,
+            ifindex: port.index,
+            mac,
+            source_mac,
+            source: route.source,
+            flags: VIA_TC,
+        })
     }
 
     /// The bridge's port behind which a task is, now or when it was last heard of.
@@ -91,7 +105,8 @@ impl Ways {
     ) -> Option<&'a Link> {
         let mac = mac?;
         let learned = snapshot.ports.get(&(bridge.index, mac)).copied();
-        let remembered = || self.ports.get(&address).filter(|(_, known)| *known == mac).map(|(port, _)| *port);
+        let remembered =
+            || self.ports.get(&address).filter(|(_, known)| *known == mac).map(|(port, _)| *port);
         let port = snapshot.links.get(&learned.or_else(remembered)?)?;
         (port.master == Some(bridge.index)).then_some(port)
     }
@@ -114,7 +129,8 @@ impl Ways {
             .neighbour(net, snapshot, device.index, hop)
             .await
             .ok_or_else(|| format!("the next hop {hop} on {} does not answer", device.name))?;
-        let source = route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
+        let source =
+            route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
         let kind = if reach == Reach::Routed { Kind::Routed } else { Kind::Snat };
         let by_tc = device.index != uplink && !netdev::transmits(device.index);
         let flags = if by_tc { VIA_TC } else { 0 };
@@ -122,7 +138,13 @@ impl Ways {
     }
 
     /// A neighbour's hardware address; the kernel is asked once to resolve it and keep it.
-    async fn neighbour(&mut self, net: &Net, snapshot: &Snapshot, interface: u32, address: IpAddr) -> Option<[u8; 6]> {
+    async fn neighbour(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        interface: u32,
+        address: IpAddr,
+    ) -> Option<[u8; 6]> {
         let known = snapshot.neighbours.get(&(interface, address)).copied();
         if self.managed.insert((interface, address)) || known.is_none() {
             net.resolve(interface, address).await;

@@ -71,8 +71,10 @@ impl<'a> Draft<'a> {
             ..Tables::default()
         };
         let services = actual.services.iter().map(|(index, label)| (label.name.clone(), *index));
-        let cursors =
-            actual.ports.iter().map(|(index, label)| ((label.service, label.protocol, label.published), *index));
+        let cursors = actual
+            .ports
+            .iter()
+            .map(|(index, label)| ((label.service, label.protocol, label.published), *index));
         let backends = actual.backends.iter().map(|(index, entry)| (identity_of(entry), *index));
         let used = actual.listeners.values().map(|listener| (listener.slot_base, listener.slot_count));
         // A number that was used last is given again last.
@@ -110,7 +112,8 @@ impl<'a> Draft<'a> {
         for v4 in [true, false] {
             let of_family = |address: &&IpAddr| address.is_ipv4() == v4;
             let have = self.next.listeners.keys().filter(|at| of_family(&&at.address)).count();
-            let more: usize = service.ports.iter().map(|port| port.addresses.iter().filter(of_family).count()).sum();
+            let more: usize =
+                service.ports.iter().map(|port| port.addresses.iter().filter(of_family).count()).sum();
             if have + more > self.limits.listeners as usize {
                 return Err(full("listeners"));
             }
@@ -129,8 +132,12 @@ impl<'a> Draft<'a> {
         let port = wanted.port;
         let cursor =
             self.cursors.of((number, port.protocol, port.published)).ok_or_else(|| full("listeners"))?;
-        let label =
-            PortLabel { service: number, protocol: port.protocol, published: port.published, target: port.target };
+        let label = PortLabel {
+            service: number,
+            protocol: port.protocol,
+            published: port.published,
+            target: port.target,
+        };
         let mut listeners = Vec::new();
         for v4 in [true, false] {
             let addresses: Vec<IpAddr> =
@@ -150,7 +157,8 @@ impl<'a> Draft<'a> {
                 .collect();
             let weights: Vec<u16> = eligible.iter().map(|(_, weight)| *weight).collect();
             let slots: Vec<u32> = slots::order(&weights).into_iter().map(|i| eligible[i].0).collect();
-            let at = |address: &IpAddr| At { address: *address, protocol: port.protocol, port: port.published };
+            let at =
+                |address: &IpAddr| At { address: *address, protocol: port.protocol, port: port.published };
             let base = self.range(&slots, addresses.iter().map(at))?;
             let listener =
                 Listener { service: number, slot_base: base, slot_count: slots.len() as u32, cursor };
@@ -188,7 +196,9 @@ impl<'a> Draft<'a> {
             // Every listener of the task's family that leads to its port.
             let sources: Vec<(IpAddr, u16)> = ports
                 .iter()
-                .filter(|port| (port.label.protocol, port.label.target) == (entry.label.protocol, entry.label.target))
+                .filter(|port| {
+                    (port.label.protocol, port.label.target) == (entry.label.protocol, entry.label.target)
+                })
                 .flat_map(|port| port.listeners.iter().map(|(at, _)| (at.address, at.port)))
                 .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
                 .collect();

@@ -202,7 +202,11 @@ fn ports(view: &View<'_>, service: &Service, refused: &mut Vec<String>) -> Vec<D
     let addresses = if service.addresses.is_empty() { view.addresses } else { &service.addresses };
     // A reply is matched against all listeners that lead to its task's port, so there is a bound to them.
     let sharing = |port: &Port| {
-        service.ports.iter().filter(|other| (other.protocol, other.target) == (port.protocol, port.target)).count()
+        service
+            .ports
+            .iter()
+            .filter(|other| (other.protocol, other.target) == (port.protocol, port.target))
+            .count()
     };
     let mut ports = Vec::new();
     for port in &service.ports {

@@ -1,9 +1,6 @@
 //! The tables as plain data, and the operations that change them.
 
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     backend::{Backend, State},

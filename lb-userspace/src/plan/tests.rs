@@ -17,12 +17,20 @@ fn addresses() -> Vec<IpAddr> {
 /// A cluster of a few services with a few tasks, and the ways of one node.
 fn cluster() -> impl Strategy<Value = ClusterState> {
     let state = prop_oneof![Just(TaskState::Starting), Just(TaskState::Running), Just(TaskState::Draining)];
-    let task = (0_u8..6, state, 1_u16..4, any::<bool>(), prop_oneof![Just(Via::Snat), Just(Via::Routed)], any::<bool>());
+    let task = (
+        0_u8..6,
+        state,
+        1_u16..4,
+        any::<bool>(),
+        prop_oneof![Just(Via::Snat), Just(Via::Routed)],
+        any::<bool>(),
+    );
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
     let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3));
     prop::collection::btree_map(0_u8..5, service, 0..5).prop_map(|services| {
         let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
-        let services = services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports)).collect();
+        let services =
+            services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports)).collect();
         ClusterState { nodes, services }
     })
 }
@@ -154,7 +162,8 @@ proptest! {
 }
 
 fn one_service(states: &[TaskState]) -> ClusterState {
-    let tasks = states.iter().enumerate().map(|(slot, state)| (slot as u8, *state, 1, true, Via::Snat, false));
+    let tasks =
+        states.iter().enumerate().map(|(slot, state)| (slot as u8, *state, 1, true, Via::Snat, false));
     let service = build(1, tasks.collect(), vec![(0, Protocol::Tcp, 0)]);
     ClusterState { nodes: vec![], services: vec![service] }
 }

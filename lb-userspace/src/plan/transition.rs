@@ -74,7 +74,11 @@ fn new_slots(actual: &Tables, next: &Tables, ops: &mut Vec<MapOp>) {
     }
 }
 
-fn changed<K: Ord, V: PartialEq>(actual: &BTreeMap<K, V>, next: &BTreeMap<K, V>, mut each: impl FnMut(&K, &V)) {
+fn changed<K: Ord, V: PartialEq>(
+    actual: &BTreeMap<K, V>,
+    next: &BTreeMap<K, V>,
+    mut each: impl FnMut(&K, &V),
+) {
     for (key, value) in next {
         if actual.get(key) != Some(value) {
             each(key, value);

@@ -106,8 +106,8 @@ struct RawTask {
 /// # Errors
 /// The file cannot be read, is not TOML, or contradicts itself; the line is named.
 pub fn read(path: &Path) -> Result<ClusterState, FileError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
     parse(&text).map_err(|Wrong { at, reason }| FileError::Invalid {
         path: path.to_owned(),
         line: 1 + text.as_bytes()[..at.min(text.len())].iter().filter(|byte| **byte == b'\n').count(),
@@ -194,7 +194,8 @@ fn ports<'a>(
         for place in places {
             let key = (port.protocol.number(), port.published, place);
             if let Some(owner) = published.insert(key, service.name.get_ref()) {
-                let what = format!("port {}/{} is already published by {owner:?}", port.published, port.protocol);
+                let what =
+                    format!("port {}/{} is already published by {owner:?}", port.published, port.protocol);
                 return Err(Wrong::at(text, what));
             }
         }
@@ -328,7 +329,11 @@ weight = 3
         fails(&GOOD.replace("weight", "wait"), 15, "wait");
         fails(&format!("{GOOD}\n[[service]]\nname = \"web\"\nports = []\n"), 18, "already a service");
         fails(&GOOD.replace("[\"172.18.0.3\"]", "[]"), 13, "needs an address");
-        fails(&GOOD.replace("\"172.18.0.3\"", "\"10.0.0.1\", \"10.0.0.2\""), 13, "one address of each family");
+        fails(
+            &GOOD.replace("\"172.18.0.3\"", "\"10.0.0.1\", \"10.0.0.2\""),
+            13,
+            "one address of each family",
+        );
     }
 
     #[test]
@@ -354,6 +359,8 @@ weight = 3
         std::fs::rename(&other, &path).unwrap();
         assert!(matches!(next(&mut updates).await, Update::State(state) if state.services.is_empty()));
         std::fs::remove_file(&path).unwrap();
-        assert!(matches!(next(&mut updates).await, Update::Failed(reason) if reason.contains("read cluster file")));
+        assert!(
+            matches!(next(&mut updates).await, Update::Failed(reason) if reason.contains("read cluster file"))
+        );
     }
 }
