@@ -60,10 +60,10 @@ pub fn uplink<F: Frame, A: Family>(
     {
         return Err(Outcome::NotOurs);
     }
-    if let Some(known) = A::flow(&packet.key) {
-        if let Some(found) = usable(packet, known)? {
-            return Ok(found);
-        }
+    if let Some(known) = A::flow(&packet.key)
+        && let Some(found) = usable(packet, known)?
+    {
+        return Ok(found);
     }
     if scope == Scope::Flows {
         return answer(packet);

@@ -6,9 +6,13 @@
 //! ```text
 //! parse ─► filter ─► classify ─► (select ─► flow made) ─► rewrite ─► forward
 //! ```
-#![no_std]
+// On the host, where this is only checked and never run, std stands in.
+#![cfg_attr(target_arch = "bpf", no_std)]
 #![no_main]
-#![expect(missing_docs, reason = "the macros of the entry points wrap them in functions without documentation")]
+#![expect(
+    missing_docs,
+    reason = "the macros of the entry points wrap them in functions without documentation"
+)]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(target_arch = "bpf", expect(internal_features, reason = "atomic add without compare-and-swap"))]
 
@@ -170,7 +174,7 @@ fn from_task<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
     encode(classify::task(frame, packet).and_then(|found| forward::from_task_tc(frame, packet, &found)))
 }
 
-#[cfg(not(test))]
+#[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     // No path leads here: the build refuses an object that holds a panic.

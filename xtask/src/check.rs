@@ -23,6 +23,7 @@ pub fn run() -> Result<()> {
     exec(cargo().env("RUSTDOCFLAGS", "-D warnings").args([
         "doc",
         "--no-deps",
+        "--document-private-items",
         "--package",
         "lb-common",
         "--package",

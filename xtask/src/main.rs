@@ -7,6 +7,8 @@ mod run;
 mod test;
 mod toolchain;
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -41,8 +43,18 @@ enum Verb {
     },
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().verb {
+fn main() -> ExitCode {
+    match run(Cli::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<()> {
+    match verb {
         Verb::Setup => toolchain::setup(),
         Verb::BuildEbpf => ebpf::build().map(drop),
         Verb::Build => ebpf::build_agent().map(drop),

@@ -68,7 +68,10 @@ impl Ways {
                 format!("no port of bridge {} is known yet to lead to {address}", device.name)
             })?,
             _ => {
-                return Err(format!("{} leads to {address}, and is neither a veth nor a bridge", device.name));
+                return Err(format!(
+                    "{} leads to {address}, and is neither a veth nor a bridge",
+                    device.name
+                ));
             }
         };
         if port.kind != "veth" || !port.lower_elsewhere {
