@@ -20,7 +20,7 @@ pub fn run() -> Result<()> {
         "--package",
         "xtask",
     ]))?;
-    exec(cargo().env("RUSTDOCFLAGS", "-D warnings").args([
+    exec(cargo().env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links").args([
         "doc",
         "--no-deps",
         "--document-private-items",

@@ -1,7 +1,7 @@
 //! From what the cluster should look like to the operations that make the tables say so.
 //!
-//! Pure: no I/O, no clock, neither aya nor tokio. [`desired`] turns the cluster's state into what the tables
-//! should mean; [`plan`] gives that numbers, keeping those in use, and orders the changes so that no packet
+//! Pure: no I/O, no clock, neither aya nor tokio. [`desired()`] turns the cluster's state into what the tables
+//! should mean; [`plan()`] gives that numbers, keeping those in use, and orders the changes so that no packet
 //! ever sees half of one.
 
 mod assign;
