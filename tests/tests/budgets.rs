@@ -11,7 +11,7 @@ use lb_tests::{
 
 /// Instructions the verifier walks through, and bytes of the translated program, on Linux 6.18.
 const PROGRAMS: [(&str, u32, u32); 3] =
-    [("uplink_xdp", 40_000, 40_000), ("uplink_tc", 50_000, 50_000), ("task_tc", 10_000, 16_000)];
+    [("uplink_xdp", 113_000, 39_000), ("uplink_tc", 134_000, 49_000), ("task_tc", 20_000, 16_000)];
 
 /// How far a figure may grow before somebody must look: other kernels walk other ways.
 const SLACK_PERCENT: u32 = 10;
@@ -20,9 +20,9 @@ const SLACK_PERCENT: u32 = 10;
 fn programs_stay_within_their_budgets() {
     with_lab(vec![], |lab| {
         let facts = lab.datapath().programs().expect("facts");
+        println!("{facts:#?}");
         for (name, instructions, bytes) in PROGRAMS {
             let program = facts.iter().find(|program| program.name == name).expect("the program");
-            println!("{program:?}");
             let within = |figure: u32, budget: u32| figure <= budget + budget * SLACK_PERCENT / 100;
             assert!(
                 within(program.verified_instructions, instructions),
