@@ -80,8 +80,8 @@ pub const XDP_REDIRECTS: u32 = 4;
 /// Frames of a local stack may arrive here with an unfinished checksum (veth, virtio): XDP checks for it.
 pub const PARTIAL_CHECKSUMS: u32 = 8;
 
-/// XDP runs on socket buffers: checksums stay unfinished on the way out, and TC may get frames whose link
-/// header the kernel has hidden.
+/// XDP runs on socket buffers: its notes do not reach TC, which may get frames whose link header the kernel has
+/// hidden. XDP decides, TC does the rest.
 pub const XDP_GENERIC: u32 = 16;
 
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
@@ -101,8 +101,8 @@ pub struct Config {
     pub host_ports: [u16; 2],
     /// How the uplink is served: [`Mode`]; the programs do not read it.
     pub mode: u32,
-    /// Zero.
-    pub _pad: u32,
+    /// Jiffies a second, the unit of the flows' timestamps.
+    pub jiffies_per_second: u32,
     /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
     pub metadata_refused: u32,
 }

@@ -65,12 +65,6 @@ impl Delta {
         Self(!self.0)
     }
 
-    /// The sum after the change; for an unfinished checksum, which holds a sum and not its complement.
-    #[inline(always)]
-    pub const fn add(self, sum: u16) -> u16 {
-        fold(sum as u32 + self.0 as u32)
-    }
-
     /// The checksum after the change: `~(~HC + ~m + m')`, equation 3 of RFC 1624.
     #[inline(always)]
     pub const fn apply(self, checksum: u16) -> u16 {

@@ -135,7 +135,8 @@ pub struct Flow<A> {
     pub generation: u32,
     /// When the last packet was seen: jiffies, low 32 bits.
     pub seen: u32,
-    /// When the next hop to the client was last asked for: jiffies / 256, about a second.
+    /// When the next hop to the client was last asked for, jiffies, low 32 bits. A snat request keeps here when
+    /// it last looked after its entry for replies.
     pub hop_seen: u32,
     /// Hardware address of the client or of the router to it.
     pub client_mac: [u8; 6],
@@ -151,7 +152,25 @@ pub struct Flow<A> {
     pub _pad: u16,
 }
 
+/// A flow that both sides have begun to close, in seconds of silence.
+const CLOSING_SECONDS: u32 = 120;
+/// A UDP exchange: RFC 4787, REQ-5 asks for two minutes at least and recommends five.
+const UDP_SECONDS: u32 = 300;
+/// An established TCP connection: RFC 5382, REQ-5.
+const TCP_SECONDS: u32 = 7440;
+
 impl<A> Flow<A> {
+    /// Whether nothing was heard of the flow for so long that what it holds may be given to another.
+    #[inline(always)]
+    pub const fn expired(&self, tcp: bool, now: u32, jiffies_per_second: u32) -> bool {
+        let seconds = match tcp {
+            _ if self.closing() => CLOSING_SECONDS,
+            true => TCP_SECONDS,
+            false => UDP_SECONDS,
+        };
+        now.wrapping_sub(self.seen) > seconds.wrapping_mul(jiffies_per_second)
+    }
+
     /// Whether either side has begun to close: a SYN starts a new flow.
     #[inline(always)]
     pub const fn closing(&self) -> bool {

@@ -63,7 +63,8 @@ outcomes! {
     NoBackend = "no_backend",
     /// The task of the flow is gone.
     BackendGone = "backend_gone",
-    /// The task of the flow cannot be reached now: no next hop, or its interface is down.
+    /// The task of the flow cannot be reached now: no next hop, or its interface is down. Dropped, so that the
+    /// client sends again.
     BackendUnreachable = "backend_unreachable",
     /// Each task tried already serves this client address and port through another listener.
     SourceCollision = "source_collision",
@@ -79,9 +80,16 @@ outcomes! {
 pub const OUTCOMES: usize = Outcome::ALL.len();
 
 impl Outcome {
-    /// Whether the packet was sent on by the datapath; all others were passed to the host as they came.
+    /// Whether the packet was sent on by the datapath.
     pub const fn is_forwarded(self) -> bool {
         matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Reply)
+    }
+
+    /// Whether the packet was dropped; all that are neither forwarded nor dropped were passed to the host as
+    /// they came. The host would answer a packet of our flow with a reset.
+    #[inline(always)]
+    pub const fn is_dropped(self) -> bool {
+        matches!(self, Self::BackendUnreachable)
     }
 }
 

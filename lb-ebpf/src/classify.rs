@@ -1,5 +1,7 @@
 //! Whose packet is it: that of a known flow, of a new one, a task's answer, or none of ours.
 
+use core::ptr::null;
+
 use lb_common::{
     backend::{Backend, Kind, State},
     endpoint::{Endpoint, MAX_REPLY_LISTENERS, ReplySource},
@@ -16,6 +18,7 @@ use crate::{
     maps::{BACKENDS, FILTER},
     neighbour,
     packet::{FIN, Packet, RST},
+    snat,
 };
 
 /// How much of the uplink's work is asked for.
@@ -28,13 +31,14 @@ pub enum Scope {
 }
 
 /// Which way a packet of a flow goes.
-pub enum Way<A: 'static> {
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Way {
     /// To the flow's task.
     Task,
     /// To the client, from its entry for replies (snat): the rewrite is the entry's own.
     Client,
     /// To the client, by the entry of the request to this listener: the rewrite is the reverse.
-    Back(&'static ReplySource<A>),
+    Back,
 }
 
 /// A packet of ours: its flow and the backend that the flow names.
@@ -44,7 +48,10 @@ pub struct Found<A: 'static> {
     /// In the backend array.
     pub backend: &'static Backend,
     /// Where it goes.
-    pub way: Way<A>,
+    pub way: Way,
+    /// With [`Way::Back`] the listener, else null. Beside the way, not in it: the compiler takes a pointer in an
+    /// enum apart, which the verifier forbids.
+    pub listener: *const ReplySource<A>,
 }
 
 /// Classifies a packet that came in by the uplink, and makes its flow if it starts one.
@@ -66,19 +73,30 @@ pub fn uplink<F: Frame, A: Family>(
         return Ok(found);
     }
     if scope == Scope::Flows {
-        return answer(packet);
+        return answer_from_afar(packet);
     }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
     match A::listener(&endpoint) {
         Some(listener) => flow::open(frame, packet, &listener),
-        None => answer(packet),
+        None => answer_from_afar(packet),
     }
+}
+
+/// The flow that a packet from another machine answers. A task of this node answers by its own veth: whoever
+/// sends its address by the uplink is not the task.
+#[inline(always)]
+fn answer_from_afar<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
+    let found = answer(packet)?;
+    if found.backend.kind == Kind::Local as u8 {
+        return Err(Outcome::NotOurs);
+    }
+    Ok(found)
 }
 
 /// Classifies a packet that a task sent.
 #[inline(always)]
-pub fn task<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Result<Found<A>, Outcome> {
+pub fn task<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
     if !may_be_ours(Side::Source, packet.key.protocol, packet.key.source_port) {
         return Err(Outcome::NotOurs);
     }
@@ -109,13 +127,13 @@ fn may_be_ours(side: Side, protocol: u8, port: Be16) -> bool {
 
 /// The flow, if its task is still there and the packet does not start anew; `None` has it made anew.
 #[inline(always)]
-fn usable<A: Family>(packet: &Packet<A>, known: *mut Flow<A>) -> Result<Option<Found<A>>, Outcome> {
+fn usable<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) -> Result<Option<Found<A>>, Outcome> {
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let flow = unsafe { &mut *known };
     let backend = BACKENDS.get(flow.backend).ok_or(Outcome::BackendGone)?;
     let anew = flow.role == REQUEST && packet.may_open();
     if backend.generation != flow.generation || backend.state == State::Free as u8 {
-        A::delete_flow(&packet.key);
+        let _ = A::delete_flow(&packet.key);
         return if anew { Ok(None) } else { Err(Outcome::BackendGone) };
     }
     let unusable = !backend.forwards();
@@ -123,15 +141,25 @@ fn usable<A: Family>(packet: &Packet<A>, known: *mut Flow<A>) -> Result<Option<F
         if !anew {
             return Err(Outcome::BackendUnreachable);
         }
-        A::delete_flow(&packet.key);
+        let _ = A::delete_flow(&packet.key);
         return Ok(None);
     }
     if packet.hops <= 1 {
         return Err(Outcome::TtlExpired);
     }
     let way = if flow.role == REPLY { Way::Client } else { Way::Task };
+    if backend.kind == Kind::Snat as u8 && flow.role == REQUEST {
+        let now = neighbour::jiffies() as u32;
+        if neighbour::is_due(flow.hop_seen, now) {
+            flow.hop_seen = now;
+            if !snat::look_after(packet, flow) {
+                let _ = A::delete_flow(&packet.key);
+                return Err(Outcome::BackendGone);
+            }
+        }
+    }
     note(flow, packet, matches!(way, Way::Client));
-    Ok(Some(Found { flow: known, backend, way }))
+    Ok(Some(Found { flow: known, backend, way, listener: null() }))
 }
 
 /// The flow that a packet from a task answers.
@@ -168,7 +196,7 @@ fn answer<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
             return Err(Outcome::TtlExpired);
         }
         note(flow, packet, true);
-        return Ok(Found { flow: known, backend, way: Way::Back(listener) });
+        return Ok(Found { flow: known, backend, way: Way::Back, listener });
     }
     Err(Outcome::NotOurs)
 }

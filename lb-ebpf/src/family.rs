@@ -20,14 +20,15 @@ pub trait Family: Address {
     const NUMBER: u8;
 
     /// The flow with this five-tuple. The entry may be evicted and reused while it is looked at; what it holds
-    /// is then another flow's, and the packet goes where that one goes: lost, as any packet may be.
+    /// is then another flow's: the packet goes where that one goes, lost as any packet may be, and what is noted of
+    /// its state or next hop is wrong there until the next packet or second.
     fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>>;
 
     /// Puts a flow into the table.
     fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32>;
 
-    /// Takes a flow out of the table.
-    fn delete_flow(key: &FlowKey<Self>);
+    /// Takes a flow out of the table; of several CPUs that try, one succeeds.
+    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32>;
 
     /// The listener at this endpoint, copied at once: base and count belong together.
     fn listener(endpoint: &Endpoint<Self>) -> Option<Listener>;
@@ -64,9 +65,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn delete_flow(key: &FlowKey<Self>) {
-        // Gone already is as good.
-        let _ = FLOWS4.remove(key);
+    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
+        FLOWS4.remove(key)
     }
 
     #[inline(always)]
@@ -115,9 +115,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn delete_flow(key: &FlowKey<Self>) {
-        // Gone already is as good.
-        let _ = FLOWS6.remove(key);
+    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
+        FLOWS6.remove(key)
     }
 
     #[inline(always)]

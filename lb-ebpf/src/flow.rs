@@ -1,5 +1,7 @@
 //! Making flows: choose a task, compute the rewrite and its checksum deltas once, put both into the table.
 
+use core::ptr::null;
+
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     backend::{Backend, Kind},
@@ -47,7 +49,7 @@ pub fn open<F: Frame, A: Family>(
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let index = unsafe { (*known).backend };
     let backend = BACKENDS.get(index).ok_or(Outcome::BackendGone)?;
-    Ok(Found { flow: known, backend, way: Way::Task })
+    Ok(Found { flow: known, backend, way: Way::Task, listener: null() })
 }
 
 #[inline(always)]
@@ -64,8 +66,13 @@ fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Liste
             Ok(())
         }
         Err(error) => {
-            if snat {
-                A::delete_flow(&packet.reply_key);
+            // Another CPU was first with the same flow; where it chose the same, the entry for replies is its own.
+            // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+            let same = error == EEXIST
+                && A::flow(&packet.key)
+                    .is_some_and(|first| unsafe { (*first).rewrite == packet.draft.rewrite });
+            if snat && !same {
+                let _ = A::delete_flow(&packet.reply_key);
             }
             if error == EEXIST { Ok(()) } else { Err(Outcome::FlowTableFull) }
         }
@@ -88,7 +95,7 @@ fn draft<F: Frame, A: Family>(
     flow.generation = backend.generation;
     flow.seen = now as u32;
     // Until the routing table is asked, answer to where the question came from.
-    flow.hop_seen = neighbour::tick(now);
+    flow.hop_seen = now as u32;
     // SAFETY: `at` checked the bounds.
     unsafe {
         flow.client_mac = mac((*ethernet).source);

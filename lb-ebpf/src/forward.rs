@@ -30,11 +30,7 @@ use crate::{
 
 /// In XDP: local tasks are left to TC with a note, everything else is rewritten and sent at once.
 #[inline(always)]
-pub fn from_xdp<A: Family>(
-    frame: &mut XdpFrame,
-    packet: &Packet<A>,
-    found: &Found<A>,
-) -> Result<u32, Outcome> {
+pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let backend = found.backend;
     let to_task = matches!(found.way, Way::Task);
@@ -48,25 +44,29 @@ pub fn from_xdp<A: Family>(
         }
         return Ok(XDP_PASS);
     }
-    let blocked = config.flags & XDP_TRANSMITS == 0 || to_task && backend.flags & VIA_TC != 0;
-    frame.unfinished = config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet);
-    // TC knows tags and unfinished checksums; XDP sees only bytes. On a socket buffer the sum stays unfinished
-    // whoever sends it on.
-    let handed = frame.unfinished && config.flags & XDP_GENERIC == 0;
-    if blocked || packet.tagged() || handed {
+    let config_allows = config.flags & XDP_TRANSMITS != 0;
+    let way_allows = if to_task {
+        backend.flags & VIA_TC == 0 && !packet.tagged()
+    } else {
+        // SAFETY: as above.
+        let tagged = packet.tagged() || unsafe { (*found.flow).tags.outer.is_some() };
+        // A hop that is due is left to TC, which asks the routing table and has the kernel resolve and confirm
+        // the neighbour.
+        !tagged && neighbour::is_fresh(found.flow)
+    };
+    // TC knows tags and unfinished checksums; XDP sees only bytes.
+    if !config_allows || !way_allows || config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet) {
         note(frame, config, HANDOVER_DECIDE);
         return Ok(XDP_PASS);
     }
     let outcome = outcome(found)?;
     let target = target(packet, found);
     let (hop, interface) = if to_task {
-        (backend_hop(backend), backend.ifindex)
+        (backend_hop(packet, backend), backend.ifindex)
     } else {
-        // An unresolved neighbour keeps the hop it has: XDP cannot wait for an answer.
-        neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
         (neighbour::hop(found.flow), config.uplink)
     };
-    rewrite::apply(frame, packet, &target, Some(hop)).ok_or(Outcome::Malformed)?;
+    rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     tally(found, 1, packet.bytes as u64);
     count::outcome(outcome as u32, 1);
     if interface == frame.ifindex() && config.flags & XDP_REDIRECTS == 0 {
@@ -86,25 +86,27 @@ pub fn from_uplink_tc<A: Family>(
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
-    if packet.network() == 0 && outcome != Outcome::Local {
-        return Err(Outcome::HandoverLost);
-    }
     let Way::Task = found.way else {
         return to_client(frame, packet, found, config, outcome);
     };
     untag(frame, packet)?;
     let local = backend.kind == Kind::Local as u8;
     let target = target(packet, found);
-    let hop = if packet.network() == 0 { None } else { local_or_hop(backend) };
+    let hop = backend_hop(packet, backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     tally(found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
-    // SAFETY: the helpers have no preconditions.
-    Ok(
-        unsafe {
-            if local { bpf_redirect_peer(backend.ifindex, 0) } else { bpf_redirect(backend.ifindex, 0) }
-        } as i32,
-    )
+    // SAFETY: the helpers have no preconditions; without parameters the kernel looks the next hop up.
+    let action = unsafe {
+        if local {
+            bpf_redirect_peer(backend.ifindex, 0)
+        } else if packet.network() == 0 {
+            bpf_redirect_neigh(backend.ifindex, null_mut(), 0, 0)
+        } else {
+            bpf_redirect(backend.ifindex, 0)
+        }
+    };
+    Ok(action as i32)
 }
 
 /// In TC on the uplink, with XDP's note: the flow is decided and counted, only the backend is asked.
@@ -116,7 +118,7 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
     }
     untag(frame, packet)?;
     let target = Target::task(packet, A::in_wide(&backend.address), backend.port);
-    let hop = if packet.network() == 0 { None } else { local_or_hop(backend) };
+    let hop = backend_hop(packet, backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::HandoverLost)?;
     // SAFETY: the helper has no preconditions.
     Ok(unsafe { bpf_redirect_peer(backend.ifindex, 0) } as i32)
@@ -147,14 +149,16 @@ fn to_client<A: Family>(
     let target = target(packet, found);
     let next =
         neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
-    rewrite::apply(frame, packet, &target, Some(neighbour::hop(found.flow))).ok_or(Outcome::Malformed)?;
+    let mut hop = neighbour::hop(found.flow);
+    hop.known = packet.network() != 0;
+    rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let tags = unsafe { (*found.flow).tags };
     tag(frame, tags)?;
     tally(found, packets, bytes);
     count::outcome(outcome as u32, packets);
     // With tags the kernel's neighbour code would build the frame without them.
-    if next == Next::Known || tags.outer.is_some() {
+    if packet.network() != 0 && (next == Next::Known || tags.outer.is_some()) {
         // SAFETY: the helper has no preconditions.
         return Ok(unsafe { bpf_redirect(config.uplink, 0) } as i32);
     }
@@ -166,7 +170,7 @@ fn to_client<A: Family>(
 #[inline(always)]
 fn outcome<A: Family>(found: &Found<A>) -> Result<Outcome, Outcome> {
     match (&found.way, Kind::try_from(found.backend.kind)) {
-        (Way::Client | Way::Back(_), _) => Ok(Outcome::Reply),
+        (Way::Client | Way::Back, _) => Ok(Outcome::Reply),
         (Way::Task, Ok(Kind::Local)) => Ok(Outcome::Local),
         (Way::Task, Ok(Kind::Routed)) => Ok(Outcome::Routed),
         (Way::Task, Ok(Kind::Snat)) => Ok(Outcome::Snat),
@@ -180,7 +184,8 @@ fn target<'a, A: Family>(packet: &'a Packet<A>, found: &'a Found<A>) -> Target<'
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let flow = unsafe { &*found.flow };
     match found.way {
-        Way::Back(listener) => Target::answer(packet, flow, listener),
+        // SAFETY: with this way it is set, and an entry of a table.
+        Way::Back => Target::answer(packet, flow, unsafe { &*found.listener }),
         Way::Task | Way::Client => Target::of(&flow.rewrite),
     }
 }
@@ -202,15 +207,12 @@ fn bytes<A>(frame: &Skb, packet: &Packet<A>) -> u64 {
     (frame.length() - packet.network()) as u64
 }
 
+/// The hop to a backend. A local task's hardware address may not be known, and need not be: the buffer goes
+/// straight to its device.
 #[inline(always)]
-fn backend_hop(backend: &Backend) -> Hop {
-    Hop { destination: backend.mac, source: backend.source_mac }
-}
-
-/// A local task's hardware address may not be known, and need not be: the buffer goes straight to its device.
-#[inline(always)]
-fn local_or_hop(backend: &Backend) -> Option<Hop> {
-    (backend.kind != Kind::Local as u8 || backend.mac != [0; 6]).then(|| backend_hop(backend))
+fn backend_hop<A>(packet: &Packet<A>, backend: &Backend) -> Hop {
+    let known = packet.network() != 0 && (backend.kind != Kind::Local as u8 || backend.mac != [0; 6]);
+    Hop { destination: backend.mac, source: backend.source_mac, known }
 }
 
 /// Whether a local stack left the transport checksum to the device: the field holds the pseudo header's sum.
@@ -231,6 +233,9 @@ fn unfinished<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> bool {
 fn untag<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<(), Outcome> {
     if !packet.tagged() {
         return Ok(());
+    }
+    if packet.network() == 0 {
+        return Err(Outcome::HandoverLost);
     }
     for tag in [packet.tags.outer, packet.tags.inner] {
         // SAFETY: the context is the program's own.

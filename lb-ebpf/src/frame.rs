@@ -79,15 +79,13 @@ pub trait Frame {
 /// A frame in XDP.
 pub struct XdpFrame {
     context: XdpContext,
-    /// The transport checksum is left to the device, which takes over from the pseudo header's sum.
-    pub unfinished: bool,
 }
 
 impl XdpFrame {
     /// Wraps the program's context.
     #[inline(always)]
     pub fn new(context: XdpContext) -> Self {
-        Self { context, unfinished: false }
+        Self { context }
     }
 
     #[inline(always)]
@@ -165,23 +163,14 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
-    fn update_checksum<A>(
-        &self,
-        packet: &Packet<A>,
-        addresses: Delta,
-        ports: Delta,
-        ipv4: bool,
-    ) -> Option<()> {
+    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, _: bool) -> Option<()> {
         let field = self.at::<u16>(packet.checksum_offset())?;
         // SAFETY: `at` checked the bounds.
         unsafe {
             let old = *field;
-            if self.unfinished {
-                *field = addresses.add(old);
-                return Some(());
-            }
-            // A UDP datagram over IPv4 may carry no sum (RFC 768); one that computes to 0 is sent as 0xffff.
-            if packet.key.protocol == UDP && ipv4 && old == 0 {
+            // A UDP datagram may carry no sum (RFC 768; over IPv6 in tunnels, RFC 6935); one that computes to 0 is
+            // sent as 0xffff.
+            if packet.key.protocol == UDP && old == 0 {
                 return Some(());
             }
             let new = addresses.and(ports).apply(old);
@@ -330,13 +319,15 @@ impl Frame for Skb {
                 return (bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) == 0).then_some(());
             }
             // Kernels before 6.16 do not know the flag.
-            if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo | IPV6_SUM) != 0
-                && bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) != 0
-            {
-                return None;
+            if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo | IPV6_SUM) != 0 {
+                if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) != 0 {
+                    return None;
+                }
+                // They took the addresses off the device's sum over the whole packet, which did not change.
+                bpf_csum_update(self.raw(), addresses as u32);
             }
             // IPv6 has no header checksum to absorb the hop limit; a no-op without a sum from the device.
-            bpf_csum_update(self.raw(), crate::rewrite::HOP.raw() as u32);
+            bpf_csum_update(self.raw(), crate::rewrite::HOP_LIMIT.raw() as u32);
         }
         Some(())
     }

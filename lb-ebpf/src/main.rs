@@ -31,7 +31,10 @@ mod select;
 mod snat;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_UNSPEC, xdp_action::XDP_PASS},
+    bindings::{
+        TC_ACT_SHOT, TC_ACT_UNSPEC,
+        xdp_action::{XDP_DROP, XDP_PASS},
+    },
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -51,20 +54,20 @@ use crate::{
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
 #[xdp(frags)]
 pub fn uplink_xdp(context: XdpContext) -> u32 {
-    let mut frame = XdpFrame::new(context);
+    let frame = XdpFrame::new(context);
     let Some(scratch) = maps::scratch(0) else {
         return XDP_PASS;
     };
     let done = match parse::frame(&frame, scratch) {
-        IS_IPV4 => in_xdp(&mut frame, &mut scratch.v4),
-        IS_IPV6 => in_xdp(&mut frame, &mut scratch.v6),
+        IS_IPV4 => in_xdp(&frame, &mut scratch.v4),
+        IS_IPV6 => in_xdp(&frame, &mut scratch.v6),
         other => -1 - (other - IS_OUTCOME) as i32,
     };
     match decode(done) {
         Ok(action) => action as u32,
         Err(outcome) => {
             count::outcome(outcome, 1);
-            XDP_PASS
+            if outcome == Outcome::BackendUnreachable as u32 { XDP_DROP } else { XDP_PASS }
         }
     }
 }
@@ -86,7 +89,7 @@ fn decode(done: i32) -> Result<i32, u32> {
 }
 
 #[inline(never)]
-fn in_xdp<A: Family>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> i32 {
+fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> i32 {
     encode(
         classify::uplink(frame, packet, Scope::All)
             .and_then(|found| forward::from_xdp(frame, packet, &found))
@@ -120,7 +123,12 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     };
     match (decode(done), task) {
         (Ok(action), _) => return action,
-        (Err(outcome), Task::Decide(Scope::All)) => count::outcome(outcome, frame.packets()),
+        (Err(outcome), Task::Decide(Scope::All)) => {
+            count::outcome(outcome, frame.packets());
+            if outcome == Outcome::BackendUnreachable as u32 {
+                return TC_ACT_SHOT;
+            }
+        }
         // What XDP passed to the host it has counted already.
         (Err(_), Task::Decide(Scope::Flows)) => {}
         (Err(_), Task::Deliver(_)) => count::outcome(Outcome::HandoverLost as u32, frame.packets()),

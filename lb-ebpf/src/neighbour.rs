@@ -32,17 +32,29 @@ pub fn jiffies() -> u64 {
     unsafe { bpf_jiffies64() }
 }
 
-/// About a second: 256 jiffies are 0.26 s at 1,000 Hz, 1.02 s at 250 Hz, 2.56 s at 100 Hz.
+/// How long a hop is believed, in jiffies: 0.26 s at 1,000 Hz, 1.02 s at 250 Hz, 2.56 s at 100 Hz.
+const LIFETIME: u32 = 256;
+
+/// Whether something done at `then` is due again, about every second.
 #[inline(always)]
-pub fn tick(jiffies: u64) -> u32 {
-    (jiffies >> 8) as u32
+pub fn is_due(then: u32, now: u32) -> bool {
+    now.wrapping_sub(then) >= LIFETIME
+}
+
+/// Whether the flow's hop may be used as it is. The routing table knows nothing of the tags a client's frames
+/// carry: their hop stays as it was learnt.
+#[inline(always)]
+pub fn is_fresh<A>(flow: *const Flow<A>) -> bool {
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let flow = unsafe { &*flow };
+    flow.tags.outer.is_some() || !is_due(flow.hop_seen, jiffies() as u32)
 }
 
 /// The hop in the flow.
 #[inline(always)]
 pub fn hop<A>(flow: *const Flow<A>) -> Hop {
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    unsafe { Hop { destination: (*flow).client_mac, source: (*flow).node_mac } }
+    unsafe { Hop { destination: (*flow).client_mac, source: (*flow).node_mac, known: true } }
 }
 
 /// Renews the flow's hop to `client` if it is old.
@@ -54,12 +66,12 @@ pub fn refresh<A: Family>(
     from: &A,
     uplink: u32,
 ) -> Next {
-    let now = tick(jiffies());
-    // SAFETY: as above.
-    let flow = unsafe { &mut *flow };
-    if flow.hop_seen == now {
+    if is_fresh(flow) {
         return Next::Known;
     }
+    let now = jiffies() as u32;
+    // SAFETY: as above.
+    let flow = unsafe { &mut *flow };
     let route = Route { family: A::NUMBER, uplink, to: client.to_wide(), from: from.to_wide() };
     match ask(context, &route, &mut flow.client_mac, &mut flow.node_mac) {
         BPF_FIB_LKUP_RET_SUCCESS => {
@@ -89,7 +101,7 @@ struct Route {
 struct FibLookup {
     /// The family in the first byte, then the transport protocol; zero is any.
     family_and_protocol: u32,
-    /// Any destination port; a total length of zero asks for no check of the MTU.
+    /// Any destination port, and no length of our own.
     port_and_length: u32,
     ifindex: u32,
     flow_info: u32,

@@ -12,6 +12,9 @@ use crate::{family::Family, frame::Frame, packet::Packet, parse::Ethernet};
 /// What one hop less adds to a header's sum: TTL is the first byte of its word (RFC 791).
 pub const HOP: Delta = Delta::of_word(Be16::new(0x0100).raw(), 0);
 
+/// The same for IPv6, whose hop limit is the second byte of its word (RFC 8200).
+pub const HOP_LIMIT: Delta = Delta::of_word(Be16::new(0x0001).raw(), 0);
+
 #[repr(C)]
 struct Ports {
     source: u16,
@@ -80,6 +83,9 @@ pub struct Hop {
     pub destination: [u8; 6],
     /// Of the sender.
     pub source: [u8; 6],
+    /// Whether they are written: a frame without a link header has no place for them, and a local task's need not
+    /// be known. Not an `Option`, whose empty half the verifier would see read.
+    pub known: bool,
 }
 
 /// Rewrites the packet. `None` if the headers are not where the parser saw them, which the bounds checks
@@ -89,7 +95,7 @@ pub fn apply<F: Frame, A: Family>(
     frame: &F,
     packet: &Packet<A>,
     target: &Target<'_, A>,
-    hop: Option<Hop>,
+    hop: Hop,
 ) -> Option<()> {
     let ports = frame.at::<Ports>(packet.transport())?;
     // SAFETY: `at` checked the bounds.
@@ -98,7 +104,7 @@ pub fn apply<F: Frame, A: Family>(
         (*ports).destination = target.destination_port.raw();
     }
     A::rewrite(frame, packet.network(), target.source, target.destination, target.addresses)?;
-    if let Some(hop) = hop {
+    if hop.known {
         let ethernet = frame.at::<Ethernet>(0)?;
         // SAFETY: `at` checked the bounds.
         unsafe {

@@ -4,12 +4,14 @@ use lb_common::{
     backend::{Backend, SHARED, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS},
     flow::FlowKey,
+    net::TCP,
     outcome::Outcome,
 };
 
 use crate::{
     family::Family,
-    maps::{BACKENDS, CURSORS, SLOTS},
+    maps::{self, BACKENDS, CURSORS, SLOTS},
+    neighbour,
     packet::Packet,
 };
 
@@ -77,6 +79,8 @@ fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool 
     let Some(replies) = A::replies(&endpoint) else {
         return false;
     };
+    let now = neighbour::jiffies() as u32;
+    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     for i in 0..MAX_REPLY_LISTENERS {
         if i as u32 >= replies.count {
             break;
@@ -88,7 +92,8 @@ fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool 
         let twin = FlowKey::new(key.source, other.address, key.source_port, other.port, key.protocol);
         if let Some(flow) = A::flow(&twin) {
             // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-            if unsafe { (*flow).backend == index && !(*flow).closing() } {
+            let flow = unsafe { &*flow };
+            if flow.backend == index && !flow.closing() && !flow.expired(key.protocol == TCP, now, hz) {
                 return true;
             }
         }

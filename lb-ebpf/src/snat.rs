@@ -7,7 +7,13 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::generated::bpf_get_prandom_u32,
 };
-use lb_common::{abi::Config, backend::Backend, flow::REPLY, net::Be16, outcome::Outcome};
+use lb_common::{
+    abi::Config,
+    backend::Backend,
+    flow::{Flow, FlowKey, REPLY},
+    net::{Be16, TCP},
+    outcome::Outcome,
+};
 
 use crate::{family::Family, maps, packet::Packet};
 
@@ -20,7 +26,7 @@ pub fn reserve<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> Result<(
     let config = maps::config().ok_or(Outcome::SnatPortsExhausted)?;
     let mut port = first_choice(config, packet.key.source_port);
     for _ in 0..TRIES {
-        if claim(packet, backend, port) {
+        if claim(packet, backend, port, config.jiffies_per_second) {
             return Ok(());
         }
         port = any(config);
@@ -45,36 +51,72 @@ fn any(config: &Config) -> Be16 {
 
 /// Puts the entry for replies in place and the port into the draft; false if another flow has this port.
 #[inline(never)]
-fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bool {
-    let Packet { key: request, draft, reply, reply_key, .. } = packet;
+fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16, hz: u32) -> bool {
     let (own, task) = (A::in_wide(&backend.source), A::in_wide(&backend.address));
-    draft.rewrite.set(request, (own, port), (task, backend.port));
-    reply_key.source = *task;
-    reply_key.destination = *own;
-    reply_key.source_port = backend.port;
-    reply_key.destination_port = port;
-    reply_key.protocol = request.protocol;
-    reply_key._pad = 0;
-    reply_key._pad2 = 0;
-    let (listener, client) =
-        ((&request.destination, request.destination_port), (&request.source, request.source_port));
-    reply.rewrite.set(reply_key, listener, client);
-    // Field by field: a copy of the whole would be a call of a loop.
-    reply.backend = draft.backend;
-    reply.generation = draft.generation;
-    reply.seen = draft.seen;
-    reply.hop_seen = draft.hop_seen;
-    reply.client_mac = draft.client_mac;
-    reply.node_mac = draft.node_mac;
-    reply.tags = draft.tags;
-    reply.role = REPLY;
-    reply.state = 0;
-    reply._pad = 0;
+    packet.draft.rewrite.set(&packet.key, (own, port), (task, backend.port));
+    let Packet { key, draft, reply, reply_key, .. } = packet;
+    answer(key, draft, reply, reply_key);
     if A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok() {
         return true;
     }
-    // What an earlier connection of the same client to the same listener left behind is ours to take.
+    let Some(taken) = A::flow(reply_key) else {
+        return false;
+    };
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let own = A::flow(reply_key).is_some_and(|taken| unsafe { (*taken).rewrite == reply.rewrite });
-    own && A::insert_flow(reply_key, reply, BPF_ANY as u64).is_ok()
+    let taken = unsafe { &*taken };
+    // What an earlier connection of the same client to the same listener left behind is ours to take.
+    if taken.rewrite == reply.rewrite {
+        return A::insert_flow(reply_key, reply, BPF_ANY as u64).is_ok();
+    }
+    if !taken.expired(key.protocol == TCP, draft.seen, hz) {
+        return false;
+    }
+    // So is what a flow holds that nobody heard of for long. Should a late request of it come, `look_after` finds
+    // the port gone before the packet leaves.
+    // Of several CPUs that are after the port, one removes it.
+    A::delete_flow(reply_key).is_ok() && A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok()
+}
+
+/// Keeps the entry for replies of a flow whose requests still come: refreshes it, or makes it anew where it was
+/// evicted. False if the port has gone to another flow meanwhile.
+#[inline(never)]
+pub fn look_after<A: Family>(packet: &mut Packet<A>, flow: &Flow<A>) -> bool {
+    let Packet { key, reply, reply_key, .. } = packet;
+    answer(key, flow, reply, reply_key);
+    let Some(there) = A::flow(reply_key) else {
+        return A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok();
+    };
+    // SAFETY: as above.
+    let there = unsafe { &mut *there };
+    let own = there.rewrite == reply.rewrite;
+    if own {
+        there.seen = flow.hop_seen;
+    }
+    own
+}
+
+/// The entry, and its key, by which the replies to a request find their way back. Field by field: copying a
+/// structure whole would be a call of a loop.
+#[inline(always)]
+fn answer<A: Family>(request: &FlowKey<A>, flow: &Flow<A>, reply: &mut Flow<A>, key: &mut FlowKey<A>) {
+    key.source = flow.rewrite.destination;
+    key.destination = flow.rewrite.source;
+    key.source_port = flow.rewrite.destination_port;
+    key.destination_port = flow.rewrite.source_port;
+    key.protocol = request.protocol;
+    key._pad = 0;
+    key._pad2 = 0;
+    let listener = (&request.destination, request.destination_port);
+    let client = (&request.source, request.source_port);
+    reply.rewrite.set(key, listener, client);
+    reply.backend = flow.backend;
+    reply.generation = flow.generation;
+    reply.seen = flow.hop_seen;
+    reply.hop_seen = flow.hop_seen;
+    reply.client_mac = flow.client_mac;
+    reply.node_mac = flow.node_mac;
+    reply.tags = flow.tags;
+    reply.role = REPLY;
+    reply.state = 0;
+    reply._pad = 0;
 }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cluster::ClusterState,
-    datapath::{Datapath, Sizes},
+    datapath::{Datapath, Sizes, TcHook},
     net::{self, Changes, Link, Net, Snapshot, Ways},
     plan::{self, MapOp, Reach, View, Way, desired, destinations},
     source::Update,
@@ -133,13 +133,18 @@ impl Controller {
         }
     }
 
-    /// Takes the datapath away.
-    pub async fn remove(self) {
-        let interfaces = match self.net.snapshot().await {
-            Ok(snapshot) => snapshot.links.into_values().map(|link| link.name).collect(),
-            Err(_) => vec![self.settings.interface.clone()],
-        };
-        self.datapath.remove(&interfaces);
+    /// Takes the datapath away, and lets go of what was asked of the kernel.
+    pub async fn remove(mut self) {
+        self.ways.release(&self.net, true).await;
+        let links = self.net.snapshot().await.map(|snapshot| snapshot.links).unwrap_or_default();
+        let names: Vec<String> = links.values().map(|link| link.name.clone()).collect();
+        let clsact = self.datapath.tc_hook() == TcHook::Clsact;
+        self.datapath.remove(&names);
+        if clsact {
+            for index in links.keys() {
+                self.net.drop_empty_clsact(*index).await;
+            }
+        }
     }
 
     /// Whether a task that should be offered cannot be reached yet.
@@ -179,20 +184,12 @@ impl Controller {
         let node = self.node(cluster, snapshot, complaints);
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = destinations(cluster, &node);
-        let ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
+        let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
+        let carriers = carriers(&ways, uplink.index);
+        self.attach_carriers(snapshot, &carriers, &mut ways);
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
         let plan = plan::plan(&desired(&view), self.datapath.tables(), &self.datapath.limits()?);
         complaints.extend(plan.refused.iter().cloned());
-        let carriers = carriers(&ways, uplink.index);
-        // A task's replies find their program before the first request can reach it.
-        for index in &carriers {
-            if !self.datapath.task_links().contains(index) || self.served.is_none() {
-                let name = snapshot.links.get(index).map_or("", |link| &link.name);
-                if let Err(problem) = self.datapath.attach_task(name, *index) {
-                    complaints.insert(format!("attach to {name}, where tasks answer: {problem}"));
-                }
-            }
-        }
         for op in &plan.ops {
             self.apply(op)?;
         }
@@ -205,6 +202,30 @@ impl Controller {
             log::debug!("{}: applied {} changes", self.settings.interface, plan.ops.len());
         }
         Ok(())
+    }
+
+    /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
+    /// answers would go astray is not offered.
+    fn attach_carriers(
+        &mut self,
+        snapshot: &Snapshot,
+        carriers: &BTreeSet<u32>,
+        ways: &mut BTreeMap<(IpAddr, Reach), Result<Way, String>>,
+    ) {
+        for index in carriers {
+            if self.served.is_some() && self.datapath.task_links().contains(index) {
+                continue;
+            }
+            let name = snapshot.links.get(index).map_or("", |link| &link.name);
+            let Err(problem) = self.datapath.attach_task(name, *index) else {
+                continue;
+            };
+            for way in ways.values_mut() {
+                if way.as_ref().is_ok_and(|way| way.ifindex == *index) {
+                    *way = Err(format!("attach to {name}: {problem}"));
+                }
+            }
+        }
     }
 
     fn apply(&mut self, op: &MapOp) -> Result<()> {
@@ -247,6 +268,7 @@ impl Controller {
             // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
             None => vec![Mode::Native, Mode::Tc],
         };
+        let before = self.datapath.attached();
         let mut problems = Vec::new();
         for mode in modes {
             let done = hidden_tags(snapshot, uplink, mode)
@@ -261,6 +283,14 @@ impl Controller {
                 Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
             }
         }
+        // What served before a failed change of mode goes on serving.
+        if let Some((index, mode)) = before
+            && index == uplink.index
+            && self.datapath.attached() != before
+            && let Err(problem) = self.attach_in(uplink, mode)
+        {
+            problems.push(format!("back to {}: {problem}", name(mode)));
+        }
         Err(anyhow!("{}", problems.join("; ")))
     }
 
@@ -272,6 +302,7 @@ impl Controller {
             uplink: uplink.index,
             snat_ports: self.settings.snat_ports,
             host_ports: host_ports(),
+            jiffies_per_second: jiffies_per_second(),
             mode: mode as u32,
             ..Config::default()
         };
@@ -281,8 +312,11 @@ impl Controller {
             Mode::Generic => XDP_GENERIC,
             Mode::Tc => TC_ALONE,
         };
-        // A packet that comes before the features are known is forwarded by TC.
-        self.datapath.set_config(config)?;
+        // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
+        // nobody at work.
+        let there = self.datapath.attached() == Some((uplink.index, mode));
+        let meanwhile = if there { config.flags } else { config.flags | TC_ALONE };
+        self.datapath.set_config(Config { flags: meanwhile, ..config })?;
         if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
             self.datapath.set_config(before)?;
             bail!("{problem}");
@@ -346,8 +380,8 @@ fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), Str
 fn transmission(ifindex: u32, mode: Mode, veth: bool) -> u32 {
     const NDO_XMIT: u64 = 4;
     match mode {
-        Mode::Tc => 0,
-        Mode::Generic => XDP_TRANSMITS | XDP_REDIRECTS,
+        // Merged frames would not fit, and their sums are unfinished: TC sends what generic XDP decides.
+        Mode::Tc | Mode::Generic => 0,
         Mode::Native if !veth => XDP_TRANSMITS,
         Mode::Native => match net::xdp_features(ifindex) {
             Some(features) if features & NDO_XMIT != 0 => XDP_TRANSMITS | XDP_REDIRECTS,
@@ -363,6 +397,13 @@ pub fn name(mode: Mode) -> &'static str {
         Mode::Generic => "generic XDP",
         Mode::Tc => "TC alone",
     }
+}
+
+/// The rate of the kernel's tick: its coarse clocks advance once a tick.
+fn jiffies_per_second() -> u32 {
+    let resolution = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    let nanoseconds = resolution.map_or(4_000_000, |time| time.tv_nsec());
+    (1_000_000_000 / nanoseconds.max(1)) as u32
 }
 
 /// The host's ephemeral ports.

@@ -26,6 +26,17 @@ pub struct Agent<'a> {
 impl<'a> Agent<'a> {
     /// Attaches, and waits until the interface is served.
     pub fn attach(netns: &'a Netns, folder: &Path, cluster: &Path, arguments: &[&str]) -> Self {
+        Self::attach_with(netns, folder, cluster, arguments, &[])
+    }
+
+    /// The same with variables in the agent's environment.
+    pub fn attach_with(
+        netns: &'a Netns,
+        folder: &Path,
+        cluster: &Path,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
         let mut command = netns.command(program());
@@ -33,6 +44,7 @@ impl<'a> Agent<'a> {
             .args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"])
             .arg(cluster)
             .args(arguments);
+        command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
         let mut agent = Self { netns, running: Running::start(&mut command), log };
         eventually("the agent serves", || {

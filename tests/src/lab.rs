@@ -6,7 +6,6 @@ use std::{collections::BTreeMap, net::IpAddr};
 use aya::programs::{Program, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program},
-    backend::Kind,
     outcome::Outcome,
 };
 use lb_userspace::{
@@ -38,6 +37,8 @@ pub struct Verdict {
     pub note: Option<u32>,
 }
 
+/// `XDP_DROP`.
+pub const DROP: u32 = 1;
 /// `XDP_PASS`.
 pub const PASS: u32 = 2;
 /// `XDP_TX`.
@@ -135,6 +136,7 @@ impl Lab {
         if config.snat_ports == [0, 0] {
             config.snat_ports = [20_000, 20_100];
             config.host_ports = [32_768, 60_999];
+            config.jiffies_per_second = 250;
         }
         change(&mut config);
         self.datapath_mut().set_config(config).expect("write the surroundings");
@@ -159,12 +161,11 @@ impl Lab {
 
     fn way(&self, address: IpAddr, reach: Reach) -> Way {
         let source = Some(if address.is_ipv4() { ip("192.0.2.1") } else { ip("2001:db8::1") });
-        let (kind, ifindex, mac, source_mac) = match reach {
-            Reach::Local => (Kind::Local, self.veth, TASK_MAC, BRIDGE_MAC),
-            Reach::Snat => (Kind::Snat, self.uplink, HOP_MAC, NODE_MAC),
-            Reach::Routed => (Kind::Routed, self.uplink, HOP_MAC, NODE_MAC),
+        let (ifindex, mac, source_mac) = match reach {
+            Reach::Local => (self.veth, TASK_MAC, BRIDGE_MAC),
+            Reach::Snat | Reach::Routed => (self.uplink, HOP_MAC, NODE_MAC),
         };
-        Way { kind, ifindex, mac, source_mac, source, flags: self.way_flags }
+        Way { ifindex, mac, source_mac, source, flags: self.way_flags }
     }
 
     /// Runs the uplink's XDP program.

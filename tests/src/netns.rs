@@ -4,6 +4,7 @@
 use std::{
     ffi::OsStr,
     fs::File,
+    os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -114,8 +115,12 @@ pub struct Running {
 impl Running {
     /// Starts a command, its output thrown away unless it was redirected.
     pub fn start(command: &mut Command) -> Self {
-        let child =
-            command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+        // A group of its own: Ctrl-C is for whoever started it, who then stops it in order.
+        let child = command
+            .stdin(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .unwrap_or_else(|error| panic!("start {command:?}: {error}"));
         Self { child }
     }
 
@@ -178,5 +183,30 @@ fn bpffs() {
         if kind != Ok(nix::sys::statfs::BPF_FS_MAGIC) {
             run(Command::new("mount").args(["-t", "bpf", "bpf", path]));
         }
+        sweep();
     });
+}
+
+/// Removes what runs that were killed have left: namespaces of processes that are no more, and their pins.
+fn sweep() {
+    let listed = Command::new("ip").args(["netns", "list"]).output().expect("start ip");
+    for line in String::from_utf8_lossy(&listed.stdout).lines() {
+        let name = line.split_whitespace().next().unwrap_or_default();
+        let owner = name.strip_prefix("lb").and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
+        let Some(owner) = owner.filter(|pid| kill(Pid::from_raw(*pid), None).is_err()) else {
+            continue;
+        };
+        println!("removing {name}, which process {owner} has left");
+        let left = Netns { name: name.to_owned() };
+        let _ = Command::new("ip").args(["netns", "pids", name]).output().map(|pids| {
+            for pid in String::from_utf8_lossy(&pids.stdout).lines().filter_map(|pid| pid.parse().ok()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        });
+        left.enter(|| {
+            if let Ok(pins) = lb_userspace::datapath::PinDir::of("eth1") {
+                lb_userspace::datapath::remove(&pins, &[]);
+            }
+        });
+    }
 }

@@ -12,7 +12,9 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{BRIDGE_MAC, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, UNSPEC, ip, service, task, with_lab},
+    lab::{
+        BRIDGE_MAC, DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, UNSPEC, ip, service, task, with_lab,
+    },
     packet::{
         ACK, CLIENT_MAC, Checksum, FIN, NODE_MAC, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums,
     },
@@ -301,6 +303,9 @@ fn udp_checksums_of_zero_stay_and_are_never_made() {
         let none = V4.packet(Transport::Udp, 40_005, 81).with(|p| p.checksum = Checksum::None);
         let expected = none.forwarded((ip(V4.client), 40_005), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
         lab.becomes("no checksum", &none, &expected, Outcome::Routed);
+        let none = V6.packet(Transport::Udp, 40_005, 81).with(|p| p.checksum = Checksum::None);
+        let expected = none.forwarded((ip(V6.client), 40_005), (ip(V6.routed), 8081), (NODE_MAC, HOP_MAC));
+        assert_eq!(lab.xdp(&none.bytes()).frame, expected.bytes());
         // Among all values of two payload bytes is one whose sum comes to zero after the rewrite.
         let mut met = 0;
         for word in 0..=u16::MAX {
@@ -339,12 +344,16 @@ fn what_xdp_cannot_send_is_left_to_tc_uncounted() {
         // On a device that only ever gets finished sums nothing is handed over.
         let unfinished = V4.packet(ACK, 40_006, 81).with(|p| p.checksum = Checksum::Unfinished);
         assert_eq!(lab.xdp(&unfinished.bytes()).action, TX);
-        // On a socket buffer the sum stays unfinished: the pseudo header's, of the new addresses.
-        lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS | XDP_GENERIC);
-        let expected =
-            unfinished.forwarded((ip(V4.client), 40_006), (ip(V4.routed), 8081), (NODE_MAC, HOP_MAC));
-        let verdict = lab.xdp(&unfinished.bytes());
-        assert_eq!((verdict.action, verdict.frame), (TX, expected.bytes()));
+        // Generic XDP decides and leaves no note, for none would arrive.
+        lab.configure(|config| config.flags = XDP_GENERIC);
+        for port in [80, 81] {
+            let packet = V4.packet(SYN, 40_009, port);
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
+            assert_eq!((verdict.action, verdict.note, verdict.frame), (PASS, None, packet.bytes()));
+            assert_eq!(counted, BTreeMap::new());
+            let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&packet.bytes()));
+            assert_eq!((verdict.action, counted.values().sum::<u64>()), (REDIRECT, 1));
+        }
     });
 }
 
@@ -413,6 +422,8 @@ fn a_tasks_answer_is_turned_around_on_its_veth_alone() {
             let (verdict, counted) = lab.counting(|lab| lab.task_tc(&answer.bytes()));
             assert_eq!((verdict.action, verdict.frame), (REDIRECT, expected.bytes()));
             assert_eq!(counted, BTreeMap::from([(Outcome::Reply, 1)]));
+            // From the uplink it is not the task's, whoever sent it.
+            lab.passes("a task's address from the wire", &answer.bytes(), Outcome::NotOurs);
             // From another interface, of another port, to another client: the task's own traffic.
             let untouched = |frame: &[u8], ifindex| {
                 let (verdict, counted) = lab.counting(|lab| lab.tc("task_tc", frame, ifindex));
@@ -423,6 +434,21 @@ fn a_tasks_answer_is_turned_around_on_its_veth_alone() {
             untouched(&answer.clone().with(|p| p.source_port = 8081).bytes(), lab.veth);
             untouched(&answer.clone().with(|p| p.destination_port = 40_008).bytes(), lab.veth);
             untouched(&answer.clone().with(|p| p.hops = 1).bytes(), lab.veth);
+        }
+    });
+}
+
+#[test]
+fn answers_to_tagged_clients_get_their_tags_from_tc() {
+    with_lab(services(), |lab| {
+        for (port, own) in [(81, ip(V4.client)), (82, ip(V4.listener))] {
+            let request = V4.packet(SYN, 2_600, port).with(|p| p.tags = vec![(0x8100, 5)]);
+            assert_eq!(lab.xdp(&request.bytes()).note, Some(HANDOVER_DECIDE));
+            let task = if port == 81 { V4.routed } else { V4.snat };
+            let answer = V4.answer(SYN_ACK, (task, 8000 + port), (own, 2_600));
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&answer.bytes()));
+            assert_eq!((verdict.action, verdict.note), (PASS, Some(HANDOVER_DECIDE)));
+            assert_eq!(counted, BTreeMap::new());
         }
     });
 }
@@ -540,7 +566,12 @@ fn a_task_without_a_way_gets_nothing() {
     with_lab(services(), |lab| {
         assert_eq!(lab.delivered_to(&V4.packet(SYN, 47_000, 80)), "web.1");
         lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Starting);
-        lab.passes("its flow waits", &V4.packet(ACK, 47_000, 80).bytes(), Outcome::BackendUnreachable);
+        // Its flow waits: the host would answer with a reset, so the client is left to send again.
+        let (verdict, counted) = lab.counting(|lab| lab.xdp(&V4.packet(ACK, 47_000, 80).bytes()));
+        assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::BackendUnreachable, 1)])));
+        lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Running);
+        assert_eq!(lab.delivered_to(&V4.packet(ACK, 47_000, 80)), "web.1");
+        lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Starting);
         assert_eq!(lab.delivered_to(&V4.packet(SYN, 47_000, 80)), "web.2");
     });
 }

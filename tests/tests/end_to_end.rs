@@ -346,6 +346,31 @@ fn detach_leaves_nothing() {
     assert!(refused.is_err(), "{refused:?}");
 }
 
+#[test]
+fn filters_serve_where_the_kernel_has_no_links() {
+    let cluster = five_tasks();
+    let node = &cluster.nodes[0].netns;
+    let path = cluster.write_all_running();
+    let attach = || {
+        let agent = Agent::attach_with(node, cluster.folder(), &path, &[], &[("LB_TC_CLSACT", "1")]);
+        eventually("all tasks are offered", || active_tasks(node, "web") == 5);
+        assert!(agent.log().contains("(clsact)"), "{}", agent.log());
+        for address in cluster.addresses(0) {
+            let answers = requests(&cluster.client, address, 10);
+            assert!(tally(&answers).values().all(|count| *count == 2), "{answers:?}");
+        }
+        agent
+    };
+    attach().stop(Signal::SIGKILL);
+    // Adopted: the same filters, not more of them.
+    let agent = attach();
+    let filters = node.output("tc", &["filter", "show", "dev", "eth1", "ingress"]);
+    assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
+    agent.stop(Signal::SIGTERM);
+    assert!(verb(node, &["detach", "--iface", "eth1"]).status.success());
+    assert_eq!(node.output("tc", &["qdisc", "show"]).matches("clsact").count(), 0);
+}
+
 /// The kernel's numbers of the programs and maps that a process holds, as its descriptors tell.
 fn kernel_objects(pid: i32) -> Vec<String> {
     let folder = format!("/proc/{pid}/fdinfo");

@@ -1,6 +1,7 @@
 //! `demo`: a cluster in network namespaces, and the walk-through.
 
 use anyhow::Result;
+use nix::sys::signal::{SigHandler, Signal};
 
 use crate::{
     ebpf,
@@ -19,5 +20,8 @@ pub fn run(keep: bool) -> Result<()> {
     if keep {
         command.arg("--keep");
     }
+    // Ctrl-C is the demo's to answer: it takes its namespaces down, and this waits for it.
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { nix::sys::signal::signal(Signal::SIGINT, SigHandler::SigIgn)? };
     exec(&mut command)
 }

@@ -68,8 +68,12 @@ pub fn find(program: &str) -> Option<PathBuf> {
 
 /// A command run as root: by sudo for an ordinary user.
 pub fn as_root(program: impl AsRef<Path>) -> Command {
+    // Root by `su` has an ordinary user's search path.
+    let path = format!("{}:/usr/sbin:/sbin", env::var("PATH").unwrap_or_default());
     if nix::unistd::geteuid().is_root() {
-        return Command::new(program.as_ref());
+        let mut command = Command::new(program.as_ref());
+        command.env("PATH", path);
+        return command;
     }
     println!("(root is needed for this step: {})", program.as_ref().display());
     let mut command = Command::new("sudo");

@@ -15,14 +15,18 @@ pub fn run(filter: Option<&str>) -> Result<()> {
     toolchain::tools()?;
     let object = ebpf::build()?;
     let agent = ebpf::build_agent()?;
+    let mut failed = Vec::new();
     for program in programs(&object)? {
         let mut command: Command = as_root("env");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
         // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
         command.arg(&program).arg("--test-threads=2").args(filter);
-        exec(&mut command)?;
+        // The others are run all the same.
+        if let Err(error) = exec(&mut command) {
+            failed.push(error.to_string());
+        }
     }
-    Ok(())
+    if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
 }
 
 /// The test programs, built as an ordinary user.

@@ -40,6 +40,7 @@ pub fn setup() -> Result<()> {
     compiler()?;
     linker()?;
     tools()?;
+    components()?;
     deny()?;
     println!("setup: everything is there");
     Ok(())
@@ -84,7 +85,10 @@ fn present() -> Option<Compiler> {
 /// The linker for the eBPF object, installed if need be.
 pub fn linker() -> Result<PathBuf> {
     let (name, version) = LINKER;
-    if let Some(found) = find(name) {
+    if let Some(found) = find(name)
+        && let Ok(said) = Command::new(&found).arg("--version").output()
+        && String::from_utf8_lossy(&said.stdout).contains(version)
+    {
         return Ok(found);
     }
     let llvm = Path::new("/usr/lib/llvm-22");
@@ -98,6 +102,7 @@ pub fn linker() -> Result<PathBuf> {
     }
     exec(cargo().env("LLVM_PREFIX", llvm).args([
         "install",
+        "--force",
         name,
         "--version",
         version,
@@ -115,6 +120,16 @@ pub fn deny() -> Result<PathBuf> {
         exec(cargo().args(["install", name, "--version", version, "--locked"]))?;
     }
     find(name).ok_or_else(|| anyhow::anyhow!("{name} was installed, but is not on the search path"))
+}
+
+/// What a minimal profile of rustup leaves out.
+pub fn components() -> Result<()> {
+    for (program, component) in [("cargo-fmt", "rustfmt"), ("cargo-clippy", "clippy")] {
+        if find(program).is_none() {
+            exec(Command::new("rustup").args(["component", "add", component]))?;
+        }
+    }
+    Ok(())
 }
 
 /// The programs that tests and demo call.
@@ -162,17 +177,23 @@ fn apt(packages: &[&str]) -> Result<()> {
     if !has_candidate(packages[0]) {
         bail!("apt has no package {}; check /etc/apt/sources.list", packages[0]);
     }
-    exec(
-        as_root("env")
-            .args([
-                "DEBIAN_FRONTEND=noninteractive",
-                "apt-get",
-                "-q",
-                "install",
-                "-y",
-                "--no-install-recommends",
-            ])
-            .args(packages)
-            .stdin(Stdio::null()),
-    )
+    let install = || {
+        exec(
+            as_root("env")
+                .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "install", "-y"])
+                .arg("--no-install-recommends")
+                .args(packages)
+                .stdin(Stdio::null()),
+        )
+    };
+    // Lists that are older than the archive name packages that are no more.
+    if install().is_err() {
+        exec(as_root("apt-get").args(["-q", "update"]))?;
+        install()?;
+    }
+    // The tests start nginx themselves; the package's own service is not wanted for them.
+    if packages.contains(&"nginx-light") && Path::new("/run/systemd/system").exists() {
+        exec(as_root("systemctl").args(["disable", "--now", "nginx"]))?;
+    }
+    Ok(())
 }

@@ -13,7 +13,7 @@ use tokio::{
 use crate::{
     cli::{Attach, ModeArg, OnExit, SourceKind},
     controller::{Controller, Settings},
-    datapath::Sizes,
+    datapath::{self, Sizes},
     source::{Update, file},
 };
 
@@ -22,16 +22,20 @@ use crate::{
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
 pub async fn run(arguments: Attach) -> Result<()> {
-    let mut controllers: Vec<Controller> = Vec::new();
-    for interface in &arguments.iface {
-        match Controller::start(settings(&arguments, interface), source(&arguments)?).await {
-            Ok(controller) => controllers.push(controller),
-            Err(error) => {
-                join_all(controllers.into_iter().map(Controller::remove)).await;
-                return Err(error);
-            }
+    let (sender, mut stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        if wait_for_signal().await.is_ok() {
+            let _ = sender.send(true);
         }
-    }
+    });
+    let started = tokio::select! {
+        started = start(&arguments) => started,
+        _ = stopped.wait_for(|stopped| *stopped) => {
+            arguments.iface.iter().for_each(|interface| datapath::remove_unattached(interface));
+            return Ok(());
+        }
+    };
+    let mut controllers = started?;
     // What passes XDP does not pass the host's packet filter: an operator should hear it.
     log::info!(
         "published ports bypass the host's packet filter (nftables, ufw, DOCKER-USER); \
@@ -41,12 +45,6 @@ pub async fn run(arguments: Attach) -> Result<()> {
         let tables = controller.datapath().tables();
         log::info!("serving {} services on {} listeners", tables.services.len(), tables.listeners.len());
     }
-    let (sender, stopped) = watch::channel(false);
-    tokio::spawn(async move {
-        if wait_for_signal().await.is_ok() {
-            let _ = sender.send(true);
-        }
-    });
     join_all(controllers.iter_mut().map(|controller| {
         let mut stopped = stopped.clone();
         controller.run(async move {
@@ -63,6 +61,27 @@ pub async fn run(arguments: Attach) -> Result<()> {
         OnExit::Keep => log::info!("the datapath goes on without its controller; `attach` adopts it again"),
     }
     Ok(())
+}
+
+/// Starts a controller on every interface. If one cannot be, what was made anew for the others is taken away;
+/// what was adopted goes on as it was.
+async fn start(arguments: &Attach) -> Result<Vec<Controller>> {
+    let mut controllers: Vec<Controller> = Vec::new();
+    for interface in &arguments.iface {
+        let started = match source(arguments) {
+            Ok(updates) => Controller::start(settings(arguments, interface), updates).await,
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(controller) => controllers.push(controller),
+            Err(error) => {
+                let fresh = controllers.into_iter().filter(|controller| !controller.datapath().adopted());
+                join_all(fresh.map(Controller::remove)).await;
+                return Err(error);
+            }
+        }
+    }
+    Ok(controllers)
 }
 
 fn settings(arguments: &Attach, interface: &str) -> Settings {
@@ -97,7 +116,9 @@ fn source(arguments: &Attach) -> Result<mpsc::Receiver<Update>> {
 async fn wait_for_signal() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     tokio::select! {
+        _ = hangup.recv() => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }

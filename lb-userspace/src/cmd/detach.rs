@@ -13,16 +13,32 @@ use crate::{
 /// Nothing is attached to one of them, or its controller still runs.
 pub async fn run(interfaces: &[String]) -> Result<()> {
     let (net, _changes) = Net::connect()?;
-    let present: Vec<String> = net.snapshot().await?.links.into_values().map(|link| link.name).collect();
+    let links = net.snapshot().await?.links;
+    let names: Vec<String> = links.values().map(|link| link.name.clone()).collect();
+    let (mut problem, mut filters) = (None, false);
     for interface in interfaces {
-        let pins = PinDir::of(interface)?;
-        if !pins.path().exists() {
-            return Err(DatapathError::NotAttached(Some(interface.clone())).into());
+        match detach(interface, &names) {
+            Ok(by_filters) => filters |= by_filters,
+            // The others are detached all the same.
+            Err(error) => {
+                problem.get_or_insert(error);
+            }
         }
-        if let Some(pid) = pins.controller() {
-            return Err(DatapathError::Held { interface: interface.clone(), pid: Some(pid) }.into());
-        }
-        datapath::remove(&pins, &present);
     }
-    Ok(())
+    for index in links.keys().filter(|_| filters) {
+        net.drop_empty_clsact(*index).await;
+    }
+    problem.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Detaches one; true if its TC programs were attached by filters.
+fn detach(interface: &str, present: &[String]) -> Result<bool, DatapathError> {
+    let pins = PinDir::of(interface)?;
+    if !pins.path().exists() {
+        return Err(DatapathError::NotAttached(Some(interface.to_owned())));
+    }
+    let _lock = pins.lock()?;
+    let by_filters = !pins.has_tc_link();
+    datapath::remove(&pins, present);
+    Ok(by_filters)
 }

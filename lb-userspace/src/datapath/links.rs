@@ -47,10 +47,16 @@ impl From<LinkError> for AttachProblem {
     }
 }
 
-/// Our place among the filters of a clsact qdisc: early, and the same at every attach, so that a filter of a
-/// former controller is found and replaced.
+/// Our place among the filters of a clsact qdisc: early, and the same at every attach to an uplink, so that a
+/// filter of a former controller is found and replaced, and one of another uplink's left alone.
 const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0x6c62);
+
+fn handle(uplink: u32) -> TcHandle {
+    TcHandle::new(0x6c62, uplink as u16)
+}
+
+/// Set where tests want filters although the kernel has links.
+const CLSACT: &str = "LB_TC_CLSACT";
 
 /// Attaches XDP, or swaps the program where our link is attached already in this mode.
 pub(super) fn attach_xdp(
@@ -114,6 +120,7 @@ pub(super) fn attach_tc(
     program: &mut SchedClassifier,
     interface: &str,
     name: &str,
+    uplink: u32,
 ) -> Result<TcHook, AttachProblem> {
     let path = pins.link(name);
     if let Ok(old) = PinnedLink::from_pin(&path) {
@@ -128,7 +135,7 @@ pub(super) fn attach_tc(
         }
         pins.remove(&path);
     }
-    if std::env::var_os("LB_TC_CLSACT").is_none() {
+    if std::env::var_os(CLSACT).is_none() {
         // First among its like: what others do with a packet of ours would be undone or missed.
         let tcx = TcAttachOptions::TcxOrder(LinkOrder::first());
         match program.attach_with_options(interface, TcAttachType::Ingress, tcx) {
@@ -142,25 +149,26 @@ pub(super) fn attach_tc(
             Err(error) => return Err(error.into()),
         }
     }
-    attach_clsact(program, interface)?;
+    attach_clsact(program, interface, uplink)?;
     Ok(TcHook::Clsact)
 }
 
-fn attach_clsact(program: &mut SchedClassifier, interface: &str) -> Result<(), AttachProblem> {
+fn attach_clsact(program: &mut SchedClassifier, interface: &str, uplink: u32) -> Result<(), AttachProblem> {
     match tc::qdisc_add_clsact(interface) {
         Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
         Err(error) if errno(&error) == Some(libc::EEXIST) => {}
         Err(error) => return Err(AttachProblem(format!("add the clsact qdisc: {}", chain(&error)))),
     }
-    let there = SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None)
-        .map_err(|error| AttachProblem(error.to_string()))?;
+    let there =
+        SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, handle(uplink), None)
+            .map_err(|error| AttachProblem(error.to_string()))?;
     // Replace the filter of a former controller, else make one.
     let id = match program.attach_to_link(there) {
         Ok(id) => id,
         Err(_) => program.attach_with_options(
             interface,
             TcAttachType::Ingress,
-            TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None }),
+            TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: handle(uplink), classid: None }),
         )?,
     };
     // The filter stays by itself; dropping the link would remove it.
@@ -169,26 +177,24 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str) -> Result<(), A
 }
 
 /// Removes a TC link or filter.
-pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, program: &str) {
+pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, uplink: u32) {
     let path = pins.link(name);
     if path.exists() {
         pins.remove(&path);
     } else if !interface.is_empty() {
-        detach_clsact(interface, program);
+        detach_clsact(interface, uplink);
     }
 }
 
-fn detach_clsact(interface: &str, program: &str) {
-    // An interface without the filter, or without the qdisc, has nothing to remove.
-    let _ = tc::qdisc_detach_program(interface, TcAttachType::Ingress, program);
+fn detach_clsact(interface: &str, uplink: u32) {
+    // An interface without the filter, or without the qdisc, has nothing to remove; a link detaches when dropped.
+    let _ = SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, handle(uplink), None);
 }
 
-/// Removes every link, and every filter on the interfaces named.
-pub(super) fn detach_all(pins: &PinDir, interfaces: &[String]) {
+/// Removes every link, and every filter of this uplink on the interfaces named.
+pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
     detach_xdp(pins);
     for interface in interfaces {
-        for program in [lb_common::abi::program::UPLINK_TC, lb_common::abi::program::TASK_TC] {
-            detach_clsact(interface, program);
-        }
+        detach_clsact(interface, uplink);
     }
 }

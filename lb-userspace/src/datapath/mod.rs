@@ -11,7 +11,7 @@ mod object;
 mod pin;
 mod tables;
 
-use std::{os::fd::AsFd as _, path::Path};
+use std::{collections::BTreeSet, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -59,6 +59,8 @@ pub struct Datapath {
     /// Interface and mode of the uplink's links, as far as they are known to be there.
     attached: Option<(u32, Mode)>,
     hook: TcHook,
+    /// Interfaces that carry the program for replies by a filter, which has no pin.
+    filtered: BTreeSet<u32>,
 }
 
 impl Datapath {
@@ -89,6 +91,7 @@ impl Datapath {
                     adopted,
                     attached,
                     hook: TcHook::Tcx,
+                    filtered: BTreeSet::new(),
                 })
             }
             Err(error) => {
@@ -111,7 +114,11 @@ impl Datapath {
             let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
             pins.replace(&pins.program(name), |path| program.pin(path))?;
         }
-        let set = TableSet::open(pins)?;
+        let mut set = TableSet::open(pins)?;
+        if !adopted {
+            // From here on the tables are whole: what is cut short now is adopted by the next attach.
+            set.set_config(Config { abi_version: ABI_VERSION, ..Config::default() })?;
+        }
         Ok((ebpf, set, adopted))
     }
 
@@ -119,15 +126,15 @@ impl Datapath {
     /// table of any shape, so each is compared here.
     fn check_pins(pins: &PinDir, sizes: &Sizes) -> Result<bool, DatapathError> {
         let have = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
-        if have < table::ALL.len() {
-            // A load that was cut short: nothing is attached to it.
+        let version = if pins.exists() { TableSet::version(pins)? } else { 0 };
+        // A load that was cut short: nothing is attached to it.
+        if !pins.has_links() && (have < table::ALL.len() || version == 0) {
             for name in table::ALL {
                 pins.remove(&pins.table(name));
             }
             return Ok(false);
         }
-        let version = TableSet::version(pins)?;
-        if version != ABI_VERSION {
+        if version != ABI_VERSION || have < table::ALL.len() {
             return Err(DatapathError::Version { found: version, expected: ABI_VERSION });
         }
         for shape in Shape::all(sizes) {
@@ -229,7 +236,7 @@ impl Datapath {
     /// The kernel refuses; nothing of this mode stays attached.
     pub fn attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
         let tc = classifier(&mut self.ebpf, program::UPLINK_TC)?;
-        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC)?;
+        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC, ifindex)?;
         if mode == Mode::Tc {
             links::detach_xdp(&self.pins);
             self.attached = Some((ifindex, mode));
@@ -248,23 +255,29 @@ impl Datapath {
     /// The kernel refuses.
     pub fn attach_task(&mut self, interface: &str, ifindex: u32) -> Result<(), AttachProblem> {
         let program = classifier(&mut self.ebpf, program::TASK_TC)?;
-        links::attach_tc(&self.pins, program, interface, &pin::task_link(ifindex))?;
+        let uplink = self.config.uplink;
+        let hook = links::attach_tc(&self.pins, program, interface, &pin::task_link(ifindex), uplink)?;
+        if hook == TcHook::Clsact {
+            self.filtered.insert(ifindex);
+        }
         Ok(())
     }
 
     /// Detaches it again; an interface that is gone has taken the link with it.
     pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32) {
+        self.filtered.remove(&ifindex);
         links::detach_tc(
             &self.pins,
             interface.unwrap_or_default(),
             &pin::task_link(ifindex),
-            program::TASK_TC,
+            self.config.uplink,
         );
     }
 
-    /// The interfaces that carry the program for replies, as far as pins tell.
+    /// The interfaces that carry the program for replies. Filters of a former controller, which have no pins, are
+    /// not known; they go with their veth.
     pub fn task_links(&self) -> Vec<u32> {
-        self.pins.task_links()
+        self.pins.task_links().into_iter().chain(self.filtered.iter().copied()).collect()
     }
 
     /// How the TC programs are attached.
@@ -306,21 +319,21 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassif
 /// Removes the datapath of an interface: links, programs, tables, pins. `interfaces` are those on which a
 /// filter without a pin may sit (before TCX).
 pub fn remove(pins: &PinDir, interfaces: &[String]) {
-    links::detach_all(pins, interfaces);
+    let uplink = TableSet::open(pins).and_then(|set| set.config()).map_or(0, |config| config.uplink);
+    links::detach_all(pins, interfaces, uplink);
     pins.remove_all();
+}
+
+/// Removes what a start that was cut short has left: tables to which nothing is attached.
+pub fn remove_unattached(interface: &str) {
+    if let Ok(pins) = PinDir::of(interface)
+        && !pins.has_links()
+    {
+        pins.remove_all();
+    }
 }
 
 /// Whether a file system at `path` is bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
-}
-
-/// A pinned table's identity in the kernel; tests compare them.
-///
-/// # Errors
-/// The pin is not there.
-pub fn table_id(pins: &PinDir, name: &str) -> Result<u32, DatapathError> {
-    let map = MapData::from_pin(pins.table(name)).map_err(|e| DatapathError::map("open", e))?;
-    let _ = map.fd().as_fd();
-    map.info().map(|info| info.id()).map_err(|e| DatapathError::map("inspect", e))
 }

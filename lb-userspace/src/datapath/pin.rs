@@ -82,14 +82,17 @@ impl PinDir {
     }
 
     /// Takes the lock.
-    pub(super) fn lock(&self) -> Result<Lock, DatapathError> {
+    ///
+    /// # Errors
+    /// Another controller holds it.
+    pub fn lock(&self) -> Result<Lock, DatapathError> {
         let directory =
             fs::File::open(&self.path).map_err(|error| DatapathError::pin("open", &self.path, error))?;
-        let inode = directory.metadata().map(|meta| meta.ino()).unwrap_or_default();
+        let place = directory.metadata().map(|meta| (meta.dev(), meta.ino())).unwrap_or_default();
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(directory) => Ok(Lock { _directory: directory }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                Err(DatapathError::Held { interface: self.interface.clone(), pid: holder(inode) })
+                Err(DatapathError::Held { interface: self.interface.clone(), pid: holder(place) })
             }
             Err((_, errno)) => Err(DatapathError::pin("lock", &self.path, errno.into())),
         }
@@ -97,8 +100,8 @@ impl PinDir {
 
     /// The process that controls this datapath, if one does.
     pub fn controller(&self) -> Option<u32> {
-        let inode = fs::metadata(&self.path).ok()?.ino();
-        holder(inode)
+        let meta = fs::metadata(&self.path).ok()?;
+        holder((meta.dev(), meta.ino()))
     }
 
     /// Pin of a table.
@@ -114,6 +117,17 @@ impl PinDir {
     /// Pin of a link.
     pub fn link(&self, name: &str) -> PathBuf {
         self.path.join(format!("link-{name}"))
+    }
+
+    /// Whether the uplink's TC program is attached by a link, not by a filter.
+    pub fn has_tc_link(&self) -> bool {
+        self.link(UPLINK_TC).exists()
+    }
+
+    /// Whether a link is pinned.
+    pub(super) fn has_links(&self) -> bool {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().as_encoded_bytes().starts_with(b"link-"))
     }
 
     /// The interfaces that have a pinned link for replies.
@@ -215,8 +229,9 @@ fn decode(name: &str) -> String {
     name.replace("%2E", ".").replace("%25", "%")
 }
 
-/// The process that holds a lock on this inode, by `/proc/locks`.
-fn holder(inode: u64) -> Option<u32> {
+/// The process that holds a lock on this device and inode, by `/proc/locks`.
+fn holder((device, inode): (u64, u64)) -> Option<u32> {
+    let wanted = format!("{:02x}:{:02x}:{inode}", libc::major(device), libc::minor(device));
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -224,7 +239,7 @@ fn holder(inode: u64) -> Option<u32> {
         let [_, "FLOCK", _, _, pid, place, ..] = fields.as_slice() else {
             return None;
         };
-        (place.rsplit(':').next()?.parse() == Ok(inode)).then(|| pid.parse().ok())?
+        (*place == wanted).then(|| pid.parse().ok())?
     })
 }
 

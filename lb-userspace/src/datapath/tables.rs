@@ -60,7 +60,15 @@ impl Shape {
         }
         let hash = |name, kind, (key, value), entries, usual| shape(name, kind, key, value, entries, usual);
         let array = |name, kind, value, entries, usual| shape(name, kind, 4, value, entries, usual);
-        let labels = sizes.backends.map(|backends| backends.saturating_mul(2));
+        // Backends, services, ports and nodes all have labels.
+        let labels = [sizes.backends, sizes.services, sizes.listeners];
+        let labels = labels.iter().any(Option::is_some).then(|| {
+            let [backends, services, listeners] = labels;
+            backends.unwrap_or(size::BACKENDS as u32)
+                + services.unwrap_or(size::SERVICES as u32)
+                + listeners.unwrap_or(size::LISTENERS as u32)
+                + NODES
+        });
         vec![
             array(table::CONFIG, MapType::Array, size_of::<Config>(), None, 1),
             array(table::FILTER, MapType::Array, 8, None, FILTER_WORDS),
@@ -364,11 +372,7 @@ impl TableSet {
         if new {
             zero(&mut self.backend_stats, index)?;
         }
-        let mut label = entry.label.clone();
-        if let Some(problem) = &mut label.problem {
-            problem.truncate(problem.floor_char_boundary(64));
-        }
-        self.set_label(LABEL_BACKEND, index, &label)?;
+        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label))?;
         self.backends.set(index, entry.backend, 0).map_err(|e| DatapathError::map("write", e))
     }
 
@@ -454,6 +458,23 @@ impl TableSet {
     fn remove_label(&mut self, kind: u32, index: u32) -> Result<(), DatapathError> {
         remove(&mut self.labels, &LabelKey { kind, index })
     }
+}
+
+/// Nodes whose names there is always room for.
+const NODES: u32 = 4096;
+
+/// A label that fits: what is wrong is told as far as there is room.
+fn fitted(label: &BackendLabel) -> BackendLabel {
+    let mut label = label.clone();
+    while serde_json::to_vec(&label).map_or(0, |json| json.len()) > LABEL_BYTES {
+        match &mut label.problem {
+            Some(problem) if !problem.is_empty() => {
+                problem.truncate(problem.floor_char_boundary(problem.len() - 1))
+            }
+            _ => break,
+        }
+    }
+    label
 }
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");

@@ -78,8 +78,8 @@ pub struct Snapshot {
     pub links: BTreeMap<u32, Link>,
     /// Addresses by interface, in the kernel's order; link-local ones are left out.
     pub addresses: Vec<(u32, IpAddr)>,
-    /// Hardware addresses of resolved neighbours, by interface and address.
-    pub neighbours: HashMap<(u32, IpAddr), [u8; 6]>,
+    /// Resolved neighbours, by interface and address.
+    pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Ports of bridges behind which hardware addresses were seen, by bridge and address.
     pub ports: HashMap<(u32, [u8; 6]), u32>,
 }
@@ -94,6 +94,15 @@ impl Snapshot {
     pub fn addresses_of(&self, index: u32) -> Vec<IpAddr> {
         self.addresses.iter().filter(|(owner, _)| *owner == index).map(|(_, address)| *address).collect()
     }
+}
+
+/// A resolved neighbour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Somebody set it by hand, or the link needs no resolution: it is not ours to touch.
+    pub fixed: bool,
 }
 
 /// The next hop to an address.
@@ -208,18 +217,53 @@ impl Net {
 
     /// Has the kernel resolve a neighbour, and keep it resolved where it can (`NTF_EXT_MANAGED`, Linux 5.16;
     /// before that it is resolved once). XDP's traffic alone would let the entry go stale.
-    pub async fn resolve(&self, interface: u32, address: IpAddr) {
-        let mut request = self
-            .handle
-            .neighbours()
-            .add(interface, address)
-            .replace()
-            .state(NeighbourState::None)
-            .flags(NeighbourFlags::Use);
+    ///
+    /// What is known already is passed along, so that it stays known meanwhile.
+    pub async fn resolve(&self, interface: u32, address: IpAddr, known: Option<[u8; 6]>) {
+        let request = self.handle.neighbours().add(interface, address).replace();
+        let mut request = match known {
+            None => request.state(NeighbourState::None).flags(NeighbourFlags::Use),
+            Some(mac) => {
+                request.state(NeighbourState::Stale).link_layer_address(&mac).flags(NeighbourFlags::Use)
+            }
+        };
         request.message_mut().attributes.push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
         if let Err(error) = request.execute().await {
             log::debug!("ask the kernel to resolve {address}: {error}");
         }
+    }
+}
+
+impl Net {
+    /// Lets go of a neighbour that [`Self::resolve`] had the kernel keep.
+    pub async fn forget(&self, interface: u32, address: IpAddr) {
+        let mut message = NeighbourMessage::default();
+        message.header.family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        message.header.ifindex = interface;
+        message.attributes.push(NeighbourAttribute::Destination(match address {
+            IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+            IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+        }));
+        // Gone with its interface is as good.
+        let _ = self.handle.neighbours().del(message).execute().await;
+    }
+
+    /// Removes the clsact qdisc of an interface if it holds no filter any more.
+    pub async fn drop_empty_clsact(&self, interface: u32) {
+        const CLSACT: u32 = 0xffff_fff1;
+        let handle = self.handle.clone();
+        for ingress in [true, false] {
+            let mut filters = handle.traffic_filter(interface as i32);
+            let request = if ingress { filters.get().ingress() } else { filters.get().egress() };
+            let found: Vec<_> = request.execute().try_collect().await.unwrap_or_default();
+            if !found.is_empty() {
+                return;
+            }
+        }
+        let mut request = handle.qdisc().del(interface as i32);
+        request.message_mut().header.parent = CLSACT.into();
+        // No qdisc is as good.
+        let _ = request.execute().await;
     }
 }
 
@@ -231,6 +275,8 @@ fn matters(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
             NeighbourState::Stale | NeighbourState::Delay | NeighbourState::Probe
         ),
         NetlinkPayload::InnerMessage(_) => true,
+        // The kernel had more to say than the socket could hold: look at everything.
+        NetlinkPayload::Overrun(_) => true,
         _ => false,
     }
 }
@@ -296,7 +342,7 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
     Some((message.header.index, local.or(plain)?))
 }
 
-fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), [u8; 6])> {
+fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
     if matches!(
         message.header.state,
         NeighbourState::Incomplete | NeighbourState::Failed | NeighbourState::None
@@ -312,7 +358,8 @@ fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), [u8; 6])> {
             _ => {}
         }
     }
-    Some(((message.header.ifindex, to?), hardware?))
+    let fixed = matches!(message.header.state, NeighbourState::Permanent | NeighbourState::Noarp);
+    Some(((message.header.ifindex, to?), Neighbour { mac: hardware?, fixed }))
 }
 
 /// An address that a bridge learned on a port; its own are permanent.

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use lb_common::backend::{Kind, VIA_TC};
+use lb_common::backend::VIA_TC;
 
 use super::{Link, Net, Route, Snapshot, netdev};
 use crate::plan::{Reach, Way};
@@ -17,6 +17,8 @@ pub struct Ways {
     ports: HashMap<IpAddr, (u32, [u8; 6])>,
     /// Neighbours that the kernel was asked to keep.
     managed: BTreeSet<(u32, IpAddr)>,
+    /// Neighbours that the ways of the last search lead by.
+    wanted: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Ways {
@@ -35,14 +37,13 @@ impl Ways {
                 Err(reason) => Err(reason),
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
-                    Reach::Snat | Reach::Routed => {
-                        self.remote(net, snapshot, uplink, *address, *reach, &route).await
-                    }
+                    Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, &route).await,
                 },
             };
             ways.insert((*address, *reach), way);
         }
         self.ports.retain(|address, _| destinations.contains(&(*address, Reach::Local)));
+        self.release(net, false).await;
         ways
     }
 
@@ -88,14 +89,7 @@ impl Ways {
         }
         let mac = mac.unwrap_or_default();
         let source_mac = device.mac;
-        Ok(Way {
-            kind: Kind::Local,
-            ifindex: port.index,
-            mac,
-            source_mac,
-            source: route.source,
-            flags: VIA_TC,
-        })
+        Ok(Way { ifindex: port.index, mac, source_mac, source: route.source, flags: VIA_TC })
     }
 
     /// The bridge's port behind which a task is, now or when it was last heard of.
@@ -120,7 +114,6 @@ impl Ways {
         snapshot: &Snapshot,
         uplink: u32,
         address: IpAddr,
-        reach: Reach,
         route: &Route,
     ) -> Result<Way, String> {
         let device = link(snapshot, route.interface)?;
@@ -134,13 +127,12 @@ impl Ways {
             .ok_or_else(|| format!("the next hop {hop} on {} does not answer", device.name))?;
         let source =
             route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
-        let kind = if reach == Reach::Routed { Kind::Routed } else { Kind::Snat };
         let by_tc = device.index != uplink && !netdev::transmits(device.index);
         let flags = if by_tc { VIA_TC } else { 0 };
-        Ok(Way { kind, ifindex: device.index, mac, source_mac: device.mac, source: Some(source), flags })
+        Ok(Way { ifindex: device.index, mac, source_mac: device.mac, source: Some(source), flags })
     }
 
-    /// A neighbour's hardware address; the kernel is asked once to resolve it and keep it.
+    /// A neighbour's hardware address; the kernel is asked to resolve it and keep it.
     async fn neighbour(
         &mut self,
         net: &Net,
@@ -148,11 +140,24 @@ impl Ways {
         interface: u32,
         address: IpAddr,
     ) -> Option<[u8; 6]> {
-        let known = snapshot.neighbours.get(&(interface, address)).copied();
-        if self.managed.insert((interface, address)) || known.is_none() {
-            net.resolve(interface, address).await;
+        let known = snapshot.neighbours.get(&(interface, address));
+        self.wanted.insert((interface, address));
+        if known.is_some_and(|neighbour| neighbour.fixed) {
+            return known.map(|neighbour| neighbour.mac);
         }
-        known
+        if self.managed.insert((interface, address)) || known.is_none() {
+            net.resolve(interface, address, known.map(|neighbour| neighbour.mac)).await;
+        }
+        known.map(|neighbour| neighbour.mac)
+    }
+
+    /// Lets go of every neighbour that is not wanted: `all` of them, or those no way leads by any more.
+    pub async fn release(&mut self, net: &Net, all: bool) {
+        let wanted = if all { BTreeSet::new() } else { std::mem::take(&mut self.wanted) };
+        for (interface, address) in self.managed.difference(&wanted) {
+            net.forget(*interface, *address).await;
+        }
+        self.managed.retain(|neighbour| wanted.contains(neighbour));
     }
 }
 

@@ -104,14 +104,42 @@ impl<'a> Draft<'a> {
         for port in &service.ports {
             ports.push(self.port(number, port, service, &backends)?);
         }
+        self.conflicts(&backends, &ports)?;
         self.commit(number, &service.label, backends, ports);
+        Ok(())
+    }
+
+    /// What another service has already: a listener, or a task's endpoint, whose answers only one can own.
+    fn conflicts(&self, backends: &[(u32, BackendEntry)], ports: &[PlannedPort]) -> Result<(), String> {
+        for (at, _) in ports.iter().flat_map(|port| &port.listeners) {
+            if self.next.listeners.contains_key(at) {
+                return Err(format!(
+                    "another service already listens on {}:{}/{}",
+                    at.address, at.port, at.protocol
+                ));
+            }
+        }
+        for (_, entry) in backends {
+            let at = endpoint(entry);
+            if let Some(owner) =
+                self.next.replies.get(&at).and_then(|set| self.next.backends.get(&set.backend))
+            {
+                return Err(format!(
+                    "{}:{}/{} of task {} is already the address of task {}",
+                    at.address, at.port, at.protocol, entry.label.task, owner.label.task
+                ));
+            }
+        }
         Ok(())
     }
 
     fn room_for_listeners(&self, service: &DesiredService) -> Result<(), String> {
         for v4 in [true, false] {
             let of_family = |address: &&IpAddr| address.is_ipv4() == v4;
-            let have = self.next.listeners.keys().filter(|at| of_family(&&at.address)).count();
+            // New listeners are set before old ones go: the table holds both for a moment.
+            let going = self.actual.listeners.keys().filter(|at| !self.next.listeners.contains_key(at));
+            let going = going.filter(|at| of_family(&&at.address) && !service_listens(service, at)).count();
+            let have = self.next.listeners.keys().filter(|at| of_family(&&at.address)).count() + going;
             let more: usize =
                 service.ports.iter().map(|port| port.addresses.iter().filter(of_family).count()).sum();
             if have + more > self.limits.listeners as usize {
@@ -209,12 +237,12 @@ impl<'a> Draft<'a> {
                 if sources.len() > 1 {
                     entry.backend.flags |= SHARED;
                 }
-                let at = At {
-                    address: entry.label.address,
-                    protocol: entry.label.protocol,
-                    port: entry.label.target,
-                };
-                self.next.replies.insert(at, ReplySet { backend: *index, sources });
+                let at = endpoint(&entry);
+                // A task that goes may have handed its address to one that comes.
+                let taken = self.next.replies.contains_key(&at);
+                if !taken || entry.backend.state == State::Active as u8 {
+                    self.next.replies.insert(at, ReplySet { backend: *index, sources });
+                }
             }
             entry.backend.generation = match self.actual.backends.get(index) {
                 Some(known) => known.backend.generation,
@@ -245,6 +273,13 @@ impl<'a> Draft<'a> {
     }
 }
 
+fn service_listens(service: &DesiredService, at: &At) -> bool {
+    service.ports.iter().any(|port| {
+        (port.port.protocol, port.port.published) == (at.protocol, at.port)
+            && port.addresses.contains(&at.address)
+    })
+}
+
 struct PlannedPort {
     cursor: u32,
     label: PortLabel,
@@ -259,6 +294,11 @@ fn entry(wanted: &DesiredBackend, service: u32) -> BackendEntry {
     let mut backend = wanted.backend;
     backend.service = service;
     BackendEntry { backend, label: wanted.label.clone() }
+}
+
+/// Where a backend's answers come from.
+fn endpoint(entry: &BackendEntry) -> At {
+    At { address: entry.label.address, protocol: entry.label.protocol, port: entry.label.target }
 }
 
 fn identity_of(entry: &BackendEntry) -> Identity {

@@ -17,8 +17,6 @@ use crate::cluster::{ClusterState, Node, Port, Service, Task, TaskState, Via};
 /// The way from this node to a task, as the kernel's tables have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Way {
-    /// How the datapath reaches it.
-    pub kind: Kind,
     /// Host-side veth of a local task, or the interface of the next hop.
     pub ifindex: u32,
     /// Hardware address of the task or the next hop; zero if a local task's is not known.
@@ -53,6 +51,17 @@ pub enum Reach {
     Snat,
     /// It is a task of another node, and sees the client's address.
     Routed,
+}
+
+impl Reach {
+    /// The backend kind that does so.
+    pub const fn kind(self) -> Kind {
+        match self {
+            Self::Local => Kind::Local,
+            Self::Snat => Kind::Snat,
+            Self::Routed => Kind::Routed,
+        }
+    }
 }
 
 /// What the tables should mean.
@@ -146,9 +155,10 @@ fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
     let mut backends = Vec::new();
     for task in &service.tasks {
         for address in &task.addresses {
-            let way = view.ways.get(&(*address, reach(task, view.node)));
+            let reach = reach(task, view.node);
+            let way = view.ways.get(&(*address, reach));
             for (protocol, target) in &targets {
-                let (backend, problem) = backend(task, *address, *target, way);
+                let (backend, problem) = backend(task, (*address, reach), *target, way);
                 let label = BackendLabel {
                     task: task.name.clone(),
                     node: task.node.clone(),
@@ -167,7 +177,7 @@ fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
 
 fn backend(
     task: &Task,
-    address: IpAddr,
+    (address, reach): (IpAddr, Reach),
     target: u16,
     way: Option<&Result<Way, String>>,
 ) -> (Backend, Option<String>) {
@@ -181,12 +191,14 @@ fn backend(
         address: wide(address),
         port: Be16::new(target),
         state: state as u8,
+        // Known without a way: a task that cannot be reached for a moment stays the backend it is, and keeps
+        // its flows.
+        kind: reach.kind() as u8,
         family: if address.is_ipv4() { 4 } else { 6 },
         ..Backend::default()
     };
     match known {
         Ok(way) => {
-            backend.kind = way.kind as u8;
             backend.ifindex = way.ifindex;
             backend.mac = way.mac;
             backend.source_mac = way.source_mac;

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use lb_common::backend::{Kind, SHARED, State};
+use lb_common::backend::{SHARED, State};
 use proptest::prelude::*;
 
 use super::*;
@@ -65,21 +65,16 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
     }
 }
 
-fn way(address: IpAddr, reach: Reach) -> Result<Way, String> {
-    let kind = match reach {
-        Reach::Local => Kind::Local,
-        Reach::Snat => Kind::Snat,
-        Reach::Routed => Kind::Routed,
-    };
+fn way(address: IpAddr) -> Result<Way, String> {
     // Some have no way at all.
     if address.to_string().ends_with('4') {
         return Err("no route".into());
     }
-    Ok(Way { kind, ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), flags: 0 })
+    Ok(Way { ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), flags: 0 })
 }
 
 fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
-    let ways = destinations(cluster, "node1").into_iter().map(|(a, r)| ((a, r), way(a, r))).collect();
+    let ways = destinations(cluster, "node1").into_iter().map(|(a, r)| ((a, r), way(a))).collect();
     let view = View { cluster, node: "node1", addresses: &addresses(), ways: &ways };
     plan(&desired(&view), actual, limits)
 }
@@ -191,6 +186,42 @@ fn a_draining_task_keeps_its_number_and_leaves_the_slots() {
     }
     assert_eq!(tables.backends[&1].backend.state, State::Draining as u8);
     assert!(tables.listeners.values().filter(|l| l.slot_count > 0).all(|l| l.slot_count == 1));
+}
+
+#[test]
+fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
+    let cluster = one_service(&[TaskState::Running]);
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut seen = Vec::new();
+    for way in [way(addresses()[0]), Err("lost".into()), way(addresses()[0])] {
+        let ways = destinations(&cluster, "node1").into_iter().map(|to| (to, way.clone())).collect();
+        let view = View { cluster: &cluster, node: "node1", addresses: &addresses(), ways: &ways };
+        plan(&desired(&view), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+        let (index, entry) = tables.backends.first_key_value().unwrap();
+        seen.push((*index, entry.backend.generation, entry.backend.state, entry.label.problem.is_some()));
+    }
+    let (active, unavailable) = (State::Active as u8, State::Unavailable as u8);
+    assert_eq!(seen, [(0, 1, active, false), (0, 1, unavailable, true), (0, 1, active, false)]);
+}
+
+#[test]
+fn what_two_services_claim_goes_to_the_first_and_is_said() {
+    let mut cluster = one_service(&[TaskState::Running]);
+    let twin = |name: &str, port: u16| {
+        let mut service = cluster.services[0].clone();
+        service.name = name.into();
+        service.ports[0].published = port;
+        service.tasks[0].name = format!("{name}.1");
+        service
+    };
+    let (same_port, same_task) = (twin("t1", cluster.services[0].ports[0].published), twin("t2", 999));
+    cluster.services.extend([same_port, same_task]);
+    let mut tables = Tables::empty(LIMITS.slots);
+    let plan = plan_for(&cluster, &tables, &LIMITS);
+    plan.ops.iter().for_each(|op| tables.apply(op));
+    assert_eq!(tables.services.len(), 1);
+    assert!(plan.refused[0].contains("already listens"), "{:?}", plan.refused);
+    assert!(plan.refused[1].contains("already the address"), "{:?}", plan.refused);
 }
 
 #[test]

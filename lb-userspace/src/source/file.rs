@@ -235,6 +235,9 @@ fn task(raw: &RawTask, nodes: &[Node]) -> Result<Task, Wrong> {
 /// Time for a burst of changes (an editor's, a deployment's) to end before the file is read.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// The file is looked at after this time in any case.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// Follows a cluster file: sends it once, and again whenever its content changes, by writing or by renaming
 /// another over it.
 ///
@@ -243,7 +246,11 @@ const SETTLE: Duration = Duration::from_millis(50);
 pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError> {
     let error = |source| FileError::Watch { path: path.to_owned(), source };
     let (wake, mut woken) = mpsc::channel::<()>(1);
-    let mut watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading the file is an event too, and no change.
+        if event.is_ok_and(|event| event.kind.is_access()) {
+            return;
+        }
         // A full channel means that a reading is due already.
         let _ = wake.try_send(());
     })
@@ -267,7 +274,9 @@ pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError
                     return;
                 }
             }
-            if woken.recv().await.is_none() {
+            // What the folder does not tell (a link's target elsewhere, a file system without events) is seen by
+            // looking.
+            if let Ok(None) = tokio::time::timeout(LOOK, woken.recv()).await {
                 return;
             }
             tokio::time::sleep(SETTLE).await;
@@ -358,6 +367,13 @@ weight = 3
         std::fs::write(&other, "").unwrap();
         std::fs::rename(&other, &path).unwrap();
         assert!(matches!(next(&mut updates).await, Update::State(state) if state.services.is_empty()));
+        let elsewhere = tempfile::tempdir().unwrap();
+        let target = elsewhere.path().join("real.toml");
+        std::fs::write(&target, "").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        std::fs::write(&target, GOOD).unwrap();
+        while !matches!(next(&mut updates).await, Update::State(state) if state.services.len() == 1) {}
         std::fs::remove_file(&path).unwrap();
         assert!(
             matches!(next(&mut updates).await, Update::Failed(reason) if reason.contains("read cluster file"))
