@@ -5,7 +5,8 @@ use core::ptr::null_mut;
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_TX},
     helpers::generated::{
-        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_vlan_pop, bpf_skb_vlan_push,
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_vlan_pop,
+        bpf_skb_vlan_push,
     },
 };
 use lb_common::{
@@ -62,7 +63,7 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
     let outcome = outcome(found)?;
     let target = target(packet, found);
     let (hop, interface) = if to_task {
-        (backend_hop(packet, backend), backend.ifindex)
+        (backend_hop(backend), backend.ifindex)
     } else {
         (neighbour::hop(found.flow), config.uplink)
     };
@@ -86,25 +87,20 @@ pub fn from_uplink_tc<A: Family>(
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
+    give_link_header(frame, packet)?;
     let Way::Task = found.way else {
         return to_client(frame, packet, found, config, outcome);
     };
     untag(frame, packet)?;
     let local = backend.kind == Kind::Local as u8;
     let target = target(packet, found);
-    let hop = backend_hop(packet, backend);
+    let hop = backend_hop(backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     tally(found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
-    // SAFETY: the helpers have no preconditions; without parameters the kernel looks the next hop up.
+    // SAFETY: the helpers have no preconditions.
     let action = unsafe {
-        if local {
-            bpf_redirect_peer(backend.ifindex, 0)
-        } else if packet.network() == 0 {
-            bpf_redirect_neigh(backend.ifindex, null_mut(), 0, 0)
-        } else {
-            bpf_redirect(backend.ifindex, 0)
-        }
+        if local { bpf_redirect_peer(backend.ifindex, 0) } else { bpf_redirect(backend.ifindex, 0) }
     };
     Ok(action as i32)
 }
@@ -118,7 +114,7 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
     }
     untag(frame, packet)?;
     let target = Target::task(packet, A::in_wide(&backend.address), backend.port);
-    let hop = backend_hop(packet, backend);
+    let hop = backend_hop(backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::HandoverLost)?;
     // SAFETY: the helper has no preconditions.
     Ok(unsafe { bpf_redirect_peer(backend.ifindex, 0) } as i32)
@@ -149,8 +145,7 @@ fn to_client<A: Family>(
     let target = target(packet, found);
     let next =
         neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
-    let mut hop = neighbour::hop(found.flow);
-    hop.known = packet.network() != 0;
+    let hop = neighbour::hop(found.flow);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let tags = unsafe { (*found.flow).tags };
@@ -158,7 +153,7 @@ fn to_client<A: Family>(
     tally(found, packets, bytes);
     count::outcome(outcome as u32, packets);
     // With tags the kernel's neighbour code would build the frame without them.
-    if packet.network() != 0 && (next == Next::Known || tags.outer.is_some()) {
+    if next == Next::Known || tags.outer.is_some() {
         // SAFETY: the helper has no preconditions.
         return Ok(unsafe { bpf_redirect(config.uplink, 0) } as i32);
     }
@@ -210,8 +205,8 @@ fn bytes<A>(frame: &Skb, packet: &Packet<A>) -> u64 {
 /// The hop to a backend. A local task's hardware address may not be known, and need not be: the buffer goes
 /// straight to its device.
 #[inline(always)]
-fn backend_hop<A>(packet: &Packet<A>, backend: &Backend) -> Hop {
-    let known = packet.network() != 0 && (backend.kind != Kind::Local as u8 || backend.mac != [0; 6]);
+fn backend_hop(backend: &Backend) -> Hop {
+    let known = backend.kind != Kind::Local as u8 || backend.mac != [0; 6];
     Hop { destination: backend.mac, source: backend.source_mac, known }
 }
 
@@ -227,15 +222,32 @@ fn unfinished<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> bool {
     unsafe { *field == pseudo_header(key.source, key.destination, key.protocol, packet.transport_bytes) }
 }
 
+/// Gives a frame whose link header the kernel has hidden (generic XDP) a new one, for the hop's addresses.
+#[inline(always)]
+fn give_link_header<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<(), Outcome> {
+    const LINK: u16 = size_of::<Ethernet>() as u16;
+    if packet.network() != 0 {
+        return Ok(());
+    }
+    // SAFETY: the context is the program's own; `at` checks the bounds of the header that is written.
+    unsafe {
+        if bpf_skb_change_head(frame.raw(), LINK as u32, 0) != 0 {
+            return Err(Outcome::HandoverLost);
+        }
+        let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::HandoverLost)?;
+        (*ethernet).kind = (*frame.raw()).protocol as u16;
+    }
+    packet.network_at = LINK;
+    packet.transport_at = packet.transport_at.wrapping_add(LINK);
+    Ok(())
+}
+
 /// Takes the tags off, so that the task or the next hop gets what its own link carries. What follows the tags
 /// that lay in the frame's bytes moves up; the packet then says where it is.
 #[inline(always)]
 fn untag<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<(), Outcome> {
     if !packet.tagged() {
         return Ok(());
-    }
-    if packet.network() == 0 {
-        return Err(Outcome::HandoverLost);
     }
     for tag in [packet.tags.outer, packet.tags.inner] {
         // SAFETY: the context is the program's own.

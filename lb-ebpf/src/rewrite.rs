@@ -83,8 +83,8 @@ pub struct Hop {
     pub destination: [u8; 6],
     /// Of the sender.
     pub source: [u8; 6],
-    /// Whether they are written: a frame without a link header has no place for them, and a local task's need not
-    /// be known. Not an `Option`, whose empty half the verifier would see read.
+    /// Whether they are written: a local task's need not be known. Not an `Option`, whose empty half the verifier
+    /// would see read.
     pub known: bool,
 }
 
