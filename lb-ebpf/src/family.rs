@@ -9,7 +9,7 @@ use lb_common::{
 
 use crate::{
     frame::Frame,
-    maps::{FLOWS4, FLOWS6, LISTENERS4, LISTENERS6, REPLIES4, REPLIES6},
+    maps::{FLOWS4, FLOWS6, Flows, LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable},
     parse::{ipv4, ipv6},
     rewrite::HOP,
 };
@@ -19,22 +19,14 @@ pub trait Family: Address {
     /// Its number for `bpf_fib_lookup`.
     const NUMBER: u8;
 
-    /// The flow with this five-tuple. The entry may be evicted and reused while it is looked at; what it holds
-    /// is then another flow's: the packet goes where that one goes, lost as any packet may be, and what is noted of
-    /// its state or next hop is wrong there until the next packet or second.
-    fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>>;
+    /// Its flow table.
+    const FLOWS: &'static Flows<Self>;
 
-    /// Puts a flow into the table.
-    fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32>;
+    /// Its listeners.
+    const LISTENERS: &'static Listeners<Self>;
 
-    /// Takes a flow out of the table; of several CPUs that try, one succeeds.
-    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32>;
-
-    /// The listener at this endpoint, copied at once: base and count belong together.
-    fn listener(endpoint: &Endpoint<Self>) -> Option<Listener>;
-
-    /// The listeners that lead to this endpoint of a task.
-    fn replies(endpoint: &Endpoint<Self>) -> Option<&'static Replies<Self>>;
+    /// Its tasks' endpoints.
+    const REPLIES: &'static ReplyTable<Self>;
 
     /// Writes addresses into the network header at `offset` and takes one hop off.
     fn rewrite<F: Frame>(
@@ -44,6 +36,40 @@ pub trait Family: Address {
         destination: &Self,
         delta: Delta,
     ) -> Option<()>;
+
+    /// The flow with this five-tuple. The entry may be evicted and reused while it is looked at; what it holds
+    /// is then another flow's: the packet goes where that one goes, lost as any packet may be, and what is noted of
+    /// its state or next hop is wrong there until the next packet or second.
+    #[inline(always)]
+    fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+        Self::FLOWS.get_ptr_mut(key)
+    }
+
+    /// Puts a flow into the table.
+    #[inline(always)]
+    fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
+        Self::FLOWS.insert(key, flow, flags)
+    }
+
+    /// Takes a flow out of the table; of several CPUs that try, one succeeds.
+    #[inline(always)]
+    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
+        Self::FLOWS.remove(key)
+    }
+
+    /// The listener at this endpoint, copied at once: base and count belong together.
+    #[inline(always)]
+    fn listener(endpoint: &Endpoint<Self>) -> Option<Listener> {
+        // SAFETY: copied at once; the chosen backend is checked to belong to the service.
+        unsafe { Self::LISTENERS.get(endpoint) }.copied()
+    }
+
+    /// The listeners that lead to this endpoint of a task.
+    #[inline(always)]
+    fn replies(endpoint: &Endpoint<Self>) -> Option<&'static Replies<Self>> {
+        // SAFETY: read only to build keys; the flow that is found confirms the backend.
+        unsafe { Self::REPLIES.get(endpoint) }
+    }
 }
 
 /// `AF_INET`.
@@ -53,33 +79,9 @@ const AF_INET6: u8 = 10;
 
 impl Family for V4 {
     const NUMBER: u8 = AF_INET;
-
-    #[inline(always)]
-    fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
-        FLOWS4.get_ptr_mut(key)
-    }
-
-    #[inline(always)]
-    fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
-        FLOWS4.insert(key, flow, flags)
-    }
-
-    #[inline(always)]
-    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
-        FLOWS4.remove(key)
-    }
-
-    #[inline(always)]
-    fn listener(endpoint: &Endpoint<Self>) -> Option<Listener> {
-        // SAFETY: copied at once; the chosen backend is checked to belong to the service.
-        unsafe { LISTENERS4.get(endpoint) }.copied()
-    }
-
-    #[inline(always)]
-    fn replies(endpoint: &Endpoint<Self>) -> Option<&'static Replies<Self>> {
-        // SAFETY: read only to build keys; the flow that is found confirms the backend.
-        unsafe { REPLIES4.get(endpoint) }
-    }
+    const FLOWS: &'static Flows<Self> = &FLOWS4;
+    const LISTENERS: &'static Listeners<Self> = &LISTENERS4;
+    const REPLIES: &'static ReplyTable<Self> = &REPLIES4;
 
     #[inline(always)]
     fn rewrite<F: Frame>(
@@ -103,33 +105,9 @@ impl Family for V4 {
 
 impl Family for V6 {
     const NUMBER: u8 = AF_INET6;
-
-    #[inline(always)]
-    fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
-        FLOWS6.get_ptr_mut(key)
-    }
-
-    #[inline(always)]
-    fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
-        FLOWS6.insert(key, flow, flags)
-    }
-
-    #[inline(always)]
-    fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
-        FLOWS6.remove(key)
-    }
-
-    #[inline(always)]
-    fn listener(endpoint: &Endpoint<Self>) -> Option<Listener> {
-        // SAFETY: as for IPv4.
-        unsafe { LISTENERS6.get(endpoint) }.copied()
-    }
-
-    #[inline(always)]
-    fn replies(endpoint: &Endpoint<Self>) -> Option<&'static Replies<Self>> {
-        // SAFETY: as for IPv4.
-        unsafe { REPLIES6.get(endpoint) }
-    }
+    const FLOWS: &'static Flows<Self> = &FLOWS6;
+    const LISTENERS: &'static Listeners<Self> = &LISTENERS6;
+    const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
 
     #[inline(always)]
     fn rewrite<F: Frame>(

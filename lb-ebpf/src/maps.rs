@@ -20,6 +20,13 @@ use crate::packet::Scratch;
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
+/// Listeners of one family.
+pub type Listeners<A> = HashMap<Endpoint<A>, Listener, { size::LISTENERS }, ON_DEMAND>;
+/// Tasks' endpoints of one family.
+pub type ReplyTable<A> = HashMap<Endpoint<A>, Replies<A>, { size::BACKENDS }, ON_DEMAND>;
+/// Flows of one family.
+pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::FLOWS }>;
+
 #[btf_map]
 pub static CONFIG: Array<Config, 1> = Array::new();
 
@@ -27,16 +34,16 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 pub static FILTER: Array<u64, FILTER_WORDS> = Array::new();
 
 #[btf_map]
-pub static LISTENERS4: HashMap<Endpoint<V4>, Listener, { size::LISTENERS }, ON_DEMAND> = HashMap::new();
+pub static LISTENERS4: Listeners<V4> = HashMap::new();
 
 #[btf_map]
-pub static LISTENERS6: HashMap<Endpoint<V6>, Listener, { size::LISTENERS }, ON_DEMAND> = HashMap::new();
+pub static LISTENERS6: Listeners<V6> = HashMap::new();
 
 #[btf_map]
-pub static REPLIES4: HashMap<Endpoint<V4>, Replies<V4>, { size::BACKENDS }, ON_DEMAND> = HashMap::new();
+pub static REPLIES4: ReplyTable<V4> = HashMap::new();
 
 #[btf_map]
-pub static REPLIES6: HashMap<Endpoint<V6>, Replies<V6>, { size::BACKENDS }, ON_DEMAND> = HashMap::new();
+pub static REPLIES6: ReplyTable<V6> = HashMap::new();
 
 #[btf_map]
 pub static SLOTS: Array<u32, { size::SLOTS }> = Array::new();
@@ -48,10 +55,10 @@ pub static BACKENDS: Array<Backend, { size::BACKENDS }> = Array::new();
 pub static CURSORS: Array<u64, { size::LISTENERS }> = Array::new();
 
 #[btf_map]
-pub static FLOWS4: LruHashMap<FlowKey<V4>, Flow<V4>, { size::FLOWS }> = LruHashMap::new();
+pub static FLOWS4: Flows<V4> = LruHashMap::new();
 
 #[btf_map]
-pub static FLOWS6: LruHashMap<FlowKey<V6>, Flow<V6>, { size::FLOWS }> = LruHashMap::new();
+pub static FLOWS6: Flows<V6> = LruHashMap::new();
 
 #[btf_map]
 pub static OUTCOMES: PerCpuArray<u64, OUTCOME_COUNT> = PerCpuArray::new();

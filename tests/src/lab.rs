@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use aya::programs::{Program, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program},
     outcome::Outcome,
@@ -177,22 +177,13 @@ impl Lab {
         // struct xdp_md
         let words = [0, frame.len() as u32, 0, self.uplink, 0, 0];
         let context: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let mut out = vec![0; frame.len() + 64];
-        let result = program
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                ctx_in: Some(&context),
-                ..TestRunOptions::default()
-            })
-            .expect("run the program");
-        out.truncate(result.data_size_out as usize);
+        let (action, mut out) = run(program, frame, &context);
         let mut note = None;
         if out.len() == frame.len() + 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
             note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
             out.drain(..8);
         }
-        Verdict { action: result.return_value, frame: out, note }
+        Verdict { action, frame: out, note }
     }
 
     /// Runs a TC program on a frame that came in by an interface.
@@ -204,17 +195,8 @@ impl Lab {
         // struct __sk_buff: ifindex is its eleventh word.
         let mut context = vec![0; 192];
         context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
-        let mut out = vec![0; frame.len() + 64];
-        let result = program
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                ctx_in: Some(&context),
-                ..TestRunOptions::default()
-            })
-            .expect("run the program");
-        out.truncate(result.data_size_out as usize);
-        Verdict { action: result.return_value, frame: out, note: None }
+        let (action, out) = run(program, frame, &context);
+        Verdict { action, frame: out, note: None }
     }
 
     /// TC ingress on the uplink.
@@ -273,4 +255,21 @@ impl Lab {
     pub fn task_of(&self, backend: u32) -> String {
         self.datapath().tables().backends[&backend].label.task.clone()
     }
+}
+
+/// Runs a program on a frame; its return value and the frame afterwards.
+fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>)
+where
+    P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
+{
+    let mut out = vec![0; frame.len() + 64];
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        data_out: Some(&mut out),
+        ctx_in: Some(context),
+        ..TestRunOptions::default()
+    };
+    let result = program.test_run(options).expect("run the program");
+    out.truncate(result.data_size_out as usize);
+    (result.return_value, out)
 }

@@ -56,6 +56,13 @@ impl Family {
     }
 }
 
+/// A packet's frame with some bytes replaced.
+fn patched(packet: &Packet, at: usize, bytes: &[u8]) -> Vec<u8> {
+    let mut frame = packet.bytes();
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+    frame
+}
+
 fn services() -> Vec<Service> {
     vec![
         service(
@@ -123,11 +130,6 @@ fn what_is_not_ours_passes_untouched_and_named() {
 #[test]
 fn other_protocols_and_fragments_pass() {
     with_lab(services(), |lab| {
-        let patched = |packet: &Packet, at: usize, bytes: &[u8]| {
-            let mut frame = packet.bytes();
-            frame[at..at + bytes.len()].copy_from_slice(bytes);
-            frame
-        };
         let (v4, v6) = (V4.packet(SYN, 40_000, 80), V6.packet(SYN, 40_000, 80));
         for number in [1, 2, 47, 50, 132] {
             lab.passes("another protocol", &patched(&v4, 23, &[number]), Outcome::OtherProtocol);
@@ -153,11 +155,6 @@ fn other_protocols_and_fragments_pass() {
 #[test]
 fn malformed_packets_pass() {
     with_lab(services(), |lab| {
-        let patched = |packet: &Packet, at: usize, bytes: &[u8]| {
-            let mut frame = packet.bytes();
-            frame[at..at + bytes.len()].copy_from_slice(bytes);
-            frame
-        };
         let (v4, v6) = (V4.packet(SYN, 40_000, 80), V6.packet(SYN, 40_000, 80));
         lab.passes("version 5", &patched(&v4, 14, &[0x55]), Outcome::Malformed);
         lab.passes("a header of 16 bytes", &patched(&v4, 14, &[0x44]), Outcome::Malformed);

@@ -9,6 +9,7 @@ mod links;
 mod memory;
 mod object;
 mod pin;
+mod shape;
 mod tables;
 
 use std::{collections::BTreeSet, path::Path};
@@ -27,7 +28,8 @@ use lb_common::{
 pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces};
-pub use tables::{Shape, TableSet};
+use shape::Shape;
+pub use tables::TableSet;
 
 use crate::plan::{Limits, MapOp, Tables};
 

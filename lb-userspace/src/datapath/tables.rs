@@ -4,146 +4,24 @@ use std::net::IpAddr;
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, MapType, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
 };
 use lb_common::{
     abi::{
-        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, size,
-        table,
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, table,
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
-    filter::FILTER_WORDS,
-    flow::{Flow, FlowKey},
     net::{Address, Be16, V4, V6},
-    outcome::OUTCOMES,
     stats::{BackendStats, ServiceStats},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{DatapathError, PinDir, Sizes, error::errno};
+use super::{DatapathError, PinDir, error::errno};
 use crate::{
     cluster::Protocol,
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
 };
-
-/// The shape a pinned table must have.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Name.
-    pub name: &'static str,
-    /// Kind.
-    pub kind: MapType,
-    /// Bytes of a key.
-    pub key: u32,
-    /// Bytes of a value.
-    pub value: u32,
-    /// Entries asked for; `None` takes what there is.
-    pub entries: Option<u32>,
-    /// Entries when nothing is asked for.
-    pub usual: u32,
-}
-
-impl Shape {
-    /// The shapes of all tables.
-    pub fn all(sizes: &Sizes) -> Vec<Self> {
-        let shape = |name, kind, key: usize, value: usize, entries, usual: usize| Self {
-            name,
-            kind,
-            key: key as u32,
-            value: value as u32,
-            entries,
-            usual: usual as u32,
-        };
-        fn of<K, V>() -> (usize, usize) {
-            (size_of::<K>(), size_of::<V>())
-        }
-        let hash = |name, kind, (key, value), entries, usual| shape(name, kind, key, value, entries, usual);
-        let array = |name, kind, value, entries, usual| shape(name, kind, 4, value, entries, usual);
-        // Backends, services, ports and nodes all have labels.
-        let labels = [sizes.backends, sizes.services, sizes.listeners];
-        let labels = labels.iter().any(Option::is_some).then(|| {
-            let [backends, services, listeners] = labels;
-            backends.unwrap_or(size::BACKENDS as u32)
-                + services.unwrap_or(size::SERVICES as u32)
-                + listeners.unwrap_or(size::LISTENERS as u32)
-                + NODES
-        });
-        vec![
-            array(table::CONFIG, MapType::Array, size_of::<Config>(), None, 1),
-            array(table::FILTER, MapType::Array, 8, None, FILTER_WORDS),
-            hash(
-                table::LISTENERS4,
-                MapType::Hash,
-                of::<Endpoint<V4>, Listener>(),
-                sizes.listeners,
-                size::LISTENERS,
-            ),
-            hash(
-                table::LISTENERS6,
-                MapType::Hash,
-                of::<Endpoint<V6>, Listener>(),
-                sizes.listeners,
-                size::LISTENERS,
-            ),
-            hash(
-                table::REPLIES4,
-                MapType::Hash,
-                of::<Endpoint<V4>, Replies<V4>>(),
-                sizes.backends,
-                size::BACKENDS,
-            ),
-            hash(
-                table::REPLIES6,
-                MapType::Hash,
-                of::<Endpoint<V6>, Replies<V6>>(),
-                sizes.backends,
-                size::BACKENDS,
-            ),
-            array(table::SLOTS, MapType::Array, 4, sizes.slots, size::SLOTS),
-            array(table::BACKENDS, MapType::Array, size_of::<Backend>(), sizes.backends, size::BACKENDS),
-            array(table::CURSORS, MapType::Array, 8, sizes.listeners, size::LISTENERS),
-            hash(table::FLOWS4, MapType::LruHash, of::<FlowKey<V4>, Flow<V4>>(), sizes.flows, size::FLOWS),
-            hash(table::FLOWS6, MapType::LruHash, of::<FlowKey<V6>, Flow<V6>>(), sizes.flows, size::FLOWS),
-            array(table::OUTCOMES, MapType::PerCpuArray, 8, None, OUTCOMES),
-            array(
-                table::BACKEND_STATS,
-                MapType::PerCpuArray,
-                size_of::<BackendStats>(),
-                sizes.backends,
-                size::BACKENDS,
-            ),
-            array(
-                table::SERVICE_STATS,
-                MapType::PerCpuArray,
-                size_of::<ServiceStats>(),
-                sizes.services,
-                size::SERVICES,
-            ),
-            hash(table::LABELS, MapType::Hash, of::<LabelKey, Label>(), labels, size::BACKENDS * 2),
-        ]
-    }
-
-    /// Compares a pinned table with this shape.
-    ///
-    /// # Errors
-    /// The first attribute that differs.
-    pub fn compare(&self, info: &MapInfo) -> Result<(), DatapathError> {
-        let kind = info.map_type().map_err(|e| DatapathError::map("inspect", e))?;
-        let pairs = [
-            ("kind", kind as u32, self.kind as u32),
-            ("the size of its keys", info.key_size(), self.key),
-            ("the size of its values", info.value_size(), self.value),
-            ("entries", info.max_entries(), self.entries.unwrap_or(info.max_entries())),
-        ];
-        match pairs.into_iter().find(|(_, found, expected)| found != expected) {
-            None => Ok(()),
-            Some((what, found, expected)) => {
-                Err(DatapathError::Shape { table: self.name, what, found, expected })
-            }
-        }
-    }
-}
 
 type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
 type ReplyTable<A> = HashMap<MapData, Endpoint<A>, Replies<A>>;
@@ -459,9 +337,6 @@ impl TableSet {
         remove(&mut self.labels, &LabelKey { kind, index })
     }
 }
-
-/// Nodes whose names there is always room for.
-const NODES: u32 = 4096;
 
 /// A label that fits: what is wrong is told as far as there is room.
 fn fitted(label: &BackendLabel) -> BackendLabel {

@@ -1,0 +1,90 @@
+//! The shape each table must have: the kernel hands out a pinned table of any.
+
+use aya::maps::{MapInfo, MapType};
+use lb_common::{
+    abi::{Config, Label, LabelKey, size, table},
+    backend::Backend,
+    endpoint::{Endpoint, Listener, Replies},
+    filter::FILTER_WORDS,
+    flow::{Flow, FlowKey},
+    net::{V4, V6},
+    outcome::OUTCOMES,
+    stats::{BackendStats, ServiceStats},
+};
+
+use super::{DatapathError, Sizes};
+
+/// Nodes whose names there is always room for.
+const NODES: u32 = 4096;
+
+/// The shape a pinned table must have.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Name.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: MapType,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value.
+    pub value: u32,
+    /// Entries asked for; `None` takes what there is, or the object's own number.
+    pub entries: Option<u32>,
+}
+
+impl Shape {
+    /// The shapes of all tables.
+    pub fn all(sizes: &Sizes) -> Vec<Self> {
+        use MapType::{Array, Hash, LruHash, PerCpuArray};
+        fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Shape {
+            Shape { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
+        }
+        vec![
+            shape::<u32, Config>(table::CONFIG, Array, Some(1)),
+            shape::<u32, u64>(table::FILTER, Array, Some(FILTER_WORDS as u32)),
+            shape::<Endpoint<V4>, Listener>(table::LISTENERS4, Hash, sizes.listeners),
+            shape::<Endpoint<V6>, Listener>(table::LISTENERS6, Hash, sizes.listeners),
+            shape::<Endpoint<V4>, Replies<V4>>(table::REPLIES4, Hash, sizes.backends),
+            shape::<Endpoint<V6>, Replies<V6>>(table::REPLIES6, Hash, sizes.backends),
+            shape::<u32, u32>(table::SLOTS, Array, sizes.slots),
+            shape::<u32, Backend>(table::BACKENDS, Array, sizes.backends),
+            shape::<u32, u64>(table::CURSORS, Array, sizes.listeners),
+            shape::<FlowKey<V4>, Flow<V4>>(table::FLOWS4, LruHash, sizes.flows),
+            shape::<FlowKey<V6>, Flow<V6>>(table::FLOWS6, LruHash, sizes.flows),
+            shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
+            shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
+            shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),
+            shape::<LabelKey, Label>(table::LABELS, Hash, labels(sizes)),
+        ]
+    }
+
+    /// Compares a pinned table with this shape.
+    ///
+    /// # Errors
+    /// The first attribute that differs.
+    pub fn compare(&self, info: &MapInfo) -> Result<(), DatapathError> {
+        let kind = info.map_type().map_err(|e| DatapathError::map("inspect", e))?;
+        let pairs = [
+            ("kind", kind as u32, self.kind as u32),
+            ("the size of its keys", info.key_size(), self.key),
+            ("the size of its values", info.value_size(), self.value),
+            ("entries", info.max_entries(), self.entries.unwrap_or(info.max_entries())),
+        ];
+        match pairs.into_iter().find(|(_, found, expected)| found != expected) {
+            None => Ok(()),
+            Some((what, found, expected)) => {
+                Err(DatapathError::Shape { table: self.name, what, found, expected })
+            }
+        }
+    }
+}
+
+/// Backends, services, ports and nodes all have labels.
+fn labels(sizes: &Sizes) -> Option<u32> {
+    let Sizes { backends, services, listeners, .. } = *sizes;
+    // Nothing asked for is the object's own number.
+    backends.or(services).or(listeners)?;
+    let backends = backends.unwrap_or(size::BACKENDS as u32);
+    let services = services.unwrap_or(size::SERVICES as u32);
+    Some(backends + services + listeners.unwrap_or(size::LISTENERS as u32) + NODES)
+}
