@@ -114,6 +114,24 @@ impl Cluster {
         }
     }
 
+    /// Sets the MTU of every interface there is.
+    pub fn set_mtu(&self, mtu: u32) {
+        for node in &self.nodes {
+            self.lan.ip(&format!("link set {} mtu {mtu}", Self::port(&node.netns)));
+            node.netns.ip(&format!("link set eth1 mtu {mtu}"));
+        }
+        self.lan.ip(&format!("link set {} mtu {mtu}", Self::port(&self.client)));
+        self.lan.ip(&format!("link set lanbr mtu {mtu}"));
+        self.client.ip(&format!("link set eth1 mtu {mtu}"));
+        for task in &self.tasks {
+            let host = &self.nodes[task.node].netns;
+            let [.., slot] = task.v4.octets();
+            host.ip(&format!("link set hv{slot} mtu {mtu}"));
+            host.ip(&format!("link set gwbridge mtu {mtu}"));
+            task.netns.ip(&format!("link set eth0 mtu {mtu}"));
+        }
+    }
+
     /// Adds a task without a server.
     pub fn add_task(&mut self, name: &str, node: usize) -> usize {
         self.made += 1;

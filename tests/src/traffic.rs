@@ -142,7 +142,7 @@ pub fn upload(to: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 /// Echoes UDP datagrams on a port with a name before them, until told to stop by an empty one.
 pub fn echo(port: u16, name: &str) {
     let socket = UdpSocket::bind(("::", port)).expect("bind");
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 9000];
     loop {
         let (length, from) = socket.recv_from(&mut buffer).expect("receive");
         if length == 0 {
@@ -161,7 +161,7 @@ pub fn exchange(to: SocketAddr, text: &str) -> String {
     let socket = UdpSocket::bind(any).expect("bind");
     socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
     socket.send_to(text.as_bytes(), to).expect("send");
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 9000];
     let (length, from) = socket.recv_from(&mut buffer).expect("an answer");
     assert_eq!(from, to, "the answer comes from the listener");
     String::from_utf8_lossy(&buffer[..length]).into_owned()

@@ -178,6 +178,38 @@ fn udp_is_answered_from_the_listener_both_families() {
         );
     }
     drop(agent);
+    stop_echoes(&cluster, servers);
+}
+
+#[test]
+fn jumbo_frames_travel_whole() {
+    let mut cluster = Cluster::new(2);
+    cluster.receive_xdp();
+    let servers: Vec<_> = (1..=2)
+        .map(|slot| {
+            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
+            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
+        })
+        .collect();
+    cluster.set_mtu(9000);
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
+    let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &["--mode", "native"]);
+    eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
+    for address in cluster.addresses(0) {
+        for (round, letter) in ["a", "b"].iter().enumerate() {
+            // More than the four kilobytes that lie in one piece.
+            let text = letter.repeat(8_000);
+            let answer = cluster.client.enter(|| exchange(SocketAddr::new(address, 53), &text));
+            assert!(answer.contains(&text), "round {round} to {address}: {} bytes", answer.len());
+        }
+    }
+    assert_eq!(outcome(&cluster.nodes[0].netns, "fragment"), 0);
+    drop(agent);
+    stop_echoes(&cluster, servers);
+}
+
+fn stop_echoes(cluster: &Cluster, servers: Vec<thread::JoinHandle<()>>) {
     for (task, server) in cluster.tasks.iter().zip(servers) {
         task.netns.enter(|| {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
@@ -499,5 +531,4 @@ fn agents_in_many_namespaces_keep_apart() {
     let answers = requests(&cluster.client, cluster.addresses(1)[0], 5);
     assert_eq!(tally(&answers).len(), 5);
     drop(second);
-    thread::yield_now();
 }

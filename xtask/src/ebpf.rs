@@ -7,6 +7,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use aya::{EbpfLoader, programs::Program};
+use lb_common::abi::{program, table};
 
 use crate::{
     run::{cargo, exec, find, output, root, target},
@@ -55,7 +57,37 @@ pub fn build() -> Result<PathBuf> {
     refuse_panics(&object)?;
     let bytes = fs::metadata(&object).with_context(|| format!("read {}", object.display()))?.len();
     println!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
+    if nix::unistd::geteuid().is_root() {
+        verify(&object)?;
+    }
     Ok(object)
+}
+
+/// Loads the programs, on the smallest of tables, and says what the verifier made of them.
+fn verify(object: &Path) -> Result<()> {
+    let mut loader = EbpfLoader::new();
+    for name in [table::FLOWS4, table::FLOWS6, table::BACKENDS, table::BACKEND_STATS, table::SLOTS] {
+        loader.map_max_entries(name, 64);
+    }
+    let mut ebpf = loader.load_file(object).context("load the eBPF object")?;
+    for name in program::ALL {
+        let program =
+            ebpf.program_mut(name).with_context(|| format!("the object holds no program {name}"))?;
+        match &mut *program {
+            Program::Xdp(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
+            _ => bail!("program {name} is neither XDP nor TC"),
+        }
+        .with_context(|| format!("load program {name}"))?;
+        let info = program.info()?;
+        println!(
+            "  {name:<11} {:>7} instructions verified, {:>6} bytes, {:>6} as machine code",
+            info.verified_instruction_count().unwrap_or_default(),
+            info.size_translated().unwrap_or_default(),
+            info.size_jitted(),
+        );
+    }
+    Ok(())
 }
 
 /// A bounds check that can fail compiles and links; the kernel then says only that the last instruction is no
