@@ -3,6 +3,7 @@
 use core::ptr::null;
 
 use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_log_ebpf::debug;
 use lb_common::{
     backend::{Backend, Kind},
     endpoint::Listener,
@@ -40,6 +41,7 @@ pub fn open<F: Frame, A: Family>(
     match make(frame, packet, listener) {
         Ok(()) => {}
         Err(outcome) => {
+            debug!(frame.ebpf(), "service {}: no flow, outcome {}", listener.service, outcome as u8);
             count::refused(listener.service);
             return Err(outcome);
         }
@@ -62,6 +64,7 @@ fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Liste
     }
     match A::insert_flow(&packet.key, &packet.draft, BPF_NOEXIST as u64) {
         Ok(()) => {
+            debug!(frame.ebpf(), "service {}: new flow to backend {}", listener.service, index);
             count::new_flow(listener.service, index);
             Ok(())
         }

@@ -3,7 +3,7 @@
 use core::{ffi::c_void, ptr::read_volatile};
 
 use aya_ebpf::{
-    EbpfContext as _, Global,
+    EbpfContext, Global,
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len,
@@ -32,6 +32,12 @@ const IPV6_SUM: u64 = 1 << 7;
 
 /// A frame, however it came.
 pub trait Frame {
+    /// The program's context.
+    type Context: EbpfContext;
+
+    /// The program's context, for the log.
+    fn ebpf(&self) -> &Self::Context;
+
     /// Address of the first byte.
     fn data(&self) -> usize;
 
@@ -113,6 +119,13 @@ impl XdpFrame {
 }
 
 impl Frame for XdpFrame {
+    type Context = XdpContext;
+
+    #[inline(always)]
+    fn ebpf(&self) -> &XdpContext {
+        &self.context
+    }
+
     // Read anew each time: a compiler that keeps the difference of the two makes the verifier refuse.
     #[inline(always)]
     fn data(&self) -> usize {
@@ -232,6 +245,13 @@ impl Skb {
 }
 
 impl Frame for Skb {
+    type Context = TcContext;
+
+    #[inline(always)]
+    fn ebpf(&self) -> &TcContext {
+        &self.context
+    }
+
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the context is valid while the program runs.

@@ -100,6 +100,9 @@ pub struct Attach {
     /// Source ports for tasks reached by snat, outside the host's own ephemeral ports
     #[arg(long, value_name = "LOW-HIGH", default_value = "16384-32767", value_parser = ports)]
     pub snat_ports: [u16; 2],
+    /// Log each new flow and each that no task took, from the kernel; costly under load
+    #[arg(long)]
+    pub log_flows: bool,
     /// Room for flows of each family [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
     pub max_flows: Option<u32>,

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cluster::ClusterState,
-    datapath::{Datapath, Sizes, TcHook},
+    datapath::{Datapath, FlowLog, Sizes, TcHook},
     net::{self, Changes, Link, Net, Snapshot, Ways},
     plan::{self, MapOp, Reach, View, Way, desired, destinations},
     source::Update,
@@ -33,6 +33,8 @@ pub struct Settings {
     pub sizes: Sizes,
     /// Source ports for snat, inclusive.
     pub snat_ports: [u16; 2],
+    /// Whether each new flow is logged.
+    pub flow_log: FlowLog,
 }
 
 /// The controller of one interface.
@@ -67,7 +69,7 @@ impl Controller {
         if snapshot.link(&settings.interface).is_none() {
             return Err(crate::datapath::DatapathError::NoInterface(settings.interface.clone()).into());
         }
-        let datapath = Datapath::open(&settings.interface, &settings.sizes)?;
+        let datapath = Datapath::open(&settings.interface, &settings.sizes, settings.flow_log)?;
         let cluster = match (first(&mut updates).await, datapath.adopted()) {
             (Ok(cluster), _) => Some(cluster),
             (Err(error), true) => {
@@ -92,6 +94,9 @@ impl Controller {
             complaints: BTreeSet::new(),
         };
         let interface = controller.settings.interface.clone();
+        if controller.settings.flow_log == FlowLog::On {
+            controller.datapath.log_flows()?;
+        }
         if adopted {
             log::info!("{interface}: adopted the running datapath, with its flows");
         }

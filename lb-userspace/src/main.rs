@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         .filter_module("aya", log::LevelFilter::Warn)
         .filter_module("aya_obj", log::LevelFilter::Warn)
         .filter_module("netlink_proto", log::LevelFilter::Warn)
+        // The programs log only when they were asked to.
+        .filter_module("lb_ebpf", log::LevelFilter::Debug)
         .format_target(false)
         .init();
     match run(cli) {

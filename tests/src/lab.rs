@@ -10,7 +10,7 @@ use lb_common::{
 };
 use lb_userspace::{
     cluster::{ClusterState, Node, Service, Task, TaskState, Via},
-    datapath::{Counters, Datapath, Sizes},
+    datapath::{Counters, Datapath, FlowLog, Sizes},
     plan::{self, Reach, View, Way, desired, destinations},
 };
 
@@ -95,7 +95,7 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
             backends: Some(256),
             slots: Some(1024),
         };
-        let datapath = Datapath::open("eth1", &sizes).unwrap_or_else(|error| panic!("{error}"));
+        let datapath = Datapath::open("eth1", &sizes, FlowLog::Off).unwrap_or_else(|error| panic!("{error}"));
         let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
         let cluster = ClusterState { nodes, services };
         let mut lab = Lab {

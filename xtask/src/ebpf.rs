@@ -69,6 +69,8 @@ fn verify(object: &Path) -> Result<()> {
     for name in [table::FLOWS4, table::FLOWS6, table::BACKENDS, table::BACKEND_STATS, table::SLOTS] {
         loader.map_max_entries(name, 64);
     }
+    // As it is loaded by default: without the log of flows.
+    loader.override_global(aya_log::LEVEL, &0_u8, true);
     let mut ebpf = loader.load_file(object).context("load the eBPF object")?;
     for name in program::ALL {
         let program =

@@ -13,7 +13,7 @@ use tokio::{
 use crate::{
     cli::{Attach, ModeArg, OnExit, SourceKind},
     controller::{Controller, Settings},
-    datapath::{self, Sizes},
+    datapath::{self, FlowLog, Sizes},
     source::{Update, file},
 };
 
@@ -102,6 +102,7 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
             slots: arguments.max_slots,
         },
         snat_ports: arguments.snat_ports,
+        flow_log: if arguments.log_flows { FlowLog::On } else { FlowLog::Off },
     }
 }
 

@@ -98,6 +98,9 @@ pub enum DatapathError {
         /// The kernel's words.
         cause: io::Error,
     },
+    /// The programs' log.
+    #[error("read the programs' log: {0}")]
+    Log(String),
     /// A table is full.
     #[error("table {table} is full; attach again with a higher {setting}")]
     Full {

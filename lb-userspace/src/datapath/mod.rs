@@ -31,6 +31,8 @@ pub use pin::{Lock, PinDir, attached_interfaces};
 use shape::Shape;
 pub use tables::TableSet;
 
+use tokio::io::{Interest, unix::AsyncFd};
+
 use crate::plan::{Limits, MapOp, Tables};
 
 /// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
@@ -46,6 +48,17 @@ pub struct Sizes {
     pub backends: Option<u32>,
     /// Slots.
     pub slots: Option<u32>,
+}
+
+/// Whether the programs tell of each new flow; the value is the level they log at.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FlowLog {
+    /// They do not.
+    #[default]
+    Off = 0,
+    /// They do, and of each that no task took.
+    On = log::Level::Debug as u8,
 }
 
 /// The datapath of one interface, in the hands of its controller.
@@ -70,14 +83,14 @@ impl Datapath {
     ///
     /// # Errors
     /// Another controller holds it; what is pinned does not fit; the kernel refuses. What was there stays.
-    pub fn open(interface: &str, sizes: &Sizes) -> Result<Self, DatapathError> {
+    pub fn open(interface: &str, sizes: &Sizes, log: FlowLog) -> Result<Self, DatapathError> {
         if !is_embedded() {
             return Err(DatapathError::NoObject);
         }
         let pins = PinDir::of(interface)?;
         let fresh = pins.create()?;
         let lock = pins.lock()?;
-        let opened = Self::open_locked(&pins, sizes);
+        let opened = Self::open_locked(&pins, sizes, log);
         match opened {
             Ok((ebpf, set, adopted)) => {
                 let tables = set.read()?;
@@ -105,9 +118,13 @@ impl Datapath {
         }
     }
 
-    fn open_locked(pins: &PinDir, sizes: &Sizes) -> Result<(Ebpf, TableSet, bool), DatapathError> {
+    fn open_locked(
+        pins: &PinDir,
+        sizes: &Sizes,
+        log: FlowLog,
+    ) -> Result<(Ebpf, TableSet, bool), DatapathError> {
         let adopted = Self::check_pins(pins, sizes)?;
-        let mut ebpf = Self::load(pins, sizes)?;
+        let mut ebpf = Self::load(pins, sizes, log)?;
         // The kernel's verifier speaks here.
         for name in program::ALL {
             Self::load_program(&mut ebpf, name)?;
@@ -147,8 +164,11 @@ impl Datapath {
         Ok(true)
     }
 
-    fn load(pins: &PinDir, sizes: &Sizes) -> Result<Ebpf, DatapathError> {
+    fn load(pins: &PinDir, sizes: &Sizes, log: FlowLog) -> Result<Ebpf, DatapathError> {
         let mut loader = EbpfLoader::new();
+        // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
+        let level = log as u8;
+        loader.override_global(aya_log::LEVEL, &level, true);
         for shape in Shape::all(sizes) {
             if let Some(entries) = shape.entries {
                 loader.map_max_entries(shape.name, entries);
@@ -306,6 +326,25 @@ impl Datapath {
     /// How the uplink is served, and on which interface index.
     pub fn attached(&self) -> Option<(u32, Mode)> {
         self.attached
+    }
+
+    /// Passes on what the programs log, until the process ends.
+    ///
+    /// # Errors
+    /// The kernel does not let it be read.
+    pub fn log_flows(&mut self) -> Result<(), DatapathError> {
+        let failed = |what: String| DatapathError::Log(what);
+        let logger = aya_log::EbpfLogger::init(&mut self.ebpf).map_err(|error| failed(error.to_string()))?;
+        // SAFETY: the logger owns its descriptor, hands out the same one always, and goes with the `AsyncFd`.
+        let registered = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+        let mut logger = registered.map_err(|error| failed(error.to_string()))?;
+        tokio::spawn(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        });
+        Ok(())
     }
 
     /// A loaded program, to run it on packets without a wire.
