@@ -166,3 +166,19 @@ pub fn exchange(to: SocketAddr, text: &str) -> String {
     assert_eq!(from, to, "the answer comes from the listener");
     String::from_utf8_lossy(&buffer[..length]).into_owned()
 }
+
+/// Datagrams from one port, a pause between each two, and their answers.
+pub fn converse(to: SocketAddr, rounds: usize, pause: Duration) -> Vec<String> {
+    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+    let socket = UdpSocket::bind(any).expect("bind");
+    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
+    let mut buffer = [0; 2048];
+    let mut round = |number| {
+        socket.send_to(format!("round{number}").as_bytes(), to).expect("send");
+        let (length, _) =
+            socket.recv_from(&mut buffer).unwrap_or_else(|error| panic!("round {number}: {error}"));
+        std::thread::sleep(pause);
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    (0..rounds).map(&mut round).collect()
+}

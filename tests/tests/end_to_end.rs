@@ -4,13 +4,14 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     thread,
+    time::Duration,
 };
 
 use lb_tests::{
     agent::{Agent, active_tasks, json, outcome, text, verb},
     cluster::{CLIENT4, CLIENT6, Cluster, Task},
     netns::eventually,
-    traffic::{Load, client, echo, exchange, get, hash, hash_one_upload, requests, tally, upload},
+    traffic::{Load, client, converse, echo, exchange, get, hash, hash_one_upload, requests, tally, upload},
 };
 use nix::sys::signal::Signal;
 
@@ -187,6 +188,42 @@ fn new_flows_are_logged_by_the_kernel_when_asked_for() {
     let agent = attach(&cluster, 0, &["--log-flows"]);
     requests(&cluster.client, cluster.addresses(0)[0], 3);
     eventually("three flows are logged", || agent.log().matches("new flow to backend").count() == 3);
+}
+
+#[test]
+fn a_flow_lives_on_past_every_renewal_of_its_next_hop() {
+    let mut cluster = Cluster::new(2);
+    cluster.receive_xdp();
+    let servers: Vec<_> = (1..=2)
+        .map(|slot| {
+            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
+            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
+        })
+        .collect();
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
+    for mode in ["native", "generic", "tc"] {
+        let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &["--mode", mode]);
+        eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
+        // Four conversations at once, one a task and family; a next hop is renewed about every second.
+        let talks: Vec<_> = cluster
+            .addresses(0)
+            .into_iter()
+            .flat_map(|address| [address, address])
+            .map(|address| {
+                let to = SocketAddr::new(address, 53);
+                cluster.client.spawn(move || converse(to, 12, Duration::from_millis(300)))
+            })
+            .collect();
+        for talk in talks {
+            let answers = talk.join().expect("a conversation");
+            let task = answers[0].split(' ').next().expect("a name");
+            assert!(answers.iter().all(|answer| answer.starts_with(task)), "{mode}: {answers:?}");
+        }
+        assert_eq!(outcome(&cluster.nodes[0].netns, "handover_lost"), 0);
+        drop(agent);
+    }
+    stop_echoes(&cluster, servers);
 }
 
 #[test]
