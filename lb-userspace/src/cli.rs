@@ -30,12 +30,14 @@ pub enum Command {
     #[command(after_help = ATTACH_EXAMPLES)]
     Attach(Attach),
     /// Remove the datapath of an interface, with its tables and flows
+    #[command(after_help = "Example:\n  sudo lb-userspace detach --iface eth1")]
     Detach {
         /// The interface
         #[arg(long, value_name = "IF", required = true)]
         iface: Vec<String>,
     },
     /// Show what is attached, how, and who controls it
+    #[command(after_help = "Example:\n  lb-userspace status -o json | jq '.interfaces[].mode'")]
     Status(Read),
     /// Services: ls, ps
     Service {
@@ -50,6 +52,7 @@ pub enum Command {
         command: NodeCommand,
     },
     /// Show counters by outcome, service and task
+    #[command(after_help = STATS_EXAMPLES)]
     Stats {
         /// Where and how
         #[command(flatten)]
@@ -59,11 +62,20 @@ pub enum Command {
         watch: bool,
     },
     /// Print completions for a shell
+    #[command(after_help = "Example:\n  lb-userspace completions bash > /etc/bash_completion.d/lb-userspace")]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
 }
+
+const STATS_EXAMPLES: &str = "\
+Examples:
+  # What happens to packets right now, and why
+  lb-userspace stats --watch
+
+  # New flows that no task took
+  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_flows}'";
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
@@ -180,8 +192,10 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 pub enum ServiceCommand {
     /// List services
+    #[command(after_help = "Example:\n  lb-userspace service ls --iface eth1")]
     Ls(Read),
-    /// List the tasks of a service
+    /// List the tasks of a service, and why one is not offered
+    #[command(after_help = "Example:\n  lb-userspace service ps web")]
     Ps {
         /// Name of the service
         name: String,
@@ -194,7 +208,8 @@ pub enum ServiceCommand {
 /// What of nodes.
 #[derive(Debug, Subcommand)]
 pub enum NodeCommand {
-    /// List nodes
+    /// List nodes; a star marks this one
+    #[command(after_help = "Example:\n  lb-userspace node ls")]
     Ls(Read),
 }
 
