@@ -23,6 +23,12 @@ impl Delta {
     /// No change.
     pub const NONE: Self = Self(0);
 
+    /// What one hop less adds to an IPv4 header's sum: TTL is the first byte of its word (RFC 791).
+    pub const IPV4_HOP: Self = Self::of_word(Be16::new(0x0100).raw(), 0);
+
+    /// What one hop less adds to an IPv6 header's sum: the hop limit is the second byte of its word (RFC 8200).
+    pub const IPV6_HOP: Self = Self::of_word(Be16::new(0x0001).raw(), 0);
+
     /// From the folded value.
     #[inline(always)]
     pub const fn from_raw(raw: u16) -> Self {

@@ -3,8 +3,8 @@
 use core::ptr::null;
 
 use lb_common::{
-    backend::{Backend, Kind, State},
-    endpoint::{Endpoint, MAX_REPLY_LISTENERS, ReplySource},
+    backend::{Kind, State},
+    endpoint::{Endpoint, MAX_REPLY_LISTENERS},
     filter::{Side, position},
     flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REPLY, REQUEST, RESET, TASK_FIN},
     net::Be16,
@@ -13,7 +13,7 @@ use lb_common::{
 
 use crate::{
     family::Family,
-    flow,
+    flow::{self, Found, Way},
     frame::Frame,
     maps::{BACKENDS, FILTER},
     neighbour,
@@ -28,30 +28,6 @@ pub enum Scope {
     All,
     /// Only what has a flow already: XDP has decided, and could not say so.
     Flows,
-}
-
-/// Which way a packet of a flow goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// To the flow's task.
-    Task,
-    /// To the client, from its entry for replies (snat): the rewrite is the entry's own.
-    Client,
-    /// To the client, by the entry of the request to this listener: the rewrite is the reverse.
-    Back,
-}
-
-/// A packet of ours: its flow and the backend that the flow names.
-pub struct Found<A: 'static> {
-    /// In the flow table.
-    pub flow: *mut Flow<A>,
-    /// In the backend array.
-    pub backend: &'static Backend,
-    /// Where it goes.
-    pub way: Way,
-    /// With [`Way::Back`] the listener, else null. Beside the way, not in it: the compiler takes a pointer in an
-    /// enum apart, which the verifier forbids.
-    pub listener: *const ReplySource<A>,
 }
 
 /// Classifies a packet that came in by the uplink, and makes its flow if it starts one.

@@ -11,7 +11,6 @@ use crate::{
     frame::Frame,
     maps::{FLOWS4, FLOWS6, Flows, LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable},
     parse::{ipv4, ipv6},
-    rewrite::HOP,
 };
 
 /// An address family, with its headers and tables.
@@ -97,7 +96,7 @@ impl Family for V4 {
             (*header).source = source.0;
             (*header).destination = destination.0;
             (*header).ttl -= 1;
-            (*header).checksum = delta.and(HOP).apply((*header).checksum);
+            (*header).checksum = delta.and(Delta::IPV4_HOP).apply((*header).checksum);
         }
         Some(())
     }

@@ -6,24 +6,47 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_log_ebpf::debug;
 use lb_common::{
     backend::{Backend, Kind},
-    endpoint::Listener,
-    flow::REQUEST,
+    endpoint::{Listener, ReplySource},
+    flow::{Flow, REQUEST},
     outcome::Outcome,
 };
 
 use crate::{
-    classify::{Found, Way},
     count,
     family::Family,
     frame::Frame,
     maps::BACKENDS,
     neighbour,
-    packet::Packet,
+    packet::{Packet, mac},
     parse::Ethernet,
     select, snat,
 };
 
 const EEXIST: i32 = -17;
+
+/// Which way a packet of a flow goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// To the flow's task.
+    Task,
+    /// To the client, from its entry for replies (snat): the rewrite is the entry's own.
+    Client,
+    /// To the client, by the entry of the request to this listener: the rewrite is the reverse.
+    Back,
+}
+
+/// A packet of ours: its flow and the backend that the flow names.
+pub struct Found<A: 'static> {
+    /// In the flow table.
+    pub flow: *mut Flow<A>,
+    /// In the backend array.
+    pub backend: &'static Backend,
+    /// Where it goes.
+    pub way: Way,
+    /// With [`Way::Back`] the listener, else null. Beside the way, not in it: the compiler takes a pointer in an
+    /// enum apart, which the verifier forbids.
+    pub listener: *const ReplySource<A>,
+}
 
 /// Starts a flow for a packet that reached a listener.
 #[inline(always)]
@@ -109,11 +132,4 @@ fn draft<F: Frame, A: Family>(
     flow.state = 0;
     flow._pad = 0;
     Ok(())
-}
-
-/// A hardware address in words as bytes.
-#[inline(always)]
-pub fn mac(words: [u16; 3]) -> [u8; 6] {
-    let ([a, b], [c, d], [e, f]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes());
-    [a, b, c, d, e, f]
 }

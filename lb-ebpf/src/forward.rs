@@ -18,9 +18,9 @@ use lb_common::{
 };
 
 use crate::{
-    classify::{Found, Way},
     count,
     family::Family,
+    flow::{Found, Way},
     frame::{Frame, Skb, XdpFrame},
     maps::{self, BACKENDS},
     neighbour::{self, Next},

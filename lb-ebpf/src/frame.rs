@@ -347,7 +347,7 @@ impl Frame for Skb {
                 bpf_csum_update(self.raw(), addresses as u32);
             }
             // IPv6 has no header checksum to absorb the hop limit; a no-op without a sum from the device.
-            bpf_csum_update(self.raw(), crate::rewrite::HOP_LIMIT.raw() as u32);
+            bpf_csum_update(self.raw(), Delta::IPV6_HOP.raw() as u32);
         }
         Some(())
     }

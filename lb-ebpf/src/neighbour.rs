@@ -2,7 +2,8 @@
 //!
 //! A flow starts by answering to the hardware address its first packet came from. From then on the kernel's
 //! routing and neighbour tables say better, at the price of one lookup a second and flow, and without anybody
-//! in user space: a router that fails over, or a neighbour that moves, is followed within that second.
+//! in user space: a router that fails over is followed within that second, a neighbour that moves as soon as the
+//! kernel's own probes notice.
 
 use core::ffi::c_void;
 
@@ -12,7 +13,7 @@ use aya_ebpf::{
 };
 use lb_common::{flow::Flow, net::Wide};
 
-use crate::{family::Family, flow::mac, rewrite::Hop};
+use crate::{family::Family, packet::mac, rewrite::Hop};
 
 /// What is known of the way to a client.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -103,3 +103,10 @@ pub struct Scratch {
     /// Set by the parser for an IPv6 packet.
     pub v6: Packet<V6>,
 }
+
+/// A hardware address in words as bytes.
+#[inline(always)]
+pub fn mac(words: [u16; 3]) -> [u8; 6] {
+    let ([a, b], [c, d], [e, f]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes());
+    [a, b, c, d, e, f]
+}

@@ -9,12 +9,6 @@ use lb_common::{
 
 use crate::{family::Family, frame::Frame, packet::Packet, parse::Ethernet};
 
-/// What one hop less adds to a header's sum: TTL is the first byte of its word (RFC 791).
-pub const HOP: Delta = Delta::of_word(Be16::new(0x0100).raw(), 0);
-
-/// The same for IPv6, whose hop limit is the second byte of its word (RFC 8200).
-pub const HOP_LIMIT: Delta = Delta::of_word(Be16::new(0x0001).raw(), 0);
-
 #[repr(C)]
 struct Ports {
     source: u16,
