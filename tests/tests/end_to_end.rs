@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     thread,
     time::Duration,
 };
@@ -154,16 +155,7 @@ fn iperf3_runs_both_ways() {
 
 #[test]
 fn udp_is_answered_from_the_listener_both_families() {
-    let mut cluster = Cluster::new(2);
-    cluster.receive_xdp();
-    let servers: Vec<_> = (1..=2)
-        .map(|slot| {
-            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
-            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
-        })
-        .collect();
-    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
-    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
+    let (cluster, servers, path) = two_echoes();
     let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &[]);
     eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
     for address in cluster.addresses(0) {
@@ -192,16 +184,7 @@ fn new_flows_are_logged_by_the_kernel_when_asked_for() {
 
 #[test]
 fn a_flow_lives_on_past_every_renewal_of_its_next_hop() {
-    let mut cluster = Cluster::new(2);
-    cluster.receive_xdp();
-    let servers: Vec<_> = (1..=2)
-        .map(|slot| {
-            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
-            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
-        })
-        .collect();
-    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
-    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
+    let (cluster, servers, path) = two_echoes();
     for mode in ["native", "generic", "tc"] {
         let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &["--mode", mode]);
         eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
@@ -228,17 +211,8 @@ fn a_flow_lives_on_past_every_renewal_of_its_next_hop() {
 
 #[test]
 fn jumbo_frames_travel_whole() {
-    let mut cluster = Cluster::new(2);
-    cluster.receive_xdp();
-    let servers: Vec<_> = (1..=2)
-        .map(|slot| {
-            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
-            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
-        })
-        .collect();
+    let (cluster, servers, path) = two_echoes();
     cluster.set_mtu(9000);
-    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
-    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
     let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &["--mode", "native"]);
     eventually("both tasks are offered", || active_tasks(&cluster.nodes[0].netns, "web") == 2);
     for address in cluster.addresses(0) {
@@ -252,6 +226,21 @@ fn jumbo_frames_travel_whole() {
     assert_eq!(outcome(&cluster.nodes[0].netns, "fragment"), 0);
     drop(agent);
     stop_echoes(&cluster, servers);
+}
+
+/// Two nodes with a task each that echoes UDP on port 5353, and the cluster file that publishes it as 53.
+fn two_echoes() -> (Cluster, Vec<thread::JoinHandle<()>>, PathBuf) {
+    let mut cluster = Cluster::new(2);
+    cluster.receive_xdp();
+    let servers: Vec<_> = (1..=2)
+        .map(|slot| {
+            let task = cluster.add_task(&format!("echo.{slot}"), slot - 1);
+            cluster.tasks[task].netns.spawn(move || echo(5353, &format!("echo.{slot}")))
+        })
+        .collect();
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let path = cluster.write(&cluster.file("\"53:5353/udp\"", &tasks));
+    (cluster, servers, path)
 }
 
 fn stop_echoes(cluster: &Cluster, servers: Vec<thread::JoinHandle<()>>) {
