@@ -112,8 +112,9 @@ fn usable<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) -> Result<Opti
         let _ = A::delete_flow(&packet.key);
         return if anew { Ok(None) } else { Err(Outcome::BackendGone) };
     }
-    let unusable = !backend.forwards();
-    if unusable || packet.opens() && flow.closing() {
+    // An answer comes from the task by itself; only what goes to it needs a way.
+    let unusable = flow.role == REQUEST && !backend.forwards();
+    if unusable || anew && packet.opens() && flow.closing() {
         if !anew {
             return Err(Outcome::BackendUnreachable);
         }

@@ -94,13 +94,18 @@ impl Controller {
             complaints: BTreeSet::new(),
         };
         let interface = controller.settings.interface.clone();
-        if controller.settings.flow_log == FlowLog::On {
-            controller.datapath.log_flows()?;
-        }
         if adopted {
             log::info!("{interface}: adopted the running datapath, with its flows");
         }
-        if let Err(error) = controller.sync().await {
+        let logged = match controller.settings.flow_log {
+            FlowLog::On => controller.datapath.log_flows().map_err(Into::into),
+            FlowLog::Off => Ok(()),
+        };
+        let started = match logged {
+            Ok(()) => controller.sync().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = started {
             if !adopted {
                 controller.remove().await;
             }
@@ -191,7 +196,7 @@ impl Controller {
         let wanted = destinations(cluster, &node);
         let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
         let carriers = carriers(&ways, uplink.index);
-        self.attach_carriers(snapshot, &carriers, &mut ways);
+        self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways);
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
         let plan = plan::plan(&desired(&view), self.datapath.tables(), &self.datapath.limits()?);
         complaints.extend(plan.refused.iter().cloned());
@@ -200,7 +205,8 @@ impl Controller {
         }
         for index in self.datapath.task_links() {
             if !carriers.contains(&index) && !self.in_use(index) {
-                self.datapath.detach_task(snapshot.links.get(&index).map(|link| link.name.as_str()), index);
+                let name = snapshot.links.get(&index).map(|link| link.name.as_str());
+                self.datapath.detach_task(name, index, uplink.index);
             }
         }
         if !plan.ops.is_empty() {
@@ -214,6 +220,7 @@ impl Controller {
     fn attach_carriers(
         &mut self,
         snapshot: &Snapshot,
+        uplink: u32,
         carriers: &BTreeSet<u32>,
         ways: &mut BTreeMap<(IpAddr, Reach), Result<Way, String>>,
     ) {
@@ -222,7 +229,7 @@ impl Controller {
                 continue;
             }
             let name = snapshot.links.get(index).map_or("", |link| &link.name);
-            let Err(problem) = self.datapath.attach_task(name, *index) else {
+            let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
                 continue;
             };
             for way in ways.values_mut() {

@@ -3,14 +3,17 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use lb_common::{
-    abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program},
+    abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
+    flow::{Flow, FlowKey, REPLY},
+    net::V4,
     outcome::Outcome,
 };
 use lb_userspace::{
     cluster::{ClusterState, Node, Service, Task, TaskState, Via},
-    datapath::{Counters, Datapath, FlowLog, Sizes},
+    datapath::{Counters, Datapath, FlowLog, PinDir, Sizes},
     plan::{self, Reach, View, Way, desired, destinations},
 };
 
@@ -207,6 +210,18 @@ impl Lab {
     /// TC ingress on the tasks' veth.
     pub fn task_tc(&self, frame: &[u8]) -> Verdict {
         self.tc(program::TASK_TC, frame, self.veth)
+    }
+
+    /// Takes every IPv4 entry for replies out of the flow table, as an eviction would; how many there were.
+    pub fn evict_replies(&self) -> usize {
+        let pin = PinDir::of("eth1").expect("the pins").table(table::FLOWS4);
+        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
+        let mut flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
+        let replies: Vec<_> = flows.iter().flatten().filter(|(_, flow)| flow.role == REPLY).collect();
+        for (key, _) in &replies {
+            flows.remove(key).expect("an entry");
+        }
+        replies.len()
     }
 
     /// The counters.

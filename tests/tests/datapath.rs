@@ -15,6 +15,7 @@ use lb_tests::{
     lab::{
         BRIDGE_MAC, DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, UNSPEC, ip, service, task, with_lab,
     },
+    netns::eventually,
     packet::{
         ACK, CLIENT_MAC, Checksum, FIN, NODE_MAC, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums,
     },
@@ -291,6 +292,45 @@ fn snat_ports_are_never_shared_and_run_out_with_a_name() {
         let service =
             lab.datapath().tables().services.iter().find(|(_, s)| s.name == "snat").map(|(i, _)| *i);
         assert_eq!(lab.counters().services[&service.expect("the service")].refused, 36);
+    });
+}
+
+#[test]
+fn a_snat_port_nobody_uses_goes_to_the_next_and_its_late_request_is_refused() {
+    with_lab(services(), |lab| {
+        lab.configure(|config| config.snat_ports = [20_000, 20_000]);
+        let (first, second) =
+            (V4.packet(SYN, 40_000, 82), V4.packet(SYN, 40_000, 82).with(|p| p.source = ip("198.51.100.8")));
+        assert_eq!(lab.xdp(&first.bytes()).action, TX);
+        lab.passes("the port is in use", &second.bytes(), Outcome::SnatPortsExhausted);
+        // No second lasts a jiffy: whatever is older than now is old enough.
+        lab.configure(|config| config.jiffies_per_second = 0);
+        eventually("the port is free", || lab.xdp(&second.bytes()).action == TX);
+        lab.configure(|config| config.jiffies_per_second = 250);
+        // The first client's flow finds out as soon as it looks after its port, about every second.
+        let late = V4.packet(ACK, 40_000, 82);
+        eventually("a late request is refused", || {
+            lab.counting(|lab| lab.xdp(&late.bytes())).1.contains_key(&Outcome::BackendGone)
+        });
+        lab.passes("and its flow is gone", &late.bytes(), Outcome::NoFlow);
+        assert_eq!(lab.xdp(&second.bytes()).action, TX);
+    });
+}
+
+#[test]
+fn an_entry_for_replies_that_was_evicted_is_made_anew() {
+    with_lab(services(), |lab| {
+        let (own, client) = ((ip(V4.listener), 2_345), (ip(V4.client), 2_345));
+        assert_eq!(lab.xdp(&V4.packet(SYN, 2_345, 82).bytes()).action, TX);
+        let back = V4.answer(ACK, (V4.snat, 8082), own);
+        assert_eq!(lab.evict_replies(), 1);
+        lab.passes("an answer to an evicted entry", &back.bytes(), Outcome::NotOurs);
+        let expected = back.forwarded((ip(V4.listener), 82), client, (NODE_MAC, CLIENT_MAC));
+        eventually("requests bring it back", || {
+            assert_eq!(lab.xdp(&V4.packet(ACK, 2_345, 82).bytes()).action, TX);
+            lab.xdp(&back.bytes()).action == TX
+        });
+        lab.becomes("an answer", &back, &expected, Outcome::Reply);
     });
 }
 

@@ -417,6 +417,10 @@ fn filters_serve_where_the_kernel_has_no_links() {
     let cluster = five_tasks();
     let node = &cluster.nodes[0].netns;
     let path = cluster.write_all_running();
+    // The ways to the tasks are known from the start: filters come before the uplink is attached.
+    for task in cluster.tasks.iter().filter(|task| task.node == 0) {
+        node.enter(|| std::net::TcpStream::connect((task.v4, 8080)).expect("connect"));
+    }
     let attach = || {
         let agent = Agent::attach_with(node, cluster.folder(), &path, &[], &[("LB_TC_CLSACT", "1")]);
         eventually("all tasks are offered", || active_tasks(node, "web") == 5);
@@ -432,6 +436,11 @@ fn filters_serve_where_the_kernel_has_no_links() {
     let agent = attach();
     let filters = node.output("tc", &["filter", "show", "dev", "eth1", "ingress"]);
     assert_eq!(filters.matches("direct-action").count(), 1, "{filters}");
+    let veths = node.output("tc", &["qdisc", "show"]);
+    for veth in veths.lines().filter_map(|line| line.split("dev ").nth(1)?.split(' ').next()) {
+        let filters = node.output("tc", &["filter", "show", "dev", veth, "ingress"]);
+        assert!(filters.matches("direct-action").count() <= 1, "{veth}: {filters}");
+    }
     agent.stop(Signal::SIGTERM);
     assert!(verb(node, &["detach", "--iface", "eth1"]).status.success());
     assert_eq!(node.output("tc", &["qdisc", "show"]).matches("clsact").count(), 0);

@@ -275,9 +275,8 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn attach_task(&mut self, interface: &str, ifindex: u32) -> Result<(), AttachProblem> {
+    pub fn attach_task(&mut self, interface: &str, ifindex: u32, uplink: u32) -> Result<(), AttachProblem> {
         let program = classifier(&mut self.ebpf, program::TASK_TC)?;
-        let uplink = self.config.uplink;
         let hook = links::attach_tc(&self.pins, program, interface, &pin::task_link(ifindex), uplink)?;
         if hook == TcHook::Clsact {
             self.filtered.insert(ifindex);
@@ -286,14 +285,9 @@ impl Datapath {
     }
 
     /// Detaches it again; an interface that is gone has taken the link with it.
-    pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32) {
+    pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32, uplink: u32) {
         self.filtered.remove(&ifindex);
-        links::detach_tc(
-            &self.pins,
-            interface.unwrap_or_default(),
-            &pin::task_link(ifindex),
-            self.config.uplink,
-        );
+        links::detach_tc(&self.pins, interface.unwrap_or_default(), &pin::task_link(ifindex), uplink);
     }
 
     /// The interfaces that carry the program for replies. Filters of a former controller, which have no pins, are
