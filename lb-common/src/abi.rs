@@ -1,9 +1,9 @@
 //! The contract between programs, pinned tables and controllers: names, sizes, version.
 
-use crate::pod;
+use crate::{net::Be16, pod};
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -29,6 +29,18 @@ pub mod table {
     pub const FLOWS4: &str = "FLOWS4";
     /// Flows, IPv6.
     pub const FLOWS6: &str = "FLOWS6";
+    /// [`crate::fragment::Ports`] by [`crate::fragment::FragmentKey`], IPv4.
+    pub const FRAGMENTS4: &str = "FRAGMENTS4";
+    /// Fragments, IPv6.
+    pub const FRAGMENTS6: &str = "FRAGMENTS6";
+    /// [`crate::tunnel::Peer`] by number of the node.
+    pub const PEERS: &str = "PEERS";
+    /// [`crate::tunnel::Path`] by number of the node.
+    pub const PEER_PATHS: &str = "PEER_PATHS";
+    /// Number of the node by address, IPv4 as an IPv4-mapped one; [`crate::tunnel::SELF`] for this node's own.
+    pub const PEER_NUMBERS: &str = "PEER_NUMBERS";
+    /// Index of the backend by [`crate::tunnel::TaskKey`].
+    pub const TASKS: &str = "TASKS";
     /// Counter of each [`crate::outcome::Outcome`].
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
@@ -39,7 +51,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 15] = [
+    pub const ALL: [&str; 21] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -51,6 +63,12 @@ pub mod table {
         CURSORS,
         FLOWS4,
         FLOWS6,
+        FRAGMENTS4,
+        FRAGMENTS6,
+        PEERS,
+        PEER_PATHS,
+        PEER_NUMBERS,
+        TASKS,
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
@@ -103,6 +121,10 @@ pub struct Config {
     pub mode: u32,
     /// Jiffies a second, the unit of the flows' timestamps.
     pub jiffies_per_second: u32,
+    /// UDP port of the tunnel, network order.
+    pub tunnel_port: Be16,
+    /// Zero.
+    pub _pad: u16,
     /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
     pub metadata_refused: u32,
 }
@@ -147,13 +169,16 @@ pub const HANDOVER_MAGIC: u32 = 0x6c62_7864;
 /// XDP could not forward the frame itself and has not counted it: TC decides anew.
 pub const HANDOVER_DECIDE: u32 = u32::MAX;
 
+/// A task's answer out of the tunnel: TC emits it to the client. No index of a backend is as high.
+pub const HANDOVER_EMIT: u32 = u32::MAX - 1;
+
 /// What a label names.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct LabelKey {
     /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`] or [`LABEL_PORT`].
     pub kind: u32,
-    /// Index of the service, backend or cursor; a running number for nodes.
+    /// Index of the service, backend or cursor; the number of a node.
     pub index: u32,
 }
 
@@ -192,10 +217,14 @@ pub mod size {
     pub const BACKENDS: usize = 65_536;
     /// Slots.
     pub const SLOTS: usize = 262_144;
+    /// Nodes of the cluster; their numbers start at one.
+    pub const NODES: usize = 4_096;
+    /// Datagrams in fragments that are followed at once, of each family.
+    pub const FRAGMENTS: usize = 8_192;
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 32 && size_of::<Handover>() == 8);
+    assert!(size_of::<Config>() == 36 && size_of::<Handover>() == 8);
     assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
 };
 

@@ -15,6 +15,8 @@ pub enum Kind {
     Routed = 2,
     /// A plain address behind a next hop, reached from an address of this node so that replies come back.
     Snat = 3,
+    /// Through the tunnel to the agent of the task's node, which sees the packet as the client sent it.
+    Peer = 4,
 }
 
 impl TryFrom<u8> for Kind {
@@ -26,6 +28,7 @@ impl TryFrom<u8> for Kind {
             1 => Ok(Self::Local),
             2 => Ok(Self::Routed),
             3 => Ok(Self::Snat),
+            4 => Ok(Self::Peer),
             other => Err(other),
         }
     }
@@ -61,9 +64,11 @@ impl TryFrom<u8> for State {
 }
 
 /// More than one listener leads to this backend, so that a new flow is checked for a twin.
-pub const SHARED: u16 = 1;
+pub const SHARED: u8 = 1;
 /// XDP cannot transmit on `ifindex`: TC forwards instead.
-pub const VIA_TC: u16 = 2;
+pub const VIA_TC: u8 = 2;
+/// The task's node sends answers straight to the client (peer).
+pub const RETURN_DIRECT: u8 = 4;
 
 /// One entry of the backend array: what of a backend may change while flows name it.
 ///
@@ -72,7 +77,8 @@ pub const VIA_TC: u16 = 2;
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
 pub struct Backend {
-    /// Address of the task; IPv4 in the first word.
+    /// Address of the task; IPv4 in the first word. Of a peer's task its address in the cluster, IPv4 as an
+    /// IPv4-mapped address.
     pub address: Wide,
     /// Own address that reaches it, the source of snat; IPv4 in the first word.
     pub source: Wide,
@@ -82,8 +88,8 @@ pub struct Backend {
     pub port: Be16,
     /// Hardware address of the interface that leads there.
     pub source_mac: [u8; 6],
-    /// [`SHARED`], [`VIA_TC`].
-    pub flags: u16,
+    /// Number of the task's node (peer), an index of the table of peers.
+    pub peer: u16,
     /// Interface that leads there: the task's host-side veth, or the one of the next hop.
     pub ifindex: u32,
     /// Index of the service it belongs to.
@@ -96,8 +102,8 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// Zero.
-    pub _pad: u8,
+    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`].
+    pub flags: u8,
 }
 
 impl Backend {
@@ -121,7 +127,7 @@ mod tests {
         for state in [State::Free, State::Unavailable, State::Active, State::Draining] {
             assert_eq!(State::try_from(state as u8), Ok(state));
         }
-        for kind in [Kind::Local, Kind::Routed, Kind::Snat] {
+        for kind in [Kind::Local, Kind::Routed, Kind::Snat, Kind::Peer] {
             assert_eq!(Kind::try_from(kind as u8), Ok(kind));
         }
         assert_eq!(State::try_from(9), Err(9));

@@ -2,7 +2,8 @@
 //!
 //! A request is keyed as it arrives, (client, listener). The reply of a local or routed task finds the same
 //! entry through the listeners that lead to the task ([`crate::endpoint::Replies`]). A flow that leaves with
-//! an address of this node (snat) has a second entry, keyed as its reply arrives: (task, own address).
+//! an address of this node (snat) has a second entry, keyed as its reply arrives: (task, own address). What a peer
+//! sent to a task of this node has only that one: (task, client).
 
 use crate::{
     checksum::Delta,
@@ -41,6 +42,16 @@ impl<A> FlowKey<A> {
         protocol: u8,
     ) -> Self {
         Self { source, destination, source_port, destination_port, protocol, _pad: 0, _pad2: 0 }
+    }
+
+    /// The key of what travels the other way.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self
+    where
+        A: Copy,
+    {
+        Self::new(self.destination, self.source, self.destination_port, self.source_port, self.protocol)
     }
 }
 
@@ -82,6 +93,10 @@ impl<A: Address> Rewrite<A> {
 pub const REQUEST: u8 = 0;
 /// The entry by which replies to an address of this node find their way back (snat).
 pub const REPLY: u8 = 1;
+/// The entry by which a task's replies find their way back through the peer that the client used.
+pub const REPLY_BY_PEER: u8 = 2;
+/// The same for replies that go straight to the client.
+pub const REPLY_DIRECT: u8 = 3;
 
 /// The client sent FIN.
 pub const CLIENT_FIN: u8 = 1;
@@ -144,12 +159,12 @@ pub struct Flow<A> {
     pub node_mac: [u8; 6],
     /// The tags the client's packets carry.
     pub tags: Tags,
-    /// [`REQUEST`] or [`REPLY`].
+    /// [`REQUEST`], [`REPLY`], [`REPLY_BY_PEER`] or [`REPLY_DIRECT`].
     pub role: u8,
     /// Bits: [`CLIENT_FIN`], [`TASK_FIN`], [`RESET`], [`ANSWERED`].
     pub state: u8,
-    /// Zero.
-    pub _pad: u16,
+    /// Number of the peer that the requests came through, with [`REPLY_BY_PEER`] and [`REPLY_DIRECT`].
+    pub peer: u16,
 }
 
 /// A flow that both sides have begun to close, in seconds of silence.
@@ -160,6 +175,21 @@ const UDP_SECONDS: u32 = 300;
 const TCP_SECONDS: u32 = 7440;
 
 impl<A> Flow<A> {
+    /// Clears what is known of the client's link. By volatile writes, which the BPF compiler does not join to the call
+    /// of a loop.
+    #[inline(always)]
+    pub fn forget_hop(&mut self) {
+        // SAFETY: the fields are valid for writes.
+        unsafe {
+            for byte in 0..6 {
+                (&raw mut self.client_mac[byte]).write_volatile(0);
+                (&raw mut self.node_mac[byte]).write_volatile(0);
+            }
+            (&raw mut self.tags.outer).write_volatile(VlanTag::NONE);
+            (&raw mut self.tags.inner).write_volatile(VlanTag::NONE);
+        }
+    }
+
     /// Whether nothing was heard of the flow for so long that what it holds may be given to another.
     #[inline(always)]
     pub const fn expired(&self, tcp: bool, now: u32, jiffies_per_second: u32) -> bool {
@@ -169,6 +199,18 @@ impl<A> Flow<A> {
             false => UDP_SECONDS,
         };
         now.wrapping_sub(self.seen) > seconds.wrapping_mul(jiffies_per_second)
+    }
+
+    /// Whether its client may still use it: another flow of the same client's port would disturb it.
+    #[inline(always)]
+    pub const fn is_alive(&self, tcp: bool, now: u32, jiffies_per_second: u32) -> bool {
+        !self.closing() && !self.expired(tcp, now, jiffies_per_second)
+    }
+
+    /// Whether the entry is for replies, keyed as they arrive.
+    #[inline(always)]
+    pub const fn is_reply(&self) -> bool {
+        self.role != REQUEST
     }
 
     /// Whether either side has begun to close: a SYN starts a new flow.

@@ -11,9 +11,11 @@ pub mod checksum;
 pub mod endpoint;
 pub mod filter;
 pub mod flow;
+pub mod fragment;
 pub mod net;
 pub mod outcome;
 pub mod stats;
+pub mod tunnel;
 
 /// Declares that a type is plain data without padding, so that user space may copy it to and from a map.
 macro_rules! pod {

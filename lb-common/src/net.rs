@@ -11,6 +11,10 @@ use crate::pod;
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP (RFC 768).
 pub const UDP: u8 = 17;
+/// IP protocol number of ICMP (RFC 792).
+pub const ICMP: u8 = 1;
+/// IP protocol number of ICMPv6 (RFC 4443).
+pub const ICMP6: u8 = 58;
 
 /// A 16-bit number in network byte order.
 #[repr(transparent)]
@@ -79,6 +83,9 @@ pub trait Address: Copy + Eq + Default + core::fmt::Debug + 'static {
     /// The same without a copy: the address in place.
     fn in_wide(wide: &Wide) -> &Self;
 
+    /// Widened with IPv4 as an IPv4-mapped address (RFC 4291, 2.5.5.2), for tables that hold both families.
+    fn to_mapped(self) -> Wide;
+
     /// As the standard library's address.
     fn to_ip(self) -> IpAddr;
 }
@@ -112,6 +119,11 @@ impl Address for V4 {
         unsafe { &*wide.as_ptr().cast() }
     }
 
+    #[inline(always)]
+    fn to_mapped(self) -> Wide {
+        [0, 0, 0xffff_u32.to_be(), self.0]
+    }
+
     fn to_ip(self) -> IpAddr {
         Ipv4Addr::from(self.0.to_ne_bytes()).into()
     }
@@ -139,6 +151,11 @@ impl Address for V6 {
     fn in_wide(wide: &Wide) -> &Self {
         // SAFETY: `V6` is a transparent `Wide`.
         unsafe { &*wide.as_ptr().cast() }
+    }
+
+    #[inline(always)]
+    fn to_mapped(self) -> Wide {
+        self.0
     }
 
     fn to_ip(self) -> IpAddr {

@@ -39,19 +39,21 @@ outcomes! {
     Routed = "forwarded_routed",
     /// Sent to a task behind a next hop from an address of this node.
     Snat = "forwarded_snat",
+    /// Sent through the tunnel to the agent of the task's node.
+    Peer = "forwarded_peer",
     /// A task's answer, turned around to the client.
     Reply = "forwarded_reply",
     /// Neither IPv4 nor IPv6, or more than two VLAN tags.
     NotIp = "not_ip",
     /// Not addressed to this host alone: a broadcast or multicast frame.
     NotUnicast = "not_unicast",
-    /// Neither TCP nor UDP.
+    /// Neither TCP, UDP nor an ICMP error about them.
     OtherProtocol = "other_protocol",
     /// No listener and no flow of ours.
     NotOurs = "not_ours",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
-    /// A fragment of a datagram; fragments are left to the host.
+    /// A later fragment of a datagram whose first one was not seen, or is not ours.
     Fragment = "fragment",
     /// More IPv6 extension headers than are followed, or one that hides the transport header.
     ExtensionHeaders = "extension_headers",
@@ -72,6 +74,19 @@ outcomes! {
     SnatPortsExhausted = "snat_ports_exhausted",
     /// The kernel refused an entry in the flow table.
     FlowTableFull = "flow_table_full",
+    /// Too long for the way to its task and not to be fragmented; answered with an ICMP error that says the
+    /// right length.
+    TooBig = "too_big",
+    /// An ICMP error about a tunnel packet of this node; the path's MTU is noted.
+    TunnelError = "tunnel_error",
+    /// Through the tunnel from an address that no node of the cluster has, or not addressed to this node.
+    TunnelNotPeer = "tunnel_not_peer",
+    /// Through the tunnel for a task that is not on this node, or takes no packets.
+    TunnelNoTask = "tunnel_no_task",
+    /// Through the tunnel with a version, option or packet that is not understood.
+    TunnelMalformed = "tunnel_malformed",
+    /// Through the tunnel for a task that already serves this client address and port through another listener.
+    TunnelCollision = "tunnel_collision",
     /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
     HandoverLost = "handover_lost",
 }
@@ -82,14 +97,22 @@ pub const OUTCOMES: usize = Outcome::ALL.len();
 impl Outcome {
     /// Whether the packet was sent on by the datapath.
     pub const fn is_forwarded(self) -> bool {
-        matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Reply)
+        matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Peer | Self::Reply)
     }
 
     /// Whether the packet was dropped; all that are neither forwarded nor dropped were passed to the host as
     /// they came. The host would answer a packet of our flow with a reset.
     #[inline(always)]
     pub const fn is_dropped(self) -> bool {
-        matches!(self, Self::BackendUnreachable)
+        matches!(
+            self,
+            Self::BackendUnreachable
+                | Self::TooBig
+                | Self::TunnelNotPeer
+                | Self::TunnelNoTask
+                | Self::TunnelMalformed
+                | Self::TunnelCollision
+        )
     }
 }
 

@@ -1,0 +1,186 @@
+//! What nodes say to each other: a client's packet, or a task's answer, whole inside Geneve (RFC 8926).
+//!
+//! ```text
+//! Ethernet │ IPv4 or IPv6 │ UDP │ Geneve │ option: to whom │ the packet as the client sent it
+//!          └──────────── 60 or 80 bytes ────────────────────┘
+//! ```
+//!
+//! The inner packet starts with its IP header. The one option says which task a request is for, by an address that
+//! is unique in the cluster and its target port, or that the packet is an answer for a client. All fields on the wire
+//! are in network order.
+
+use core::net::IpAddr;
+
+use crate::{
+    net::{Address, Be16, V4, V6, Wide},
+    pod,
+};
+
+/// The port that IANA gave to Geneve.
+pub const DEFAULT_PORT: u16 = 6081;
+
+/// Option class, from the range for experiments (RFC 8926, 7).
+pub const OPTION_CLASS: Be16 = Be16::new(0xfff5);
+/// Type of our option when the packet goes to the task it names. The highest bit is set: who does not know the
+/// option must drop the packet (RFC 8926, 3.5.1).
+pub const TO_TASK: u8 = 0x81;
+/// Type of our option when the packet is a task's answer, which the node emits to the client.
+pub const TO_CLIENT: u8 = 0x82;
+/// Version of the option's data; another one is refused.
+pub const VERSION: u8 = 1;
+/// Flag of [`TO_TASK`]: the task's node sends answers straight to the client.
+pub const RETURN_DIRECT: u8 = 1;
+
+/// Options are counted in words of four bytes.
+const OPTION_WORDS: u8 = 6;
+/// Geneve version 0 and the length of our option.
+pub const VERSION_AND_LENGTH: u8 = OPTION_WORDS;
+/// Critical options are present (the C bit).
+pub const CRITICAL: u8 = 0x40;
+
+/// UDP, Geneve and our option, as they follow the outer IP header.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// UDP source port: the flow's hash, for queues and equal-cost paths.
+    pub source_port: Be16,
+    /// UDP destination port.
+    pub destination_port: Be16,
+    /// UDP length.
+    pub length: Be16,
+    /// UDP checksum: none. The inner packet has its own (RFC 6935 and RFC 6936 for IPv6).
+    pub checksum: u16,
+    /// [`VERSION_AND_LENGTH`].
+    pub version_and_length: u8,
+    /// [`CRITICAL`].
+    pub flags: u8,
+    /// EtherType of the inner packet.
+    pub protocol: Be16,
+    /// Virtual network: zero.
+    pub network: u32,
+    /// [`OPTION_CLASS`].
+    pub class: Be16,
+    /// [`TO_TASK`] or [`TO_CLIENT`].
+    pub kind: u8,
+    /// Words of data: five.
+    pub words: u8,
+    /// [`VERSION`].
+    pub version: u8,
+    /// [`RETURN_DIRECT`].
+    pub option_flags: u8,
+    /// The task's target port.
+    pub port: Be16,
+    /// The task's address in the cluster; IPv4 as an IPv4-mapped address (RFC 4291, 2.5.5.2).
+    pub address: Wide,
+}
+
+/// Words of data in our option.
+pub const DATA_WORDS: u8 = OPTION_WORDS - 1;
+
+/// Bytes that the tunnel adds to a packet, by family of the outer header.
+#[inline(always)]
+pub const fn overhead(outer_v4: bool) -> u16 {
+    size_of::<Header>() as u16 + if outer_v4 { 20 } else { 40 }
+}
+
+/// A node as the datapath reaches it: one cache line, by the node's number.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub struct Peer {
+    /// Its address; IPv4 in the first word.
+    pub address: Wide,
+    /// Own address that reaches it; IPv4 in the first word.
+    pub source: Wide,
+    /// Hardware address of the node or of the next hop to it.
+    pub mac: [u8; 6],
+    /// Largest packet that its route lets pass, in bytes.
+    pub mtu: u16,
+    /// Hardware address of the interface that leads there.
+    pub source_mac: [u8; 6],
+    /// Zero.
+    pub _pad: u16,
+    /// Interface that leads there.
+    pub ifindex: u32,
+    /// Family of both addresses, 4 or 6.
+    pub family: u8,
+    /// 1 if a way leads to it.
+    pub reachable: u8,
+    /// Zero.
+    pub _pad2: u16,
+    /// Zero.
+    pub _pad3: u64,
+}
+
+/// What the datapath learned about the path to a node from ICMP errors.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Path {
+    /// Largest packet that a router on the way lets pass, in bytes; zero if none said.
+    pub mtu: u32,
+    /// When it said so: jiffies, low 32 bits.
+    pub seen: u32,
+}
+
+/// Seconds for which a router's word about the path stands, as the kernel's `mtu_expires`.
+pub const PATH_SECONDS: u32 = 600;
+/// What a router may say at least (RFC 791 asks for datagrams of 576 bytes, RFC 8200 for 1280).
+pub const MIN_MTU: [u32; 2] = [576, 1280];
+
+/// The number of this node itself in the table of nodes' addresses.
+pub const SELF: u32 = 0;
+
+/// A task of this node as peers name it, and the protocol and family of the packets they send.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, PartialOrd, Ord)]
+pub struct TaskKey {
+    /// Its address in the cluster, IPv4 as an IPv4-mapped address.
+    pub address: Wide,
+    /// Its target port, network order.
+    pub port: Be16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Family of the packets, 4 or 6.
+    pub family: u8,
+}
+
+/// An address as the wire and the tables of nodes and tasks have it: IPv4 as an IPv4-mapped address.
+pub fn mapped(address: IpAddr) -> Wide {
+    match address {
+        IpAddr::V4(v4) => V4::from(v4).to_mapped(),
+        IpAddr::V6(v6) => V6::from(v6).to_mapped(),
+    }
+}
+
+/// The address that [`mapped`] was made of.
+pub fn unmapped(wide: Wide) -> IpAddr {
+    V6::from_wide(wide).to_ip().to_canonical()
+}
+
+const _: () = {
+    assert!(size_of::<Header>() == 40 && align_of::<Header>() == 4);
+    assert!(size_of::<Peer>() == 64 && size_of::<Path>() == 8);
+    assert!(size_of::<TaskKey>() == 20 && align_of::<TaskKey>() == 4);
+    assert!(size_of::<Header>() == 8 + 8 + OPTION_WORDS as usize * 4);
+};
+
+pod!(Peer, Path, TaskKey);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_mapped_and_come_back() {
+        for text in ["10.0.0.7", "2001:db8::7"] {
+            let ip: IpAddr = text.parse().unwrap();
+            assert_eq!(unmapped(mapped(ip)), ip);
+        }
+        let IpAddr::V6(v6) = "::ffff:10.0.0.7".parse::<IpAddr>().unwrap() else { panic!() };
+        assert_eq!(V6::from(v6).to_wide(), mapped("10.0.0.7".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_tunnel_takes_what_the_documentation_says() {
+        assert_eq!((overhead(true), overhead(false)), (60, 80));
+    }
+}
