@@ -1,12 +1,12 @@
 //! Whose packet is it: that of a known flow, of a new one, a task's answer, or none of ours.
 
-use core::ptr::null;
+use core::ptr::{null, null_mut};
 
 use lb_common::{
     backend::{Kind, State},
     endpoint::{Endpoint, MAX_REPLY_LISTENERS},
     filter::{Side, position},
-    flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REPLY, REQUEST, RESET, TASK_FIN},
+    flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REQUEST, RESET, TASK_FIN},
     net::Be16,
     outcome::Outcome,
 };
@@ -14,11 +14,12 @@ use lb_common::{
 use crate::{
     family::Family,
     flow::{self, Found, Way},
+    fragment,
     frame::Frame,
-    maps::{BACKENDS, FILTER},
+    maps::{BACKENDS, FILTER, TASKS},
     neighbour,
-    packet::{FIN, Packet, RST},
-    snat,
+    packet::{Arrival, ERROR, FIN, FIRST, LATER, Packet, RST},
+    snat, tunnel,
 };
 
 /// How much of the uplink's work is asked for.
@@ -37,34 +38,41 @@ pub fn uplink<F: Frame, A: Family>(
     packet: &mut Packet<A>,
     scope: Scope,
 ) -> Result<Found<A>, Outcome> {
+    if packet.form == LATER {
+        fragment::follow(packet)?;
+    }
     let key = &packet.key;
     if !may_be_ours(Side::Destination, key.protocol, key.destination_port)
         && !may_be_ours(Side::Source, key.protocol, key.source_port)
     {
         return Err(Outcome::NotOurs);
     }
+    let found = owner(frame, packet, scope)?;
+    if packet.form == FIRST {
+        fragment::remember(packet);
+    }
+    Ok(found)
+}
+
+#[inline(always)]
+fn owner<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found<A>, Outcome> {
     if let Some(known) = A::flow(&packet.key)
         && let Some(found) = usable(packet, known)?
     {
-        return Ok(found);
-    }
-    if scope == Scope::Flows {
-        return answer_from_afar(packet);
+        return from_afar(found);
     }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
     match A::listener(&endpoint) {
-        Some(listener) => flow::open(frame, packet, &listener),
-        None => answer_from_afar(packet),
+        Some(listener) if scope == Scope::All => flow::open(frame, packet, &listener),
+        _ => from_afar(answer(packet)?),
     }
 }
 
-/// The flow that a packet from another machine answers. A task of this node answers by its own veth: whoever
-/// sends its address by the uplink is not the task.
+/// A task of this node answers by its own veth: whoever sends its address by the uplink is not the task.
 #[inline(always)]
-fn answer_from_afar<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
-    let found = answer(packet)?;
-    if found.backend.kind == Kind::Local as u8 {
+fn from_afar<A: Family>(found: Found<A>) -> Result<Found<A>, Outcome> {
+    if found.way != Way::Task && found.backend.kind == Kind::Local as u8 {
         return Err(Outcome::NotOurs);
     }
     Ok(found)
@@ -73,25 +81,75 @@ fn answer_from_afar<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> 
 /// Classifies a packet that a task sent.
 #[inline(always)]
 pub fn task<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
+    if packet.form == LATER {
+        fragment::follow(packet)?;
+    }
     if !may_be_ours(Side::Source, packet.key.protocol, packet.key.source_port) {
         return Err(Outcome::NotOurs);
     }
-    match answer(packet) {
-        // Only the task itself answers for its address.
-        Ok(found) if found.backend.kind == Kind::Local as u8 && found.backend.ifindex != frame.ifindex() => {
-            Err(Outcome::NotOurs)
-        }
-        Ok(found) => Ok(found),
-        // The next hop of a backend may lie behind another interface than the uplink.
-        Err(_) => {
-            let known = A::flow(&packet.key).ok_or(Outcome::NotOurs)?;
-            // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-            if unsafe { (*known).role } != REPLY {
-                return Err(Outcome::NotOurs);
-            }
-            usable(packet, known)?.ok_or(Outcome::NotOurs)
+    let found = reply(packet)?;
+    // Only the task itself answers for its address.
+    if found.backend.kind == Kind::Local as u8 && found.backend.ifindex != frame.ifindex() {
+        return Err(Outcome::NotOurs);
+    }
+    if packet.form == FIRST {
+        fragment::remember(packet);
+    }
+    Ok(found)
+}
+
+/// The flow that a task's packet answers: what a peer sent to it or snat did has an entry of its own; the next hop of
+/// a snat backend may lie behind another interface than the uplink.
+#[inline(always)]
+fn reply<A: Family>(packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
+    if let Some(known) = A::flow(&packet.key) {
+        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+        if unsafe { (*known).is_reply() } {
+            return usable(packet, known)?.ok_or(Outcome::NotOurs);
         }
     }
+    answer(packet)
+}
+
+/// Finds the task of this node that a peer sent a packet to, and sees to it that its replies find their way back; the
+/// backend's index.
+#[inline(always)]
+pub fn for_task<A: Family>(packet: &mut Packet<A>, arrival: &mut Arrival) -> Result<u32, Outcome> {
+    arrival.task.protocol = packet.key.protocol;
+    arrival.task.family = if A::IS_V4 { 4 } else { 6 };
+    // SAFETY: copied at once.
+    let index = unsafe { TASKS.get(&arrival.task) }.copied().ok_or(Outcome::TunnelNoTask)?;
+    let backend = BACKENDS.get(index).ok_or(Outcome::TunnelNoTask)?;
+    if backend.kind != Kind::Local as u8 || backend.state == State::Free as u8 {
+        return Err(Outcome::TunnelNoTask);
+    }
+    if !backend.forwards() {
+        return Err(Outcome::BackendUnreachable);
+    }
+    if packet.hops <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    // An error or a later fragment makes no flow; its packet or first fragment has.
+    if packet.form <= FIRST {
+        flow::return_by_peer(packet, arrival, index, backend)?;
+    }
+    Ok(index)
+}
+
+/// The flow of an answer that a peer sent for the client, null if this node has it no more: an answer needs none.
+#[inline(always)]
+pub fn for_client<A: Family>(packet: &Packet<A>) -> Result<*mut Flow<A>, Outcome> {
+    // The request's way, from the client to this node.
+    let request = packet.key.reversed();
+    if let Some(known) = A::flow(&request) {
+        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+        let flow = unsafe { &mut *known };
+        if flow.role == REQUEST {
+            note(flow, packet, true);
+            return Ok(known);
+        }
+    }
+    if tunnel::is_own(&packet.key.source) { Ok(null_mut()) } else { Err(Outcome::TunnelNotPeer) }
 }
 
 /// False if no listener, flow or reply can match the port.
@@ -124,7 +182,7 @@ fn usable<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) -> Result<Opti
     if packet.hops <= 1 {
         return Err(Outcome::TtlExpired);
     }
-    let way = if flow.role == REPLY { Way::Client } else { Way::Task };
+    let way = if flow.is_reply() { Way::Client } else { Way::Task };
     if backend.kind == Kind::Snat as u8 && flow.role == REQUEST {
         let now = neighbour::jiffies() as u32;
         if neighbour::is_due(flow.hop_seen, now) {
@@ -181,7 +239,11 @@ fn answer<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
 /// Notes in the flow what the packet says of its state. Written only where it changes something, so that
 /// CPUs do not take a busy flow's cache line from each other.
 #[inline(always)]
-fn note<A>(flow: &mut Flow<A>, packet: &Packet<A>, from_task: bool) {
+pub fn note<A>(flow: &mut Flow<A>, packet: &Packet<A>, from_task: bool) {
+    // Anybody can send an error.
+    if packet.form == ERROR {
+        return;
+    }
     let mut state = flow.state;
     if from_task {
         state |= ANSWERED;

@@ -9,12 +9,16 @@ use lb_common::{
 
 use crate::{
     frame::Frame,
-    maps::{FLOWS4, FLOWS6, Flows, LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable},
-    parse::{ipv4, ipv6},
+    icmp::TooBig,
+    maps::{
+        FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, LISTENERS4, LISTENERS6, Listeners,
+        REPLIES4, REPLIES6, ReplyTable,
+    },
+    parse::{IPV4, IPV6, ipv4, ipv6},
 };
 
 /// An address family, with its headers and tables.
-pub trait Family: Address {
+pub trait Family: Address + TooBig {
     /// Its number for `bpf_fib_lookup`.
     const NUMBER: u8;
 
@@ -26,6 +30,24 @@ pub trait Family: Address {
 
     /// Its tasks' endpoints.
     const REPLIES: &'static ReplyTable<Self>;
+
+    /// Its datagrams in fragments.
+    const FRAGMENTS: &'static Fragments<Self>;
+
+    /// Its EtherType.
+    const KIND: u16;
+
+    /// The source address in the network header at `offset`.
+    fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self>;
+
+    /// Writes addresses into a quoted network header at `offset`, and says what that adds to the sum over it.
+    fn requote<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        delta: Delta,
+    ) -> Option<Delta>;
 
     /// Writes addresses into the network header at `offset` and takes one hop off.
     fn rewrite<F: Frame>(
@@ -81,6 +103,34 @@ impl Family for V4 {
     const FLOWS: &'static Flows<Self> = &FLOWS4;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS4;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES4;
+    const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS4;
+    const KIND: u16 = IPV4;
+
+    #[inline(always)]
+    fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self> {
+        let header = frame.at::<ipv4::Header>(offset)?;
+        // SAFETY: `at` checked the bounds.
+        Some(Self(unsafe { (*header).source }))
+    }
+
+    #[inline(always)]
+    fn requote<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        delta: Delta,
+    ) -> Option<Delta> {
+        let header = frame.at::<ipv4::Header>(offset)?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            let old = (*header).checksum;
+            (*header).source = source.0;
+            (*header).destination = destination.0;
+            (*header).checksum = delta.apply(old);
+            Some(delta.and(Delta::of_word(old, (*header).checksum)))
+        }
+    }
 
     #[inline(always)]
     fn rewrite<F: Frame>(
@@ -107,6 +157,32 @@ impl Family for V6 {
     const FLOWS: &'static Flows<Self> = &FLOWS6;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS6;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
+    const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS6;
+    const KIND: u16 = IPV6;
+
+    #[inline(always)]
+    fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self> {
+        let header = frame.at::<ipv6::Header>(offset)?;
+        // SAFETY: `at` checked the bounds.
+        Some(Self(unsafe { (*header).source }))
+    }
+
+    #[inline(always)]
+    fn requote<F: Frame>(
+        frame: &F,
+        offset: usize,
+        source: &Self,
+        destination: &Self,
+        delta: Delta,
+    ) -> Option<Delta> {
+        let header = frame.at::<ipv6::Header>(offset)?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            (*header).source = source.0;
+            (*header).destination = destination.0;
+        }
+        Some(delta)
+    }
 
     #[inline(always)]
     fn rewrite<F: Frame>(

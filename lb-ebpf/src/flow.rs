@@ -2,22 +2,23 @@
 
 use core::ptr::null;
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_log_ebpf::debug;
 use lb_common::{
-    backend::{Backend, Kind},
+    backend::{Backend, Kind, SHARED},
     endpoint::{Listener, ReplySource},
-    flow::{Flow, REQUEST},
+    flow::{Flow, REPLY_BY_PEER, REPLY_DIRECT, REQUEST},
     outcome::Outcome,
+    tunnel::RETURN_DIRECT,
 };
 
 use crate::{
-    count,
+    classify, count,
     family::Family,
     frame::Frame,
-    maps::BACKENDS,
+    maps::{self, BACKENDS},
     neighbour,
-    packet::{Packet, mac},
+    packet::{Arrival, Packet, mac},
     parse::Ethernet,
     select, snat,
 };
@@ -116,7 +117,13 @@ fn draft<F: Frame, A: Family>(
     let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
     let now = neighbour::jiffies();
     let (key, flow) = (&packet.key, &mut packet.draft);
-    flow.rewrite.set(key, (&key.source, key.source_port), (A::in_wide(&backend.address), backend.port));
+    // Through the tunnel the packet travels as it came.
+    let (task, port) = if backend.kind == Kind::Peer as u8 {
+        (&key.destination, key.destination_port)
+    } else {
+        (A::in_wide(&backend.address), backend.port)
+    };
+    flow.rewrite.set(key, (&key.source, key.source_port), (task, port));
     flow.backend = index;
     flow.generation = backend.generation;
     flow.seen = now as u32;
@@ -130,6 +137,77 @@ fn draft<F: Frame, A: Family>(
     flow.tags = packet.tags;
     flow.role = REQUEST;
     flow.state = 0;
-    flow._pad = 0;
+    flow.peer = 0;
     Ok(())
+}
+
+/// Sees to it that the answers to a packet that a peer sent to a task of this node go back to where the client sent it:
+/// refreshes their entry, or makes it from any packet of the flow, so that a lost one heals.
+#[inline(never)]
+fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u32, backend: &Backend) -> i32 {
+    let now = neighbour::jiffies() as u32;
+    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
+    let (tcp, opens) = (packet.is_tcp(), packet.opens());
+    let role = if arrival.flags & RETURN_DIRECT != 0 { REPLY_DIRECT } else { REPLY_BY_PEER };
+    let task = A::in_wide(&backend.address);
+    let Packet { key, reply_key, .. } = packet;
+    reply_key.source = *task;
+    reply_key.destination = key.source;
+    reply_key.source_port = backend.port;
+    reply_key.destination_port = key.source_port;
+    reply_key.protocol = key.protocol;
+    reply_key._pad = 0;
+    reply_key._pad2 = 0;
+    if let Some(known) = A::flow(reply_key) {
+        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+        let flow = unsafe { &mut *known };
+        let same = flow.rewrite.source == key.destination
+            && flow.rewrite.source_port == key.destination_port
+            && flow.generation == backend.generation;
+        if same && !(opens && flow.closing()) {
+            if flow.peer != arrival.peer as u16 || flow.role != role {
+                flow.peer = arrival.peer as u16;
+                flow.role = role;
+            }
+            classify::note(flow, packet, false);
+            return 0;
+        }
+        // The task could not tell two connections apart that differ only in the listener.
+        if !same && flow.generation == backend.generation && flow.is_alive(tcp, now, hz) {
+            return Outcome::TunnelCollision as i32;
+        }
+    }
+    if backend.flags & SHARED != 0 && select::collides(&packet.key, backend, index) {
+        return Outcome::TunnelCollision as i32;
+    }
+    let Packet { key, reply, reply_key, .. } = packet;
+    reply.rewrite.set(reply_key, (&key.destination, key.destination_port), (&key.source, key.source_port));
+    reply.backend = index;
+    reply.generation = backend.generation;
+    reply.seen = now;
+    // Nothing is known of the way to the client: the hop is due at once.
+    reply.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
+    reply.forget_hop();
+    reply.role = role;
+    reply.state = 0;
+    reply.peer = arrival.peer as u16;
+    match A::insert_flow(reply_key, reply, BPF_ANY as u64) {
+        Ok(()) => 0,
+        Err(_) => Outcome::FlowTableFull as i32,
+    }
+}
+
+/// As [`entry_by_peer`], which is a function of its own and returns a number: zero, or the outcome that refuses.
+#[inline(always)]
+pub fn return_by_peer<A: Family>(
+    packet: &mut Packet<A>,
+    arrival: &Arrival,
+    index: u32,
+    backend: &Backend,
+) -> Result<(), Outcome> {
+    match entry_by_peer(packet, arrival, index, backend) {
+        0 => Ok(()),
+        refused if refused == Outcome::TunnelCollision as i32 => Err(Outcome::TunnelCollision),
+        _ => Err(Outcome::FlowTableFull),
+    }
 }

@@ -10,23 +10,29 @@ use aya_ebpf::{
     },
 };
 use lb_common::{
-    abi::{Config, HANDOVER_DECIDE, PARTIAL_CHECKSUMS, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
+    abi::{
+        Config, HANDOVER_DECIDE, HANDOVER_EMIT, PARTIAL_CHECKSUMS, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS,
+    },
     backend::{Backend, Kind, VIA_TC},
     checksum::pseudo_header,
-    flow::Tags,
+    flow::{REPLY_BY_PEER, REPLY_DIRECT, Tags},
     outcome::Outcome,
+    tunnel::{RETURN_DIRECT, TO_CLIENT, TO_TASK},
 };
 
 use crate::{
-    count,
+    classify, count,
     family::Family,
     flow::{Found, Way},
     frame::{Frame, Skb, XdpFrame},
+    icmp,
     maps::{self, BACKENDS},
     neighbour::{self, Next},
-    packet::Packet,
+    packet::{Arrival, FIRST, Packet, WHOLE},
     parse::Ethernet,
     rewrite::{self, Hop, Target},
+    segment,
+    tunnel::{self, Cargo},
 };
 
 /// In XDP: local tasks are left to TC with a note, everything else is rewritten and sent at once.
@@ -60,6 +66,10 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
         note(frame, config, HANDOVER_DECIDE);
         return Ok(XDP_PASS);
     }
+    if to_task && backend.kind == Kind::Peer as u8 {
+        let interface = to_peer(frame, packet, found)?;
+        return Ok(transmit(frame, config, interface));
+    }
     let outcome = outcome(found)?;
     let target = target(packet, found);
     let (hop, interface) = if to_task {
@@ -70,11 +80,167 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     tally(found, 1, packet.bytes as u64);
     count::outcome(outcome as u32, 1);
+    Ok(transmit(frame, config, interface))
+}
+
+/// Sends a frame out of an interface.
+#[inline(always)]
+fn transmit(frame: &XdpFrame, config: &Config, interface: u32) -> u32 {
     if interface == frame.ifindex() && config.flags & XDP_REDIRECTS == 0 {
-        return Ok(XDP_TX);
+        return XDP_TX;
     }
     // SAFETY: the helper has no preconditions.
-    Ok(unsafe { bpf_redirect(interface, 0) } as u32)
+    unsafe { bpf_redirect(interface, 0) as u32 }
+}
+
+/// In XDP, what a peer sent to a task of this node: left to TC with a note.
+#[inline(always)]
+pub fn arrived_in_xdp<A: Family>(
+    frame: &XdpFrame,
+    packet: &mut Packet<A>,
+    arrival: &mut Arrival,
+) -> Result<u32, Outcome> {
+    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let index = classify::for_task(packet, arrival)?;
+    let finished = !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
+    clamp_arrived(frame, packet, arrival, finished)?;
+    if !note(frame, config, index) {
+        return Err(Outcome::HandoverLost);
+    }
+    count::request(index, 1, packet.bytes as u64);
+    count::outcome(Outcome::Local as u32, 1);
+    Ok(XDP_PASS)
+}
+
+/// In TC, the same: delivered.
+#[inline(always)]
+pub fn arrived_in_tc<A: Family>(
+    frame: &Skb,
+    packet: &mut Packet<A>,
+    arrival: &mut Arrival,
+) -> Result<i32, Outcome> {
+    let index = classify::for_task(packet, arrival)?;
+    let (packets, bytes) = (frame.packets(), bytes(frame, packet));
+    clamp_arrived(frame, packet, arrival, true)?;
+    let action = handed_over(frame, packet, index)?;
+    count::request(index, packets, bytes);
+    count::outcome(Outcome::Local as u32, packets);
+    Ok(action)
+}
+
+/// Lowers what a SYN says of the segments the task may send, if those come back through the tunnel.
+#[inline(always)]
+fn clamp_arrived<F: Frame, A: Family>(
+    frame: &F,
+    packet: &Packet<A>,
+    arrival: &Arrival,
+    finished: bool,
+) -> Result<(), Outcome> {
+    if !packet.negotiates() || arrival.flags & RETURN_DIRECT != 0 {
+        return Ok(());
+    }
+    // A peer that cannot be reached for a moment: the answer will tell.
+    let Ok(peer) = tunnel::peer(arrival.peer) else {
+        return Ok(());
+    };
+    let room = tunnel::room(arrival.peer, peer);
+    segment::clamp(frame, packet, room, finished).ok_or(Outcome::TunnelMalformed)
+}
+
+/// In XDP, an answer that a peer sent for the client: emitted by its flow's hop, or left to TC, which asks the routing
+/// table.
+#[inline(always)]
+pub fn emit_in_xdp<A: Family>(
+    frame: &XdpFrame,
+    packet: &Packet<A>,
+    arrival: &Arrival,
+) -> Result<u32, Outcome> {
+    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let known = classify::for_client(packet)?;
+    let fits = config.flags & XDP_TRANSMITS != 0
+        && !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    if known.is_null() || !fits || unsafe { (*known).tags.outer.is_some() } || !neighbour::is_fresh(known) {
+        return if note(frame, config, HANDOVER_EMIT) { Ok(XDP_PASS) } else { Err(Outcome::HandoverLost) };
+    }
+    clamp_emitted(frame, packet, arrival.peer)?;
+    rewrite::link(frame, neighbour::hop(known)).ok_or(Outcome::TunnelMalformed)?;
+    // SAFETY: as above.
+    count::reply(unsafe { (*known).backend }, 1, packet.bytes as u64);
+    count::outcome(Outcome::Reply as u32, 1);
+    Ok(transmit(frame, config, config.uplink))
+}
+
+/// In TC, the same.
+#[inline(always)]
+pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32, Outcome> {
+    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let known = classify::for_client(packet)?;
+    let (packets, bytes) = (frame.packets(), bytes(frame, packet));
+    give_link_header(frame, packet)?;
+    count::outcome(Outcome::Reply as u32, packets);
+    if known.is_null() {
+        // SAFETY: no parameters are passed: the kernel takes the next hop from its routing table.
+        return Ok(unsafe { bpf_redirect_neigh(config.uplink, null_mut(), 0, 0) } as i32);
+    }
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let (index, tags) = unsafe { ((*known).backend, (*known).tags) };
+    count::reply(index, packets, bytes);
+    if let Some(backend) = BACKENDS.get(index) {
+        clamp_emitted(frame, packet, backend.peer as u32)?;
+    }
+    let (to, from) = (&packet.key.destination, &packet.key.source);
+    let next = neighbour::refresh(frame.context(), known, to, from, config.uplink);
+    rewrite::link(frame, neighbour::hop(known)).ok_or(Outcome::TunnelMalformed)?;
+    tag(frame, tags)?;
+    Ok(to_hop(config.uplink, next, tags))
+}
+
+/// Lowers what a SYN-ACK says of the segments that the client may send through the tunnel to a peer.
+#[inline(always)]
+fn clamp_emitted<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, number: u32) -> Result<(), Outcome> {
+    if !packet.negotiates() {
+        return Ok(());
+    }
+    let Ok(peer) = tunnel::peer(number) else {
+        return Ok(());
+    };
+    segment::clamp(frame, packet, tunnel::room(number, peer), true).ok_or(Outcome::TunnelMalformed)
+}
+
+/// Puts a request into the tunnel to its task's node, or turns it into the answer that it is too big; the interface
+/// to send it by.
+#[inline(always)]
+fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
+    let backend = found.backend;
+    let number = backend.peer as u32;
+    let peer = tunnel::peer(number)?;
+    let room = tunnel::room(number, peer);
+    let (packets, bytes) = (frame.packets(), packet_bytes(frame, packet));
+    if frame.longest(packet) > room {
+        return too_big(frame, packet, room);
+    }
+    if packet.negotiates() {
+        segment::clamp(frame, packet, room, true).ok_or(Outcome::Malformed)?;
+    }
+    let cargo = Cargo::new(packet, backend, TO_TASK, bytes as u16, room);
+    if !tunnel::wrap(frame, &cargo, peer) {
+        return Err(Outcome::BackendUnreachable);
+    }
+    tally(found, packets, bytes);
+    count::outcome(Outcome::Peer as u32, packets);
+    Ok(peer.ifindex)
+}
+
+/// Answers a packet that is too long by an ICMP error in its place; the interface to send it by. Errors are not answered
+/// by errors, nor are later fragments (RFC 1122, 3.2.2).
+#[inline(always)]
+fn too_big<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, room: u32) -> Result<u32, Outcome> {
+    if packet.form > FIRST || icmp::too_big(frame, packet, room).is_none() {
+        return Err(Outcome::TooBig);
+    }
+    count::outcome(Outcome::TooBig as u32, 1);
+    Ok(frame.ifindex())
 }
 
 /// In TC on the uplink, where XDP has not decided.
@@ -92,6 +258,11 @@ pub fn from_uplink_tc<A: Family>(
         return to_client(frame, packet, found, config, outcome);
     };
     untag(frame, packet)?;
+    if backend.kind == Kind::Peer as u8 {
+        let interface = to_peer(frame, packet, found)?;
+        // SAFETY: the helper has no preconditions.
+        return Ok(unsafe { bpf_redirect(interface, 0) } as i32);
+    }
     let local = backend.kind == Kind::Local as u8;
     let target = target(packet, found);
     let hop = backend_hop(backend);
@@ -142,23 +313,69 @@ fn to_client<A: Family>(
 ) -> Result<i32, Outcome> {
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     untag(frame, packet)?;
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let (role, tags, number) = unsafe { ((*found.flow).role, (*found.flow).tags, (*found.flow).peer as u32) };
+    if role == REPLY_BY_PEER {
+        return to_client_by_peer(frame, packet, found, number);
+    }
     let target = target(packet, found);
     let next =
         neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
     let hop = neighbour::hop(found.flow);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let tags = unsafe { (*found.flow).tags };
+    if role == REPLY_DIRECT {
+        // The client's packets come through the tunnel all the same.
+        clamp_emitted(frame, packet, number)?;
+    }
     tag(frame, tags)?;
     tally(found, packets, bytes);
     count::outcome(outcome as u32, packets);
+    Ok(to_hop(config.uplink, next, tags))
+}
+
+/// Sends a frame to the hop that was written into it, or through the kernel's neighbour code.
+#[inline(always)]
+fn to_hop(uplink: u32, next: Next, tags: Tags) -> i32 {
     // With tags the kernel's neighbour code would build the frame without them.
     if next == Next::Known || tags.outer.is_some() {
         // SAFETY: the helper has no preconditions.
-        return Ok(unsafe { bpf_redirect(config.uplink, 0) } as i32);
+        return unsafe { bpf_redirect(uplink, 0) } as i32;
     }
     // SAFETY: no parameters are passed: the kernel takes the next hop from its routing table.
-    Ok(unsafe { bpf_redirect_neigh(config.uplink, null_mut(), 0, 0) } as i32)
+    unsafe { bpf_redirect_neigh(uplink, null_mut(), 0, 0) as i32 }
+}
+
+/// Turns an answer around to the client, and sends it through the peer that the client used.
+#[inline(always)]
+fn to_client_by_peer<A: Family>(
+    frame: &Skb,
+    packet: &Packet<A>,
+    found: &Found<A>,
+    number: u32,
+) -> Result<i32, Outcome> {
+    let peer = tunnel::peer(number)?;
+    let room = tunnel::room(number, peer);
+    let (packets, bytes) = (frame.packets(), bytes(frame, packet));
+    if frame.longest(packet) > room {
+        let interface = too_big(frame, packet, room)?;
+        // SAFETY: the helper has no preconditions.
+        return Ok(unsafe { bpf_redirect(interface, 0) } as i32);
+    }
+    let target = target(packet, found);
+    // The tunnel writes the link header.
+    let hop = Hop { destination: peer.mac, source: peer.source_mac, known: false };
+    rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
+    if packet.negotiates() {
+        segment::clamp(frame, packet, room, true).ok_or(Outcome::Malformed)?;
+    }
+    let cargo = Cargo::new(packet, found.backend, TO_CLIENT, bytes as u16, room);
+    if !tunnel::wrap(frame, &cargo, peer) {
+        return Err(Outcome::BackendUnreachable);
+    }
+    tally(found, packets, bytes);
+    count::outcome(Outcome::Reply as u32, packets);
+    // SAFETY: the helper has no preconditions.
+    Ok(unsafe { bpf_redirect(peer.ifindex, 0) } as i32)
 }
 
 /// What a forwarded packet is counted as.
@@ -169,6 +386,7 @@ fn outcome<A: Family>(found: &Found<A>) -> Result<Outcome, Outcome> {
         (Way::Task, Ok(Kind::Local)) => Ok(Outcome::Local),
         (Way::Task, Ok(Kind::Routed)) => Ok(Outcome::Routed),
         (Way::Task, Ok(Kind::Snat)) => Ok(Outcome::Snat),
+        (Way::Task, Ok(Kind::Peer)) => Ok(Outcome::Peer),
         (Way::Task, Err(_)) => Err(Outcome::BackendUnreachable),
     }
 }
@@ -202,6 +420,12 @@ fn bytes<A>(frame: &Skb, packet: &Packet<A>) -> u64 {
     (frame.length() - packet.network()) as u64
 }
 
+/// Bytes of what the frame holds, without padding where it is one packet.
+#[inline(always)]
+fn packet_bytes<F: Frame, A>(frame: &F, packet: &Packet<A>) -> u64 {
+    if frame.packets() == 1 { packet.bytes as u64 } else { (frame.length() - packet.network()) as u64 }
+}
+
 /// The hop to a backend. A local task's hardware address may not be known, and need not be: the buffer goes
 /// straight to its device.
 #[inline(always)]
@@ -214,6 +438,11 @@ fn backend_hop(backend: &Backend) -> Hop {
 /// One finished sum in 65,536 looks the same; TC is right about those too.
 #[inline(always)]
 fn unfinished<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> bool {
+    // A fragmented packet's sum covers more than this frame, and an error has a sum of another kind; both are finished
+    // by whoever makes them.
+    if packet.form != WHOLE {
+        return false;
+    }
     let Some(field) = frame.at::<u16>(packet.checksum_offset()) else {
         return false;
     };
@@ -229,17 +458,24 @@ fn give_link_header<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<()
     if packet.network() != 0 {
         return Ok(());
     }
-    // SAFETY: the context is the program's own; `at` checks the bounds of the header that is written.
-    unsafe {
-        if bpf_skb_change_head(frame.raw(), LINK as u32, 0) != 0 {
-            return Err(Outcome::HandoverLost);
-        }
-        let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::HandoverLost)?;
-        (*ethernet).kind = (*frame.raw()).protocol as u16;
-    }
+    put_link_header(frame).ok_or(Outcome::HandoverLost)?;
     packet.network_at = LINK;
     packet.transport_at = packet.transport_at.wrapping_add(LINK);
     Ok(())
+}
+
+/// Puts a link header before a frame that has none, its addresses to be written. Packet pointers are void afterwards.
+#[inline(always)]
+pub fn put_link_header(frame: &Skb) -> Option<()> {
+    // SAFETY: the context is the program's own; `at` checks the bounds of the header that is written.
+    unsafe {
+        if bpf_skb_change_head(frame.raw(), size_of::<Ethernet>() as u32, 0) != 0 {
+            return None;
+        }
+        let ethernet = frame.at::<Ethernet>(0)?;
+        (*ethernet).kind = (*frame.raw()).protocol as u16;
+    }
+    Some(())
 }
 
 /// Takes the tags off, so that the task or the next hop gets what its own link carries. What follows the tags
@@ -273,6 +509,15 @@ fn tag(frame: &Skb, tags: Tags) -> Result<(), Outcome> {
         }
     }
     Ok(())
+}
+
+/// Leaves a frame, as it came, to TC.
+#[inline(always)]
+pub fn leave_to_tc(frame: &XdpFrame) -> i32 {
+    if let Some(config) = maps::config() {
+        note(frame, config, HANDOVER_DECIDE);
+    }
+    XDP_PASS as i32
 }
 
 /// Leaves a note for TC on the frame. False where there can be none: generic XDP's do not reach TC, and some

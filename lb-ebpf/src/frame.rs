@@ -4,9 +4,14 @@ use core::{ffi::c_void, ptr::read_volatile};
 
 use aya_ebpf::{
     EbpfContext, Global,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
+    bindings::{
+        __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
+        BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, xdp_md,
+    },
     helpers::generated::{
-        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_xdp_adjust_meta, bpf_xdp_get_buff_len,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
 };
@@ -70,6 +75,31 @@ pub trait Frame {
         ports: Delta,
         ipv4: bool,
     ) -> Option<()>;
+
+    /// Adds a change that no checksum of the packet makes up for to the device's sum over the frame, if there is one.
+    fn adjust_sum(&self, change: Delta);
+
+    /// Bytes of the longest packet that this frame stands for, from its network header on; zero for TCP segments,
+    /// which the kernel can cut again.
+    fn longest<A>(&self, packet: &Packet<A>) -> u32;
+
+    /// Changes a word of the transport header and its checksum with it; `finished` tells whether the checksum is a
+    /// whole one. Packet pointers are void afterwards.
+    fn replace_word<A>(&self, packet: &Packet<A>, offset: usize, new: u16, finished: bool) -> Option<()>;
+
+    /// Cuts the frame off after so many bytes. Packet pointers are void afterwards.
+    fn cut(&self, bytes: u32) -> bool;
+
+    /// Makes room between the link header, which is to be written, and the packet. Packet pointers are void
+    /// afterwards.
+    fn put_before(&self, bytes: u32) -> bool;
+
+    /// Makes room for an outer header between the link header and the packet, whose link header is not tagged.
+    /// What the room holds, and the link header, is to be written. Packet pointers are void afterwards.
+    fn make_room(&self, bytes: u32, outer_v4: bool, segment: u32) -> bool;
+
+    /// Takes the outer header away; the link header is to be written. Packet pointers are void afterwards.
+    fn take_room(&self, bytes: u32, outer_v4: bool, inner_v4: bool) -> bool;
 
     /// The `T` at `offset`, if the frame holds all of it.
     #[inline(always)]
@@ -190,6 +220,54 @@ impl Frame for XdpFrame {
             *field = if packet.key.protocol == UDP && new == 0 { 0xffff } else { new };
         }
         Some(())
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&self, _: Delta) {}
+
+    #[inline(always)]
+    fn longest<A>(&self, packet: &Packet<A>) -> u32 {
+        packet.bytes as u32
+    }
+
+    #[inline(always)]
+    fn replace_word<A>(&self, packet: &Packet<A>, offset: usize, new: u16, finished: bool) -> Option<()> {
+        let word = self.at::<u16>(offset)?;
+        let checksum = self.at::<u16>(packet.checksum_offset())?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            // An unfinished sum does not cover the header yet.
+            if finished {
+                *checksum = Delta::of_word(*word, new).apply(*checksum);
+            }
+            *word = new;
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn cut(&self, bytes: u32) -> bool {
+        let less = (self.length() as u32).wrapping_sub(bytes);
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_xdp_adjust_tail(self.raw(), -(less as i32)) == 0 }
+    }
+
+    #[inline(always)]
+    fn put_before(&self, bytes: u32) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_xdp_adjust_head(self.raw(), -(bytes as i32)) == 0 }
+    }
+
+    #[inline(always)]
+    fn make_room(&self, bytes: u32, _: bool, _: u32) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_xdp_adjust_head(self.raw(), -(bytes as i32)) == 0 }
+    }
+
+    #[inline(always)]
+    fn take_room(&self, bytes: u32, _: bool, _: bool) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_xdp_adjust_head(self.raw(), bytes as i32) == 0 }
     }
 }
 
@@ -350,5 +428,75 @@ impl Frame for Skb {
             bpf_csum_update(self.raw(), Delta::IPV6_HOP.raw() as u32);
         }
         Some(())
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&self, change: Delta) {
+        // SAFETY: the context is the program's own; without a sum the helper does nothing.
+        unsafe { bpf_csum_update(self.raw(), change.raw() as u32) };
+    }
+
+    #[inline(always)]
+    fn longest<A>(&self, packet: &Packet<A>) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        let segment = unsafe { (*self.raw()).gso_size };
+        if segment == 0 {
+            packet.bytes as u32
+        } else if packet.key.protocol == UDP {
+            packet.headers() + segment
+        } else {
+            0
+        }
+    }
+
+    #[inline(always)]
+    fn replace_word<A>(&self, packet: &Packet<A>, offset: usize, new: u16, _: bool) -> Option<()> {
+        let word = self.at::<u16>(offset)?;
+        // SAFETY: `at` checked the bounds.
+        let old = unsafe {
+            let old = *word;
+            *word = new;
+            old
+        };
+        let at = packet.checksum_offset() as u32;
+        // SAFETY: the context is the program's own; the helper checks the offset, and leaves an unfinished sum alone.
+        (unsafe { bpf_l4_csum_replace(self.raw(), at, old as u64, new as u64, 2) } == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn cut(&self, bytes: u32) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_skb_change_tail(self.raw(), bytes, 0) == 0 && bpf_skb_pull_data(self.raw(), bytes) == 0 }
+    }
+
+    #[inline(always)]
+    fn put_before(&self, bytes: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, BPF_ADJ_ROOM_MAC, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn make_room(&self, bytes: u32, outer_v4: bool, segment: u32) -> bool {
+        let family = if outer_v4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+        // Segments that fit stay as long as they are; longer ones the kernel cuts shorter by the room that is made.
+        // SAFETY: the context is valid while the program runs.
+        let fits = unsafe { (*self.raw()).gso_size } <= segment;
+        let size = if fits { BPF_F_ADJ_ROOM_FIXED_GSO } else { 0 };
+        let flags = (family | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | size) as u64;
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, BPF_ADJ_ROOM_MAC, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn take_room(&self, bytes: u32, outer_v4: bool, inner_v4: bool) -> bool {
+        let family = if inner_v4 { BPF_F_ADJ_ROOM_DECAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_DECAP_L3_IPV6 };
+        let size = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+        let shrink = -(bytes as i32);
+        // SAFETY: the context is the program's own.
+        unsafe {
+            bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, family as u64 | size) == 0
+                // Kernels before 6.3 do not know the flag, which matters only where the families differ.
+                || outer_v4 == inner_v4 && bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, size) == 0
+        }
     }
 }

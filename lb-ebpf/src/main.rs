@@ -21,14 +21,18 @@ mod count;
 mod family;
 mod flow;
 mod forward;
+mod fragment;
 mod frame;
+mod icmp;
 mod maps;
 mod neighbour;
 mod packet;
 mod parse;
 mod rewrite;
+mod segment;
 mod select;
 mod snat;
+mod tunnel;
 
 use aya_ebpf::{
     bindings::{
@@ -39,15 +43,16 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    abi::{HANDOVER_DECIDE, TC_ALONE, XDP_GENERIC},
+    abi::{HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC},
     outcome::Outcome,
+    tunnel::TO_TASK,
 };
 
 use crate::{
     classify::Scope,
     family::Family,
     frame::{Frame, Skb, XdpFrame},
-    packet::Packet,
+    packet::{Arrival, Packet, Scratch},
     parse::{IS_IPV4, IS_IPV6, IS_OUTCOME},
 };
 
@@ -58,19 +63,112 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
     let Some(scratch) = maps::scratch(0) else {
         return XDP_PASS;
     };
-    let done = match parse::frame(&frame, scratch) {
-        IS_IPV4 => in_xdp(&frame, &mut scratch.v4),
-        IS_IPV6 => in_xdp(&frame, &mut scratch.v6),
-        other => -1 - (other - IS_OUTCOME) as i32,
+    let parsed = parse::frame(&frame, scratch);
+    let done = match tunnelled(&frame, parsed, scratch) {
+        PLAIN => match parsed {
+            IS_IPV4 => in_xdp(&frame, &mut scratch.v4),
+            IS_IPV6 => in_xdp(&frame, &mut scratch.v6),
+            other => -1 - (other - IS_OUTCOME) as i32,
+        },
+        ARRIVED if !takes_out_of_tunnel() => forward::leave_to_tc(&frame),
+        ARRIVED => match out_of_tunnel(&frame, scratch) {
+            IS_IPV4 => arrived_in_xdp(&frame, &mut scratch.v4, &mut scratch.arrival),
+            IS_IPV6 => arrived_in_xdp(&frame, &mut scratch.v6, &mut scratch.arrival),
+            _ => return drop_in_xdp(Outcome::TunnelMalformed),
+        },
+        refused => -1 - (refused - REFUSED) as i32,
     };
     match decode(done) {
         Ok(action) => action as u32,
         Err(outcome) => {
             count::outcome(outcome, 1);
-            if outcome == Outcome::BackendUnreachable as u32 { XDP_DROP } else { XDP_PASS }
+            if is_dropped(outcome) { XDP_DROP } else { XDP_PASS }
         }
     }
 }
+
+/// Not the tunnel's business.
+const PLAIN: u32 = 0;
+/// A peer's packet, still in the tunnel.
+const ARRIVED: u32 = 1;
+/// This and the discriminant of the outcome for which it stays there.
+const REFUSED: u32 = 2;
+
+/// Whether a parsed frame came through the tunnel, or is an error about it.
+#[inline(always)]
+fn tunnelled<F: Frame>(frame: &F, parsed: u32, scratch: &mut Scratch) -> u32 {
+    match parsed {
+        IS_IPV4 if tunnel::is_for(&scratch.v4) => open_tunnel(frame, &scratch.v4, &mut scratch.arrival),
+        IS_IPV6 if tunnel::is_for(&scratch.v6) => open_tunnel(frame, &scratch.v6, &mut scratch.arrival),
+        IS_IPV4 if tunnel::is_error(&scratch.v4) => REFUSED + tunnel::note_error(frame, &scratch.v4) as u32,
+        IS_IPV6 if tunnel::is_error(&scratch.v6) => REFUSED + tunnel::note_error(frame, &scratch.v6) as u32,
+        _ => PLAIN,
+    }
+}
+
+#[inline(never)]
+fn open_tunnel<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, arrival: &mut Arrival) -> u32 {
+    match tunnel::open(frame, packet, arrival) {
+        Ok(()) => ARRIVED,
+        // Another program's.
+        Err(Outcome::NotOurs) => PLAIN,
+        Err(outcome) => REFUSED + outcome as u32,
+    }
+}
+
+/// Whether XDP takes packets out of the tunnel itself: only where it can tell TC about them.
+#[inline(always)]
+fn takes_out_of_tunnel() -> bool {
+    maps::config().is_some_and(|config| config.flags & XDP_GENERIC == 0 && config.metadata_refused == 0)
+}
+
+/// Takes the packet out of the tunnel and parses it.
+#[inline(always)]
+fn out_of_tunnel<F: Frame>(frame: &F, scratch: &mut Scratch) -> u32 {
+    match tunnel::unwrap(frame, &scratch.arrival) {
+        Some(()) => parse::frame(frame, scratch),
+        None => IS_OUTCOME,
+    }
+}
+
+/// What a peer sent for a task of this node or for a client. What is wrong with it ends here: the host would make nothing
+/// of a packet that has left the tunnel.
+#[inline(never)]
+fn arrived_in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>, arrival: &mut Arrival) -> i32 {
+    let done = if arrival.kind == TO_TASK {
+        forward::arrived_in_xdp(frame, packet, arrival)
+    } else {
+        forward::emit_in_xdp(frame, packet, arrival)
+    };
+    match done {
+        Ok(action) => action as i32,
+        Err(outcome) => drop_in_xdp(outcome) as i32,
+    }
+}
+
+#[inline(always)]
+fn drop_in_xdp(outcome: Outcome) -> u32 {
+    count::outcome(outcome as u32, 1);
+    XDP_DROP
+}
+
+/// [`Outcome::is_dropped`] of a discriminant.
+#[inline(always)]
+fn is_dropped(outcome: u32) -> bool {
+    DROPPED >> outcome & 1 != 0
+}
+
+/// The outcomes that drop, a bit each.
+const DROPPED: u64 = {
+    let (mut bits, mut index) = (0, 0);
+    while index < Outcome::ALL.len() {
+        if Outcome::ALL[index].is_dropped() {
+            bits |= 1 << Outcome::ALL[index] as u64;
+        }
+        index += 1;
+    }
+    bits
+};
 
 /// What a stage came to, as the plain number that a function of its own may return: an action, which is not
 /// negative, or one less than the negated outcome. Each family has functions of its own because the stack of
@@ -108,32 +206,86 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     let frame = Skb::new(context, config.flags & XDP_GENERIC != 0);
     let task = match frame.handover() {
         Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
+        Some(HANDOVER_EMIT) => Task::Emit,
         Some(backend) => Task::Deliver(backend),
         None if config.flags & TC_ALONE != 0 => Task::Decide(Scope::All),
         None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Task::Decide(Scope::Flows),
         None => return TC_ACT_UNSPEC,
     };
     frame.pull_headers();
-    let done = match (parse::frame(&frame, scratch), task) {
+    let parsed = parse::frame(&frame, scratch);
+    if let Task::Decide(_) = task {
+        match tunnelled(&frame, parsed, scratch) {
+            PLAIN => {}
+            ARRIVED => return out_of_tunnel_in_tc(&frame, scratch),
+            // XDP has not counted what it left here.
+            refused => return end_in_tc(&frame, refused - REFUSED),
+        }
+    }
+    let done = match (parsed, task) {
         (IS_IPV4, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v4, backend),
         (IS_IPV6, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v6, backend),
         (IS_IPV4, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v4, scope == Scope::All),
         (IS_IPV6, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v6, scope == Scope::All),
+        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4),
+        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6),
         (other, _) => -1 - (other - IS_OUTCOME) as i32,
     };
     match (decode(done), task) {
-        (Ok(action), _) => return action,
-        (Err(outcome), Task::Decide(Scope::All)) => {
-            count::outcome(outcome, frame.packets());
-            if outcome == Outcome::BackendUnreachable as u32 {
-                return TC_ACT_SHOT;
-            }
-        }
+        (Ok(action), _) => action,
+        (Err(outcome), Task::Decide(Scope::All)) => end_in_tc(&frame, outcome),
         // What XDP passed to the host it has counted already.
-        (Err(_), Task::Decide(Scope::Flows)) => {}
-        (Err(_), Task::Deliver(_)) => count::outcome(Outcome::HandoverLost as u32, frame.packets()),
+        (Err(_), Task::Decide(Scope::Flows)) => TC_ACT_UNSPEC,
+        (Err(_), Task::Deliver(_)) => end_in_tc(&frame, Outcome::HandoverLost as u32),
+        (Err(outcome), Task::Emit) => {
+            count::outcome(outcome, frame.packets());
+            TC_ACT_SHOT
+        }
     }
-    TC_ACT_UNSPEC
+}
+
+/// Ends the way of a frame in TC.
+#[inline(always)]
+fn end_in_tc(frame: &Skb, outcome: u32) -> i32 {
+    count::outcome(outcome, frame.packets());
+    if is_dropped(outcome) { TC_ACT_SHOT } else { TC_ACT_UNSPEC }
+}
+
+/// Takes the packet out of the tunnel where XDP has not, and sends it on.
+#[inline(always)]
+fn out_of_tunnel_in_tc(frame: &Skb, scratch: &mut Scratch) -> i32 {
+    let headed = scratch.arrival.headless == 0 || forward::put_link_header(frame).is_some();
+    let parsed = match tunnel::unwrap(frame, &scratch.arrival) {
+        Some(()) if headed => {
+            frame.pull_headers();
+            parse::frame(frame, scratch)
+        }
+        _ => IS_OUTCOME,
+    };
+    let done = match (parsed, scratch.arrival.kind) {
+        (IS_IPV4, TO_TASK) => arrived_in_tc(frame, &mut scratch.v4, &mut scratch.arrival),
+        (IS_IPV6, TO_TASK) => arrived_in_tc(frame, &mut scratch.v6, &mut scratch.arrival),
+        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4),
+        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6),
+        _ => encode(Err(Outcome::TunnelMalformed)),
+    };
+    match decode(done) {
+        Ok(action) => action,
+        Err(outcome) => {
+            count::outcome(outcome, frame.packets());
+            TC_ACT_SHOT
+        }
+    }
+}
+
+#[inline(never)]
+fn arrived_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &mut Arrival) -> i32 {
+    encode(forward::arrived_in_tc(frame, packet, arrival))
+}
+
+#[inline(never)]
+fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
+    encode(forward::emit_in_tc(frame, packet))
 }
 
 /// What is left for TC to do with a frame.
@@ -143,6 +295,8 @@ enum Task {
     Deliver(u32),
     /// Decide here.
     Decide(Scope),
+    /// XDP took an answer out of the tunnel: emit it to the client.
+    Emit,
 }
 
 #[inline(never)]

@@ -11,9 +11,11 @@ use lb_common::{
     endpoint::{Endpoint, Listener, Replies},
     filter::FILTER_WORDS,
     flow::{Flow, FlowKey},
-    net::{V4, V6},
+    fragment::{FragmentKey, Ports},
+    net::{V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats},
+    tunnel::{Path, Peer, TaskKey},
 };
 
 use crate::packet::Scratch;
@@ -26,6 +28,8 @@ pub type Listeners<A> = HashMap<Endpoint<A>, Listener, { size::LISTENERS }, ON_D
 pub type ReplyTable<A> = HashMap<Endpoint<A>, Replies<A>, { size::BACKENDS }, ON_DEMAND>;
 /// Flows of one family.
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::FLOWS }>;
+/// Fragmented datagrams of one family.
+pub type Fragments<A> = LruHashMap<FragmentKey<A>, Ports, { size::FRAGMENTS }>;
 
 #[btf_map]
 pub static CONFIG: Array<Config, 1> = Array::new();
@@ -59,6 +63,24 @@ pub static FLOWS4: Flows<V4> = LruHashMap::new();
 
 #[btf_map]
 pub static FLOWS6: Flows<V6> = LruHashMap::new();
+
+#[btf_map]
+pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();
+
+#[btf_map]
+pub static FRAGMENTS6: Fragments<V6> = LruHashMap::new();
+
+#[btf_map]
+pub static PEERS: Array<Peer, { size::NODES }> = Array::new();
+
+#[btf_map]
+pub static PEER_PATHS: Array<Path, { size::NODES }> = Array::new();
+
+#[btf_map]
+pub static PEER_NUMBERS: HashMap<Wide, u32, { size::NODES * 4 }, ON_DEMAND> = HashMap::new();
+
+#[btf_map]
+pub static TASKS: HashMap<TaskKey, u32, { size::BACKENDS }, ON_DEMAND> = HashMap::new();
 
 #[btf_map]
 pub static OUTCOMES: PerCpuArray<u64, OUTCOME_COUNT> = PerCpuArray::new();

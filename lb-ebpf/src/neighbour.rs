@@ -11,7 +11,10 @@ use aya_ebpf::{
     bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup},
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64},
 };
-use lb_common::{flow::Flow, net::Wide};
+use lb_common::{
+    flow::{Flow, REPLY_DIRECT},
+    net::Wide,
+};
 
 use crate::{family::Family, packet::mac, rewrite::Hop};
 
@@ -34,7 +37,7 @@ pub fn jiffies() -> u64 {
 }
 
 /// How long a hop is believed, in jiffies: 0.26 s at 1,000 Hz, 1.02 s at 250 Hz, 2.56 s at 100 Hz.
-const LIFETIME: u32 = 256;
+pub const LIFETIME: u32 = 256;
 
 /// Whether something done at `then` is due again, about every second.
 #[inline(always)]
@@ -80,7 +83,9 @@ pub fn refresh<A: Family>(
             Next::Confirm
         }
         BPF_FIB_LKUP_RET_NO_NEIGH => Next::Unresolved,
-        // No route by the uplink, or forwarding is off: go on answering to where the question came from.
+        // No route by the uplink, or forwarding is off: go on answering to where the question came from. What came
+        // through a peer shows no such place; the kernel's neighbour code asks less.
+        _ if flow.role == REPLY_DIRECT => Next::Unresolved,
         _ => {
             flow.hop_seen = now;
             Next::Known

@@ -3,6 +3,7 @@
 use lb_common::{
     flow::{Flow, FlowKey, Tags},
     net::{TCP, V4, V6},
+    tunnel::TaskKey,
 };
 
 /// FIN, of the TCP flags (RFC 9293, 3.1).
@@ -14,6 +15,15 @@ pub const RST: u8 = 4;
 /// ACK.
 pub const ACK: u8 = 16;
 
+/// A whole TCP or UDP packet.
+pub const WHOLE: u8 = 0;
+/// The first fragment of one: it has the ports, and a checksum over all fragments.
+pub const FIRST: u8 = 1;
+/// A later fragment: no transport header.
+pub const LATER: u8 = 2;
+/// An ICMP error that quotes one.
+pub const ERROR: u8 = 3;
+
 /// The link layer: where the network header starts, and the VLAN tags before it.
 pub struct Link {
     /// Offset of the network header in bytes.
@@ -22,7 +32,8 @@ pub struct Link {
     pub tags: Tags,
 }
 
-/// A TCP or UDP packet. It lives in a per-CPU table ([`crate::maps::SCRATCH`]), not on the stack: there is
+/// A TCP or UDP packet, a fragment of one, or an ICMP error about one. An error's five-tuple is that of the packet it
+/// quotes turned around, which is the way the error itself travels. It lives in a per-CPU table ([`crate::maps::SCRATCH`]), not on the stack: there is
 /// not room enough, and the verifier, which forgets what it knew of a value that was stored there, has one
 /// packet to follow through the later stages instead of one for each way through the parser.
 #[repr(C)]
@@ -35,14 +46,26 @@ pub struct Packet<A> {
     pub network_at: u16,
     /// Offset of the transport header in bytes; read by [`Packet::transport`].
     pub transport_at: u16,
+    /// Of an error: offset of the quoted network header in bytes; read by [`Packet::quoted`].
+    pub quoted_at: u16,
+    /// Of an error: offset of the quoted transport header; read by [`Packet::quoted_transport`].
+    pub quoted_transport_at: u16,
+    /// Of a fragment: what its datagram's fragments have in common.
+    pub identification: u32,
     /// Bytes from the network header to the end of the packet.
     pub bytes: u16,
     /// Bytes of the transport header and the payload.
     pub transport_bytes: u16,
     /// Time to live or hop limit.
     pub hops: u8,
-    /// TCP flags; zero for UDP.
+    /// Bytes of the TCP or UDP header.
+    pub header_bytes: u8,
+    /// TCP flags; zero for UDP, later fragments and errors.
     pub flags: u8,
+    /// [`WHOLE`], [`FIRST`], [`LATER`] or [`ERROR`].
+    pub form: u8,
+    /// Type of service or traffic class.
+    pub service: u8,
     /// The flow being made for it.
     pub draft: Flow<A>,
     /// The entry for that flow's replies being made (snat).
@@ -64,10 +87,17 @@ impl<A> Packet<A> {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
-    /// Whether the packet may make a flow: any UDP datagram, of TCP only a SYN.
+    /// Whether the packet may make a flow: any UDP datagram, of TCP only a SYN. Neither an error nor a fragment
+    /// without ports.
     #[inline(always)]
     pub fn may_open(&self) -> bool {
-        !self.is_tcp() || self.opens()
+        self.form <= FIRST && (!self.is_tcp() || self.opens())
+    }
+
+    /// Whether the packet is a SYN or its answer, which may carry a maximum segment size.
+    #[inline(always)]
+    pub fn negotiates(&self) -> bool {
+        self.flags & SYN != 0 && self.form == WHOLE
     }
 
     /// Whether the frame carries a VLAN tag.
@@ -88,6 +118,24 @@ impl<A> Packet<A> {
         (self.transport_at & 0x1ff) as usize
     }
 
+    /// Bytes of the network and transport headers.
+    #[inline(always)]
+    pub fn headers(&self) -> u32 {
+        (self.transport_at.wrapping_sub(self.network_at)) as u32 + self.header_bytes as u32
+    }
+
+    /// Offset of the network header that an error quotes; masked likewise.
+    #[inline(always)]
+    pub fn quoted(&self) -> usize {
+        (self.quoted_at & 0x1ff) as usize
+    }
+
+    /// Offset of the transport header that an error quotes; masked likewise.
+    #[inline(always)]
+    pub fn quoted_transport(&self) -> usize {
+        (self.quoted_transport_at & 0x1ff) as usize
+    }
+
     /// Offset of the transport checksum.
     #[inline(always)]
     pub fn checksum_offset(&self) -> usize {
@@ -102,6 +150,27 @@ pub struct Scratch {
     pub v4: Packet<V4>,
     /// Set by the parser for an IPv6 packet.
     pub v6: Packet<V6>,
+    /// Set when the packet came through the tunnel.
+    pub arrival: Arrival,
+}
+
+/// What the tunnel said of a packet.
+#[repr(C)]
+pub struct Arrival {
+    /// The task that the packet is for; protocol and family are the packet's own.
+    pub task: TaskKey,
+    /// Number of the node that sent it.
+    pub peer: u32,
+    /// [`lb_common::tunnel::TO_TASK`] or [`lb_common::tunnel::TO_CLIENT`].
+    pub kind: u8,
+    /// [`lb_common::tunnel::RETURN_DIRECT`].
+    pub flags: u8,
+    /// Whether the outer header is IPv4, else IPv6.
+    pub outer_v4: u8,
+    /// Whether the packet inside is.
+    pub inner_v4: u8,
+    /// Whether the frame's bytes begin with the network header (generic XDP).
+    pub headless: u8,
 }
 
 /// A hardware address in words as bytes.

@@ -7,7 +7,12 @@ use lb_common::{
     net::Be16,
 };
 
-use crate::{family::Family, frame::Frame, packet::Packet, parse::Ethernet};
+use crate::{
+    family::Family,
+    frame::Frame,
+    packet::{ERROR, LATER, Packet},
+    parse::{Ethernet, icmp},
+};
 
 #[repr(C)]
 struct Ports {
@@ -91,13 +96,32 @@ pub fn apply<F: Frame, A: Family>(
     target: &Target<'_, A>,
     hop: Hop,
 ) -> Option<()> {
-    let ports = frame.at::<Ports>(packet.transport())?;
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        (*ports).source = target.source_port.raw();
-        (*ports).destination = target.destination_port.raw();
+    if packet.form == ERROR {
+        return error(frame, packet, target, hop);
+    }
+    let with_ports = packet.form != LATER;
+    if with_ports {
+        let ports = frame.at::<Ports>(packet.transport())?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            (*ports).source = target.source_port.raw();
+            (*ports).destination = target.destination_port.raw();
+        }
     }
     A::rewrite(frame, packet.network(), target.source, target.destination, target.addresses)?;
+    link(frame, hop)?;
+    if with_ports {
+        return frame.update_checksum(packet, target.addresses, target.ports, A::IS_V4);
+    }
+    if !A::IS_V4 {
+        frame.adjust_sum(target.addresses.and(Delta::IPV6_HOP));
+    }
+    Some(())
+}
+
+/// Writes the hardware addresses, where they are known.
+#[inline(always)]
+pub fn link<F: Frame>(frame: &F, hop: Hop) -> Option<()> {
     if hop.known {
         let ethernet = frame.at::<Ethernet>(0)?;
         // SAFETY: `at` checked the bounds.
@@ -106,11 +130,57 @@ pub fn apply<F: Frame, A: Family>(
             (*ethernet).source = words(hop.source);
         }
     }
-    frame.update_checksum(packet, target.addresses, target.ports, A::IS_V4)
+    Some(())
 }
 
+/// Rewrites an ICMP error: its own header, and the packet it quotes the other way around (RFC 5508, 4.2 and 4.3).
+#[inline(never)]
+fn error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, target: &Target<'_, A>, hop: Hop) -> Option<()> {
+    let key = &packet.key;
+    let quoted = A::requote(frame, packet.quoted(), target.destination, target.source, target.addresses)?;
+    let ports = frame.at::<Ports>(packet.quoted_transport())?;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        (*ports).source = target.destination_port.raw();
+        (*ports).destination = target.source_port.raw();
+    }
+    let mut change = quoted.and(target.ports);
+    // The quote may end before TCP's checksum.
+    let at = packet.quoted_transport() + if packet.is_tcp() { 16 } else { 6 };
+    if at + 2 <= packet.transport() + packet.transport_bytes as usize
+        && let Some(checksum) = frame.at::<u16>(at)
+    {
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            let old = *checksum;
+            if packet.is_tcp() || old != 0 {
+                *checksum = target.addresses.and(target.ports).apply(old);
+                change = change.and(Delta::of_word(old, *checksum));
+            }
+        }
+    }
+    // The sender's address stays where the client's is kept: it may be a router's. Where the source is translated
+    // it is ours, so that nobody sees what lies behind.
+    let sender = A::source(frame, packet.network())?;
+    let source = if *target.source == key.source { &sender } else { target.source };
+    let outer =
+        Delta::of_address(sender, *source).and(Delta::of_address(key.destination, *target.destination));
+    A::rewrite(frame, packet.network(), source, target.destination, outer)?;
+    link(frame, hop)?;
+    let header = frame.at::<icmp::Header>(packet.transport())?;
+    // ICMPv6 has a pseudo header (RFC 4443, 2.3), ICMP none.
+    let change = if A::IS_V4 { change } else { change.and(outer) };
+    // SAFETY: `at` checked the bounds.
+    unsafe { (*header).checksum = change.apply((*header).checksum) };
+    if !A::IS_V4 {
+        frame.adjust_sum(Delta::IPV6_HOP);
+    }
+    Some(())
+}
+
+/// A hardware address as it is written.
 #[inline(always)]
-fn words(mac: [u8; 6]) -> [u16; 3] {
+pub fn words(mac: [u8; 6]) -> [u16; 3] {
     let [a, b, c, d, e, f] = mac;
     [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
 }

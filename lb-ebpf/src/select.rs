@@ -42,7 +42,9 @@ pub fn backend<A: Family>(
         if backend.service != listener.service || backend.state != State::Active as u8 {
             continue;
         }
-        if backend.flags & SHARED != 0 && collides(&packet.key, backend, index) {
+        if backend.flags & SHARED != 0
+            && (collides(&packet.key, backend, index) || serves_by_peer(&packet.key, backend))
+        {
             refusal = Outcome::SourceCollision;
             continue;
         }
@@ -71,10 +73,21 @@ fn take_turn(cursor: *mut u64) -> u64 {
     }
 }
 
+/// Whether the task serves this client's address and port through a listener of another node.
+#[inline(never)]
+fn serves_by_peer<A: Family>(key: &FlowKey<A>, backend: &Backend) -> bool {
+    let now = neighbour::jiffies() as u32;
+    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
+    let task = *A::in_wide(&backend.address);
+    let reply = FlowKey::new(task, key.source, backend.port, key.source_port, key.protocol);
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    A::flow(&reply).is_some_and(|flow| unsafe { (*flow).is_alive(key.protocol == TCP, now, hz) })
+}
+
 /// Whether the task serves this client's address and port through another listener: it could not tell the two
 /// connections apart.
 #[inline(never)]
-fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool {
+pub fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool {
     let endpoint = Endpoint::new(A::from_wide(backend.address), backend.port, key.protocol);
     let Some(replies) = A::replies(&endpoint) else {
         return false;
@@ -93,7 +106,7 @@ fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool 
         if let Some(flow) = A::flow(&twin) {
             // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
             let flow = unsafe { &*flow };
-            if flow.backend == index && !flow.closing() && !flow.expired(key.protocol == TCP, now, hz) {
+            if flow.backend == index && flow.is_alive(key.protocol == TCP, now, hz) {
                 return true;
             }
         }

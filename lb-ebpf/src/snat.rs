@@ -118,5 +118,5 @@ fn answer<A: Family>(request: &FlowKey<A>, flow: &Flow<A>, reply: &mut Flow<A>, 
     reply.tags = flow.tags;
     reply.role = REPLY;
     reply.state = 0;
-    reply._pad = 0;
+    reply.peer = 0;
 }

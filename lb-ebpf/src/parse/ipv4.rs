@@ -1,11 +1,14 @@
 //! IPv4 (RFC 791), with options.
 
-use lb_common::{net::V4, outcome::Outcome};
+use lb_common::{
+    net::{ICMP, V4},
+    outcome::Outcome,
+};
 
-use super::transport;
+use super::{icmp, transport};
 use crate::{
     frame::Frame,
-    packet::{Link, Packet},
+    packet::{FIRST, LATER, Link, Packet, WHOLE},
 };
 
 /// An IPv4 header without options; multi-byte fields in network order.
@@ -23,8 +26,12 @@ pub struct Header {
     pub destination: u32,
 }
 
-/// "More fragments" and the fragment's offset.
-const FRAGMENT: u16 = 0x3fff_u16.to_be();
+/// "Don't fragment".
+pub const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
+/// "More fragments".
+const MORE: u16 = 0x2000_u16.to_be();
+/// The fragment's offset.
+pub const OFFSET: u16 = 0x1fff_u16.to_be();
 
 /// Parses the network and transport headers.
 #[inline(always)]
@@ -37,15 +44,23 @@ pub fn parse<F: Frame>(frame: &F, link: &Link, packet: &mut Packet<V4>) -> Resul
     if header.version_and_length >> 4 != 4 || header_bytes < size_of::<Header>() {
         return Err(Outcome::Malformed);
     }
-    if header.fragment & FRAGMENT != 0 {
-        return Err(Outcome::Fragment);
-    }
     packet.key.source = V4(header.source);
     packet.key.destination = V4(header.destination);
     packet.hops = header.ttl;
+    packet.service = header.service;
     packet.bytes = bytes;
+    packet.identification = header.identification as u32;
+    packet.form = match header.fragment {
+        field if field & OFFSET != 0 => LATER,
+        field if field & MORE != 0 => FIRST,
+        _ => WHOLE,
+    };
     let protocol = header.protocol;
     transport::check_length(frame, link.network, bytes as usize, header_bytes)?;
     packet.transport_bytes = bytes - header_bytes as u16;
-    transport::parse(frame, link, link.network + header_bytes, protocol, packet)
+    let at = link.network + header_bytes;
+    if protocol == ICMP {
+        return icmp::parse4(frame, link, at, packet);
+    }
+    transport::parse(frame, link, at, protocol, packet)
 }

@@ -1,5 +1,6 @@
 //! Parsing: check, advance, say what comes next. Nothing here writes or looks anything up.
 
+pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
 mod transport;
@@ -36,8 +37,10 @@ struct Tag {
     kind: u16,
 }
 
-const IPV4: u16 = 0x0800_u16.to_be();
-const IPV6: u16 = 0x86dd_u16.to_be();
+/// EtherType of IPv4.
+pub const IPV4: u16 = 0x0800_u16.to_be();
+/// EtherType of IPv6.
+pub const IPV6: u16 = 0x86dd_u16.to_be();
 const VLAN: u16 = 0x8100_u16.to_be();
 const VLAN_SERVICE: u16 = 0x88a8_u16.to_be();
 /// The group bit is the lowest of the first byte on the wire.

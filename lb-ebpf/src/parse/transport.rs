@@ -7,7 +7,7 @@ use lb_common::{
 
 use crate::{
     frame::Frame,
-    packet::{Link, Packet},
+    packet::{FIRST, LATER, Link, Packet},
 };
 
 #[repr(C)]
@@ -55,23 +55,34 @@ pub fn parse<F: Frame, A: Address>(
     protocol: u8,
     packet: &mut Packet<A>,
 ) -> Result<(), Outcome> {
-    let (source_port, destination_port, flags) = match protocol {
-        TCP => tcp(frame, at, packet.transport_bytes)?,
-        UDP => udp(frame, at, packet.transport_bytes)?,
+    const NONE: Be16 = Be16::from_raw(0);
+    // A first fragment's UDP length is that of the whole datagram.
+    let room = if packet.form == FIRST { u16::MAX } else { packet.transport_bytes };
+    let (source_port, destination_port, flags, header) = match protocol {
+        TCP | UDP if packet.form == LATER => (NONE, NONE, 0, 0),
+        TCP => tcp(frame, at, room)?,
+        UDP => udp(frame, at, room)?,
         _ => return Err(Outcome::OtherProtocol),
     };
     packet.key.source_port = source_port;
     packet.key.destination_port = destination_port;
     packet.key.protocol = protocol;
     packet.flags = flags;
-    packet.tags = link.tags;
-    packet.network_at = link.network as u16;
-    packet.transport_at = at as u16;
+    packet.header_bytes = header;
+    place(link, at, packet);
     Ok(())
 }
 
+/// Notes where the headers are.
 #[inline(always)]
-fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), Outcome> {
+pub fn place<A>(link: &Link, at: usize, packet: &mut Packet<A>) {
+    packet.tags = link.tags;
+    packet.network_at = link.network as u16;
+    packet.transport_at = at as u16;
+}
+
+#[inline(always)]
+fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8, u8), Outcome> {
     let header = frame.at::<Tcp>(at).ok_or(Outcome::Malformed)?;
     // SAFETY: `at` checked the bounds.
     let header = unsafe { &*header };
@@ -79,11 +90,11 @@ fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), O
     if length < size_of::<Tcp>() as u16 || length > bytes {
         return Err(Outcome::Malformed);
     }
-    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), header.flags))
+    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), header.flags, length as u8))
 }
 
 #[inline(always)]
-fn udp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), Outcome> {
+fn udp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8, u8), Outcome> {
     let header = frame.at::<Udp>(at).ok_or(Outcome::Malformed)?;
     // SAFETY: `at` checked the bounds.
     let header = unsafe { &*header };
@@ -91,5 +102,5 @@ fn udp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8), O
     if length < size_of::<Udp>() as u16 || length > bytes {
         return Err(Outcome::Malformed);
     }
-    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), 0))
+    Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), 0, size_of::<Udp>() as u8))
 }

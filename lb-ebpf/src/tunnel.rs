@@ -1,0 +1,328 @@
+//! The tunnel between nodes: [`wrap`] puts a packet into Geneve, [`receive`] takes one out.
+//!
+//! A packet travels as it came, so that the node with the task sees what the client sent; nothing of it is changed
+//! here but its maximum segment size ([`crate::segment`]).
+
+use lb_common::{
+    backend::Backend,
+    checksum::fold,
+    net::{Address, Be16, UDP, V4, Wide},
+    outcome::Outcome,
+    tunnel::{
+        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, Peer, SELF, TO_CLIENT, TO_TASK,
+        VERSION, VERSION_AND_LENGTH, overhead,
+    },
+};
+
+use crate::{
+    family::Family,
+    frame::Frame,
+    maps::{self, PEER_NUMBERS, PEER_PATHS, PEERS},
+    neighbour::jiffies,
+    packet::{Arrival, ERROR, Packet, WHOLE},
+    parse::{Ethernet, IPV4, IPV6, icmp, ipv4, ipv6},
+    rewrite::words,
+};
+
+/// Hops that a tunnel packet may take.
+const HOPS: u8 = 64;
+/// Differentiated services; the two bits of congestion notification stay behind, as in the compatibility mode of
+/// RFC 6040, because they would have to be put together again at the other end.
+const SERVICE: u8 = 0xfc;
+const LINK: usize = size_of::<Ethernet>();
+
+/// The peer of a number, if a way leads to it.
+#[inline(always)]
+pub fn peer(number: u32) -> Result<&'static Peer, Outcome> {
+    match PEERS.get(number) {
+        Some(peer) if peer.reachable != 0 => Ok(peer),
+        _ => Err(Outcome::BackendUnreachable),
+    }
+}
+
+/// The largest packet that fits into the tunnel to a peer, in bytes: what its route lets pass, or less if a router on
+/// the way said so not long ago.
+#[inline(always)]
+pub fn room(number: u32, peer: &Peer) -> u32 {
+    let mut mtu = peer.mtu as u32;
+    if let (Some(path), Some(config)) = (PEER_PATHS.get(number), maps::config())
+        && path.mtu != 0
+        && path.mtu < mtu
+        && (jiffies() as u32).wrapping_sub(path.seen) < PATH_SECONDS * config.jiffies_per_second
+    {
+        mtu = path.mtu;
+    }
+    mtu.saturating_sub(overhead(peer.family == 4) as u32)
+}
+
+/// What the tunnel is told about a packet.
+pub struct Cargo<'a> {
+    /// Whose number in the option.
+    pub address: &'a Wide,
+    /// Its port.
+    pub port: Be16,
+    /// [`TO_TASK`] or [`TO_CLIENT`].
+    pub kind: u8,
+    /// Flags of the option.
+    pub flags: u8,
+    /// Type of service of the packet.
+    pub service: u8,
+    /// EtherType of the packet, network order.
+    pub ether: u16,
+    /// Bytes of the packet.
+    pub bytes: u16,
+    /// The same for all packets of its flow.
+    pub hash: u32,
+    /// Largest segment that still fits.
+    pub segment: u32,
+}
+
+impl<'a> Cargo<'a> {
+    /// A packet for a task or from one.
+    #[inline(always)]
+    pub fn new<A: Family>(packet: &Packet<A>, backend: &'a Backend, kind: u8, bytes: u16, room: u32) -> Self {
+        let key = &packet.key;
+        let ports = (key.source_port.raw() as u32) << 16 | key.destination_port.raw() as u32;
+        let flags = if kind == TO_TASK { backend.flags & lb_common::backend::RETURN_DIRECT } else { 0 };
+        Self {
+            address: &backend.address,
+            port: backend.port,
+            kind,
+            flags: flags / lb_common::backend::RETURN_DIRECT,
+            service: packet.service,
+            ether: A::KIND,
+            bytes,
+            hash: (key.source.sum() ^ key.destination.sum().rotate_left(16) ^ ports)
+                .wrapping_mul(0x9e37_79b1),
+            segment: room.saturating_sub(packet.headers()),
+        }
+    }
+}
+
+/// Puts the packet, whose link header is not tagged, into the tunnel. False if there is no room for it; nothing has
+/// changed then. Packet pointers are void afterwards.
+#[inline(never)]
+pub fn wrap<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
+    let outer_v4 = peer.family == 4;
+    if !frame.make_room(overhead(outer_v4) as u32, outer_v4, cargo.segment) {
+        return false;
+    }
+    let length = cargo.bytes.wrapping_add(size_of::<Header>() as u16);
+    let Some(ethernet) = frame.at::<Ethernet>(0) else {
+        return false;
+    };
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        (*ethernet).destination = words(peer.mac);
+        (*ethernet).source = words(peer.source_mac);
+        (*ethernet).kind = if outer_v4 { IPV4 } else { IPV6 };
+    }
+    let at = if outer_v4 { outer4(frame, cargo, peer, length) } else { outer6(frame, cargo, peer, length) };
+    let Some(at) = at else {
+        return false;
+    };
+    let Some(header) = frame.at::<Header>(at) else {
+        return false;
+    };
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        // Dynamic ports (RFC 6335), as RFC 8926, 3.3 advises.
+        (*header).source_port = Be16::new(0xc000 | (cargo.hash >> 18) as u16);
+        (*header).destination_port = maps::config().map_or(Be16::from_raw(0), |config| config.tunnel_port);
+        (*header).length = Be16::new(length);
+        (*header).checksum = 0;
+        (*header).version_and_length = VERSION_AND_LENGTH;
+        (*header).flags = CRITICAL;
+        (*header).protocol = Be16::from_raw(cargo.ether);
+        (*header).network = 0;
+        (*header).class = OPTION_CLASS;
+        (*header).kind = cargo.kind;
+        (*header).words = DATA_WORDS;
+        (*header).version = VERSION;
+        (*header).option_flags = cargo.flags;
+        (*header).port = cargo.port;
+        (*header).address[0] = cargo.address[0];
+        (*header).address[1] = cargo.address[1];
+        (*header).address[2] = cargo.address[2];
+        (*header).address[3] = cargo.address[3];
+    }
+    true
+}
+
+/// Writes the outer IPv4 header; where the next one goes.
+#[inline(always)]
+fn outer4<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> Option<usize> {
+    const BYTES: usize = size_of::<ipv4::Header>();
+    let header = frame.at::<ipv4::Header>(LINK)?;
+    let (source, destination) = (V4::from_wide(peer.source), V4::from_wide(peer.address));
+    let service = cargo.service & SERVICE;
+    let total = length.wrapping_add(BYTES as u16).to_be();
+    let sum = source.sum()
+        + destination.sum()
+        + u16::from_ne_bytes([0x45, service]) as u32
+        + total as u32
+        + ipv4::DONT_FRAGMENT as u32
+        + u16::from_ne_bytes([HOPS, UDP]) as u32;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        (*header).version_and_length = 0x45;
+        (*header).service = service;
+        (*header).total_length = total;
+        // Never fragmented, so that it needs no identification (RFC 6864).
+        (*header).identification = 0;
+        (*header).fragment = ipv4::DONT_FRAGMENT;
+        (*header).ttl = HOPS;
+        (*header).protocol = UDP;
+        (*header).checksum = !fold(sum);
+        (*header).source = source.0;
+        (*header).destination = destination.0;
+    }
+    Some(LINK + BYTES)
+}
+
+/// Writes the outer IPv6 header; where the next one goes.
+#[inline(always)]
+fn outer6<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> Option<usize> {
+    let header = frame.at::<ipv6::Header>(LINK)?;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        let class = (cargo.service & SERVICE) as u32;
+        // The flow label spreads what looks no further (RFC 6438).
+        (*header).version_and_flow = (0x6000_0000 | class << 20 | cargo.hash >> 12).to_be();
+        (*header).payload_length = length.to_be();
+        (*header).next = UDP;
+        (*header).hop_limit = HOPS;
+        for word in 0..4 {
+            (*header).source[word] = peer.source[word];
+            (*header).destination[word] = peer.address[word];
+        }
+    }
+    Some(LINK + size_of::<ipv6::Header>())
+}
+
+/// Whether the packet is addressed to the tunnel's port.
+#[inline(always)]
+pub fn is_for<A>(packet: &Packet<A>) -> bool {
+    packet.key.protocol == UDP
+        && packet.form == WHOLE
+        && maps::config().is_some_and(|config| config.tunnel_port == packet.key.destination_port)
+}
+
+/// Whether the packet is an ICMP error about one of the tunnel's.
+#[inline(always)]
+pub fn is_error<A>(packet: &Packet<A>) -> bool {
+    packet.key.protocol == UDP
+        && packet.form == ERROR
+        && maps::config().is_some_and(|config| config.tunnel_port == packet.key.source_port)
+}
+
+/// Reads what the tunnel says of the packet inside, and checks that a peer sent it to this node. `NotOurs` if it is
+/// another program's. Changes nothing.
+#[inline(always)]
+pub fn open<F: Frame, A: Family>(
+    frame: &F,
+    packet: &Packet<A>,
+    arrival: &mut Arrival,
+) -> Result<(), Outcome> {
+    let header = frame.at::<Header>(packet.transport()).ok_or(Outcome::NotOurs)?;
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    let ours = header.version_and_length >> 6 == 0
+        && header.version_and_length & 0x3f != 0
+        && header.class == OPTION_CLASS
+        && (header.kind == TO_TASK || header.kind == TO_CLIENT);
+    if !ours {
+        return Err(Outcome::NotOurs);
+    }
+    let known = header.version_and_length == VERSION_AND_LENGTH
+        && header.words & 0x1f == DATA_WORDS
+        && header.version == VERSION
+        && (header.protocol.raw() == IPV4 || header.protocol.raw() == IPV6);
+    // The outer header is always put there without options, extension headers or tags; who takes it away relies on it.
+    let plain = packet.transport_at == packet.network_at + overhead(A::IS_V4) - size_of::<Header>() as u16
+        && !packet.tagged();
+    if !known || !plain {
+        return Err(Outcome::TunnelMalformed);
+    }
+    let task = &mut arrival.task;
+    task.port = header.port;
+    for word in 0..4 {
+        task.address[word] = header.address[word];
+    }
+    arrival.kind = header.kind;
+    arrival.flags = header.option_flags;
+    arrival.outer_v4 = A::IS_V4 as u8;
+    arrival.inner_v4 = (header.protocol.raw() == IPV4) as u8;
+    arrival.headless = (packet.network_at == 0) as u8;
+    arrival.peer = number(&packet.key.source).ok_or(Outcome::TunnelNotPeer)?;
+    // Nearly always the address that we would use ourselves.
+    let own = PEERS.get(arrival.peer).is_some_and(|peer| *A::in_wide(&peer.source) == packet.key.destination);
+    if arrival.peer == SELF || !own && number(&packet.key.destination) != Some(SELF) {
+        return Err(Outcome::TunnelNotPeer);
+    }
+    Ok(())
+}
+
+/// The number of the node with this address.
+#[inline(always)]
+fn number<A: Family>(address: &A) -> Option<u32> {
+    let mapped = address.to_mapped();
+    // SAFETY: copied at once.
+    unsafe { PEER_NUMBERS.get(mapped) }.copied()
+}
+
+/// Whether the address is one of this node's.
+#[inline(always)]
+pub fn is_own<A: Family>(address: &A) -> bool {
+    number(address) == Some(SELF)
+}
+
+/// Takes the packet out of the tunnel; the link header goes on before it. Packet pointers are void afterwards.
+#[inline(always)]
+pub fn unwrap<F: Frame>(frame: &F, arrival: &Arrival) -> Option<()> {
+    let (outer_v4, inner_v4) = (arrival.outer_v4 != 0, arrival.inner_v4 != 0);
+    let ethernet = frame.at::<Ethernet>(0)?;
+    // SAFETY: `at` checked the bounds.
+    let (destination, source) = unsafe { ((*ethernet).destination, (*ethernet).source) };
+    if !frame.take_room(overhead(outer_v4) as u32, outer_v4, inner_v4) {
+        return None;
+    }
+    let ethernet = frame.at::<Ethernet>(0)?;
+    // SAFETY: as above.
+    unsafe {
+        (*ethernet).destination = destination;
+        (*ethernet).source = source;
+        (*ethernet).kind = if inner_v4 { IPV4 } else { IPV6 };
+    }
+    Some(())
+}
+
+/// Notes what an ICMP error says about the path to a peer.
+#[inline(always)]
+pub fn note_error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Outcome {
+    // Turned around: from the peer to this node.
+    let Some(number) = number(&packet.key.source) else {
+        return Outcome::NotOurs;
+    };
+    let Some(header) = frame.at::<icmp::Header>(packet.transport()) else {
+        return Outcome::TunnelError;
+    };
+    // SAFETY: `at` checked the bounds.
+    let (kind, code, rest) = unsafe { ((*header).kind, (*header).code, u32::from_be((*header).rest)) };
+    let mtu = match (kind, code) {
+        (icmp::UNREACHABLE, icmp::FRAGMENTATION_NEEDED) if A::IS_V4 => rest & 0xffff,
+        (icmp::PACKET_TOO_BIG, _) if !A::IS_V4 => rest,
+        _ => 0,
+    };
+    let least = MIN_MTU[usize::from(!A::IS_V4)];
+    if mtu >= least
+        && let Some(path) = PEER_PATHS.get_ptr_mut(number)
+    {
+        // SAFETY: an array's entry is valid while the program runs; both words are written whole.
+        unsafe {
+            (*path).seen = jiffies() as u32;
+            (*path).mtu = mtu;
+        }
+    }
+    Outcome::TunnelError
+}
