@@ -11,6 +11,35 @@ pub struct ClusterState {
     pub nodes: Vec<Node>,
     /// The services that publish ports.
     pub services: Vec<Service>,
+    /// How nodes send packets to each other.
+    pub tunnel: Tunnel,
+}
+
+/// How nodes send packets to each other's tasks; the same on all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// UDP port of the agents.
+    pub port: u16,
+    /// How answers travel, where a service does not say otherwise.
+    pub returns: Return,
+}
+
+impl Default for Tunnel {
+    fn default() -> Self {
+        Self { port: lb_common::tunnel::DEFAULT_PORT, returns: Return::default() }
+    }
+}
+
+/// How the answers of a task travel whose node is not the one that the client used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Return {
+    /// Back through the node that the client used: works on every network.
+    #[default]
+    Tunnel,
+    /// Straight to the client, with the address that the client used: for networks that let a node send from another
+    /// node's address.
+    Direct,
 }
 
 /// A machine of the cluster.
@@ -18,8 +47,10 @@ pub struct ClusterState {
 pub struct Node {
     /// Unique in the cluster.
     pub name: String,
-    /// Where clients and other nodes reach it.
+    /// Where clients and other nodes reach it; the first one that a way leads to carries the tunnel.
     pub addresses: Vec<IpAddr>,
+    /// Whether an agent serves it, so that its tasks are reached through the tunnel.
+    pub agent: bool,
 }
 
 /// A service.
@@ -33,6 +64,8 @@ pub struct Service {
     pub ports: Vec<Port>,
     /// What serves it.
     pub tasks: Vec<Task>,
+    /// How answers travel; `None` is the cluster's way.
+    pub returns: Option<Return>,
 }
 
 /// A transport protocol.
@@ -132,8 +165,10 @@ impl fmt::Display for TaskState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
-    /// From an address of this node, so that replies come back: the task sees this node.
+    /// Through the tunnel to its node's agent, with the client's address; where its node has none, as with `Snat`.
     #[default]
+    Peer,
+    /// From an address of this node, so that replies come back: the task sees this node.
     Snat,
     /// With the client's address; the task's replies must come back through this node by themselves.
     Routed,
@@ -148,12 +183,22 @@ pub struct Task {
     pub node: String,
     /// Where it listens, at most one address of each family.
     pub addresses: Vec<IpAddr>,
+    /// Its address on the network that spans the cluster, unique there, by which nodes name it to each other; `None`
+    /// takes the first of `addresses`.
+    pub overlay: Option<IpAddr>,
     /// What it is doing.
     pub state: TaskState,
     /// Share of new flows, relative to the service's other tasks.
     pub weight: u16,
     /// How it is reached from another node.
     pub via: Via,
+}
+
+impl Task {
+    /// The address by which nodes name it to each other.
+    pub fn cluster_address(&self) -> Option<IpAddr> {
+        self.overlay.or_else(|| self.addresses.first().copied())
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use lb_common::abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS};
+use lb_common::{
+    abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
+    net::Be16,
+};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -192,6 +195,7 @@ impl Controller {
         complaints: &mut BTreeSet<String>,
     ) -> Result<()> {
         let node = self.node(cluster, snapshot, complaints);
+        self.open_tunnel(cluster.tunnel.port)?;
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = destinations(cluster, &node);
         let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
@@ -212,6 +216,23 @@ impl Controller {
         if !plan.ops.is_empty() {
             log::debug!("{}: applied {} changes", self.settings.interface, plan.ops.len());
         }
+        Ok(())
+    }
+
+    /// Tells the programs which port the tunnel has.
+    fn open_tunnel(&mut self, port: u16) -> Result<()> {
+        let config = self.datapath.config();
+        if config.tunnel_port == Be16::new(port) {
+            return Ok(());
+        }
+        if net::is_bound(port) {
+            log::warn!(
+                "{}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other nodes' \
+                 tunnel packets are taken",
+                self.settings.interface
+            );
+        }
+        self.datapath.set_config(Config { tunnel_port: Be16::new(port), ..config })?;
         Ok(())
     }
 
@@ -314,6 +335,7 @@ impl Controller {
             uplink: uplink.index,
             snat_ports: self.settings.snat_ports,
             host_ports: host_ports(),
+            tunnel_port: before.tunnel_port,
             jiffies_per_second: jiffies_per_second(),
             mode: mode as u32,
             ..Config::default()

@@ -31,17 +31,25 @@ fn ls(read: &Read) -> Result<()> {
     let mut documents = Vec::new();
     for (interface, set) in attached {
         let tables = set.read_labelled()?;
-        let mut rows = table(["NAME", "ADDRESSES", "TASKS"]);
+        let mut rows = table(["NAME", "ADDRESSES", "AGENT", "TASKS", "PROBLEM"]);
         let mut nodes = Vec::new();
         for node in tables.nodes.values() {
             let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
             let tasks = tasks_of(&tables, &node.name);
             // Docker marks the node that answers with a star.
             let mark = if node.this { " *" } else { "" };
-            rows.add_row([format!("{}{mark}", node.name), addresses.join(", "), tasks.to_string()]);
-            nodes.push(
-                json!({ "name": node.name, "addresses": addresses, "tasks": tasks, "this": node.this }),
-            );
+            let agent = if node.agent { "yes" } else { "no" };
+            rows.add_row([
+                format!("{}{mark}", node.name),
+                addresses.join(", "),
+                agent.to_owned(),
+                tasks.to_string(),
+                node.problem.clone().unwrap_or_default(),
+            ]);
+            nodes.push(json!({
+                "name": node.name, "addresses": addresses, "agent": node.agent, "tasks": tasks,
+                "this": node.this, "problem": node.problem,
+            }));
         }
         documents.push(json!({ "interface": interface, "nodes": nodes }));
         if read.output == Output::Table {

@@ -164,5 +164,6 @@ fn via(kind: Kind) -> &'static str {
         Kind::Local => "local",
         Kind::Routed => "routed",
         Kind::Snat => "snat",
+        Kind::Peer => "peer",
     }
 }

@@ -7,9 +7,11 @@ use lb_common::{
     endpoint::{Endpoint, Listener, Replies},
     filter::FILTER_WORDS,
     flow::{Flow, FlowKey},
-    net::{V4, V6},
+    fragment::{FragmentKey, Ports},
+    net::{V4, V6, Wide},
     outcome::OUTCOMES,
     stats::{BackendStats, ServiceStats},
+    tunnel::{Path, Peer, TaskKey},
 };
 
 use super::{DatapathError, Sizes};
@@ -51,6 +53,12 @@ impl Shape {
             shape::<u32, u64>(table::CURSORS, Array, sizes.listeners),
             shape::<FlowKey<V4>, Flow<V4>>(table::FLOWS4, LruHash, sizes.flows),
             shape::<FlowKey<V6>, Flow<V6>>(table::FLOWS6, LruHash, sizes.flows),
+            shape::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, None),
+            shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, None),
+            shape::<u32, Peer>(table::PEERS, Array, None),
+            shape::<u32, Path>(table::PEER_PATHS, Array, None),
+            shape::<Wide, u32>(table::PEER_NUMBERS, Hash, None),
+            shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),

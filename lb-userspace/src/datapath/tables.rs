@@ -12,8 +12,9 @@ use lb_common::{
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
-    net::{Address, Be16, V4, V6},
+    net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats},
+    tunnel::{Path, Peer, TaskKey, mapped, unmapped},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -37,6 +38,10 @@ pub struct TableSet {
     replies6: ReplyTable<V6>,
     slots: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
+    peers: Array<MapData, Peer>,
+    peer_paths: Array<MapData, Path>,
+    peer_numbers: HashMap<MapData, Wide, u32>,
+    tasks: HashMap<MapData, TaskKey, u32>,
     labels: HashMap<MapData, LabelKey, Label>,
     pub(super) outcomes: PerCpuArray<MapData, u64>,
     pub(super) backend_stats: PerCpuArray<MapData, BackendStats>,
@@ -80,6 +85,10 @@ impl TableSet {
             replies6: open(pins, table::REPLIES6)?,
             slots: open(pins, table::SLOTS)?,
             backends: open(pins, table::BACKENDS)?,
+            peers: open(pins, table::PEERS)?,
+            peer_paths: open(pins, table::PEER_PATHS)?,
+            peer_numbers: open(pins, table::PEER_NUMBERS)?,
+            tasks: open(pins, table::TASKS)?,
             labels: open(pins, table::LABELS)?,
             outcomes: open(pins, table::OUTCOMES)?,
             backend_stats: open(pins, table::BACKEND_STATS)?,
@@ -121,6 +130,8 @@ impl TableSet {
             listeners: self.entries(table::LISTENERS4)?,
             backends: self.entries(table::BACKENDS)?,
             slots: self.entries(table::SLOTS)?,
+            // Zero is this node.
+            nodes: self.entries(table::PEERS)?.saturating_sub(1),
         })
     }
 
@@ -148,6 +159,19 @@ impl TableSet {
             if backend.state != State::Free as u8 && !tables.backends.contains_key(&index) {
                 tables.backends.insert(index, BackendEntry { backend, label: nameless(&backend, index) });
             }
+        }
+        let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
+        for number in peers.map(|(number, _)| *number).collect::<Vec<_>>() {
+            let peer = self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?;
+            tables.peers.insert(number, peer);
+        }
+        for item in self.peer_numbers.iter() {
+            let (address, number) = item.map_err(|e| DatapathError::map("read", e))?;
+            tables.peer_numbers.insert(unmapped(address), number);
+        }
+        for item in self.tasks.iter() {
+            let (key, index) = item.map_err(|e| DatapathError::map("read", e))?;
+            tables.tasks.insert(key, index);
         }
         self.read_replies(&self.replies4, &mut tables)?;
         self.read_replies(&self.replies6, &mut tables)?;
@@ -278,6 +302,20 @@ impl TableSet {
         match op {
             MapOp::SetNode(index, label) => self.set_label(LABEL_NODE, *index, label),
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
+            MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
+            MapOp::RemovePeer(number) => {
+                self.set_peer(*number, Peer::default())?;
+                // Another node that is given the number has another path.
+                let unknown = Path::default();
+                self.peer_paths.set(*number, unknown, 0).map_err(|e| DatapathError::map("write", e))
+            }
+            MapOp::SetPeerNumber(address, number) => {
+                let table = ("PEER_NUMBERS", "the number of nodes that the datapath is built for");
+                insert(&mut self.peer_numbers, &mapped(*address), number, table)
+            }
+            MapOp::RemovePeerNumber(address) => remove(&mut self.peer_numbers, &mapped(*address)),
+            MapOp::SetTask(key, index) => insert(&mut self.tasks, key, index, ("TASKS", "--max-backends")),
+            MapOp::RemoveTask(key) => remove(&mut self.tasks, key),
             MapOp::SetService(index, label) => self.set_service(*index, label, false),
             MapOp::RemoveService(index) => self.remove_label(LABEL_SERVICE, *index),
             MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, label),
@@ -320,6 +358,10 @@ impl TableSet {
                 IpAddr::V6(a) => remove(&mut self.replies6, &endpoint(V6::from(a), at)),
             },
         }
+    }
+
+    fn set_peer(&mut self, number: u32, peer: Peer) -> Result<(), DatapathError> {
+        self.peers.set(number, peer, 0).map_err(|e| DatapathError::map("write", e))
     }
 
     fn set_label(&mut self, kind: u32, index: u32, label: &impl Serialize) -> Result<(), DatapathError> {
@@ -406,6 +448,7 @@ fn nameless(backend: &Backend, index: u32) -> BackendLabel {
         protocol: Protocol::Tcp,
         target: backend.port.get(),
         address,
+        overlay: None,
         problem: None,
     }
 }

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-pub use device::{Device, device};
+pub use device::{Device, device, is_bound};
 use futures::{StreamExt as _, TryStreamExt as _};
 pub use netdev::xdp_features;
 use netlink_packet_core::NetlinkPayload;
@@ -26,7 +26,7 @@ use netlink_packet_route::{
         NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
         NeighbourState,
     },
-    route::{RouteAddress, RouteAttribute, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
 use tokio::sync::mpsc;
@@ -114,6 +114,8 @@ pub struct Route {
     pub gateway: Option<IpAddr>,
     /// Own address that the kernel would use.
     pub source: Option<IpAddr>,
+    /// Largest packet in bytes, where the route says so.
+    pub mtu: Option<u32>,
 }
 
 /// A connection to the kernel.
@@ -203,12 +205,18 @@ impl Net {
         if route.header.kind != RouteType::Unicast {
             return Err(format!("the route to {to} is of kind {:?}", route.header.kind).to_lowercase());
         }
-        let mut found = Route { interface: 0, gateway: None, source: None };
+        let mut found = Route { interface: 0, gateway: None, source: None, mtu: None };
         for attribute in route.attributes {
             match attribute {
                 RouteAttribute::Oif(index) => found.interface = index,
                 RouteAttribute::Gateway(address) => found.gateway = ip(&address),
                 RouteAttribute::PrefSource(address) => found.source = ip(&address),
+                RouteAttribute::Metrics(metrics) => {
+                    found.mtu = metrics.iter().find_map(|metric| match metric {
+                        RouteMetric::Mtu(mtu) => Some(*mtu),
+                        _ => None,
+                    });
+                }
                 _ => {}
             }
         }

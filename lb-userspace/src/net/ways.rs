@@ -38,6 +38,7 @@ impl Ways {
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
                     Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, &route).await,
+                    Reach::Peer => self.peer(net, snapshot, uplink, *address, &route).await,
                 },
             };
             ways.insert((*address, *reach), way);
@@ -89,7 +90,29 @@ impl Ways {
         }
         let mac = mac.unwrap_or_default();
         let source_mac = device.mac;
-        Ok(Way { ifindex: port.index, mac, source_mac, source: route.source, flags: VIA_TC })
+        let mtu = device.mtu;
+        Ok(Way { ifindex: port.index, mac, source_mac, source: route.source, mtu, flags: VIA_TC })
+    }
+
+    /// The way to another node's agent. Its packets are answered to where they come from, so that only the uplink will
+    /// do.
+    async fn peer(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        uplink: u32,
+        address: IpAddr,
+        route: &Route,
+    ) -> Result<Way, String> {
+        if route.interface != uplink {
+            let device = link(snapshot, route.interface)?;
+            return Err(format!(
+                "the route to {address} leaves by {}, not by the uplink; give the node an address that the uplink \
+                 reaches, or attach to {} instead",
+                device.name, device.name
+            ));
+        }
+        self.remote(net, snapshot, uplink, address, route).await
     }
 
     /// The bridge's port behind which a task is, now or when it was last heard of.
@@ -129,7 +152,8 @@ impl Ways {
             route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
         let by_tc = device.index != uplink && !netdev::transmits(device.index);
         let flags = if by_tc { VIA_TC } else { 0 };
-        Ok(Way { ifindex: device.index, mac, source_mac: device.mac, source: Some(source), flags })
+        let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
+        Ok(Way { ifindex: device.index, mac, source_mac: device.mac, source: Some(source), mtu, flags })
     }
 
     /// A neighbour's hardware address; the kernel is asked to resolve it and keep it.

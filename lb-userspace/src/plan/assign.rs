@@ -10,11 +10,12 @@ use lb_common::{
     endpoint::Listener,
     filter::{Side, position},
     net::Be16,
+    tunnel::{SELF, TaskKey, mapped},
 };
 
 use super::{
     Plan,
-    desired::{Desired, DesiredBackend, DesiredPort, DesiredService},
+    desired::{Desired, DesiredBackend, DesiredNode, DesiredPort, DesiredService},
     tables::{At, BackendEntry, PortLabel, ReplySet, ServiceLabel, Tables},
     transition::transition,
 };
@@ -31,6 +32,8 @@ pub struct Limits {
     pub backends: u32,
     /// Slots.
     pub slots: u32,
+    /// Nodes.
+    pub nodes: u32,
 }
 
 /// The operations that turn `actual` into what is desired.
@@ -39,12 +42,16 @@ pub struct Limits {
 pub fn plan(desired: &Desired, actual: &Tables, limits: &Limits) -> Plan {
     let mut draft = Draft::new(actual, limits);
     let mut refused = desired.refused.clone();
+    for node in &desired.nodes {
+        if let Err(reason) = draft.add_node(node) {
+            refused.push(format!("node {} is left out: {reason}", node.label.name));
+        }
+    }
     for service in &desired.services {
         if let Err(reason) = draft.add(service) {
             refused.push(format!("service {} is left out: {reason}", service.label.name));
         }
     }
-    draft.next.nodes = desired.nodes.iter().cloned().enumerate().map(|(i, node)| (i as u32, node)).collect();
     let next = draft.finish();
     Plan { ops: transition(actual, &next), refused }
 }
@@ -57,6 +64,7 @@ struct Draft<'a> {
     actual: &'a Tables,
     limits: &'a Limits,
     next: Tables,
+    nodes: Numbers<String>,
     services: Numbers<String>,
     cursors: Numbers<(u32, Protocol, u16)>,
     backends: Numbers<Identity>,
@@ -77,17 +85,44 @@ impl<'a> Draft<'a> {
             .map(|(index, label)| ((label.service, label.protocol, label.published), *index));
         let backends = actual.backends.iter().map(|(index, entry)| (identity_of(entry), *index));
         let used = actual.listeners.values().map(|listener| (listener.slot_base, listener.slot_count));
+        // Numbers of nodes start at one; a number that entries for replies may still name rests.
+        let nodes = actual.nodes.iter().map(|(number, label)| (label.name.clone(), number - 1));
+        let last_node = actual.nodes.keys().next_back().copied().unwrap_or_default();
         // A number that was used last is given again last.
         let rested = actual.generations.keys().next_back().map_or(0, |last| last + 1);
         Self {
             actual,
             limits,
             next,
+            nodes: Numbers::new(nodes, limits.nodes, last_node),
             services: Numbers::new(services, limits.services, 0),
             cursors: Numbers::new(cursors, limits.listeners, 0),
             backends: Numbers::new(backends, limits.backends, rested),
             ranges: Ranges::new(used, limits.slots),
         }
+    }
+
+    /// Adds a node, and as a peer if it has an agent.
+    fn add_node(&mut self, node: &DesiredNode) -> Result<(), String> {
+        let number = self.nodes.of(node.label.name.clone());
+        let number = 1 + number.ok_or_else(|| format!("there is room for {} nodes", self.limits.nodes))?;
+        self.next.nodes.insert(number, node.label.clone());
+        let known_as = match node.peer {
+            Some(peer) => {
+                self.next.peers.insert(number, peer);
+                number
+            }
+            None if node.label.this => SELF,
+            None => return Ok(()),
+        };
+        self.next.peer_numbers.extend(node.addresses.iter().map(|address| (*address, known_as)));
+        Ok(())
+    }
+
+    /// The number of a node by its name.
+    fn node(&self, name: &str) -> Result<u16, String> {
+        let number = self.next.nodes.iter().find(|(_, label)| label.name == name).map(|(number, _)| *number);
+        number.and_then(|number| number.try_into().ok()).ok_or_else(|| format!("node {name} is left out"))
     }
 
     /// Adds a service, or nothing of it.
@@ -96,7 +131,10 @@ impl<'a> Draft<'a> {
         let number = self.services.of(service.label.name.clone()).ok_or_else(|| full("services"))?;
         let mut backends = Vec::new();
         for wanted in &service.backends {
-            let entry = entry(wanted, number);
+            let mut entry = entry(wanted, number);
+            if entry.backend.kind == Kind::Peer as u8 {
+                entry.backend.peer = self.node(&entry.label.node)?;
+            }
             let index = self.backends.of(identity_of(&entry)).ok_or_else(|| full("backends"))?;
             backends.push((index, entry));
         }
@@ -231,10 +269,11 @@ impl<'a> Draft<'a> {
                 .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
                 .collect();
             let mut entry = entry.clone();
-            let answers_here =
-                entry.backend.kind == Kind::Local as u8 || entry.backend.kind == Kind::Routed as u8;
+            let local = entry.backend.kind == Kind::Local as u8;
+            let answers_here = local || entry.backend.kind == Kind::Routed as u8;
             if answers_here && !sources.is_empty() {
-                if sources.len() > 1 {
+                let by_peers = local && !self.next.peers.is_empty();
+                if sources.len() > 1 || by_peers {
                     entry.backend.flags |= SHARED;
                 }
                 let at = endpoint(&entry);
@@ -242,6 +281,13 @@ impl<'a> Draft<'a> {
                 let taken = self.next.replies.contains_key(&at);
                 if !taken || entry.backend.state == State::Active as u8 {
                     self.next.replies.insert(at, ReplySet { backend: *index, sources });
+                }
+            }
+            if local {
+                let key = task_key(&entry);
+                let taken = self.next.tasks.contains_key(&key);
+                if !taken || entry.backend.state == State::Active as u8 {
+                    self.next.tasks.insert(key, *index);
                 }
             }
             entry.backend.generation = match self.actual.backends.get(index) {
@@ -265,8 +311,8 @@ impl<'a> Draft<'a> {
         for at in self.next.listeners.keys() {
             mark(Side::Destination, at.protocol, at.port);
         }
-        // Replies come from the tasks' ports, to wherever they go.
-        for entry in self.next.backends.values() {
+        // Replies come from the tasks' ports, to wherever they go; those of peers' tasks come through the tunnel.
+        for entry in self.next.backends.values().filter(|entry| entry.backend.kind != Kind::Peer as u8) {
             mark(Side::Source, entry.label.protocol, entry.label.target);
         }
         self.next
@@ -299,6 +345,17 @@ fn entry(wanted: &DesiredBackend, service: u32) -> BackendEntry {
 /// Where a backend's answers come from.
 fn endpoint(entry: &BackendEntry) -> At {
     At { address: entry.label.address, protocol: entry.label.protocol, port: entry.label.target }
+}
+
+/// How peers name a task of this node.
+fn task_key(entry: &BackendEntry) -> TaskKey {
+    let label = &entry.label;
+    TaskKey {
+        address: mapped(label.overlay.unwrap_or(label.address)),
+        port: Be16::new(label.target),
+        protocol: label.protocol.number(),
+        family: if label.address.is_ipv4() { 4 } else { 6 },
+    }
 }
 
 fn identity_of(entry: &BackendEntry) -> Identity {

@@ -6,13 +6,14 @@ use std::{
 };
 
 use lb_common::{
-    backend::{Backend, Kind, State},
+    backend::{Backend, Kind, RETURN_DIRECT, State},
     endpoint::MAX_REPLY_LISTENERS,
     net::{Be16, wide},
+    tunnel::{Peer, mapped},
 };
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
-use crate::cluster::{ClusterState, Node, Port, Service, Task, TaskState, Via};
+use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Via};
 
 /// The way from this node to a task, as the kernel's tables have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,8 +26,10 @@ pub struct Way {
     pub source_mac: [u8; 6],
     /// Own address that reaches it.
     pub source: Option<IpAddr>,
+    /// Largest packet that the route lets pass, in bytes.
+    pub mtu: u32,
     /// [`lb_common::backend::VIA_TC`].
-    pub flags: u16,
+    pub flags: u8,
 }
 
 /// Everything that decides what the tables should mean.
@@ -51,6 +54,8 @@ pub enum Reach {
     Snat,
     /// It is a task of another node, and sees the client's address.
     Routed,
+    /// It is another node, or a task that is reached through its agent.
+    Peer,
 }
 
 impl Reach {
@@ -60,6 +65,7 @@ impl Reach {
             Self::Local => Kind::Local,
             Self::Snat => Kind::Snat,
             Self::Routed => Kind::Routed,
+            Self::Peer => Kind::Peer,
         }
     }
 }
@@ -68,11 +74,22 @@ impl Reach {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
     /// The machines.
-    pub nodes: Vec<NodeLabel>,
+    pub nodes: Vec<DesiredNode>,
     /// The services, in order of name.
     pub services: Vec<DesiredService>,
     /// What was left out, in words for the operator.
     pub refused: Vec<String>,
+}
+
+/// One machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DesiredNode {
+    /// As users see it.
+    pub label: NodeLabel,
+    /// Its addresses, as far as they tell where tunnel packets come from or go to.
+    pub addresses: Vec<IpAddr>,
+    /// As the datapath reaches its agent; `None` if it has none, or is this machine.
+    pub peer: Option<Peer>,
 }
 
 /// One service.
@@ -106,18 +123,29 @@ pub struct DesiredPort {
     pub addresses: Vec<IpAddr>,
 }
 
-fn reach(task: &Task, node: &str) -> Reach {
+fn reach(cluster: &ClusterState, task: &Task, node: &str) -> Reach {
     match task.via {
         _ if task.node == node => Reach::Local,
-        Via::Snat => Reach::Snat,
+        Via::Peer if cluster.nodes.iter().any(|node| node.name == task.node && node.agent) => Reach::Peer,
+        Via::Peer | Via::Snat => Reach::Snat,
         Via::Routed => Reach::Routed,
     }
 }
 
 /// The addresses to which a way must be known, and how each is to be reached.
 pub fn destinations(cluster: &ClusterState, node: &str) -> BTreeSet<(IpAddr, Reach)> {
+    let peers = cluster.nodes.iter().filter(|other| other.agent && other.name != node);
+    let mut wanted: BTreeSet<_> =
+        peers.flat_map(|peer| &peer.addresses).map(|address| (*address, Reach::Peer)).collect();
     let tasks = cluster.services.iter().filter(|service| !service.ports.is_empty()).flat_map(|s| &s.tasks);
-    tasks.flat_map(|task| task.addresses.iter().map(|address| (*address, reach(task, node)))).collect()
+    for task in tasks {
+        match reach(cluster, task, node) {
+            // By its node.
+            Reach::Peer => {}
+            reach => wanted.extend(task.addresses.iter().map(|address| (*address, reach))),
+        }
+    }
+    wanted
 }
 
 /// What the tables of this node should mean.
@@ -135,30 +163,88 @@ pub fn desired(view: &View<'_>) -> Desired {
         })
         .collect();
     services.sort_by(|a, b| a.label.name.cmp(&b.label.name));
-    let nodes = view.cluster.nodes.iter().map(|node| node_label(node, view.node)).collect();
+    let nodes = nodes(view, &mut refused);
     Desired { nodes, services, refused }
 }
 
 /// Addresses shown of a node; a label has room for so many.
 const NODE_ADDRESSES: usize = 4;
 
-fn node_label(node: &Node, this: &str) -> NodeLabel {
-    NodeLabel {
-        name: node.name.clone(),
-        addresses: node.addresses.iter().take(NODE_ADDRESSES).copied().collect(),
-        this: node.name == this,
+fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
+    let mut owners: BTreeMap<IpAddr, &str> = BTreeMap::new();
+    let mut nodes = Vec::new();
+    for node in &view.cluster.nodes {
+        let this = node.name == view.node;
+        let mut addresses = node.addresses.clone();
+        if this {
+            addresses.extend(view.addresses.iter().filter(|address| !node.addresses.contains(address)));
+        }
+        addresses.retain(|address| {
+            let owner = *owners.entry(*address).or_insert(&node.name);
+            if owner != node.name {
+                refused.push(format!("{address} is said to be an address of both {owner} and {}", node.name));
+            }
+            owner == node.name
+        });
+        let way = (!this && node.agent).then(|| peer_way(view, node));
+        let peer = way.as_ref().map(|way| match way {
+            Ok((address, way)) => peer(*address, way),
+            Err(_) => Peer::default(),
+        });
+        let label = NodeLabel {
+            name: node.name.clone(),
+            addresses: node.addresses.iter().take(NODE_ADDRESSES).copied().collect(),
+            this,
+            agent: node.agent,
+            problem: way.and_then(Result::err),
+        };
+        nodes.push(DesiredNode { label, addresses, peer });
+    }
+    nodes
+}
+
+/// The first address of a node that a way leads to, and the way; or why there is none.
+fn peer_way<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a Way), String> {
+    let mut problem = None;
+    for address in &node.addresses {
+        match view.ways.get(&(*address, Reach::Peer)) {
+            Some(Ok(way)) if way.source.is_some_and(|own| own.is_ipv4() == address.is_ipv4()) => {
+                return Ok((*address, way));
+            }
+            Some(Err(reason)) => problem = problem.or_else(|| Some(reason.clone())),
+            _ => {}
+        }
+    }
+    Err(problem.unwrap_or_else(|| format!("no way to an address of {} is known yet", node.name)))
+}
+
+fn peer(address: IpAddr, way: &Way) -> Peer {
+    Peer {
+        address: wide(address),
+        source: way.source.map(wide).unwrap_or_default(),
+        mac: way.mac,
+        mtu: way.mtu.min(u16::MAX.into()) as u16,
+        source_mac: way.source_mac,
+        ifindex: way.ifindex,
+        family: if address.is_ipv4() { 4 } else { 6 },
+        reachable: 1,
+        ..Peer::default()
     }
 }
 
 fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
     let targets: BTreeSet<_> = service.ports.iter().map(|port| (port.protocol, port.target)).collect();
     let mut backends = Vec::new();
+    let direct = service.returns.unwrap_or(view.cluster.tunnel.returns) == Return::Direct;
     for task in &service.tasks {
+        let reach = reach(view.cluster, task, view.node);
         for address in &task.addresses {
-            let reach = reach(task, view.node);
-            let way = view.ways.get(&(*address, reach));
+            let way = way(view, task, (*address, reach));
             for (protocol, target) in &targets {
-                let (backend, problem) = backend(task, (*address, reach), *target, way);
+                let (mut backend, problem) = backend(task, (*address, reach), *target, &way);
+                if reach == Reach::Peer && direct {
+                    backend.flags |= RETURN_DIRECT;
+                }
                 let label = BackendLabel {
                     task: task.name.clone(),
                     node: task.node.clone(),
@@ -166,6 +252,7 @@ fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
                     protocol: *protocol,
                     target: *target,
                     address: *address,
+                    overlay: task.cluster_address().filter(|overlay| overlay != address),
                     problem,
                 };
                 backends.push(DesiredBackend { label, backend, weight: task.weight });
@@ -175,20 +262,37 @@ fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
     backends
 }
 
+/// The way to a task's address: by its node, where that has an agent.
+fn way(view: &View<'_>, task: &Task, (address, reach): (IpAddr, Reach)) -> Result<Way, String> {
+    if reach == Reach::Peer {
+        let node = view.cluster.nodes.iter().find(|node| node.name == task.node);
+        let node = node.ok_or_else(|| format!("there is no node {}", task.node))?;
+        return peer_way(view, node).map(|(_, way)| way.clone());
+    }
+    let way = view.ways.get(&(address, reach)).cloned();
+    let way = way.unwrap_or_else(|| Err("the way to it is not known yet".to_owned()));
+    if reach == Reach::Snat && task.via == Via::Peer {
+        return way.map_err(|reason| format!("{} has no agent, and by snat {reason}", task.node));
+    }
+    way
+}
+
 fn backend(
     task: &Task,
     (address, reach): (IpAddr, Reach),
     target: u16,
-    way: Option<&Result<Way, String>>,
+    known: &Result<Way, String>,
 ) -> (Backend, Option<String>) {
-    let known = way.map_or(Err("the way to it is not known yet".to_owned()), Clone::clone);
-    let state = match (&known, task.state) {
+    let state = match (known, task.state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
         (Ok(_), TaskState::Running) => State::Active,
         (Ok(_), TaskState::Draining) => State::Draining,
     };
     let mut backend = Backend {
-        address: wide(address),
+        address: match reach {
+            Reach::Peer => mapped(task.cluster_address().unwrap_or(address)),
+            _ => wide(address),
+        },
         port: Be16::new(target),
         state: state as u8,
         // Known without a way: a task that cannot be reached for a moment stays the backend it is, and keeps
@@ -206,7 +310,7 @@ fn backend(
             backend.flags = way.flags;
             (backend, None)
         }
-        Err(problem) => (backend, Some(problem)),
+        Err(problem) => (backend, Some(problem.clone())),
     }
 }
 

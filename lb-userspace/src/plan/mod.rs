@@ -11,7 +11,8 @@ mod transition;
 
 pub use assign::{Limits, plan};
 pub use desired::{
-    Desired, DesiredBackend, DesiredPort, DesiredService, Reach, View, Way, desired, destinations,
+    Desired, DesiredBackend, DesiredNode, DesiredPort, DesiredService, Reach, View, Way, desired,
+    destinations,
 };
 pub use tables::{
     At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables,

@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
-    backend::{Backend, State},
+    backend::{Backend, Kind, State},
     endpoint::Listener,
+    tunnel::{Peer, SELF, TaskKey},
 };
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,9 @@ pub struct BackendLabel {
     pub target: u16,
     /// Its address.
     pub address: IpAddr,
+    /// Its address in the cluster, if that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<IpAddr>,
     /// Why it is not offered, if it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
@@ -72,6 +76,12 @@ pub struct NodeLabel {
     pub addresses: Vec<IpAddr>,
     /// Whether it is the machine of this datapath.
     pub this: bool,
+    /// Whether an agent serves it.
+    #[serde(default)]
+    pub agent: bool,
+    /// Why its agent is not reached, if it should be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A backend and what it stands for.
@@ -95,8 +105,14 @@ pub struct ReplySet {
 /// All tables that user space writes.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Tables {
-    /// Nodes by running number.
+    /// Nodes by number, from one.
     pub nodes: BTreeMap<u32, NodeLabel>,
+    /// The other nodes that have an agent, by number of the node.
+    pub peers: BTreeMap<u32, Peer>,
+    /// Numbers of the nodes by address, this node's own with [`lb_common::tunnel::SELF`].
+    pub peer_numbers: BTreeMap<IpAddr, u32>,
+    /// This node's tasks as peers name them, and their backends.
+    pub tasks: BTreeMap<TaskKey, u32>,
     /// Services by number.
     pub services: BTreeMap<u32, ServiceLabel>,
     /// Published ports by cursor.
@@ -132,6 +148,12 @@ impl Tables {
         match op.clone() {
             MapOp::SetNode(index, label) => drop(self.nodes.insert(index, label)),
             MapOp::RemoveNode(index) => drop(self.nodes.remove(&index)),
+            MapOp::SetPeer(number, peer) => drop(self.peers.insert(number, peer)),
+            MapOp::RemovePeer(number) => drop(self.peers.remove(&number)),
+            MapOp::SetPeerNumber(address, number) => drop(self.peer_numbers.insert(address, number)),
+            MapOp::RemovePeerNumber(address) => drop(self.peer_numbers.remove(&address)),
+            MapOp::SetTask(key, index) => drop(self.tasks.insert(key, index)),
+            MapOp::RemoveTask(key) => drop(self.tasks.remove(&key)),
             MapOp::SetService(index, label) => drop(self.services.insert(index, label)),
             MapOp::RemoveService(index) => drop(self.services.remove(&index)),
             MapOp::SetPort(index, label) => drop(self.ports.insert(index, label)),
@@ -153,6 +175,11 @@ impl Tables {
         }
     }
 
+    /// Whether a backend names a peer that is there, if it names one.
+    fn leads_on(&self, backend: &Backend) -> bool {
+        backend.kind != Kind::Peer as u8 || self.peers.contains_key(&backend.peer.into())
+    }
+
     /// What contradicts itself, in words: a listener that leads to a slot or backend that is not valid.
     pub fn contradictions(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -170,10 +197,22 @@ impl Tables {
                     Some(entry) if entry.backend.service != listener.service => {
                         found.push(format!("{at:?} leads to backend {index} of another service"));
                     }
+                    Some(entry) if !self.leads_on(&entry.backend) => {
+                        found.push(format!("{at:?} leads to backend {index} of a peer that is not there"));
+                    }
                     Some(_) => {}
                 }
             }
         }
+        for (key, index) in &self.tasks {
+            if self.backends.get(index).is_none_or(|entry| entry.backend.kind != Kind::Local as u8) {
+                found.push(format!("{key:?} names backend {index}, which is no task of this node"));
+            }
+        }
+        let lost = |(_, number): &(&IpAddr, &u32)| **number != SELF && !self.peers.contains_key(number);
+        found.extend(
+            self.peer_numbers.iter().filter(lost).map(|(ip, number)| format!("{ip} is no peer {number}")),
+        );
         found
     }
 }
@@ -185,6 +224,18 @@ pub enum MapOp {
     SetNode(u32, NodeLabel),
     /// Forget a node.
     RemoveNode(u32),
+    /// Write a peer.
+    SetPeer(u32, Peer),
+    /// Forget a peer.
+    RemovePeer(u32),
+    /// Say whose an address is.
+    SetPeerNumber(IpAddr, u32),
+    /// Forget an address of a node.
+    RemovePeerNumber(IpAddr),
+    /// Say which backend peers mean.
+    SetTask(TaskKey, u32),
+    /// Forget a task that peers may have named.
+    RemoveTask(TaskKey),
     /// Name a service.
     SetService(u32, ServiceLabel),
     /// Forget a service.

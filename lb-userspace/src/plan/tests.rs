@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::{ClusterState, Node, Port, Protocol, Service, Task, TaskState, Via};
 
-const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 256 };
+const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 256, nodes: 8 };
 
 fn addresses() -> Vec<IpAddr> {
     vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
@@ -22,16 +22,24 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         state,
         1_u16..4,
         any::<bool>(),
-        prop_oneof![Just(Via::Snat), Just(Via::Routed)],
+        prop_oneof![Just(Via::Snat), Just(Via::Routed), Just(Via::Peer)],
         any::<bool>(),
     );
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
     let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3));
-    prop::collection::btree_map(0_u8..5, service, 0..5).prop_map(|services| {
-        let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
+    // A third node comes and goes, and the second one's agent.
+    let others = (any::<bool>(), any::<bool>());
+    (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(|(services, (agent, third))| {
+        let node = |number: u8, agent| Node {
+            name: format!("node{number}"),
+            addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
+            agent,
+        };
+        let mut nodes = vec![node(1, true), node(2, agent)];
+        nodes.extend(third.then(|| node(3, true)));
         let services =
             services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports)).collect();
-        ClusterState { nodes, services }
+        ClusterState { nodes, services, ..ClusterState::default() }
     })
 }
 
@@ -46,7 +54,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         }
         let node = if here { "node1" } else { "node2" }.to_owned();
         let name = format!("s{number}.{slot}");
-        seen.insert(slot, Task { name, node, addresses, state, weight, via });
+        seen.insert(slot, Task { name, node, addresses, overlay: None, state, weight, via });
     }
     let ports: BTreeMap<_, _> =
         ports.into_iter().map(|(offset, protocol, target)| ((offset, protocol), target)).collect();
@@ -62,6 +70,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
             })
             .collect(),
         tasks: seen.into_values().collect(),
+        returns: None,
     }
 }
 
@@ -70,7 +79,7 @@ fn way(address: IpAddr) -> Result<Way, String> {
     if address.to_string().ends_with('4') {
         return Err("no route".into());
     }
-    Ok(Way { ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), flags: 0 })
+    Ok(Way { ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), mtu: 1500, flags: 0 })
 }
 
 fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
@@ -115,6 +124,9 @@ proptest! {
             prop_assert_eq!(&tables.filter, &fresh.filter);
             prop_assert_eq!(tables.backends.len(), fresh.backends.len());
             prop_assert_eq!(tables.replies.len(), fresh.replies.len());
+            prop_assert_eq!(&tables.tasks.keys().collect::<Vec<_>>(), &fresh.tasks.keys().collect::<Vec<_>>());
+            prop_assert_eq!(tables.peers.len(), fresh.peers.len());
+            prop_assert_eq!(tables.peer_numbers.len(), fresh.peer_numbers.len());
             prop_assert_eq!(tables.services.len(), fresh.services.len());
             prop_assert_eq!(tables.ports.len(), fresh.ports.len());
             prop_assert!(plan_for(state, &tables, &LIMITS).ops.is_empty());
@@ -127,7 +139,7 @@ proptest! {
         states in prop::collection::vec(cluster(), 1..5),
         services in 1_u32..4, listeners in 1_u32..8, backends in 1_u32..12, slots in 1_u32..24,
     ) {
-        let limits = Limits { services, listeners, backends, slots };
+        let limits = Limits { services, listeners, backends, slots, nodes: 8 };
         let mut tables = Tables::empty(slots);
         for state in &states {
             let plan = plan_for(state, &tables, &limits);
@@ -160,7 +172,7 @@ fn one_service(states: &[TaskState]) -> ClusterState {
     let tasks =
         states.iter().enumerate().map(|(slot, state)| (slot as u8, *state, 1, true, Via::Snat, false));
     let service = build(1, tasks.collect(), vec![(0, Protocol::Tcp, 0)]);
-    ClusterState { nodes: vec![], services: vec![service] }
+    ClusterState { services: vec![service], ..ClusterState::default() }
 }
 
 #[test]

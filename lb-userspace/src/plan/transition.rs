@@ -12,14 +12,17 @@ pub fn transition(actual: &Tables, next: &Tables) -> Vec<MapOp> {
     let mut ops = Vec::new();
     // Names first: they decide nothing, and a reader never finds a number without one.
     changed(&actual.nodes, &next.nodes, |i, label| ops.push(MapOp::SetNode(*i, label.clone())));
+    changed(&actual.peers, &next.peers, |i, peer| ops.push(MapOp::SetPeer(*i, *peer)));
+    changed(&actual.peer_numbers, &next.peer_numbers, |ip, i| ops.push(MapOp::SetPeerNumber(*ip, *i)));
     changed(&actual.services, &next.services, |i, label| ops.push(MapOp::SetService(*i, label.clone())));
     changed(&actual.ports, &next.ports, |i, label| ops.push(MapOp::SetPort(*i, label.clone())));
-    // Backends that take flows, then where their replies go, then the ports that lead to them.
+    // Backends that take flows, then what names them: peers, their replies, the ports that lead to them.
     changed(&actual.backends, &next.backends, |i, entry| {
         if !demoted(actual.backends.get(i), entry) {
             ops.push(MapOp::SetBackend(*i, entry.clone()));
         }
     });
+    changed(&actual.tasks, &next.tasks, |key, index| ops.push(MapOp::SetTask(*key, *index)));
     changed(&actual.replies, &next.replies, |at, set| ops.push(MapOp::SetReplies(*at, set.clone())));
     let mut filter = actual.filter.clone();
     for (word, bits) in &next.filter {
@@ -38,7 +41,10 @@ pub fn transition(actual: &Tables, next: &Tables) -> Vec<MapOp> {
         }
     });
     removed(&actual.replies, &next.replies, |at| ops.push(MapOp::RemoveReplies(*at)));
+    removed(&actual.tasks, &next.tasks, |key| ops.push(MapOp::RemoveTask(*key)));
     removed(&actual.backends, &next.backends, |i| ops.push(MapOp::FreeBackend(*i)));
+    removed(&actual.peer_numbers, &next.peer_numbers, |ip| ops.push(MapOp::RemovePeerNumber(*ip)));
+    removed(&actual.peers, &next.peers, |i| ops.push(MapOp::RemovePeer(*i)));
     for (word, bits) in &filter {
         let wanted = next.filter.get(word).copied().unwrap_or(0);
         if wanted != *bits {

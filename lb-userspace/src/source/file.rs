@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use toml::Spanned;
 
 use super::Update;
-use crate::cluster::{ClusterState, Node, Port, Service, Task, TaskState, Via};
+use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Tunnel, Via};
 
 /// Why a cluster file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +68,16 @@ struct RawCluster {
     node: Vec<Spanned<RawNode>>,
     #[serde(default)]
     service: Vec<Spanned<RawService>>,
+    #[serde(default)]
+    tunnel: RawTunnel,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTunnel {
+    port: Option<Spanned<u16>>,
+    #[serde(default, rename = "return")]
+    returns: Return,
 }
 
 #[derive(Deserialize)]
@@ -75,6 +85,12 @@ struct RawCluster {
 struct RawNode {
     name: Spanned<String>,
     addresses: Vec<IpAddr>,
+    #[serde(default = "yes")]
+    agent: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -84,6 +100,8 @@ struct RawService {
     #[serde(default)]
     addresses: Vec<IpAddr>,
     ports: Vec<Spanned<String>>,
+    #[serde(rename = "return")]
+    returns: Option<Return>,
     #[serde(default)]
     task: Vec<Spanned<RawTask>>,
 }
@@ -94,6 +112,7 @@ struct RawTask {
     name: Spanned<String>,
     node: Spanned<String>,
     addresses: Spanned<Vec<IpAddr>>,
+    overlay: Option<IpAddr>,
     #[serde(default)]
     state: TaskState,
     weight: Option<Spanned<u16>>,
@@ -142,6 +161,7 @@ fn parse(text: &str) -> Result<ClusterState, Wrong> {
         .map(|node| Node {
             name: node.get_ref().name.get_ref().clone(),
             addresses: node.get_ref().addresses.clone(),
+            agent: node.get_ref().agent,
         })
         .collect();
     let mut published = HashMap::new();
@@ -159,9 +179,27 @@ fn parse(text: &str) -> Result<ClusterState, Wrong> {
             })
             .collect::<Result<_, _>>()?;
         let name = service.name.get_ref().clone();
-        services.push(Service { name, addresses: service.addresses.clone(), ports, tasks });
+        let (addresses, returns) = (service.addresses.clone(), service.returns);
+        services.push(Service { name, addresses, ports, tasks, returns });
     }
-    Ok(ClusterState { nodes, services })
+    Ok(ClusterState { nodes, services, tunnel: tunnel(&raw.tunnel, &published)? })
+}
+
+fn tunnel(raw: &RawTunnel, published: &HashMap<(u8, u16, Option<IpAddr>), &str>) -> Result<Tunnel, Wrong> {
+    let default = Tunnel::default().port;
+    let port = raw.port.as_ref().map_or(default, |port| *port.get_ref());
+    let at = raw.port.as_ref().map_or(0, |port| port.span().start);
+    if port == 0 {
+        return Err(Wrong { at, reason: "the tunnel needs a port from 1 to 65535".into() });
+    }
+    let udp = lb_common::net::UDP;
+    if let Some((_, owner)) = published.iter().find(|((protocol, p, _), _)| (*protocol, *p) == (udp, port)) {
+        let reason = format!(
+            "{owner:?} publishes port {port}/udp, which is the tunnel's; choose another by port = … in [tunnel]"
+        );
+        return Err(Wrong { at, reason });
+    }
+    Ok(Tunnel { port, returns: raw.returns })
 }
 
 fn unique<'a>(
@@ -226,6 +264,7 @@ fn task(raw: &RawTask, nodes: &[Node]) -> Result<Task, Wrong> {
         name: raw.name.get_ref().clone(),
         node: raw.node.get_ref().clone(),
         addresses: addresses.clone(),
+        overlay: raw.overlay,
         state: raw.state,
         weight,
         via: raw.via,
