@@ -49,9 +49,22 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     /// A machine on the same lan that is no node.
     pub client: Netns,
+    /// What the cluster file says of nodes' agents and of answers.
+    pub reach: Reach,
     lan: Netns,
     folder: tempfile::TempDir,
     made: u8,
+}
+
+/// How nodes reach each other's tasks, as the cluster file says it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reach {
+    /// Whether all nodes have agents; else tasks of other nodes are reached by snat.
+    pub peers: bool,
+    /// Whether answers go straight to the client.
+    pub direct: bool,
+    /// Whether the nodes' IPv6 addresses come first.
+    pub outer_v6: bool,
 }
 
 /// The client's IPv4 address.
@@ -87,7 +100,7 @@ impl Cluster {
                 node.netns.ip(&format!("route add fd18:{}::/64 via {}", other.number, other.v6()));
             }
         }
-        Self { tasks: Vec::new(), nodes, client, lan, folder, made: 0 }
+        Self { tasks: Vec::new(), nodes, client, reach: Reach::default(), lan, folder, made: 0 }
     }
 
     /// A folder that goes with the cluster.
@@ -221,13 +234,19 @@ impl Cluster {
     /// A cluster file with one service of these tasks; each with its state.
     pub fn file(&self, ports: &str, tasks: &[(&Task, &str)]) -> String {
         let mut text = String::new();
+        if self.reach.direct {
+            text += "[tunnel]\nreturn = \"direct\"\n\n";
+        }
         for node in &self.nodes {
+            let mut addresses: [IpAddr; 2] = [node.v4().into(), node.v6().into()];
+            if self.reach.outer_v6 {
+                addresses.reverse();
+            }
+            let [first, second] = addresses;
             let _ = writeln!(
                 text,
-                "[[node]]\nname = \"{}\"\naddresses = [\"{}\", \"{}\"]\n",
-                node.name,
-                node.v4(),
-                node.v6()
+                "[[node]]\nname = \"{}\"\naddresses = [\"{first}\", \"{second}\"]\nagent = {}\n",
+                node.name, self.reach.peers
             );
         }
         let _ = writeln!(text, "[[service]]\nname = \"web\"\nports = [{ports}]\n");

@@ -8,8 +8,9 @@ use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, TestRunRe
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
     flow::{Flow, FlowKey, REPLY},
-    net::V4,
+    net::{Be16, V4},
     outcome::Outcome,
+    tunnel::DEFAULT_PORT,
 };
 use lb_userspace::{
     cluster::{ClusterState, Node, Service, Task, TaskState, Via},
@@ -60,7 +61,9 @@ pub struct Lab {
     /// Of the local tasks' veth.
     pub veth: u32,
     /// [`lb_common::backend::VIA_TC`] or nothing, for the ways to other nodes; taken up by the next update.
-    pub way_flags: u16,
+    pub way_flags: u8,
+    /// MTU of the ways to other nodes; taken up by the next update.
+    pub mtu: u32,
 }
 
 /// An address from text.
@@ -71,14 +74,14 @@ pub fn ip(text: &str) -> IpAddr {
 /// A service of the bench.
 pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
     let ports = ports.iter().map(|port| port.parse().expect("a port")).collect();
-    Service { name: name.into(), addresses: vec![], ports, tasks }
+    Service { name: name.into(), addresses: vec![], ports, tasks, returns: None }
 }
 
 /// A task of the bench; `here` is local, else it is reached as `via` says.
 pub fn task(name: &str, here: bool, via: Via, addresses: &[&str]) -> Task {
     let node = if here { "node1" } else { "node2" }.to_owned();
     let addresses = addresses.iter().map(|text| ip(text)).collect();
-    Task { name: name.into(), node, addresses, state: TaskState::Running, weight: 1, via }
+    Task { name: name.into(), node, addresses, overlay: None, state: TaskState::Running, weight: 1, via }
 }
 
 /// Runs a test on a bench of its own.
@@ -99,14 +102,20 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
             slots: Some(1024),
         };
         let datapath = Datapath::open("eth1", &sizes, FlowLog::Off).unwrap_or_else(|error| panic!("{error}"));
-        let nodes = ["node1", "node2"].map(|name| Node { name: name.into(), addresses: vec![] }).to_vec();
-        let cluster = ClusterState { nodes, services };
+        let node = |number: u8| Node {
+            name: format!("node{number}"),
+            addresses: vec![ip(&format!("192.0.2.{number}")), ip(&format!("2001:db8::{number}"))],
+            agent: true,
+        };
+        let nodes = vec![node(1), node(2)];
+        let cluster = ClusterState { nodes, services, ..ClusterState::default() };
         let mut lab = Lab {
             datapath: Some(datapath),
             cluster,
             uplink: index("eth1"),
             veth: index("hv1"),
             way_flags: 0,
+            mtu: 1500,
         };
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);
         lab.update(|_| {});
@@ -140,6 +149,7 @@ impl Lab {
             config.snat_ports = [20_000, 20_100];
             config.host_ports = [32_768, 60_999];
             config.jiffies_per_second = 250;
+            config.tunnel_port = Be16::new(DEFAULT_PORT);
         }
         change(&mut config);
         self.datapath_mut().set_config(config).expect("write the surroundings");
@@ -166,9 +176,9 @@ impl Lab {
         let source = Some(if address.is_ipv4() { ip("192.0.2.1") } else { ip("2001:db8::1") });
         let (ifindex, mac, source_mac) = match reach {
             Reach::Local => (self.veth, TASK_MAC, BRIDGE_MAC),
-            Reach::Snat | Reach::Routed => (self.uplink, HOP_MAC, NODE_MAC),
+            Reach::Snat | Reach::Routed | Reach::Peer => (self.uplink, HOP_MAC, NODE_MAC),
         };
-        Way { ifindex, mac, source_mac, source, flags: self.way_flags }
+        Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags }
     }
 
     /// Runs the uplink's XDP program.
