@@ -68,7 +68,7 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
     }
     if to_task && backend.kind == Kind::Peer as u8 {
         let interface = to_peer(frame, packet, found)?;
-        return Ok(transmit(frame, config, interface));
+        return Ok(transmit(frame, config, if interface == BACK { frame.ifindex() } else { interface }));
     }
     let outcome = outcome(found)?;
     let target = target(packet, found);
@@ -208,8 +208,11 @@ fn clamp_emitted<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, number: u32
     segment::clamp(frame, packet, tunnel::room(number, peer), true).ok_or(Outcome::TunnelMalformed)
 }
 
+/// Stands for the interface that a frame came in by: no interface has this index.
+const BACK: u32 = 0;
+
 /// Puts a request into the tunnel to its task's node, or turns it into the answer that it is too big; the interface
-/// to send it by.
+/// to send it by, or [`BACK`].
 #[inline(always)]
 fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
     let backend = found.backend;
@@ -232,15 +235,15 @@ fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found<A>)
     Ok(peer.ifindex)
 }
 
-/// Answers a packet that is too long by an ICMP error in its place; the interface to send it by. Errors are not answered
-/// by errors, nor are later fragments (RFC 1122, 3.2.2).
+/// Answers a packet that is too long by an ICMP error in its place, to be sent [`BACK`]. Errors are not answered by
+/// errors, nor are later fragments (RFC 1122, 3.2.2).
 #[inline(always)]
 fn too_big<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, room: u32) -> Result<u32, Outcome> {
     if packet.form > FIRST || icmp::too_big(frame, packet, room).is_none() {
         return Err(Outcome::TooBig);
     }
     count::outcome(Outcome::TooBig as u32, 1);
-    Ok(frame.ifindex())
+    Ok(BACK)
 }
 
 /// In TC on the uplink, where XDP has not decided.
@@ -253,6 +256,7 @@ pub fn from_uplink_tc<A: Family>(
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
+    let headless = packet.network() == 0;
     give_link_header(frame, packet)?;
     let Way::Task = found.way else {
         return to_client(frame, packet, found, config, outcome);
@@ -260,6 +264,12 @@ pub fn from_uplink_tc<A: Family>(
     untag(frame, packet)?;
     if backend.kind == Kind::Peer as u8 {
         let interface = to_peer(frame, packet, found)?;
+        if interface == BACK {
+            tag(frame, packet.tags)?;
+            // Whose link header the kernel has hidden, its neighbour code gives a new one.
+            let next = if headless { Next::Unresolved } else { Next::Known };
+            return Ok(to_hop(config.uplink, next, packet.tags));
+        }
         // SAFETY: the helper has no preconditions.
         return Ok(unsafe { bpf_redirect(interface, 0) } as i32);
     }
@@ -357,9 +367,9 @@ fn to_client_by_peer<A: Family>(
     let room = tunnel::room(number, peer);
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     if frame.longest(packet) > room {
-        let interface = too_big(frame, packet, room)?;
+        too_big(frame, packet, room)?;
         // SAFETY: the helper has no preconditions.
-        return Ok(unsafe { bpf_redirect(interface, 0) } as i32);
+        return Ok(unsafe { bpf_redirect(frame.ifindex(), 0) } as i32);
     }
     let target = target(packet, found);
     // The tunnel writes the link header.

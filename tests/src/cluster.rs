@@ -56,6 +56,21 @@ pub struct Cluster {
     made: u8,
 }
 
+/// A client behind two routers.
+pub struct Distant {
+    /// The client.
+    pub client: Netns,
+    /// Its router.
+    pub far: Netns,
+    /// The router on the lan.
+    pub near: Netns,
+}
+
+/// The distant client's IPv4 address.
+pub const DISTANT4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+/// The distant client's IPv6 address.
+pub const DISTANT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 10);
+
 /// How nodes reach each other's tasks, as the cluster file says it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reach {
@@ -101,6 +116,55 @@ impl Cluster {
             }
         }
         Self { tasks: Vec::new(), nodes, client, reach: Reach::default(), lan, folder, made: 0 }
+    }
+
+    /// Plugs another machine into the lan, by `eth1`.
+    pub fn plug(&self, label: &str, v4: Ipv4Addr, v6: Ipv6Addr) -> Netns {
+        let netns = Netns::new(label);
+        plug(&self.lan, &netns, v4, v6);
+        netns
+    }
+
+    /// A client behind two routers, the hop between which lets packets of so many bytes pass.
+    ///
+    /// ```text
+    /// lan ── near ──(mtu)── far ── client 198.51.100.10
+    /// ```
+    pub fn distant(&self, mtu: u32) -> Distant {
+        let near =
+            self.plug("near", Ipv4Addr::new(192, 0, 2, 20), "2001:db8:1::20".parse().expect("an address"));
+        let (far, client) = (Netns::new("far"), Netns::new("distant"));
+        near.ip(&format!("link add far type veth peer name near netns {}", far.name()));
+        far.ip(&format!("link add client type veth peer name eth1 netns {}", client.name()));
+        for (netns, link, number) in [(&near, "far", 1), (&far, "near", 2)] {
+            netns.ip(&format!("link set {link} mtu {mtu} up"));
+            netns.ip(&format!("addr add 203.0.113.{number}/30 dev {link}"));
+            netns.ip(&format!("addr add 2001:db8:2::{number}/64 dev {link} nodad"));
+        }
+        far.ip("link set client up");
+        far.ip("addr add 198.51.100.1/24 dev client");
+        far.ip("addr add 2001:db8:3::1/64 dev client nodad");
+        client.ip("link set eth1 up");
+        client.ip(&format!("addr add {DISTANT4}/24 dev eth1"));
+        client.ip(&format!("addr add {DISTANT6}/64 dev eth1 nodad"));
+        client.ip("route add default via 198.51.100.1");
+        client.ip("route add default via 2001:db8:3::1");
+        far.ip("route add default via 203.0.113.1");
+        far.ip("route add default via 2001:db8:2::1");
+        near.ip("route add 198.51.100.0/24 via 203.0.113.2");
+        near.ip("route add 2001:db8:3::/64 via 2001:db8:2::2");
+        for router in [&near, &far] {
+            run(router.command("sysctl").args([
+                "-qw",
+                "net.ipv4.ip_forward=1",
+                "net.ipv6.conf.all.forwarding=1",
+            ]));
+        }
+        for node in &self.nodes {
+            node.netns.ip("route add 198.51.100.0/24 via 192.0.2.20");
+            node.netns.ip("route add 2001:db8:3::/64 via 2001:db8:1::20");
+        }
+        Distant { client, far, near }
     }
 
     /// A folder that goes with the cluster.

@@ -182,3 +182,152 @@ pub fn converse(to: SocketAddr, rounds: usize, pause: Duration) -> Vec<String> {
     };
     (0..rounds).map(&mut round).collect()
 }
+
+/// A stream of bytes that no compression and no repetition makes easy, a buffer at a time.
+struct Noise(u64);
+
+impl Noise {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for chunk in buffer.chunks_exact_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes());
+        }
+    }
+}
+
+/// Writes so many megabytes of noise; the hash of what was written.
+fn write_noise(stream: &mut TcpStream, megabytes: usize) -> [u8; 32] {
+    let (mut noise, mut sum) = (Noise(0x9e37_79b9_7f4a_7c15), Sha256::new());
+    let mut buffer = vec![0; 1_000_000];
+    for _ in 0..megabytes {
+        noise.fill(&mut buffer);
+        sum.update(&buffer);
+        stream.write_all(&buffer).expect("write");
+    }
+    sum.finalize().into()
+}
+
+/// Reads to the end, or until nothing came for a minute; the hash of what was read and its length.
+fn read_hash(stream: &mut TcpStream) -> ([u8; 32], usize) {
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set a time limit");
+    let (mut sum, mut total, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 18]);
+    loop {
+        match stream.read(&mut buffer).expect("read") {
+            0 => return (sum.finalize().into(), total),
+            length => {
+                sum.update(&buffer[..length]);
+                total += length;
+            }
+        }
+    }
+}
+
+/// Which way a transfer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the client to the task.
+    Up,
+    /// From the task to the client.
+    Down,
+}
+
+/// Sends megabytes between a client and a task that listens on port 8080, and compares the hashes of both ends.
+pub fn transfer(client: &Netns, task: &Netns, to: SocketAddr, direction: Direction, megabytes: usize) {
+    let listener = task.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+    let server = task.spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        match direction {
+            Direction::Up => read_hash(&mut stream),
+            Direction::Down => (write_noise(&mut stream, megabytes), megabytes * 1_000_000),
+        }
+    });
+    let there = client.enter(|| {
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10)).expect("connect");
+        match direction {
+            Direction::Up => {
+                let sum = write_noise(&mut stream, megabytes);
+                stream.shutdown(std::net::Shutdown::Write).expect("stop sending");
+                // Until the task has read it all and closes.
+                let _ = stream.read(&mut [0; 1]);
+                (sum, megabytes * 1_000_000)
+            }
+            Direction::Down => read_hash(&mut stream),
+        }
+    });
+    assert_eq!(there, server.join().expect("the server"), "{direction:?} to {to}");
+}
+
+/// TCP segments sent and sent again in a namespace so far, by the kernel's counters.
+pub fn segments(netns: &Netns) -> (u64, u64) {
+    let text = netns.enter(|| std::fs::read_to_string("/proc/thread-self/net/snmp").expect("the counters"));
+    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let value = |name: &str| {
+        let at = names.split(' ').position(|field| field == name).expect("a counter");
+        values.split(' ').nth(at).and_then(|value| value.parse().ok()).expect("a number")
+    };
+    (value("OutSegs"), value("RetransSegs"))
+}
+
+/// A UDP socket that never lets the kernel fragment what it sends.
+pub struct Probe {
+    socket: UdpSocket,
+    v4: bool,
+}
+
+impl Probe {
+    /// Connects it.
+    pub fn new(to: SocketAddr) -> Self {
+        let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+        let socket = UdpSocket::bind(any).expect("bind");
+        socket.connect(to).expect("connect");
+        socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
+        let probe = Self { socket, v4: to.is_ipv4() };
+        // IP_MTU_DISCOVER, IPV6_MTU_DISCOVER: "do".
+        let (level, option) = if probe.v4 { (libc::IPPROTO_IP, 10) } else { (libc::IPPROTO_IPV6, 23) };
+        let on: libc::c_int = 2;
+        // SAFETY: the option's value is an int that lives across the call.
+        let done = unsafe {
+            libc::setsockopt(probe.fd(), level, option, (&raw const on).cast(), size_of_val(&on) as u32)
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        probe
+    }
+
+    fn fd(&self) -> libc::c_int {
+        std::os::fd::AsRawFd::as_raw_fd(&self.socket)
+    }
+
+    /// The path's MTU as the kernel has it.
+    pub fn mtu(&self) -> i32 {
+        let (level, option) = if self.v4 { (libc::IPPROTO_IP, 14) } else { (libc::IPPROTO_IPV6, 24) };
+        let mut mtu: libc::c_int = 0;
+        let mut length = size_of_val(&mtu) as u32;
+        // SAFETY: the value and its length live across the call.
+        let done =
+            unsafe { libc::getsockopt(self.fd(), level, option, (&raw mut mtu).cast(), &raw mut length) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        mtu
+    }
+
+    /// Sends a datagram whose packet has so many bytes; the length of the answer, if one comes.
+    pub fn send(&self, packet: usize) -> Option<usize> {
+        let payload = vec![b'x'; packet - if self.v4 { 28 } else { 48 }];
+        // Too long for what is known of the path already, or an error that came meanwhile.
+        self.socket.send(&payload).ok()?;
+        self.socket.recv(&mut [0; 9000]).ok()
+    }
+
+    /// Finds the path's MTU as applications do: sends the longest packet that may pass until one is answered.
+    pub fn find_mtu(&self) -> usize {
+        for _ in 0..10 {
+            let mtu = self.mtu() as usize;
+            if self.send(mtu).is_some() && self.mtu() as usize == mtu {
+                return mtu;
+            }
+        }
+        panic!("no path MTU was found, the last was {}", self.mtu());
+    }
+}

@@ -24,13 +24,14 @@ const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
 const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
 const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
 /// Debian's packages by the program of each that tests and demo call.
-const DEBIAN_TOOLS: [(&str, &str); 8] = [
+const DEBIAN_TOOLS: [(&str, &str); 9] = [
     ("ip", "iproute2"),
     ("busybox", "busybox-static"),
     ("nginx", "nginx-light"),
     ("curl", "curl"),
     ("iperf3", "iperf3"),
     ("ethtool", "ethtool"),
+    ("tcpdump", "tcpdump"),
     ("sysctl", "procps"),
     ("nsenter", "util-linux"),
 ];
