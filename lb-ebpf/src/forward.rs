@@ -469,8 +469,7 @@ fn give_link_header<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<()
         return Ok(());
     }
     put_link_header(frame).ok_or(Outcome::HandoverLost)?;
-    packet.network_at = LINK;
-    packet.transport_at = packet.transport_at.wrapping_add(LINK);
+    packet.move_to(LINK);
     Ok(())
 }
 
@@ -501,9 +500,7 @@ fn untag<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<(), Outcome> 
             return Err(Outcome::Malformed);
         }
     }
-    let moved = packet.network_at.wrapping_sub(size_of::<Ethernet>() as u16);
-    packet.transport_at = packet.transport_at.wrapping_sub(moved);
-    packet.network_at = size_of::<Ethernet>() as u16;
+    packet.move_to(size_of::<Ethernet>() as u16);
     Ok(())
 }
 

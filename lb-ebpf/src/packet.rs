@@ -118,6 +118,16 @@ impl<A> Packet<A> {
         (self.transport_at & 0x1ff) as usize
     }
 
+    /// Notes that the packet now starts at another offset of its frame.
+    #[inline(always)]
+    pub fn move_to(&mut self, network_at: u16) {
+        let moved = network_at.wrapping_sub(self.network_at);
+        self.network_at = network_at;
+        self.transport_at = self.transport_at.wrapping_add(moved);
+        self.quoted_at = self.quoted_at.wrapping_add(moved);
+        self.quoted_transport_at = self.quoted_transport_at.wrapping_add(moved);
+    }
+
     /// Bytes of the network and transport headers.
     #[inline(always)]
     pub fn headers(&self) -> u32 {
