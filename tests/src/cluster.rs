@@ -99,6 +99,15 @@ impl Node {
     }
 }
 
+impl Task {
+    /// Has it reach everything through its node.
+    pub fn add_routes(&self) {
+        let number = self.node + 1;
+        self.netns.ip(&format!("route replace default via 172.18.{number}.1"));
+        self.netns.ip(&format!("route replace default via fd18:{number}::1"));
+    }
+}
+
 impl Cluster {
     /// Nodes without tasks.
     pub fn new(nodes: u8) -> Self {
@@ -123,6 +132,23 @@ impl Cluster {
         let netns = Netns::new(label);
         plug(&self.lan, &netns, v4, v6);
         netns
+    }
+
+    /// Plugs a router that is in the lan already into it once more, by `eth2`, which forwards packets of so many bytes.
+    pub fn plug_second(&self, router: &Netns, mtu: u32) {
+        let port = format!("{}b", Self::port(router));
+        self.lan.ip(&format!("link add {port} type veth peer name eth2 netns {}", router.name()));
+        self.lan.ip(&format!("link set {port} master lanbr up"));
+        // Each of its links answers for itself alone.
+        run(router.command("sysctl").args([
+            "-qw",
+            "net.ipv4.conf.all.arp_ignore=1",
+            "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
+            "net.ipv4.conf.all.send_redirects=0",
+            "net.ipv4.conf.eth1.send_redirects=0",
+        ]));
+        router.ip(&format!("link set eth2 mtu {mtu} up"));
     }
 
     /// A client behind two routers, the hop between which lets packets of so many bytes pass.
@@ -222,9 +248,9 @@ impl Cluster {
         netns.ip(&format!("addr add {v4}/24 dev eth0"));
         netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
         netns.ip("link set eth0 up");
-        netns.ip(&format!("route add default via 172.18.{number}.1"));
-        netns.ip(&format!("route add default via fd18:{number}::1"));
-        self.tasks.push(Task { netns, name: name.to_owned(), node, v4, v6, processes: Vec::new() });
+        let task = Task { netns, name: name.to_owned(), node, v4, v6, processes: Vec::new() };
+        task.add_routes();
+        self.tasks.push(task);
         self.tasks.len() - 1
     }
 

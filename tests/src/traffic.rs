@@ -155,6 +155,28 @@ pub fn echo(port: u16, name: &str) {
     }
 }
 
+/// One datagram from a new port, and its answer if one comes soon.
+pub fn ask(to: SocketAddr, text: &str) -> Option<String> {
+    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+    let socket = UdpSocket::bind(any).expect("bind");
+    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
+    socket.send_to(text.as_bytes(), to).expect("send");
+    let mut buffer = [0; 9000];
+    let (length, from) = socket.recv_from(&mut buffer).ok()?;
+    assert_eq!(from, to, "the answer comes from the listener");
+    Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// What the kernel says of a datagram that nobody wants, if an error comes back.
+pub fn refusal(to: SocketAddr) -> Option<std::io::ErrorKind> {
+    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+    let socket = UdpSocket::bind(any).expect("bind");
+    socket.connect(to).expect("connect");
+    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
+    socket.send(b"anybody?").expect("send");
+    socket.recv(&mut [0; 16]).err().map(|error| error.kind())
+}
+
 /// One datagram from a new port, and its answer.
 pub fn exchange(to: SocketAddr, text: &str) -> String {
     let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");

@@ -6,10 +6,10 @@ use std::{
 };
 
 use lb_tests::{
-    agent::{Agent, active_tasks, outcome},
+    agent::{Agent, active_tasks, outcome, text},
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::{Netns, Running, eventually},
-    traffic::{Direction, Probe, echo, requests, segments, tally, transfer},
+    traffic::{Direction, Probe, ask, echo, refusal, requests, segments, tally, transfer},
 };
 use nix::sys::signal::Signal;
 
@@ -26,12 +26,16 @@ fn five_tasks(reach: Reach) -> Cluster {
 
 /// An agent on every node, all of which offer all tasks.
 fn attach<'a>(cluster: &'a Cluster, arguments: &[&str]) -> Vec<Agent<'a>> {
+    attach_all(cluster, arguments, cluster.tasks.len() as u64)
+}
+
+/// An agent on every node, all of which offer so many tasks.
+fn attach_all<'a>(cluster: &'a Cluster, arguments: &[&str], tasks: u64) -> Vec<Agent<'a>> {
     let path = cluster.folder().join("cluster.toml");
     let path = if path.exists() { path } else { cluster.write_all_running() };
     let attach =
         |node: &'a lb_tests::cluster::Node| Agent::attach(&node.netns, cluster.folder(), &path, arguments);
     let agents = cluster.nodes.iter().map(attach).collect();
-    let tasks = cluster.tasks.len() as u64;
     for node in &cluster.nodes {
         eventually("all tasks are offered", || active_tasks(&node.netns, "web") == tasks);
     }
@@ -198,14 +202,29 @@ impl Echo {
 
 impl Drop for Echo {
     fn drop(&mut self) {
-        self.cluster.tasks[0].netns.enter(|| {
-            let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
-            socket.send_to(&[], "127.0.0.1:5353").expect("send");
-        });
+        stop_echo(&self.cluster.tasks[0]);
         if let Some(server) = self.server.take() {
             server.join().expect("the server");
         }
     }
+}
+
+fn stop_echo(task: &Task) {
+    task.netns.enter(|| {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
+        socket.send_to(&[], "127.0.0.1:5353").expect("send");
+    });
+}
+
+/// The same for a task's kernel.
+fn forget_task_paths(task: &Task) {
+    for (address, length) in [(IpAddr::from(task.v4), 24), (task.v6.into(), 64)] {
+        let netns = &task.netns;
+        let nodad = if address.is_ipv6() { " nodad" } else { "" };
+        netns.ip(&format!("addr del {address}/{length} dev eth0"));
+        netns.ip(&format!("addr add {address}/{length} dev eth0{nodad}"));
+    }
+    task.add_routes();
 }
 
 /// Has the client's kernel forget what it found out about paths: that goes with the addresses.
@@ -239,5 +258,229 @@ fn a_client_finds_the_mtu_of_the_path_through_the_tunnel() {
             echo.cluster.set_mtu(1500);
             drop(agents);
         }
+    }
+}
+
+#[test]
+fn where_the_nodes_have_room_for_the_tunnel_no_datagram_is_lost() {
+    let echo = Echo::new(PEERS);
+    echo.cluster.set_mtu(1600);
+    echo.cluster.client.ip("link set eth1 mtu 1500");
+    echo.cluster.tasks[0].netns.ip("link set eth0 mtu 1500");
+    let _agents = attach(&echo.cluster, &[]);
+    for address in echo.cluster.addresses(0) {
+        for length in [100, 1_400, 1_472, 8_000] {
+            let answer = echo.cluster.client.enter(|| ask(echo.to(address), &"x".repeat(length)));
+            assert!(answer.is_some(), "{length} bytes to {address}");
+        }
+    }
+    assert_eq!(outcome(&echo.cluster.nodes[0].netns, "too_big"), 0);
+}
+
+/// A task that closes its port sends the client an error; the client sees it come from the listener.
+#[test]
+fn a_closed_port_is_told_to_the_client_by_the_listener() {
+    for reach in [PEERS, DIRECT] {
+        let mut cluster = Cluster::new(2);
+        cluster.reach = reach;
+        cluster.receive_xdp();
+        cluster.add_task("web.1", 0);
+        cluster.add_task("web.2", 1);
+        for mode in ["native", "tc", "generic"] {
+            for task in 0..2 {
+                let tasks = [(&cluster.tasks[task], "running")];
+                cluster.write(&cluster.file("\"53:5353/udp\", \"80:8080\"", &tasks));
+                let agents = attach_all(&cluster, &["--mode", mode], 1);
+                let seen =
+                    Capture::start(&cluster.client, cluster.folder(), "icmp or icmp6 and ip6[40] < 128");
+                for address in cluster.addresses(0) {
+                    let what = format!("{reach:?} {mode} {task} {address}");
+                    // The kernel matches the error with the socket by what it quotes.
+                    let refused = cluster.client.enter(|| refusal(SocketAddr::new(address, 53)));
+                    assert_eq!(refused, Some(std::io::ErrorKind::ConnectionRefused), "{what}");
+                }
+                for line in seen.packets() {
+                    assert!(
+                        !line.contains("172.18.") && !line.contains("fd18:"),
+                        "a task's address leaks: {line}"
+                    );
+                }
+                drop(agents);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_dies_in_the_middle_of_a_transfer_and_returns_goes_on() {
+    let cluster = one_far_task(PEERS);
+    let _agents = attach(&cluster, &[]);
+    let node = &cluster.nodes[1].netns;
+    let port = Cluster::port(node);
+    let (client, task) = (&cluster.client, &cluster.tasks[0].netns);
+    let to = SocketAddr::new(cluster.addresses(0)[0], 80);
+    std::thread::scope(|scope| {
+        let transfer = scope.spawn(|| transfer(client, task, to, Direction::Up, 400));
+        eventually("the transfer runs", || outcome(node, "forwarded_local") > 1_000);
+        let again = segments(client).1;
+        cluster.lan().ip(&format!("link set {port} down"));
+        eventually("the client sends again in vain", || segments(client).1 >= again + 3);
+        assert!(!transfer.is_finished());
+        cluster.lan().ip(&format!("link set {port} up"));
+        transfer.join().expect("the transfer");
+    });
+}
+
+#[test]
+fn a_node_without_an_agent_is_reached_by_snat_or_its_tasks_are_left_out() {
+    let mut cluster = five_tasks(PEERS);
+    let first = &cluster.nodes[0].netns;
+    let text_of = |routable: bool| {
+        if !routable {
+            for family in ["route del 172.18.2.0/24", "-6 route del fd18:2::/64"] {
+                first.ip(family);
+            }
+        }
+        let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+        let file = cluster.file("\"80:8080\"", &tasks);
+        // The second node's.
+        let (before, after) = file.split_once("name = \"node2\"").expect("the second node");
+        format!("{before}name = \"node2\"{}", after.replacen("agent = true", "agent = false", 1))
+    };
+    let path = cluster.write(&text_of(true));
+    let _agent = Agent::attach(first, cluster.folder(), &path, &[]);
+    let _third = Agent::attach(&cluster.nodes[2].netns, cluster.folder(), &path, &[]);
+    for netns in [first, &cluster.nodes[2].netns] {
+        eventually("all tasks are offered", || active_tasks(netns, "web") == 5);
+    }
+    let address = cluster.addresses(0)[0];
+    for answer in requests(&cluster.client, address, 5) {
+        // web.2 and web.5 run on the second node.
+        let seen =
+            if answer.starts_with("web.2") || answer.starts_with("web.5") { address } else { CLIENT4.into() };
+        assert!(answer.ends_with(&format!("saw {seen}")), "{answer}");
+    }
+    cluster.write(&text_of(false));
+    eventually("three tasks are left", || active_tasks(first, "web") == 3);
+    let shown = text(first, &["service", "ps", "web"]);
+    assert!(
+        shown.lines().any(|line| line.starts_with("web.2 ") && line.contains("node2 has no agent")),
+        "{shown}"
+    );
+    assert_eq!(tally(&requests(&cluster.client, address, 6)).len(), 3);
+}
+
+/// As in a Swarm: the same range behind every node's bridge, tasks with addresses that only their own node can reach, and
+/// others that are unique in the cluster by which nodes name them.
+#[test]
+fn tasks_behind_bridges_of_the_same_range_are_told_apart() {
+    for reach in [PEERS, DIRECT] {
+        let mut cluster = Cluster::new(2);
+        cluster.reach = reach;
+        cluster.receive_xdp();
+        for slot in 1..=2 {
+            cluster.add_nginx(&format!("web.{slot}"), slot - 1);
+        }
+        // Both tasks become 172.19.0.11 and fd19::11.
+        for (task, node) in cluster.tasks.iter_mut().zip(&cluster.nodes) {
+            (task.v4, task.v6) = ("172.19.0.11".parse().expect("v4"), "fd19::11".parse().expect("v6"));
+            for (netns, link, own) in [(&node.netns, "gwbridge", 1), (&task.netns, "eth0", 11)] {
+                netns.ip(&format!("addr add 172.19.0.{own}/24 dev {link}"));
+                netns.ip(&format!("addr add fd19::{own}/64 dev {link} nodad"));
+            }
+            task.netns.ip("route replace default via 172.19.0.1");
+            task.netns.ip("route replace default via fd19::1");
+        }
+        let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+        let file = cluster.file("\"80:8080\"", &tasks);
+        let (first, second) = file.rsplit_once("state =").expect("two tasks");
+        let first = first.replacen("state =", "overlay = \"10.0.0.7\"\nstate =", 1);
+        cluster.write(&format!("{first}overlay = \"10.0.0.8\"\nstate ={second}"));
+        let _agents = attach(&cluster, &[]);
+        every_task_sees_the_client_through_every_node(&cluster, &format!("{reach:?}"));
+    }
+}
+
+#[test]
+fn a_task_learns_the_mtu_of_a_router_behind_the_client() {
+    for reach in [PEERS, DIRECT] {
+        let mut cluster = Cluster::new(2);
+        cluster.reach = reach;
+        cluster.receive_xdp();
+        cluster.add_task("web.1", 0);
+        cluster.add_task("web.2", 1);
+        let distant = cluster.distant(1280);
+        for mode in ["native", "tc", "generic"] {
+            // One task on the client's node, one behind the tunnel.
+            for task in 0..2 {
+                cluster.write(&cluster.file("\"80:8080\"", &[(&cluster.tasks[task], "running")]));
+                let agents = attach_all(&cluster, &["--mode", mode], 1);
+                for address in cluster.addresses(0) {
+                    println!("{reach:?} {mode} {task} {address}");
+                    let to = SocketAddr::new(address, 80);
+                    // Its segments are too long for the hop between the routers; only their error tells the task so.
+                    transfer(&distant.client, &cluster.tasks[task].netns, to, Direction::Down, 5);
+                    forget_task_paths(&cluster.tasks[task]);
+                }
+                drop(agents);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_short_hop_between_the_nodes_is_found_and_the_connection_goes_on() {
+    for reach in [PEERS, OVER_V6] {
+        let cluster = one_far_task(reach);
+        // From the first node to the second by a router whose second link lets 1,400 bytes pass.
+        let (v4, v6) = ("192.0.2.30".parse().expect("v4"), "2001:db8:1::30".parse().expect("v6"));
+        let router = cluster.plug("router", v4, v6);
+        let [to4, to6] = cluster.addresses(1);
+        cluster.plug_second(&router, 1400);
+        router.ip(&format!("route add {to4} dev eth2"));
+        router.ip(&format!("route add {to6} dev eth2"));
+        cluster.nodes[0].netns.ip(&format!("route add {to4} via {v4}"));
+        cluster.nodes[0].netns.ip(&format!("route add {to6} via {v6}"));
+        let _agents = attach(&cluster, &[]);
+        for address in cluster.addresses(0) {
+            let to = SocketAddr::new(address, 80);
+            transfer(&cluster.client, &cluster.tasks[0].netns, to, Direction::Up, 20);
+        }
+        let node = &cluster.nodes[0].netns;
+        assert!(outcome(node, "tunnel_error") > 0, "the router's errors arrived");
+        assert!(outcome(node, "too_big") > 0, "and were passed on in the client's words");
+    }
+}
+
+#[test]
+fn datagrams_of_eight_kilobytes_go_through_any_node() {
+    for reach in [PEERS, DIRECT, OVER_V6] {
+        let mut far = Echo::new(reach);
+        let near = far.cluster.add_task("web.2", 0);
+        let server = far.cluster.tasks[near].netns.spawn(|| echo(5353, "near"));
+        let tasks: Vec<(&Task, &str)> = far.cluster.tasks.iter().map(|task| (task, "running")).collect();
+        far.cluster.write(&far.cluster.file("\"53:5353/udp\", \"80:8080\"", &tasks));
+        for mode in ["native", "tc", "generic"] {
+            let agents = attach(&far.cluster, &["--mode", mode]);
+            for node in 0..2 {
+                for address in far.cluster.addresses(node) {
+                    let text = "x".repeat(8_000);
+                    let ask = || (0..12).map(|_| ask(far.to(address), &text)).collect::<Vec<_>>();
+                    let answers = far.cluster.client.enter(ask);
+                    assert!(answers.iter().flatten().all(|answer| answer.contains(&text)));
+                    // Until both ends have been told of the tunnel's MTU, which is said once.
+                    let lost = answers.iter().filter(|answer| answer.is_none()).count();
+                    let what = format!("{reach:?} {mode} {address}");
+                    assert!(lost <= 2, "{what}: {lost} lost");
+                    assert!(answers[6..].iter().all(Option::is_some), "{what}");
+                }
+            }
+            for node in &far.cluster.nodes {
+                assert_eq!(outcome(&node.netns, "fragment"), 0, "later fragments found their first ones");
+            }
+            drop(agents);
+        }
+        stop_echo(&far.cluster.tasks[near]);
+        server.join().expect("the server");
     }
 }
