@@ -192,7 +192,7 @@ impl Lab {
         let context: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let (action, mut out) = run(program, frame, &context);
         let mut note = None;
-        if out.len() == frame.len() + 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
+        if out.len() > 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
             note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
             out.drain(..8);
         }
@@ -287,7 +287,7 @@ fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>)
 where
     P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
 {
-    let mut out = vec![0; frame.len() + 64];
+    let mut out = vec![0; frame.len() + 256];
     let options = TestRunOptions {
         data_in: Some(frame),
         data_out: Some(&mut out),

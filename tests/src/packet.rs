@@ -35,6 +35,8 @@ pub struct Packet {
     pub extensions: Vec<(u8, Vec<u8>)>,
     /// Transport.
     pub transport: Transport,
+    /// TCP options, a multiple of four bytes.
+    pub tcp_options: Vec<u8>,
     /// Payload.
     pub payload: Vec<u8>,
     /// What the transport checksum is.
@@ -99,6 +101,7 @@ impl Packet {
             options: vec![],
             extensions: vec![],
             transport,
+            tcp_options: vec![],
             payload: b"some payload".to_vec(),
             checksum: Checksum::Full,
         }
@@ -201,6 +204,7 @@ impl Packet {
                 let mut header = TcpHeader::new(self.source_port, self.destination_port, 1_000, 65_000);
                 (header.syn, header.ack, header.fin, header.rst) =
                     (flags.syn, flags.ack, flags.fin, flags.rst);
+                header.set_options_raw(&self.tcp_options).expect("short options");
                 header.to_bytes().to_vec()
             }
             Transport::Udp => {
@@ -235,6 +239,121 @@ impl Packet {
             _ => panic!("one family at a time"),
         };
         addresses + u32::from(self.number().0) + length as u32
+    }
+}
+
+/// What a tunnel packet says beside the packet inside, field by field as RFC 8926 has it.
+#[derive(Clone, Debug)]
+pub struct Tunnelled {
+    /// Source and destination hardware address.
+    pub macs: ([u8; 6], [u8; 6]),
+    /// Outer addresses.
+    pub nodes: (IpAddr, IpAddr),
+    /// UDP ports.
+    pub ports: (u16, u16),
+    /// Option class.
+    pub class: u16,
+    /// Option type.
+    pub kind: u8,
+    /// Version of the option's data, and its flags.
+    pub version_and_flags: [u8; 2],
+    /// The task: its address in the cluster and its port.
+    pub task: (IpAddr, u16),
+    /// The packet inside, from its network header on.
+    pub inner: Vec<u8>,
+}
+
+impl Tunnelled {
+    /// Its bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mapped = match self.task.0 {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let ether: [u8; 2] = if self.inner[0] >> 4 == 4 { [0x08, 0x00] } else { [0x86, 0xdd] };
+        let mut geneve = vec![6, 0x40, ether[0], ether[1], 0, 0, 0, 0];
+        geneve.extend(self.class.to_be_bytes());
+        geneve.extend([self.kind, 5]);
+        geneve.extend(self.version_and_flags);
+        geneve.extend(self.task.1.to_be_bytes());
+        geneve.extend(mapped.octets());
+        geneve.extend(&self.inner);
+        let outer = Packet::new(Transport::Udp, (self.nodes.0, self.ports.0), (self.nodes.1, self.ports.1));
+        let outer = outer.with(|p| {
+            p.macs = self.macs;
+            p.payload = geneve;
+            p.checksum = Checksum::None;
+        });
+        let mut bytes = outer.bytes();
+        if self.nodes.0.is_ipv4() {
+            // No identification, not to be fragmented.
+            bytes[18..22].copy_from_slice(&[0, 0, 0x40, 0]);
+            bytes[24..26].fill(0);
+            let checksum = !fold(sum(&bytes[14..34]));
+            bytes[24..26].copy_from_slice(&checksum.to_be_bytes());
+        }
+        bytes
+    }
+}
+
+/// An ICMP error that quotes so many bytes of a packet, which was sent by `to`.
+#[derive(Clone, Debug)]
+pub struct IcmpError {
+    /// Source and destination hardware address.
+    pub macs: ([u8; 6], [u8; 6]),
+    /// Who says it.
+    pub from: IpAddr,
+    /// Who sent the packet.
+    pub to: IpAddr,
+    /// Type and code.
+    pub kind: (u8, u8),
+    /// The last word of its header.
+    pub rest: u32,
+    /// TTL or hop limit.
+    pub hops: u8,
+    /// The packet from its network header on, as far as it is quoted, and what follows.
+    pub quote: Vec<u8>,
+}
+
+impl IcmpError {
+    /// Its bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut message = vec![self.kind.0, self.kind.1, 0, 0];
+        message.extend(self.rest.to_be_bytes());
+        message.extend(&self.quote);
+        let length = message.len();
+        let mut frame = [&self.macs.1[..], &self.macs.0].concat();
+        let pseudo = match (self.from, self.to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                let mut header =
+                    Ipv4Header::new(length as u16, self.hops, IpNumber::ICMP, from.octets(), to.octets())
+                        .expect("a short packet");
+                header.dont_fragment = false;
+                header.header_checksum = header.calc_header_checksum();
+                frame.extend([8, 0]);
+                frame.extend(header.to_bytes());
+                0
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                let header = Ipv6Header {
+                    traffic_class: 0,
+                    flow_label: Ipv6FlowLabel::ZERO,
+                    payload_length: length as u16,
+                    next_header: IpNumber::IPV6_ICMP,
+                    hop_limit: self.hops,
+                    source: from.octets(),
+                    destination: to.octets(),
+                };
+                frame.extend([0x86, 0xdd]);
+                frame.extend(header.to_bytes());
+                sum(&from.octets()) + sum(&to.octets()) + length as u32 + 58
+            }
+            _ => panic!("one family at a time"),
+        };
+        let checksum = !fold(pseudo + sum(&message));
+        message[2..4].copy_from_slice(&checksum.to_be_bytes());
+        frame.extend(message);
+        frame
     }
 }
 
