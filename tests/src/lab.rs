@@ -52,6 +52,15 @@ pub const UNSPEC: u32 = u32::MAX;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
+/// Where a program is run to see what it costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP on the uplink.
+    UplinkXdp,
+    /// TC where tasks answer.
+    TaskTc,
+}
+
 /// The bench.
 pub struct Lab {
     datapath: Option<Datapath>,
@@ -181,16 +190,38 @@ impl Lab {
         Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags }
     }
 
-    /// Runs the uplink's XDP program.
-    pub fn xdp(&self, frame: &[u8]) -> Verdict {
-        let program: &Xdp = match self.datapath().program(program::UPLINK_XDP) {
+    fn xdp_program(&self) -> &Xdp {
+        match self.datapath().program(program::UPLINK_XDP) {
             Some(Program::Xdp(program)) => program,
             _ => panic!("no XDP program"),
-        };
-        // struct xdp_md
+        }
+    }
+
+    fn tc_program(&self, name: &str) -> &SchedClassifier {
+        match self.datapath().program(name) {
+            Some(Program::SchedClassifier(program)) => program,
+            _ => panic!("no TC program {name}"),
+        }
+    }
+
+    /// struct xdp_md
+    fn xdp_context(&self, frame: &[u8]) -> Vec<u8> {
         let words = [0, frame.len() as u32, 0, self.uplink, 0, 0];
-        let context: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let (action, mut out) = run(program, frame, &context);
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    /// How long one run on a frame takes, in nanoseconds.
+    pub fn cost(&self, hook: Hook, frame: &[u8]) -> u32 {
+        let result = match hook {
+            Hook::UplinkXdp => run(self.xdp_program(), frame, &self.xdp_context(frame)),
+            Hook::TaskTc => run(self.tc_program(program::TASK_TC), frame, &tc_context(self.veth)),
+        };
+        result.2
+    }
+
+    /// Runs the uplink's XDP program.
+    pub fn xdp(&self, frame: &[u8]) -> Verdict {
+        let (action, mut out, _) = run(self.xdp_program(), frame, &self.xdp_context(frame));
         let mut note = None;
         if out.len() > 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
             note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
@@ -201,14 +232,7 @@ impl Lab {
 
     /// Runs a TC program on a frame that came in by an interface.
     pub fn tc(&self, name: &str, frame: &[u8], ifindex: u32) -> Verdict {
-        let program: &SchedClassifier = match self.datapath().program(name) {
-            Some(Program::SchedClassifier(program)) => program,
-            _ => panic!("no TC program {name}"),
-        };
-        // struct __sk_buff: ifindex is its eleventh word.
-        let mut context = vec![0; 192];
-        context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
-        let (action, out) = run(program, frame, &context);
+        let (action, out, _) = run(self.tc_program(name), frame, &tc_context(ifindex));
         Verdict { action, frame: out, note: None }
     }
 
@@ -282,8 +306,15 @@ impl Lab {
     }
 }
 
-/// Runs a program on a frame; its return value and the frame afterwards.
-fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>)
+/// struct __sk_buff: ifindex is its eleventh word.
+fn tc_context(ifindex: u32) -> Vec<u8> {
+    let mut context = vec![0; 192];
+    context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+    context
+}
+
+/// Runs a program on a frame; its return value, the frame afterwards, and how many nanoseconds it took.
+fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>, u32)
 where
     P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
 {
@@ -296,5 +327,5 @@ where
     };
     let result = program.test_run(options).expect("run the program");
     out.truncate(result.data_size_out as usize);
-    (result.return_value, out)
+    (result.return_value, out, result.duration.as_nanos() as u32)
 }

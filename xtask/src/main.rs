@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything that is done to this project, in one place.
 
+mod bench;
 mod check;
 mod demo;
 mod ebpf;
@@ -35,6 +36,8 @@ enum Verb {
         /// Only tests whose name holds this
         filter: Option<String>,
     },
+    /// What a packet costs in the programs, in nanoseconds, as root
+    Bench,
     /// A three-node cluster in network namespaces, and the Swarm walk-through on it, as root
     Demo {
         /// Leave the cluster up, and say how to enter it
@@ -60,6 +63,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Build => ebpf::build_agent().map(drop),
         Verb::Check => check::run(),
         Verb::Test { filter } => test::run(filter.as_deref()),
+        Verb::Bench => bench::run(),
         Verb::Demo { keep } => demo::run(keep),
     }
 }

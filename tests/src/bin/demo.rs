@@ -12,7 +12,7 @@ use std::{
 use clap::Parser;
 use lb_tests::{
     agent::{Agent, active_tasks, json, program, text},
-    cluster::{CLIENT4, Cluster, Task},
+    cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::eventually,
     traffic::{Load, requests, tally},
 };
@@ -46,6 +46,8 @@ fn main() {
     watch_for_interrupts();
     say("Three machines on a lan, and a client; each machine has a bridge with tasks behind it.");
     let mut cluster = Cluster::new(3);
+    cluster.reach = Reach { peers: true, ..Reach::default() };
+    cluster.receive_xdp();
     for slot in 1..=7 {
         cluster.add_nginx(&format!("web.{slot}"), (slot - 1) % 3);
     }
@@ -107,8 +109,9 @@ fn look(cluster: &Cluster) {
 }
 
 fn rotate(cluster: &Cluster) {
-    say("Any node's address answers; ten requests rotate over five tasks, two each.");
-    println!("  (a task of the node sees the client; one of another node is reached by snat for now)");
+    say(
+        "Any node's address answers; ten requests rotate over five tasks, two each, and every task sees the client.",
+    );
     for (node, address) in
         [(0, cluster.addresses(0)[0]), (2, cluster.addresses(2)[0]), (1, cluster.addresses(1)[1])]
     {
@@ -118,6 +121,8 @@ fn rotate(cluster: &Cluster) {
         for answer in &answers {
             println!("  {answer}");
         }
+        let client = if address.is_ipv4() { CLIENT4.to_string() } else { CLIENT6.to_string() };
+        assert!(answers.iter().all(|answer| answer.ends_with(&format!("saw {client}"))), "{answers:?}");
         assert!(tally(&answers).len() == 5 && tally(&answers).values().all(|count| *count == 2));
     }
 }
