@@ -73,15 +73,23 @@ fn take_turn(cursor: *mut u64) -> u64 {
     }
 }
 
-/// Whether the task serves this client's address and port through a listener of another node.
+/// Whether the task serves this client's address and port through a listener of another node. What is left of such a
+/// connection when it is over goes: it would claim the answers of the one that starts.
 #[inline(never)]
 fn serves_by_peer<A: Family>(key: &FlowKey<A>, backend: &Backend) -> bool {
     let now = neighbour::jiffies() as u32;
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     let task = *A::in_wide(&backend.address);
     let reply = FlowKey::new(task, key.source, backend.port, key.source_port, key.protocol);
+    let Some(known) = A::flow(&reply) else {
+        return false;
+    };
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    A::flow(&reply).is_some_and(|flow| unsafe { (*flow).is_alive(key.protocol == TCP, now, hz) })
+    if unsafe { (*known).is_alive(key.protocol == TCP, now, hz) } {
+        return true;
+    }
+    let _ = A::delete_flow(&reply);
+    false
 }
 
 /// Whether the task serves this client's address and port through another listener: it could not tell the two

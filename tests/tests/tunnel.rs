@@ -333,6 +333,27 @@ fn two_listeners_of_different_nodes_never_share_a_client_s_port_on_a_task() {
 }
 
 #[test]
+fn a_connection_that_is_over_does_not_claim_the_answers_of_the_next() {
+    with_both(|lab, outer| {
+        for family in FAMILIES {
+            let client = (ip(family.client), 47_600);
+            let far = if family.headers == V4.headers { "192.0.2.2" } else { "2001:db8:1::2" };
+            for transport in [SYN, lb_tests::packet::FIN] {
+                let request = Packet::new(transport, client, (ip(far), 84));
+                let arrived = received(outer, TO_TASK, (NEAR, 8084), inner(&request));
+                assert!(lab.xdp(&arrived.bytes()).note.is_some());
+            }
+            // The client's next connection from that port comes to this node.
+            assert!(lab.xdp(&packet(family, SYN, 47_600, 84).bytes()).note.is_some());
+            let back = Packet::new(SYN_ACK, (ip(family.local), 8084), client);
+            let verdict = lab.task_tc(&back.bytes());
+            let expected = back.forwarded((ip(family.listener), 84), client, (NODE_MAC, CLIENT_MAC));
+            assert_eq!((verdict.action, verdict.frame), (REDIRECT, expected.bytes()));
+        }
+    });
+}
+
+#[test]
 fn segments_are_made_to_fit_the_tunnel() {
     with_both(|lab, outer| {
         let overhead: u16 = if outer.headers == V4.headers { 60 } else { 80 };
