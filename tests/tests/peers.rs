@@ -6,10 +6,10 @@ use std::{
 };
 
 use lb_tests::{
-    agent::{Agent, active_tasks, outcome, text},
+    agent::{Agent, active_tasks, json, outcome, text},
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::{Netns, Running, eventually},
-    traffic::{Direction, Probe, ask, echo, refusal, requests, segments, tally, transfer},
+    traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, tally, transfer},
 };
 use nix::sys::signal::Signal;
 
@@ -333,7 +333,7 @@ fn a_peer_that_dies_in_the_middle_of_a_transfer_and_returns_goes_on() {
 
 #[test]
 fn a_node_without_an_agent_is_reached_by_snat_or_its_tasks_are_left_out() {
-    let mut cluster = five_tasks(PEERS);
+    let cluster = five_tasks(PEERS);
     let first = &cluster.nodes[0].netns;
     let text_of = |routable: bool| {
         if !routable {
@@ -483,4 +483,55 @@ fn datagrams_of_eight_kilobytes_go_through_any_node() {
         stop_echo(&far.cluster.tasks[near]);
         server.join().expect("the server");
     }
+}
+
+#[test]
+fn ten_thousand_requests_survive_scaling_over_three_nodes() {
+    let mut cluster = five_tasks(PEERS);
+    for slot in 6..=7 {
+        cluster.add_nginx(&format!("web.{slot}"), slot % 3);
+    }
+    let states = |extra: &str| {
+        let tasks: Vec<(&Task, &str)> = cluster
+            .tasks
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| *index < 2 || extra != "none")
+            .map(|(index, task)| (task, if index < 2 { "running" } else { extra }))
+            .collect();
+        cluster.write(&cluster.file("\"80:8080\"", &tasks))
+    };
+    states("none");
+    let _agents = attach_all(&cluster, &[], 2);
+    let load = Load::start(&cluster.client, cluster.nodes[0].v4().into(), 4, 10_000);
+    let everywhere = |tasks: u64| {
+        for node in &cluster.nodes {
+            eventually("all nodes know", || active_tasks(&node.netns, "web") == tasks);
+        }
+    };
+    let mut rounds = 0;
+    while load.done() < 9_000 {
+        states("running");
+        everywhere(7);
+        states("draining");
+        everywhere(2);
+        // Drained first, then taken away.
+        let flows = load.done() + 40;
+        eventually("their flows end", || load.done() >= flows.min(10_000));
+        states("none");
+        for node in &cluster.nodes {
+            let shown =
+                || json(&node.netns, &["service", "ps", "web"])["tasks"].as_array().map_or(0, Vec::len);
+            eventually("two tasks are left", || shown() == 2);
+        }
+        rounds += 1;
+    }
+    let failed = load.finish();
+    if !failed.is_empty() {
+        for node in &cluster.nodes {
+            println!("{}", text(&node.netns, &["stats"]));
+        }
+    }
+    assert_eq!(failed, Vec::<String>::new(), "after {rounds} rounds");
+    assert!(rounds > 0);
 }

@@ -129,8 +129,7 @@ fn rotate(cluster: &Cluster) {
 
 fn scale_under_load(cluster: &Cluster) {
     say("Scale to 2 and to 7 while four clients send requests; what leaves is drained first.");
-    let node = &cluster.nodes[0];
-    let load = Load::start(&cluster.client, node.v4().into(), 4, u64::MAX);
+    let load = Load::start(&cluster.client, cluster.nodes[0].v4().into(), 4, u64::MAX);
     let more = |requests: u64| {
         let goal = load.done() + requests;
         eventually("requests go on", || load.done() >= goal);
@@ -154,10 +153,12 @@ fn scale_under_load(cluster: &Cluster) {
     for error in failed.iter().take(5) {
         println!("    {error}");
     }
-    println!("node1$ lb-userspace stats");
-    let outcomes = json(&node.netns, &["stats"])["outcomes"].as_object().cloned().unwrap_or_default();
-    for (name, packets) in outcomes.iter().filter(|(_, packets)| packets.as_u64() > Some(0)) {
-        println!("  {name:<20} {packets}");
+    for node in &cluster.nodes {
+        println!("{}$ lb-userspace stats", node.name);
+        let outcomes = json(&node.netns, &["stats"])["outcomes"].as_object().cloned().unwrap_or_default();
+        for (name, packets) in outcomes.iter().filter(|(_, packets)| packets.as_u64() > Some(0)) {
+            println!("  {name:<20} {packets}");
+        }
     }
 }
 
