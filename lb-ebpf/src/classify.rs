@@ -9,6 +9,7 @@ use lb_common::{
     flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REQUEST, RESET, TASK_FIN},
     net::Be16,
     outcome::Outcome,
+    tunnel::TaskKey,
 };
 
 use crate::{
@@ -117,8 +118,9 @@ fn reply<A: Family>(packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
 pub fn for_task<A: Family>(packet: &mut Packet<A>, arrival: &mut Arrival) -> Result<u32, Outcome> {
     arrival.task.protocol = packet.key.protocol;
     arrival.task.family = if A::IS_V4 { 4 } else { 6 };
+    let task: &TaskKey = &arrival.task;
     // SAFETY: copied at once.
-    let index = unsafe { TASKS.get(&arrival.task) }.copied().ok_or(Outcome::TunnelNoTask)?;
+    let index = unsafe { TASKS.get(task) }.copied().ok_or(Outcome::TunnelNoTask)?;
     let backend = BACKENDS.get(index).ok_or(Outcome::TunnelNoTask)?;
     if backend.kind != Kind::Local as u8 || backend.state == State::Free as u8 {
         return Err(Outcome::TunnelNoTask);

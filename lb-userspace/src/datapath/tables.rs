@@ -160,6 +160,7 @@ impl TableSet {
                 tables.backends.insert(index, BackendEntry { backend, label: nameless(&backend, index) });
             }
         }
+        tables.last_node = tables.nodes.keys().next_back().copied().unwrap_or_default();
         let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
         for number in peers.map(|(number, _)| *number).collect::<Vec<_>>() {
             let peer = self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?;

@@ -87,14 +87,13 @@ impl<'a> Draft<'a> {
         let used = actual.listeners.values().map(|listener| (listener.slot_base, listener.slot_count));
         // Numbers of nodes start at one; a number that entries for replies may still name rests.
         let nodes = actual.nodes.iter().map(|(number, label)| (label.name.clone(), number - 1));
-        let last_node = actual.nodes.keys().next_back().copied().unwrap_or_default();
         // A number that was used last is given again last.
         let rested = actual.generations.keys().next_back().map_or(0, |last| last + 1);
         Self {
             actual,
             limits,
             next,
-            nodes: Numbers::new(nodes, limits.nodes, last_node),
+            nodes: Numbers::new(nodes, limits.nodes, actual.last_node),
             services: Numbers::new(services, limits.services, 0),
             cursors: Numbers::new(cursors, limits.listeners, 0),
             backends: Numbers::new(backends, limits.backends, rested),
@@ -165,6 +164,16 @@ impl<'a> Draft<'a> {
                 return Err(format!(
                     "{}:{}/{} of task {} is already the address of task {}",
                     at.address, at.port, at.protocol, entry.label.task, owner.label.task
+                ));
+            }
+            // Peers could not say which of the two they mean.
+            let named = self.next.tasks.get(&task_key(entry)).and_then(|index| self.next.backends.get(index));
+            if entry.backend.kind == Kind::Local as u8
+                && let Some(owner) = named
+            {
+                return Err(format!(
+                    "task {} has the address in the cluster of task {}",
+                    entry.label.task, owner.label.task
                 ));
             }
         }

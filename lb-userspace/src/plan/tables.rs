@@ -107,6 +107,9 @@ pub struct ReplySet {
 pub struct Tables {
     /// Nodes by number, from one.
     pub nodes: BTreeMap<u32, NodeLabel>,
+    /// The number given to a node last; the next one is given the number after it, so that one that a flow may still name
+    /// rests. Not in the kernel's tables.
+    pub last_node: u32,
     /// The other nodes that have an agent, by number of the node.
     pub peers: BTreeMap<u32, Peer>,
     /// Numbers of the nodes by address, this node's own with [`lb_common::tunnel::SELF`].
@@ -146,7 +149,11 @@ impl Tables {
     /// Does to this copy what applying the operation does to the kernel's.
     pub fn apply(&mut self, op: &MapOp) {
         match op.clone() {
-            MapOp::SetNode(index, label) => drop(self.nodes.insert(index, label)),
+            MapOp::SetNode(index, label) => {
+                if self.nodes.insert(index, label).is_none() {
+                    self.last_node = index;
+                }
+            }
             MapOp::RemoveNode(index) => drop(self.nodes.remove(&index)),
             MapOp::SetPeer(number, peer) => drop(self.peers.insert(number, peer)),
             MapOp::RemovePeer(number) => drop(self.peers.remove(&number)),

@@ -255,3 +255,78 @@ fn more_listeners_than_a_reply_can_match_are_said() {
     assert_eq!(desired.services[0].ports[0].addresses.len(), 8);
     assert!(desired.refused[0].contains("8 of 9 addresses"), "{:?}", desired.refused);
 }
+
+/// Nodes of these numbers, the first of them this one, and a task on each.
+fn nodes(numbers: &[u8]) -> ClusterState {
+    let task = |number: &u8| Task {
+        name: format!("web.{number}"),
+        node: format!("node{number}"),
+        addresses: vec![format!("172.18.0.{number}").parse().unwrap()],
+        overlay: Some(format!("10.0.0.{number}").parse().unwrap()),
+        state: TaskState::Running,
+        weight: 1,
+        via: Via::Peer,
+    };
+    let mut service = build(1, vec![], vec![(0, Protocol::Tcp, 0)]);
+    service.tasks = numbers.iter().map(task).collect();
+    let node = |number: &u8| Node {
+        name: format!("node{number}"),
+        addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
+        agent: true,
+    };
+    ClusterState {
+        nodes: numbers.iter().map(node).collect(),
+        services: vec![service],
+        ..ClusterState::default()
+    }
+}
+
+fn apply_all(tables: &mut Tables, cluster: &ClusterState) -> Vec<String> {
+    let plan = plan_for(cluster, tables, &LIMITS);
+    plan.ops.iter().for_each(|op| tables.apply(op));
+    plan.refused
+}
+
+#[test]
+fn peers_are_numbered_and_a_task_is_named_by_its_address_in_the_cluster() {
+    let mut tables = Tables::empty(LIMITS.slots);
+    assert_eq!(apply_all(&mut tables, &nodes(&[1, 2, 3])), Vec::<String>::new());
+    let number = |tables: &Tables, name: &str| {
+        tables.nodes.iter().find(|(_, node)| node.name == name).map(|(number, _)| *number).unwrap()
+    };
+    let (second, third) = (number(&tables, "node2"), number(&tables, "node3"));
+    assert_eq!(tables.peers.keys().copied().collect::<Vec<_>>(), [second, third]);
+    assert_eq!(tables.peer_numbers[&"192.0.2.102".parse().unwrap()], second);
+    // This node's addresses: the cluster's and the uplink's.
+    for own in ["192.0.2.101", "192.0.2.1", "2001:db8::1"] {
+        assert_eq!(tables.peer_numbers[&own.parse().unwrap()], lb_common::tunnel::SELF);
+    }
+    let named = tables.tasks.keys().map(|key| lb_common::tunnel::unmapped(key.address)).collect::<Vec<_>>();
+    assert_eq!(named, ["10.0.0.1".parse::<IpAddr>().unwrap()], "only its own tasks");
+    let far = tables.backends.values().find(|entry| entry.label.task == "web.2").unwrap();
+    assert_eq!(far.backend.peer, second as u16);
+    assert_eq!(far.backend.address, lb_common::tunnel::mapped("10.0.0.2".parse().unwrap()));
+    // A number that entries for answers may still name is not given to the next node.
+    apply_all(&mut tables, &nodes(&[1, 2]));
+    apply_all(&mut tables, &nodes(&[1, 2, 4]));
+    assert_ne!(number(&tables, "node4"), third);
+    assert_eq!(number(&tables, "node2"), second);
+}
+
+#[test]
+fn addresses_that_two_claim_are_said() {
+    let mut twice = nodes(&[1, 2]);
+    twice.nodes[1].addresses.push("192.0.2.101".parse().unwrap());
+    let mut tables = Tables::empty(LIMITS.slots);
+    let refused = apply_all(&mut tables, &twice);
+    assert!(refused[0].contains("of both node1 and node2"), "{refused:?}");
+    assert_eq!(tables.peer_numbers[&"192.0.2.101".parse().unwrap()], lb_common::tunnel::SELF);
+    let mut twins = nodes(&[1]);
+    let mut other = twins.services[0].clone();
+    (other.name, other.ports[0].published) = ("other".into(), 999);
+    (other.tasks[0].name, other.tasks[0].addresses) =
+        ("other.1".into(), vec!["172.18.0.99".parse().unwrap()]);
+    twins.services.push(other);
+    let refused = apply_all(&mut Tables::empty(LIMITS.slots), &twins);
+    assert!(refused[0].contains("has the address in the cluster of task"), "{refused:?}");
+}

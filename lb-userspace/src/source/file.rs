@@ -385,6 +385,33 @@ weight = 3
     }
 
     #[test]
+    fn the_tunnel_reads_as_written() {
+        let text = GOOD
+            .replace(
+                "[[service]]",
+                "agent = false\n\n[tunnel]\nport = 6082\nreturn = \"direct\"\n\n[[service]]",
+            )
+            .replace("state =", "via = \"routed\"\noverlay = \"10.0.0.3\"\nstate =")
+            .replace("ports =", "return = \"tunnel\"\nports =");
+        let state = parse(&text).ok().unwrap();
+        assert_eq!(state.tunnel, Tunnel { port: 6082, returns: Return::Direct });
+        assert_eq!(state.services[0].returns, Some(Return::Tunnel));
+        assert!(!state.nodes[0].agent);
+        let task = &state.services[0].tasks[0];
+        assert_eq!((task.via, task.cluster_address()), (Via::Routed, "10.0.0.3".parse().ok()));
+        // Without a word: an agent everywhere, answers through the tunnel, a task's own address for its name.
+        let state = parse(GOOD).ok().unwrap();
+        assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
+        assert!(state.nodes[0].agent);
+        let task = &state.services[0].tasks[0];
+        assert_eq!((task.via, task.cluster_address()), (Via::Peer, "172.18.0.3".parse().ok()));
+        fails(&format!("{GOOD}\n[tunnel]\nport = 0\n"), 18, "from 1 to 65535");
+        fails(&format!("{GOOD}\n[tunnel]\nport = 53\n"), 18, "publishes port 53/udp, which is the tunnel's");
+        fails(&GOOD.replace("53:5353/udp", "6081:5353/udp"), 1, "publishes port 6081/udp");
+        fails(&format!("{GOOD}\n[tunnel]\nreturn = \"back\"\n"), 18, "back");
+    }
+
+    #[test]
     fn an_empty_file_is_an_empty_cluster() {
         assert_eq!(parse("").ok().unwrap(), ClusterState::default());
     }
