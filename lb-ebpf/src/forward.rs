@@ -178,14 +178,13 @@ pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32,
     let known = classify::for_client(packet)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     give_link_header(frame, packet)?;
-    count::outcome(Outcome::Reply as u32, packets);
     if known.is_null() {
+        count::outcome(Outcome::Reply as u32, packets);
         // SAFETY: no parameters are passed: the kernel takes the next hop from its routing table.
         return Ok(unsafe { bpf_redirect_neigh(config.uplink, null_mut(), 0, 0) } as i32);
     }
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let (index, tags) = unsafe { ((*known).backend, (*known).tags) };
-    count::reply(index, packets, bytes);
     if let Some(backend) = BACKENDS.get(index) {
         clamp_emitted(frame, packet, backend.peer as u32)?;
     }
@@ -193,6 +192,8 @@ pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32,
     let next = neighbour::refresh(frame.context(), known, to, from, config.uplink);
     rewrite::link(frame, neighbour::hop(known)).ok_or(Outcome::TunnelMalformed)?;
     tag(frame, tags)?;
+    count::reply(index, packets, bytes);
+    count::outcome(Outcome::Reply as u32, packets);
     Ok(to_hop(config.uplink, next, tags))
 }
 

@@ -159,7 +159,7 @@ pub fn echo(port: u16, name: &str) {
 pub fn ask(to: SocketAddr, text: &str) -> Option<String> {
     let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
     let socket = UdpSocket::bind(any).expect("bind");
-    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
+    socket.set_read_timeout(Some(Duration::from_millis(1_500))).expect("set a time limit");
     socket.send_to(text.as_bytes(), to).expect("send");
     let mut buffer = [0; 9000];
     let (length, from) = socket.recv_from(&mut buffer).ok()?;
