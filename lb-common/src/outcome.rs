@@ -79,7 +79,8 @@ outcomes! {
     TooBig = "too_big",
     /// An ICMP error about a tunnel packet of this node; the path's MTU is noted.
     TunnelError = "tunnel_error",
-    /// Through the tunnel from an address that no node of the cluster has, or not addressed to this node.
+    /// Through the tunnel from an address that no other node of the cluster has, or an answer from an address that is
+    /// not this node's.
     TunnelNotPeer = "tunnel_not_peer",
     /// Through the tunnel for a task that is not on this node, or takes no packets.
     TunnelNoTask = "tunnel_no_task",

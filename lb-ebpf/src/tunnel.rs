@@ -200,11 +200,13 @@ fn outer6<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> O
     Some(LINK + size_of::<ipv6::Header>())
 }
 
-/// Whether the packet is addressed to the tunnel's port.
+/// Whether the packet is addressed to the tunnel's port. What carries a tag belongs to an interface on top of the
+/// uplink.
 #[inline(always)]
 pub fn is_for<A>(packet: &Packet<A>) -> bool {
     packet.key.protocol == UDP
         && packet.form == WHOLE
+        && !packet.tagged()
         && maps::config().is_some_and(|config| config.tunnel_port == packet.key.destination_port)
 }
 
@@ -217,7 +219,7 @@ pub fn is_error<A>(packet: &Packet<A>) -> bool {
 }
 
 /// Reads what the tunnel says of the packet inside, and checks that a peer sent it to this node. `NotOurs` if it is
-/// another program's. Changes nothing.
+/// another program's, or for another node. Changes nothing.
 #[inline(always)]
 pub fn open<F: Frame, A: Family>(
     frame: &F,
@@ -238,9 +240,20 @@ pub fn open<F: Frame, A: Family>(
         && header.words & 0x1f == DATA_WORDS
         && header.version == VERSION
         && (header.protocol.raw() == IPV4 || header.protocol.raw() == IPV6);
-    // The outer header is always put there without options, extension headers or tags; who takes it away relies on it.
-    let plain = packet.transport_at == packet.network_at + overhead(A::IS_V4) - size_of::<Header>() as u16
-        && !packet.tagged();
+    // The outer header is always put there without options and extension headers; who takes it away relies on it.
+    let plain = packet.transport_at == packet.network_at + overhead(A::IS_V4) - size_of::<Header>() as u16;
+    let sender = number(&packet.key.source);
+    // Nearly always the address that we would use ourselves.
+    let usual = sender.and_then(|sender| PEERS.get(sender));
+    let own = usual.is_some_and(|peer| *A::in_wide(&peer.source) == packet.key.destination);
+    // On its way between two others.
+    if !own && !is_own(&packet.key.destination) {
+        return Err(Outcome::NotOurs);
+    }
+    arrival.peer = match sender {
+        Some(number) if number != SELF => number,
+        _ => return Err(Outcome::TunnelNotPeer),
+    };
     if !known || !plain {
         return Err(Outcome::TunnelMalformed);
     }
@@ -254,12 +267,6 @@ pub fn open<F: Frame, A: Family>(
     arrival.outer_v4 = A::IS_V4 as u8;
     arrival.inner_v4 = (header.protocol.raw() == IPV4) as u8;
     arrival.headless = (packet.network_at == 0) as u8;
-    arrival.peer = number(&packet.key.source).ok_or(Outcome::TunnelNotPeer)?;
-    // Nearly always the address that we would use ourselves.
-    let own = PEERS.get(arrival.peer).is_some_and(|peer| *A::in_wide(&peer.source) == packet.key.destination);
-    if arrival.peer == SELF || !own && number(&packet.key.destination) != Some(SELF) {
-        return Err(Outcome::TunnelNotPeer);
-    }
     Ok(())
 }
 
