@@ -275,7 +275,7 @@ impl TableSet {
         if new {
             zero(&mut self.backend_stats, index)?;
         }
-        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label))?;
+        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, |label| &mut label.problem))?;
         self.backends.set(index, entry.backend, 0).map_err(|e| DatapathError::map("write", e))
     }
 
@@ -301,7 +301,9 @@ impl TableSet {
     /// Applies the operations that need nothing but the tables.
     pub(super) fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
         match op {
-            MapOp::SetNode(index, label) => self.set_label(LABEL_NODE, *index, label),
+            MapOp::SetNode(index, label) => {
+                self.set_label(LABEL_NODE, *index, &fitted(label, |label| &mut label.problem))
+            }
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
             MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
             MapOp::RemovePeer(number) => {
@@ -382,10 +384,10 @@ impl TableSet {
 }
 
 /// A label that fits: what is wrong is told as far as there is room.
-fn fitted(label: &BackendLabel) -> BackendLabel {
+fn fitted<T: Serialize + Clone>(label: &T, problem: fn(&mut T) -> &mut Option<String>) -> T {
     let mut label = label.clone();
     while serde_json::to_vec(&label).map_or(0, |json| json.len()) > LABEL_BYTES {
-        match &mut label.problem {
+        match problem(&mut label) {
             Some(problem) if !problem.is_empty() => {
                 problem.truncate(problem.floor_char_boundary(problem.len() - 1))
             }
