@@ -46,6 +46,7 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "interface": interface,
         "mode": Mode::try_from(config.mode).map_or("not attached", name),
         "controller": controller.map_or_else(|| "none; the datapath goes on by itself".to_owned(), |pid| format!("process {pid}")),
+        "tunnel_port": config.tunnel_port.get(),
         "services": tables.services.len(),
         "listeners": tables.listeners.len(),
         "backends": tables.backends.len(),
