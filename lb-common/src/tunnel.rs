@@ -24,7 +24,8 @@ pub const OPTION_CLASS: Be16 = Be16::new(0xfff5);
 /// Type of our option when the packet goes to the task it names. The highest bit is set: who does not know the
 /// option must drop the packet (RFC 8926, 3.5.1).
 pub const TO_TASK: u8 = 0x81;
-/// Type of our option when the packet is a task's answer, which the node emits to the client.
+/// Type of our option when the packet is a task's answer, which the node emits to the client; address and port have no
+/// meaning then.
 pub const TO_CLIENT: u8 = 0x82;
 /// Version of the option's data; another one is refused.
 pub const VERSION: u8 = 1;

@@ -7,7 +7,7 @@ use aya_log_ebpf::debug;
 use lb_common::{
     backend::{Backend, Kind, SHARED},
     endpoint::{Listener, ReplySource},
-    flow::{Flow, REPLY_BY_PEER, REPLY_DIRECT, REQUEST},
+    flow::{CLIENT_FIN, Flow, REPLY_BY_PEER, REPLY_DIRECT, REQUEST, RESET},
     outcome::Outcome,
     tunnel::RETURN_DIRECT,
 };
@@ -18,7 +18,7 @@ use crate::{
     frame::Frame,
     maps::{self, BACKENDS},
     neighbour,
-    packet::{Arrival, Packet, mac},
+    packet::{Arrival, FIN, Packet, RST, mac},
     parse::Ethernet,
     select, snat,
 };
@@ -148,6 +148,12 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     let now = neighbour::jiffies() as u32;
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     let (tcp, opens) = (packet.is_tcp(), packet.opens());
+    // A late end of a connection whose entry is gone does not bring it back to life.
+    let state = match packet.flags {
+        flags if flags & RST != 0 => RESET,
+        flags if flags & FIN != 0 => CLIENT_FIN,
+        _ => 0,
+    };
     let role = if arrival.flags & RETURN_DIRECT != 0 { REPLY_DIRECT } else { REPLY_BY_PEER };
     let task = A::in_wide(&backend.address);
     let Packet { key, reply_key, .. } = packet;
@@ -189,7 +195,7 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     reply.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
     reply.forget_hop();
     reply.role = role;
-    reply.state = 0;
+    reply.state = state;
     reply.peer = arrival.peer as u16;
     match A::insert_flow(reply_key, reply, BPF_ANY as u64) {
         Ok(()) => 0,

@@ -57,9 +57,9 @@ pub fn room(number: u32, peer: &Peer) -> u32 {
 
 /// What the tunnel is told about a packet.
 pub struct Cargo<'a> {
-    /// Whose number in the option.
+    /// Address in the option.
     pub address: &'a Wide,
-    /// Its port.
+    /// Port in the option.
     pub port: Be16,
     /// [`TO_TASK`] or [`TO_CLIENT`].
     pub kind: u8,

@@ -331,6 +331,13 @@ fn two_listeners_of_different_nodes_never_share_a_client_s_port_on_a_task() {
         let request = Packet::new(SYN, (ip(V4.client), 47_501), (ip("192.0.2.2"), 84));
         let arrived = received(outer, TO_TASK, (NEAR, 8084), inner(&request));
         refused(lab, "what this node serves", &arrived.bytes(), Outcome::TunnelCollision);
+        // A late end of a connection that nobody knows any more takes no port.
+        let late = |transport| {
+            let request = Packet::new(transport, (ip(V4.client), 47_502), (ip("192.0.2.2"), 84));
+            received(outer, TO_TASK, (NEAR, 8084), inner(&request)).bytes()
+        };
+        assert_eq!(lab.xdp(&late(lb_tests::packet::RST)).action, PASS);
+        assert!(lab.xdp(&packet(V4, SYN, 47_502, 84).bytes()).note.is_some());
         // A connection that is over makes room.
         assert_eq!(lab.xdp(&to("192.0.2.2", lb_tests::packet::FIN)).action, PASS);
         assert_eq!(lab.xdp(&to("192.0.2.3", SYN)).action, PASS);
