@@ -328,7 +328,12 @@ pub fn task_tc(context: TcContext) -> i32 {
         IS_IPV6 => from_task(&frame, &mut scratch.v6),
         _ => TC_ACT_UNSPEC,
     };
-    decode(done).unwrap_or(TC_ACT_UNSPEC)
+    match decode(done) {
+        Ok(action) => action,
+        // An answer of ours that cannot go its way now: by the host's it would show the task's address.
+        Err(outcome) if is_dropped(outcome) => end_in_tc(&frame, outcome),
+        Err(_) => TC_ACT_UNSPEC,
+    }
 }
 
 #[inline(never)]

@@ -485,6 +485,24 @@ fn what_is_too_long_is_answered_with_the_length_that_fits() {
     });
 }
 
+#[test]
+fn an_answer_that_cannot_go_through_the_tunnel_does_not_go_by_the_host() {
+    with_both(|lab, outer| {
+        for family in FAMILIES {
+            let client = (ip(family.client), 49_500);
+            let asked = packet(family, Transport::Udp, 49_500, 84);
+            lab.xdp(&received(outer, TO_TASK, (NEAR, 8084), inner(&asked)).bytes());
+            let back = Packet::new(Transport::Udp, (ip(family.local), 8084), client)
+                .with(|p| p.payload = vec![6; 2_000]);
+            let [first, later] = fragments(&back, 504);
+            assert_eq!(lab.task_tc(&first).action, REDIRECT);
+            // Too long, and no fragment to answer with an error: TC_ACT_SHOT.
+            let (verdict, counted) = lab.counting(|lab| lab.task_tc(&later));
+            assert_eq!((verdict.action, counted), (2, BTreeMap::from([(Outcome::TooBig, 1)])));
+        }
+    });
+}
+
 /// The quote of a packet, as long as ICMP asks for and longer, and with extensions after it (RFC 4884).
 fn quotes(family: Family, packet: &Packet) -> Vec<Vec<u8>> {
     let whole = inner(packet);
@@ -674,6 +692,39 @@ fn fragments(packet: &Packet, first: usize) -> [Vec<u8>; 2] {
         frame.extend(part);
         frame
     })
+}
+
+#[test]
+fn what_is_cut_short_is_never_forwarded_and_counted_once() {
+    with_both(|lab, outer| {
+        for family in FAMILIES {
+            let request = packet(family, ACK, 53_000, 84);
+            let answered = Packet::new(ACK, (ip(family.listener), 81), (ip(family.client), 53_000));
+            lab.xdp(&packet(family, SYN, 53_000, 81).bytes());
+            let error = IcmpError {
+                macs: (CLIENT_MAC, NODE_MAC),
+                from: ip(family.router),
+                to: ip(family.listener),
+                kind: if family.headers == 40 { (3, 4) } else { (2, 0) },
+                rest: 1_280,
+                hops: 60,
+                quote: inner(&answered),
+            };
+            let fragmented = packet(family, Transport::Udp, 53_000, 81).with(|p| p.payload = vec![5; 100]);
+            let [first, later] = fragments(&fragmented, 56);
+            let tunnelled = [(TO_TASK, request.clone()), (TO_CLIENT, answered.clone())]
+                .map(|(kind, packet)| received(outer, kind, (NEAR, 8084), inner(&packet)).bytes());
+            for frame in [first, later, error.bytes()].into_iter().chain(tunnelled) {
+                for length in 14..frame.len() {
+                    let (verdict, counted) = lab.counting(|lab| lab.xdp(&frame[..length]));
+                    assert!(verdict.action == PASS || verdict.action == DROP, "{length}: {}", verdict.action);
+                    assert_eq!(verdict.note, None, "{family:?} {length}");
+                    assert_eq!(counted.values().sum::<u64>(), 1, "{family:?} {length}: {counted:?}");
+                    assert!(counted.keys().all(|outcome| !outcome.is_forwarded()), "{length}: {counted:?}");
+                }
+            }
+        }
+    });
 }
 
 #[test]
