@@ -88,6 +88,9 @@ outcomes! {
     TunnelMalformed = "tunnel_malformed",
     /// Through the tunnel for a task that already serves this client address and port through another listener.
     TunnelCollision = "tunnel_collision",
+    /// A probe by which nodes learn that each other's datapath is there: sent back, or passed to the controller that
+    /// waits for it.
+    TunnelProbe = "tunnel_probe",
     /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
     HandoverLost = "handover_lost",
 }

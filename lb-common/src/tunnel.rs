@@ -27,6 +27,11 @@ pub const TO_TASK: u8 = 0x81;
 /// Type of our option when the packet is a task's answer, which the node emits to the client; address and port have no
 /// meaning then.
 pub const TO_CLIENT: u8 = 0x82;
+/// Type of our option in a probe: the datapath that receives it sends it back at once. There is no packet inside, address
+/// and port are the prober's to choose.
+pub const PROBE: u8 = 0x83;
+/// Type of our option in a probe that comes back; the host's, whose controller waits for it.
+pub const PROBE_ANSWER: u8 = 0x84;
 /// Version of the option's data; another one is refused.
 pub const VERSION: u8 = 1;
 /// Flag of [`TO_TASK`]: the task's node sends answers straight to the client.
@@ -61,7 +66,7 @@ pub struct Header {
     pub network: u32,
     /// [`OPTION_CLASS`].
     pub class: Be16,
-    /// [`TO_TASK`] or [`TO_CLIENT`].
+    /// [`TO_TASK`], [`TO_CLIENT`], [`PROBE`] or [`PROBE_ANSWER`].
     pub kind: u8,
     /// Words of data: five.
     pub words: u8,

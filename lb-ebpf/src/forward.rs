@@ -3,7 +3,10 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_PASS, XDP_TX},
+    bindings::{
+        TC_ACT_UNSPEC,
+        xdp_action::{XDP_PASS, XDP_TX},
+    },
     helpers::generated::{
         bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_vlan_pop,
         bpf_skb_vlan_push,
@@ -15,7 +18,7 @@ use lb_common::{
     },
     backend::{Backend, Kind, VIA_TC},
     checksum::pseudo_header,
-    flow::{REPLY_BY_PEER, REPLY_DIRECT, Tags},
+    flow::{REPLY_BY_PEER, REPLY_DIRECT, Tags, VlanTag},
     outcome::Outcome,
     tunnel::{RETURN_DIRECT, TO_CLIENT, TO_TASK},
 };
@@ -126,6 +129,35 @@ pub fn arrived_in_tc<A: Family>(
     count::request(index, packets, bytes);
     count::outcome(Outcome::Local as u32, packets);
     Ok(action)
+}
+
+/// In XDP, a probe: sent back.
+#[inline(never)]
+pub fn answer_probe_in_xdp(frame: &XdpFrame, arrival: &Arrival) -> i32 {
+    match maps::config() {
+        Some(config) if config.flags & XDP_TRANSMITS != 0 => {
+            if tunnel::answer_probe(frame, arrival.outer_v4 != 0).is_none() {
+                return XDP_PASS as i32;
+            }
+            count::outcome(Outcome::TunnelProbe as u32, 1);
+            transmit(frame, config, frame.ifindex()) as i32
+        }
+        _ => leave_to_tc(frame),
+    }
+}
+
+/// In TC, the same. Whose link header the kernel has hidden, its neighbour code gives a new one.
+#[inline(never)]
+pub fn answer_probe_in_tc(frame: &Skb, arrival: &Arrival) -> i32 {
+    let headless = arrival.headless != 0;
+    if headless && put_link_header(frame).is_none()
+        || tunnel::answer_probe(frame, arrival.outer_v4 != 0).is_none()
+    {
+        return TC_ACT_UNSPEC;
+    }
+    count::outcome(Outcome::TunnelProbe as u32, 1);
+    let next = if headless { Next::Unresolved } else { Next::Known };
+    to_hop(frame.ifindex(), next, Tags { outer: VlanTag::NONE, inner: VlanTag::NONE })
 }
 
 /// Lowers what a SYN says of the segments the task may send, if those come back through the tunnel.

@@ -45,7 +45,7 @@ use aya_ebpf::{
 use lb_common::{
     abi::{HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC},
     outcome::Outcome,
-    tunnel::TO_TASK,
+    tunnel::{PROBE, TO_TASK},
 };
 
 use crate::{
@@ -71,6 +71,7 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
             other => -1 - (other - IS_OUTCOME) as i32,
         },
         ARRIVED if !takes_out_of_tunnel() => forward::leave_to_tc(&frame),
+        ARRIVED if scratch.arrival.kind == PROBE => forward::answer_probe_in_xdp(&frame, &scratch.arrival),
         ARRIVED => match out_of_tunnel(&frame, scratch) {
             IS_IPV4 => arrived_in_xdp(&frame, &mut scratch.v4, &mut scratch.arrival),
             IS_IPV6 => arrived_in_xdp(&frame, &mut scratch.v6, &mut scratch.arrival),
@@ -217,6 +218,9 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     if let Task::Decide(_) = task {
         match tunnelled(&frame, parsed, scratch) {
             PLAIN => {}
+            ARRIVED if scratch.arrival.kind == PROBE => {
+                return forward::answer_probe_in_tc(&frame, &scratch.arrival);
+            }
             ARRIVED => return out_of_tunnel_in_tc(&frame, scratch),
             // XDP has not counted what it left here.
             refused => return end_in_tc(&frame, refused - REFUSED),

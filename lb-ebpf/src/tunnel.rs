@@ -9,7 +9,7 @@ use lb_common::{
     net::{Address, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
-        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, Peer, SELF, TO_CLIENT, TO_TASK,
+        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, PROBE_ANSWER, Peer, SELF, TO_TASK,
         VERSION, VERSION_AND_LENGTH, overhead,
     },
 };
@@ -232,7 +232,8 @@ pub fn open<F: Frame, A: Family>(
     let ours = header.version_and_length >> 6 == 0
         && header.version_and_length & 0x3f != 0
         && header.class == OPTION_CLASS
-        && (header.kind == TO_TASK || header.kind == TO_CLIENT);
+        && header.kind >= TO_TASK
+        && header.kind <= PROBE_ANSWER;
     if !ours {
         return Err(Outcome::NotOurs);
     }
@@ -257,6 +258,9 @@ pub fn open<F: Frame, A: Family>(
     if !known || !plain {
         return Err(Outcome::TunnelMalformed);
     }
+    if header.kind == PROBE_ANSWER {
+        return Err(Outcome::TunnelProbe);
+    }
     let task = &mut arrival.task;
     task.port = header.port;
     for word in 0..4 {
@@ -268,6 +272,50 @@ pub fn open<F: Frame, A: Family>(
     arrival.inner_v4 = (header.protocol.raw() == IPV4) as u8;
     arrival.headless = (packet.network_at == 0) as u8;
     Ok(())
+}
+
+/// Turns a probe, whose frame has a link header, into its answer: back to where it came from. `None` if the frame is not
+/// what it was.
+#[inline(always)]
+pub fn answer_probe<F: Frame>(frame: &F, outer_v4: bool) -> Option<()> {
+    let ethernet = frame.at::<Ethernet>(0)?;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        let (destination, source) = ((*ethernet).destination, (*ethernet).source);
+        (*ethernet).destination = source;
+        (*ethernet).source = destination;
+    }
+    let at = if outer_v4 {
+        let header = frame.at::<ipv4::Header>(LINK)?;
+        // SAFETY: as above. The checksum does not mind the order of its terms.
+        unsafe {
+            let (source, destination) = ((*header).source, (*header).destination);
+            (*header).source = destination;
+            (*header).destination = source;
+        }
+        LINK + size_of::<ipv4::Header>()
+    } else {
+        let header = frame.at::<ipv6::Header>(LINK)?;
+        for word in 0..4 {
+            // SAFETY: as above.
+            unsafe {
+                let (source, destination) = ((*header).source[word], (*header).destination[word]);
+                (*header).source[word] = destination;
+                (*header).destination[word] = source;
+            }
+        }
+        LINK + size_of::<ipv6::Header>()
+    };
+    let header = frame.at::<Header>(at)?;
+    // SAFETY: as above.
+    unsafe {
+        let (source, destination) = ((*header).source_port, (*header).destination_port);
+        (*header).source_port = destination;
+        (*header).destination_port = source;
+        (*header).checksum = 0;
+        (*header).kind = PROBE_ANSWER;
+    }
+    Some(())
 }
 
 /// The number of the node with this address.
