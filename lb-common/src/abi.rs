@@ -176,7 +176,7 @@ pub const HANDOVER_EMIT: u32 = u32::MAX - 1;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct LabelKey {
-    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`] or [`LABEL_PORT`].
+    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`], [`LABEL_PORT`] or [`LABEL_SOURCE`].
     pub kind: u32,
     /// Index of the service, backend or cursor; the number of a node.
     pub index: u32,
@@ -191,6 +191,9 @@ pub const LABEL_NODE: u32 = 3;
 
 /// A published port, by the index of its cursor.
 pub const LABEL_PORT: u32 = 4;
+
+/// What the controller says of its source; there is one, at index zero.
+pub const LABEL_SOURCE: u32 = 5;
 
 /// Room for a label's text in bytes.
 pub const LABEL_BYTES: usize = 380;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -79,14 +79,24 @@ Examples:
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
-  # Serve the cluster of a file on eth1, in the foreground
-  sudo lb-userspace attach --iface eth1 --cluster /etc/lb/cluster.toml
+  # On every node of a swarm: serve what it publishes on eth1, in the foreground
+  sudo lb-userspace attach --iface eth1
 
   # As a service: the datapath goes on while the controller restarts
-  lb-userspace attach --iface eth1 --cluster /etc/lb/cluster.toml --on-exit keep
+  lb-userspace attach --iface eth1 --on-exit keep
+
+  # Without Docker: serve the cluster of a file
+  sudo lb-userspace attach --iface eth1 --cluster /etc/lb/cluster.toml
 
   # Where the driver has no XDP, or to compare
-  sudo lb-userspace attach --iface eth1 --cluster cluster.toml --mode tc";
+  sudo lb-userspace attach --iface eth1 --mode tc
+
+Where the cluster's state comes from, unless --source says:
+  --cluster is given           the file
+  this node manages a swarm    its Docker's lists
+  this node works in one       the agents of the managers, over TLS with the swarm's own certificates
+Docker is found as its own client finds it: DOCKER_HOST, else the local socket. A node that is promoted, demoted
+or not there yet is followed without a restart. The agents talk on the tunnel's port, UDP and TCP.";
 
 /// Options of `attach`.
 #[derive(Clone, Debug, Args)]
@@ -95,11 +105,21 @@ pub struct Attach {
     #[arg(long, value_name = "IF", required = true)]
     pub iface: Vec<String>,
     /// Where the cluster's state comes from
-    #[arg(long, value_enum, default_value_t = SourceKind::File)]
+    #[arg(long, value_enum, default_value_t = SourceKind::Auto)]
     pub source: SourceKind,
     /// Cluster file of the file source (TOML); followed while it changes
-    #[arg(long, value_name = "FILE")]
-    pub cluster: PathBuf,
+    #[arg(long, value_name = "FILE", required_if_eq("source", "file"))]
+    pub cluster: Option<PathBuf>,
+    /// Port of the tunnel (UDP) and of the agents (TCP), the same on all nodes; a cluster file has its own
+    #[arg(long, value_name = "PORT", default_value_t = lb_common::tunnel::DEFAULT_PORT,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub tunnel_port: u16,
+    /// How answers of tasks on other nodes travel, unless the service's label lb.return says; a cluster file has its own
+    #[arg(long = "return", value_enum, value_name = "WAY", default_value_t = ReturnArg::Tunnel)]
+    pub returns: ReturnArg,
+    /// Another node whose datapath is silent for this long gets no new flows
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = timeout)]
+    pub peer_timeout: Duration,
     /// Name of this node [default: the node with an address of this machine]
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
@@ -139,9 +159,29 @@ fn ports(text: &str) -> Result<[u16; 2], String> {
     if range[0] == 0 || range[0] > range[1] { Err(error()) } else { Ok(range) }
 }
 
+fn timeout(text: &str) -> Result<Duration, String> {
+    let time =
+        humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 3s or 500ms"))?;
+    let usable = (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&time);
+    usable.then_some(time).ok_or_else(|| "it may be from 100ms to 1h".to_owned())
+}
+
+/// How answers travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReturnArg {
+    /// Back through the node that the client used
+    Tunnel,
+    /// Straight to the client, where the network lets a node send from another node's address
+    Direct,
+}
+
 /// Where the cluster's state comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SourceKind {
+    /// The file if --cluster names one, else Docker
+    Auto,
+    /// The swarm that this node's Docker is part of
+    Docker,
     /// A TOML file
     File,
 }
@@ -222,6 +262,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_are_read_and_nonsense_is_refused() {
+        assert_eq!(timeout("3s"), Ok(Duration::from_secs(3)));
+        assert_eq!(timeout("500ms"), Ok(Duration::from_millis(500)));
+        for bad in ["", "3", "1ms", "2h", "-1s", "soon"] {
+            assert!(timeout(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

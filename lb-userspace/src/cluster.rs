@@ -1,11 +1,11 @@
 //! The cluster as a source describes it: plain data, no I/O, no numbers of the datapath.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, net::IpAddr, str::FromStr, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 /// Everything a source knows at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterState {
     /// The machines.
     pub nodes: Vec<Node>,
@@ -13,10 +13,14 @@ pub struct ClusterState {
     pub services: Vec<Service>,
     /// How nodes send packets to each other.
     pub tunnel: Tunnel,
+    /// Name of the node that this was found out on, where the source knows.
+    pub this: Option<String>,
+    /// When the cluster changed to this, where the source knows.
+    pub changed: Option<SystemTime>,
 }
 
 /// How nodes send packets to each other's tasks; the same on all of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tunnel {
     /// UDP port of the agents.
     pub port: u16,
@@ -54,7 +58,7 @@ pub struct Node {
 }
 
 /// A service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
     /// Unique in the cluster.
     pub name: String,
@@ -66,6 +70,8 @@ pub struct Service {
     pub tasks: Vec<Task>,
     /// How answers travel; `None` is the cluster's way.
     pub returns: Option<Return>,
+    /// Published ports that are shown but left to Swarm, as users read them.
+    pub left: String,
 }
 
 /// A transport protocol.
@@ -98,7 +104,7 @@ impl fmt::Display for Protocol {
 }
 
 /// A published port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Port {
     /// Protocol.
     pub protocol: Protocol,
@@ -175,7 +181,7 @@ pub enum Via {
 }
 
 /// A task.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     /// Unique in the cluster; by Docker's habit SERVICE.SLOT.
     pub name: String,

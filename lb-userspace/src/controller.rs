@@ -18,8 +18,9 @@ use tokio::sync::mpsc;
 use crate::{
     cluster::ClusterState,
     datapath::{Datapath, FlowLog, Sizes, TcHook},
-    net::{self, Changes, Link, Net, Snapshot, Ways},
+    net::{self, Changes, Link, Net, Prober, Snapshot, Ways},
     plan::{self, MapOp, Reach, View, Way, desired, destinations},
+    report::SourceReport,
     source::Update,
 };
 
@@ -38,6 +39,8 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// Whether each new flow is logged.
     pub flow_log: FlowLog,
+    /// How long another node's datapath may be silent before new flows go elsewhere.
+    pub peer_timeout: Duration,
 }
 
 /// The controller of one interface.
@@ -49,6 +52,10 @@ pub struct Controller {
     updates: mpsc::Receiver<Update>,
     ways: Ways,
     cluster: Option<ClusterState>,
+    /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
+    prober: Option<Prober>,
+    /// What is said of the source, for the verbs.
+    report: SourceReport,
     /// Interface index the uplink's programs were attached to in this life.
     served: Option<u32>,
     /// What was last complained about, so that it is said once.
@@ -59,6 +66,8 @@ pub struct Controller {
 const RETRY: Duration = Duration::from_secs(1);
 /// Everything is compared again after this time, in case an event was missed.
 const RESYNC: Duration = Duration::from_secs(30);
+/// Other nodes' datapaths have this time to answer before the tables are filled for the first time.
+const ANSWER: Duration = Duration::from_millis(300);
 
 impl Controller {
     /// Takes hold of the interface, waits for the source's first word, fills the tables and attaches.
@@ -73,8 +82,9 @@ impl Controller {
             return Err(crate::datapath::DatapathError::NoInterface(settings.interface.clone()).into());
         }
         let datapath = Datapath::open(&settings.interface, &settings.sizes, settings.flow_log)?;
-        let cluster = match (first(&mut updates).await, datapath.adopted()) {
-            (Ok(cluster), _) => Some(cluster),
+        let mut report = datapath.report().unwrap_or_default();
+        let cluster = match (first(&mut updates, &mut report).await, datapath.adopted()) {
+            (Ok(cluster), _) => cluster,
             (Err(error), true) => {
                 log::warn!("{}: {error:#}; the adopted tables stand", settings.interface);
                 None
@@ -93,6 +103,8 @@ impl Controller {
             updates,
             ways: Ways::default(),
             cluster,
+            prober: None,
+            report,
             served: None,
             complaints: BTreeSet::new(),
         };
@@ -125,24 +137,61 @@ impl Controller {
             let pause = if self.pending() { RETRY } else { RESYNC };
             tokio::select! {
                 () = &mut stop => return,
-                update = self.updates.recv(), if !source_ended => match update {
-                    Some(Update::State(cluster)) => self.cluster = Some(cluster),
-                    Some(Update::Failed(reason)) => {
-                        self.complain([format!("the source failed, the last state stands: {reason}")].into());
-                        continue;
-                    }
-                    None => {
-                        source_ended = true;
-                        self.complain(["the source ended, the last state stands".to_owned()].into());
+                update = self.updates.recv(), if !source_ended => {
+                    source_ended = update.is_none();
+                    if !self.hear(update) {
                         continue;
                     }
                 },
                 Some(()) = self.changes.recv() => {}
+                () = silence(self.prober.as_mut()) => {}
                 () = tokio::time::sleep(pause) => {}
             }
             if let Err(error) = self.sync().await {
                 self.complain([format!("{error:#}; trying again")].into());
             }
+        }
+    }
+
+    /// Takes note of what the source says; whether the tables may have to change.
+    fn hear(&mut self, update: Option<Update>) -> bool {
+        match update {
+            Some(Update::State(cluster)) => {
+                self.cluster = Some(cluster);
+                self.report.problem = None;
+                self.report.touch();
+                return true;
+            }
+            Some(Update::Origin(origin)) => {
+                log::info!(
+                    "{}: the cluster's state is that of {}: {}",
+                    self.settings.interface,
+                    origin.kind,
+                    origin.why
+                );
+                (self.report.kind, self.report.why) = (origin.kind, origin.why);
+            }
+            Some(Update::Failed(reason) | Update::Waiting(reason)) => {
+                self.fail(&reason, format!("the source failed, the last state stands: {reason}"));
+            }
+            None => self.fail("it ended", "the source ended, the last state stands".into()),
+        }
+        self.keep_report();
+        false
+    }
+
+    /// Takes note of what is wrong with the source.
+    fn fail(&mut self, reason: &str, complaint: String) {
+        if self.report.problem.is_none() {
+            self.report.touch();
+        }
+        self.report.problem = Some(reason.to_owned());
+        self.complain([complaint].into());
+    }
+
+    fn keep_report(&mut self) {
+        if let Err(error) = self.datapath.set_report(&self.report) {
+            log::debug!("keep what is known of the source: {error}");
         }
     }
 
@@ -174,10 +223,14 @@ impl Controller {
             bail!("interface {} is gone; its programs went with it", self.settings.interface);
         };
         let mut complaints = BTreeSet::new();
-        if let Some(cluster) = self.cluster.take() {
+        if let Some(mut cluster) = self.cluster.take() {
+            let changed = cluster.changed.take();
             let synced = self.sync_tables(&cluster, &snapshot, &uplink, &mut complaints).await;
             self.cluster = Some(cluster);
-            synced?;
+            if synced? && let Some(delay) = changed.and_then(|changed| changed.elapsed().ok()) {
+                self.report.delay.add(delay);
+            }
+            self.keep_report();
         }
         if self.served != Some(uplink.index) {
             self.attach(&snapshot, &uplink)?;
@@ -187,18 +240,20 @@ impl Controller {
         Ok(())
     }
 
+    /// Makes the tables what they should be; whether they were not.
     async fn sync_tables(
         &mut self,
         cluster: &ClusterState,
         snapshot: &Snapshot,
         uplink: &Link,
         complaints: &mut BTreeSet<String>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
         self.open_tunnel(cluster.tunnel.port)?;
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = destinations(cluster, &node);
         let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
+        self.ask_peers(&mut ways).await;
         let carriers = carriers(&ways, uplink.index);
         self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways);
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
@@ -216,16 +271,40 @@ impl Controller {
         if !plan.ops.is_empty() {
             log::debug!("{}: applied {} changes", self.settings.interface, plan.ops.len());
         }
-        Ok(())
+        Ok(!plan.ops.is_empty())
+    }
+
+    /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
+    async fn ask_peers(&mut self, ways: &mut BTreeMap<(IpAddr, Reach), Result<Way, String>>) {
+        let Some(prober) = &self.prober else {
+            return;
+        };
+        let peers = ways.iter().filter(|((_, reach), way)| *reach == Reach::Peer && way.is_ok());
+        let peers: BTreeSet<IpAddr> = peers.map(|((address, _), _)| *address).collect();
+        prober.follow(&peers);
+        if self.served.is_none() {
+            prober.settle(ANSWER).await;
+        }
+        for (address, reason) in prober.silent() {
+            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
+                way.silent = Some(reason);
+            }
+        }
     }
 
     /// Tells the programs which port the tunnel has.
     fn open_tunnel(&mut self, port: u16) -> Result<()> {
         let config = self.datapath.config();
-        if config.tunnel_port == Be16::new(port) {
+        let known = config.tunnel_port == Be16::new(port);
+        let asks = self.prober.as_ref().is_some_and(|prober| prober.port() == port);
+        if known && asks {
             return Ok(());
         }
-        if net::is_bound(port) {
+        self.prober = None;
+        let taken = net::is_bound(port);
+        let started = Prober::start(&self.settings.interface, port, self.settings.peer_timeout);
+        self.prober = Some(started.context("open a socket for probes to other nodes")?);
+        if taken && !known {
             log::warn!(
                 "{}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other nodes' \
                  tunnel packets are taken",
@@ -279,6 +358,13 @@ impl Controller {
                 complaints.insert(format!("the cluster has no node named {name:?}"));
             }
             return name.clone();
+        }
+        if let Some(this) = &cluster.this {
+            return this.clone();
+        }
+        // Nobody is part of an empty cluster.
+        if cluster.nodes.is_empty() && cluster.services.is_empty() {
+            return String::new();
         }
         let own: BTreeSet<IpAddr> = snapshot.addresses.iter().map(|(_, address)| *address).collect();
         let this =
@@ -375,11 +461,36 @@ impl Controller {
     }
 }
 
-async fn first(updates: &mut mpsc::Receiver<Update>) -> Result<ClusterState> {
-    match updates.recv().await {
-        Some(Update::State(cluster)) => Ok(cluster),
-        Some(Update::Failed(reason)) => Err(anyhow!(reason)),
-        None => Err(anyhow!("the source ended before it said anything")),
+/// The source's first word: a state, or none yet from one that is waited for.
+async fn first(
+    updates: &mut mpsc::Receiver<Update>,
+    report: &mut SourceReport,
+) -> Result<Option<ClusterState>> {
+    loop {
+        match updates.recv().await {
+            Some(Update::State(cluster)) => {
+                report.problem = None;
+                report.touch();
+                return Ok(Some(cluster));
+            }
+            Some(Update::Origin(origin)) => (report.kind, report.why) = (origin.kind, origin.why),
+            Some(Update::Waiting(reason)) => {
+                log::warn!("waiting for the cluster's state: {reason}");
+                report.problem = Some(reason);
+                report.touch();
+                return Ok(None);
+            }
+            Some(Update::Failed(reason)) => return Err(anyhow!(reason)),
+            None => return Err(anyhow!("the source ended before it said anything")),
+        }
+    }
+}
+
+/// Resolves when another node falls silent or is heard again.
+async fn silence(prober: Option<&mut Prober>) {
+    match prober {
+        Some(prober) => prober.changed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -13,5 +13,6 @@ pub mod controller;
 pub mod datapath;
 pub mod net;
 pub mod plan;
+pub mod report;
 pub mod slots;
 pub mod source;

@@ -83,7 +83,7 @@ pub fn ip(text: &str) -> IpAddr {
 /// A service of the bench.
 pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
     let ports = ports.iter().map(|port| port.parse().expect("a port")).collect();
-    Service { name: name.into(), addresses: vec![], ports, tasks, returns: None }
+    Service { name: name.into(), addresses: vec![], ports, tasks, returns: None, left: String::new() }
 }
 
 /// A task of the bench; `here` is local, else it is reached as `via` says.
@@ -187,7 +187,7 @@ impl Lab {
             Reach::Local => (self.veth, TASK_MAC, BRIDGE_MAC),
             Reach::Snat | Reach::Routed | Reach::Peer => (self.uplink, HOP_MAC, NODE_MAC),
         };
-        Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags }
+        Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags, silent: None }
     }
 
     fn xdp_program(&self) -> &Xdp {

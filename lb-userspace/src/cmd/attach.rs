@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use futures::future::join_all;
 use lb_common::abi::Mode;
 use tokio::{
@@ -11,10 +11,11 @@ use tokio::{
 };
 
 use crate::{
-    cli::{Attach, ModeArg, OnExit, SourceKind},
+    cli::{Attach, ModeArg, OnExit, ReturnArg, SourceKind},
+    cluster::{Return, Tunnel},
     controller::{Controller, Settings},
     datapath::{self, FlowLog, Sizes},
-    source::{Update, file},
+    source::{Origin, Update, docker, file},
 };
 
 /// Attaches to every interface named, and stays until a signal comes.
@@ -67,12 +68,8 @@ pub async fn run(arguments: Attach) -> Result<()> {
 /// what was adopted goes on as it was.
 async fn start(arguments: &Attach) -> Result<Vec<Controller>> {
     let mut controllers: Vec<Controller> = Vec::new();
-    for interface in &arguments.iface {
-        let started = match source(arguments) {
-            Ok(updates) => Controller::start(settings(arguments, interface), updates).await,
-            Err(error) => Err(error),
-        };
-        match started {
+    for (interface, updates) in arguments.iface.iter().zip(sources(arguments)?) {
+        match Controller::start(settings(arguments, interface), updates).await {
             Ok(controller) => controllers.push(controller),
             Err(error) => {
                 let fresh = controllers.into_iter().filter(|controller| !controller.datapath().adopted());
@@ -103,13 +100,40 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
         },
         snat_ports: arguments.snat_ports,
         flow_log: if arguments.log_flows { FlowLog::On } else { FlowLog::Off },
+        peer_timeout: arguments.peer_timeout,
     }
 }
 
-fn source(arguments: &Attach) -> Result<mpsc::Receiver<Update>> {
-    let (sender, updates) = mpsc::channel(4);
-    match arguments.source {
-        SourceKind::File => file::watch(&arguments.cluster, sender)?,
+/// What is said to each of the interfaces' controllers.
+fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
+    let (senders, updates): (Vec<_>, Vec<_>) = arguments.iface.iter().map(|_| mpsc::channel(4)).unzip();
+    let asked = match arguments.source {
+        SourceKind::Auto => "found by itself",
+        _ => "asked for by --source",
+    };
+    match (arguments.source, &arguments.cluster) {
+        (SourceKind::File | SourceKind::Auto, Some(path)) => {
+            let why = format!("--cluster names {}", path.display());
+            for sender in senders {
+                sender.try_send(Update::Origin(Origin { kind: "file".into(), why: why.clone() }))?;
+                file::watch(path, sender)?;
+            }
+        }
+        (SourceKind::Docker, Some(path)) => {
+            bail!("--source docker has no use for --cluster {}; leave one of them out", path.display());
+        }
+        _ => {
+            let returns = match arguments.returns {
+                ReturnArg::Tunnel => Return::Tunnel,
+                ReturnArg::Direct => Return::Direct,
+            };
+            let settings = docker::Settings {
+                interfaces: arguments.iface.clone(),
+                tunnel: Tunnel { port: arguments.tunnel_port, returns },
+                why: asked.into(),
+            };
+            docker::watch(settings, senders)?;
+        }
     }
     Ok(updates)
 }

@@ -48,23 +48,25 @@ fn ls(read: &Read) -> Result<()> {
         let mut by_name: Vec<_> = tables.services.iter().collect();
         by_name.sort_by(|a, b| a.1.name.cmp(&b.1.name));
         for (index, service) in by_name {
-            let ports: Vec<String> = tables
+            let mut ports: Vec<String> = tables
                 .ports
                 .values()
                 .filter(|port| port.service == *index)
                 .map(|port| format!("*:{}->{}/{}", port.published, port.target, port.protocol))
                 .collect();
+            let served = !ports.is_empty();
+            ports.extend(service.left.clone());
             let active = active(&tables, *index);
             let stats = counters.services.get(index).copied().unwrap_or_default();
             rows.add_row([
                 service.name.clone(),
-                format!("{active}/{}", service.tasks),
+                if served { format!("{active}/{}", service.tasks) } else { "-".to_owned() },
                 ports.join(", "),
                 stats.flows.to_string(),
                 stats.refused.to_string(),
             ]);
             services.push(json!({
-                "name": service.name, "active_tasks": active, "tasks": service.tasks, "ports": ports,
+                "name": service.name, "active_tasks": active, "tasks": service.tasks, "ports": ports, "left_to_swarm": service.left,
                 "flows": stats.flows, "refused_flows": stats.refused,
             }));
         }

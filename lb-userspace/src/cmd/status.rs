@@ -42,10 +42,20 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
     let memory = set.memory()?;
     let total: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
     let controller = PinDir::of(interface)?.controller();
+    let report = set.report().unwrap_or_default();
+    let delay = report.delay;
     Ok(json!({
         "interface": interface,
         "mode": Mode::try_from(config.mode).map_or("not attached", name),
         "controller": controller.map_or_else(|| "none; the datapath goes on by itself".to_owned(), |pid| format!("process {pid}")),
+        "source": report.kind,
+        "source_why": report.why,
+        "source_problem": report.problem,
+        "state_since": humantime::format_rfc3339_seconds(report.since()).to_string(),
+        "change_delay_last_ms": delay.last_ms,
+        "change_delay_max_ms": delay.max_ms,
+        "change_delay_mean_ms": delay.sum_ms.checked_div(delay.count).unwrap_or_default(),
+        "changes": delay.count,
         "tunnel_port": config.tunnel_port.get(),
         "services": tables.services.len(),
         "listeners": tables.listeners.len(),

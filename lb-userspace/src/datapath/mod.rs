@@ -33,7 +33,10 @@ pub use tables::TableSet;
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::plan::{Limits, MapOp, Tables};
+use crate::{
+    plan::{Limits, MapOp, Tables},
+    report::SourceReport,
+};
 
 /// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -242,6 +245,19 @@ impl Datapath {
         }
         self.tables.apply(op);
         Ok(())
+    }
+
+    /// Keeps what the controller says of its source, for the verbs.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
+        self.set.set_report(report)
+    }
+
+    /// What a controller said last of its source.
+    pub fn report(&self) -> Option<SourceReport> {
+        self.set.report()
     }
 
     /// Counters of everything.

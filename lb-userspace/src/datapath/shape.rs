@@ -87,12 +87,12 @@ impl Shape {
     }
 }
 
-/// Backends, services, ports and nodes all have labels.
+/// Backends, services, ports and nodes all have labels, and there is one of the controller's.
 fn labels(sizes: &Sizes) -> Option<u32> {
     let Sizes { backends, services, listeners, .. } = *sizes;
     // Nothing asked for is the object's own number.
     backends.or(services).or(listeners)?;
     let backends = backends.unwrap_or(size::BACKENDS as u32);
     let services = services.unwrap_or(size::SERVICES as u32);
-    Some(backends + services + listeners.unwrap_or(size::LISTENERS as u32) + NODES)
+    Some(backends + services + listeners.unwrap_or(size::LISTENERS as u32) + NODES + 1)
 }

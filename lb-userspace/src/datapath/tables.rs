@@ -8,7 +8,8 @@ use aya::{
 };
 use lb_common::{
     abi::{
-        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, Label, LabelKey, table,
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE, Label,
+        LabelKey, table,
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
@@ -22,6 +23,7 @@ use super::{DatapathError, PinDir, error::errno};
 use crate::{
     cluster::Protocol,
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
+    report::SourceReport,
 };
 
 type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
@@ -206,6 +208,11 @@ impl TableSet {
         Ok(tables)
     }
 
+    /// What a controller said last of its source.
+    pub fn report(&self) -> Option<SourceReport> {
+        self.labels.get(&LabelKey { kind: LABEL_SOURCE, index: 0 }, 0).ok().as_ref().and_then(decode)
+    }
+
     fn read_backend(
         &self,
         index: u32,
@@ -295,7 +302,7 @@ impl TableSet {
         if new {
             zero(&mut self.service_stats, index)?;
         }
-        self.set_label(LABEL_SERVICE, index, label)
+        self.set_label(LABEL_SERVICE, index, &fitted(label, |label| &mut label.left))
     }
 
     /// Applies the operations that need nothing but the tables.
@@ -361,6 +368,11 @@ impl TableSet {
                 IpAddr::V6(a) => remove(&mut self.replies6, &endpoint(V6::from(a), at)),
             },
         }
+    }
+
+    /// Keeps what the controller says of its source.
+    pub(super) fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
+        self.set_label(LABEL_SOURCE, 0, &fitted(report, |report| &mut report.problem))
     }
 
     fn set_peer(&mut self, number: u32, peer: Peer) -> Result<(), DatapathError> {

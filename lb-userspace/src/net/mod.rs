@@ -5,6 +5,8 @@
 
 mod device;
 mod netdev;
+mod probe;
+mod sandbox;
 mod ways;
 
 use std::{
@@ -28,7 +30,10 @@ use netlink_packet_route::{
     },
     route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
 };
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+pub use probe::Prober;
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
+pub use sandbox::Sandbox;
+use sandbox::Sandboxes;
 use tokio::sync::mpsc;
 pub use ways::Ways;
 
@@ -67,6 +72,8 @@ pub struct Link {
     pub lower: Option<u32>,
     /// Whether the peer or lower interface is in another network namespace.
     pub lower_elsewhere: bool,
+    /// The kernel's number for that namespace, as seen from this one.
+    pub namespace: Option<i32>,
     /// Largest packet in bytes.
     pub mtu: u32,
 }
@@ -82,6 +89,8 @@ pub struct Snapshot {
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Ports of bridges behind which hardware addresses were seen, by bridge and address.
     pub ports: HashMap<(u32, [u8; 6]), u32>,
+    /// What lies behind the veths of containers.
+    pub sandboxes: Vec<Sandbox>,
 }
 
 impl Snapshot {
@@ -122,6 +131,9 @@ pub struct Route {
 #[derive(Clone)]
 pub struct Net {
     handle: Handle,
+    /// A socket of its own for questions about other namespaces: those are heard only with strict checking.
+    strict: Handle,
+    sandboxes: Sandboxes,
 }
 
 /// Something changed that ways may depend on.
@@ -148,6 +160,9 @@ impl Net {
         tokio::spawn(connection);
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
+        let (mut connection, strict, _) = rtnetlink::new_connection()?;
+        connection.socket_mut().socket_mut().set_netlink_get_strict_chk(true)?;
+        tokio::spawn(connection);
         let (changed, changes) = mpsc::channel(1);
         tokio::spawn(async move {
             while let Some((message, _)) = messages.next().await {
@@ -161,7 +176,7 @@ impl Net {
                 }
             }
         });
-        Ok((Self { handle }, changes))
+        Ok((Self { handle, strict, sandboxes: Sandboxes::default() }, changes))
     }
 
     /// Everything there is now.
@@ -187,6 +202,7 @@ impl Net {
         let ports: Vec<NeighbourMessage> =
             request.execute().try_collect().await.map_err(failed("forwarding tables of bridges"))?;
         snapshot.ports = ports.iter().filter_map(bridge_port).collect();
+        snapshot.sandboxes = self.sandboxes.behind(&self.strict, &snapshot.links).await;
         Ok(snapshot)
     }
 
@@ -312,6 +328,7 @@ fn link(message: &LinkMessage) -> Link {
         master: None,
         lower: None,
         lower_elsewhere: false,
+        namespace: None,
         mtu: 0,
     };
     for attribute in &message.attributes {
@@ -320,7 +337,10 @@ fn link(message: &LinkMessage) -> Link {
             LinkAttribute::Address(bytes) => link.mac = mac(bytes).unwrap_or_default(),
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
             LinkAttribute::Link(index) => link.lower = Some(*index),
-            LinkAttribute::LinkNetNsId(_) => link.lower_elsewhere = true,
+            LinkAttribute::LinkNetNsId(number) => {
+                link.lower_elsewhere = true;
+                link.namespace = Some(*number);
+            }
             LinkAttribute::Mtu(bytes) => link.mtu = *bytes,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

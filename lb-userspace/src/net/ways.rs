@@ -63,12 +63,22 @@ impl Ways {
                 device.name
             ));
         }
-        let mac = self.neighbour(net, snapshot, device.index, address).await;
+        let leads_there = |port: &Link| port.index == device.index || port.master == Some(device.index);
+        let inside = snapshot.sandboxes.iter().find(|sandbox| {
+            sandbox.addresses.contains(&address) && snapshot.links.get(&sandbox.port).is_some_and(leads_there)
+        });
+        let mac = match inside {
+            Some(sandbox) => Some(sandbox.mac),
+            None => self.neighbour(net, snapshot, device.index, address).await,
+        };
         let port = match device.kind.as_str() {
             "veth" => device,
-            "bridge" => self.port(snapshot, device, address, mac).ok_or_else(|| {
-                format!("no port of bridge {} is known yet to lead to {address}", device.name)
-            })?,
+            "bridge" => match inside {
+                Some(sandbox) => link(snapshot, sandbox.port)?,
+                None => self.port(snapshot, device, address, mac).ok_or_else(|| {
+                    format!("no port of bridge {} is known yet to lead to {address}", device.name)
+                })?,
+            },
             _ => {
                 return Err(format!(
                     "{} leads to {address}, and is neither a veth nor a bridge",
@@ -91,7 +101,15 @@ impl Ways {
         let mac = mac.unwrap_or_default();
         let source_mac = device.mac;
         let mtu = device.mtu;
-        Ok(Way { ifindex: port.index, mac, source_mac, source: route.source, mtu, flags: VIA_TC })
+        Ok(Way {
+            ifindex: port.index,
+            mac,
+            source_mac,
+            source: route.source,
+            mtu,
+            flags: VIA_TC,
+            silent: None,
+        })
     }
 
     /// The way to another node's agent. Its packets are answered to where they come from, so that only the uplink will
@@ -153,7 +171,15 @@ impl Ways {
         let by_tc = device.index != uplink && !netdev::transmits(device.index);
         let flags = if by_tc { VIA_TC } else { 0 };
         let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
-        Ok(Way { ifindex: device.index, mac, source_mac: device.mac, source: Some(source), mtu, flags })
+        Ok(Way {
+            ifindex: device.index,
+            mac,
+            source_mac: device.mac,
+            source: Some(source),
+            mtu,
+            flags,
+            silent: None,
+        })
     }
 
     /// A neighbour's hardware address; the kernel is asked to resolve it and keep it.

@@ -30,6 +30,8 @@ pub struct Way {
     pub mtu: u32,
     /// [`lb_common::backend::VIA_TC`].
     pub flags: u8,
+    /// Why new flows should go elsewhere, though the way is known: who is there does not answer.
+    pub silent: Option<String>,
 }
 
 /// Everything that decides what the tables should mean.
@@ -155,9 +157,13 @@ pub fn desired(view: &View<'_>) -> Desired {
         .cluster
         .services
         .iter()
-        .filter(|service| !service.ports.is_empty())
+        .filter(|service| !service.ports.is_empty() || !service.left.is_empty())
         .map(|service| DesiredService {
-            label: ServiceLabel { name: service.name.clone(), tasks: service.tasks.len() as u32 },
+            label: ServiceLabel {
+                name: service.name.clone(),
+                tasks: service.tasks.len() as u32,
+                left: Some(service.left.clone()).filter(|left| !left.is_empty()),
+            },
             backends: backends(view, service),
             ports: ports(view, service, &mut refused),
         })
@@ -187,6 +193,7 @@ fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
             owner == node.name
         });
         let way = (!this && node.agent).then(|| peer_way(view, node));
+        let silent = way.as_ref().and_then(|way| way.as_ref().ok()?.1.silent.clone());
         let peer = way.as_ref().map(|way| match way {
             Ok((address, way)) => peer(*address, way),
             Err(_) => Peer::default(),
@@ -196,7 +203,7 @@ fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
             addresses: node.addresses.iter().take(NODE_ADDRESSES).copied().collect(),
             this,
             agent: node.agent,
-            problem: way.and_then(Result::err),
+            problem: way.and_then(Result::err).or(silent),
         };
         nodes.push(DesiredNode { label, addresses, peer });
     }
@@ -285,8 +292,9 @@ fn backend(
 ) -> (Backend, Option<String>) {
     let state = match (known, task.state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
+        // Its flows go on: if it is the probes alone that get lost, nothing else is.
+        (Ok(Way { silent: Some(_), .. }), _) | (Ok(_), TaskState::Draining) => State::Draining,
         (Ok(_), TaskState::Running) => State::Active,
-        (Ok(_), TaskState::Draining) => State::Draining,
     };
     let mut backend = Backend {
         address: match reach {
@@ -308,7 +316,7 @@ fn backend(
             backend.source_mac = way.source_mac;
             backend.source = way.source.map(wide).unwrap_or_default();
             backend.flags = way.flags;
-            (backend, None)
+            (backend, way.silent.clone())
         }
         Err(problem) => (backend, Some(problem.clone())),
     }

@@ -29,6 +29,9 @@ pub struct ServiceLabel {
     pub name: String,
     /// Tasks it has, whatever they are doing.
     pub tasks: u32,
+    /// Published ports that are left to Swarm, as users read them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<String>,
 }
 
 /// What a cursor stands for: a published port.

@@ -79,7 +79,15 @@ fn way(address: IpAddr) -> Result<Way, String> {
     if address.to_string().ends_with('4') {
         return Err("no route".into());
     }
-    Ok(Way { ifindex: 7, mac: [2; 6], source_mac: [4; 6], source: Some(address), mtu: 1500, flags: 0 })
+    Ok(Way {
+        ifindex: 7,
+        mac: [2; 6],
+        source_mac: [4; 6],
+        source: Some(address),
+        mtu: 1500,
+        flags: 0,
+        silent: None,
+    })
 }
 
 fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {

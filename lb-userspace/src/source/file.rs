@@ -180,9 +180,10 @@ fn parse(text: &str) -> Result<ClusterState, Wrong> {
             .collect::<Result<_, _>>()?;
         let name = service.name.get_ref().clone();
         let (addresses, returns) = (service.addresses.clone(), service.returns);
-        services.push(Service { name, addresses, ports, tasks, returns });
+        services.push(Service { name, addresses, ports, tasks, returns, left: String::new() });
     }
-    Ok(ClusterState { nodes, services, tunnel: tunnel(&raw.tunnel, &published)? })
+    let tunnel = tunnel(&raw.tunnel, &published)?;
+    Ok(ClusterState { nodes, services, tunnel, ..ClusterState::default() })
 }
 
 fn tunnel(raw: &RawTunnel, published: &HashMap<(u8, u16, Option<IpAddr>), &str>) -> Result<Tunnel, Wrong> {

@@ -3,15 +3,31 @@
 //! A source that fails keeps quiet towards the controller, which leaves the last state standing, and says what
 //! failed through [`Update::Failed`].
 
+pub mod docker;
+pub mod facts;
 pub mod file;
+pub mod peer;
 
 use crate::cluster::ClusterState;
 
 /// What a source has to say.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Update {
+    /// What the source is.
+    Origin(Origin),
     /// The cluster, whole.
     State(ClusterState),
     /// The source could not be read; the last state stands.
     Failed(String),
+    /// The source is not there yet, and is waited for.
+    Waiting(String),
+}
+
+/// What the state comes from, in words for the operator.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// `file`, `docker manager`, `docker worker`, …
+    pub kind: String,
+    /// Why this one.
+    pub why: String,
 }

@@ -1,0 +1,267 @@
+//! Whether the datapaths of other nodes are there: each is sent a probe through the tunnel's port, which it sends back
+//! without its controller's help.
+//!
+//! So a node whose controller is being restarted counts as there, and one that is off, cut off, or without a datapath
+//! does not, whatever its controller or the cluster's managers think of it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use lb_common::tunnel::{
+    CRITICAL, DATA_WORDS, OPTION_CLASS, PROBE, PROBE_ANSWER, VERSION, VERSION_AND_LENGTH,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::UdpSocket,
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
+
+/// Geneve's header and our option.
+const BYTES: usize = 8 + 24;
+/// Where the nonce stands: in the option's address.
+const NONCE: std::ops::Range<usize> = 16..24;
+/// Probes that may be lost before a node counts as silent.
+const TRIES: u32 = 6;
+/// A node that was not heard yet is asked this often at the start.
+const EAGER: Duration = Duration::from_millis(50);
+
+/// What is known of a node.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    /// When it was asked first.
+    asked: Instant,
+    /// When it last answered.
+    heard: Option<Instant>,
+    /// Whether it counted as there when somebody was last told.
+    there: bool,
+}
+
+struct Shared {
+    peers: Mutex<BTreeMap<IpAddr, Peer>>,
+    timeout: Duration,
+    /// Told when there is somebody new to ask.
+    followed: Notify,
+}
+
+impl Shared {
+    fn peers(&self) -> MutexGuard<'_, BTreeMap<IpAddr, Peer>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks nodes whether they are there, until it is dropped.
+pub struct Prober {
+    shared: Arc<Shared>,
+    changes: mpsc::Receiver<()>,
+    task: JoinHandle<()>,
+    port: u16,
+}
+
+impl Prober {
+    /// Starts asking through an interface. The answers come to the tunnel's own port if that is free, so that a filter that
+    /// lets the tunnel pass lets them pass too.
+    ///
+    /// # Errors
+    /// No socket is to be had.
+    pub fn start(interface: &str, port: u16, timeout: Duration) -> io::Result<Self> {
+        let v4 = socket(Domain::IPV4, interface, port)?;
+        // A kernel without IPv6 has no peers to ask by it.
+        let v6 = socket(Domain::IPV6, interface, port).ok();
+        let shared = Arc::new(Shared { peers: Mutex::default(), timeout, followed: Notify::new() });
+        let (changed, changes) = mpsc::channel(1);
+        let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
+        let work = ask(v4, v6, port, nonce, shared.clone(), changed);
+        Ok(Self { shared, changes, task: tokio::spawn(work), port })
+    }
+
+    /// The tunnel's port that it asks.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Asks exactly these nodes from now on.
+    pub fn follow(&self, addresses: &BTreeSet<IpAddr>) {
+        let mut peers = self.shared.peers();
+        peers.retain(|address, _| addresses.contains(address));
+        for address in addresses {
+            peers.entry(*address).or_insert_with(|| {
+                self.shared.followed.notify_one();
+                Peer { asked: Instant::now(), heard: None, there: false }
+            });
+        }
+    }
+
+    /// Waits until every node has answered, `limit` at most.
+    pub async fn settle(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline && self.shared.peers().values().any(|peer| peer.heard.is_none()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// The nodes that do not answer, and since when in words.
+    pub fn silent(&self) -> BTreeMap<IpAddr, String> {
+        let now = Instant::now();
+        let peers = self.shared.peers();
+        let silent = peers.iter().filter(|(_, peer)| !is_there(peer, now, self.shared.timeout));
+        silent.map(|(address, peer)| (*address, words(*address, peer, now, self.port))).collect()
+    }
+
+    /// Resolves when a node fell silent or was heard again.
+    pub async fn changed(&mut self) {
+        let _ = self.changes.recv().await;
+    }
+}
+
+impl Drop for Prober {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn is_there(peer: &Peer, now: Instant, timeout: Duration) -> bool {
+    peer.heard.is_some_and(|heard| now.duration_since(heard) < timeout)
+}
+
+fn words(address: IpAddr, peer: &Peer, now: Instant, port: u16) -> String {
+    match peer.heard {
+        // Coarse, so that a table that is compared with its last version does not change each second.
+        Some(_) => {
+            format!("the datapath at {address} has fallen silent: no probe to UDP port {port} comes back")
+        }
+        None if now.duration_since(peer.asked) < Duration::from_secs(1) => {
+            format!("the datapath at {address} has not answered yet")
+        }
+        None => format!(
+            "no datapath answers at {address}: is lb-userspace attached there, and does UDP port {port} pass?"
+        ),
+    }
+}
+
+/// A socket bound to the interface, on the tunnel's port or on any.
+fn socket(domain: Domain, interface: &str, port: u16) -> io::Result<UdpSocket> {
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+    socket.bind_device(Some(interface.as_bytes()))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    // The datapath that answers does not sum up: a sum of zero says so (RFC 768, RFC 6936).
+    let any: IpAddr = if domain == Domain::IPV4 {
+        option(&socket, libc::SOL_SOCKET, libc::SO_NO_CHECK)?;
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        socket.set_only_v6(true)?;
+        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_TX)?;
+        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_RX)?;
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    if socket.bind(&SocketAddr::new(any, port).into()).is_err() {
+        // Somebody else's: answers come to any port.
+        socket.bind(&SocketAddr::new(any, 0).into())?;
+    }
+    UdpSocket::from_std(socket.into())
+}
+
+/// From `linux/udp.h`.
+const UDP_NO_CHECK6_TX: libc::c_int = 101;
+/// From `linux/udp.h`.
+const UDP_NO_CHECK6_RX: libc::c_int = 102;
+
+fn option(socket: &Socket, level: libc::c_int, name: libc::c_int) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    let on: libc::c_int = 1;
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option's value is an int that lives through the call.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const on).cast(), size) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A probe as the tunnel carries it: Geneve and our option, nothing inside.
+fn probe(nonce: [u8; 8]) -> [u8; BYTES] {
+    let mut bytes = [0; BYTES];
+    bytes[0] = VERSION_AND_LENGTH;
+    bytes[1] = CRITICAL;
+    // The option names the kind; the inner protocol must only be one that is known.
+    bytes[2..4].copy_from_slice(&0x0800_u16.to_be_bytes());
+    bytes[8..10].copy_from_slice(&OPTION_CLASS.get().to_be_bytes());
+    bytes[10] = PROBE;
+    bytes[11] = DATA_WORDS;
+    bytes[12] = VERSION;
+    bytes[NONCE].copy_from_slice(&nonce);
+    bytes
+}
+
+async fn ask(
+    v4: UdpSocket,
+    v6: Option<UdpSocket>,
+    port: u16,
+    nonce: [u8; 8],
+    shared: Arc<Shared>,
+    changed: mpsc::Sender<()>,
+) {
+    let interval = shared.timeout / TRIES;
+    let request = probe(nonce);
+    let (mut first, mut second) = ([0; 256], [0; 256]);
+    let mut asked = Instant::now() - interval;
+    loop {
+        let eager =
+            shared.peers().values().any(|peer| peer.heard.is_none() && peer.asked.elapsed() < interval);
+        let due = asked + if eager { EAGER.min(interval) } else { interval };
+        let heard = tokio::select! {
+            received = v4.recv_from(&mut first) => received.map(|(count, from)| (from, &first[..count])),
+            received = receive(v6.as_ref(), &mut second) => {
+                received.map(|(count, from)| (from, &second[..count]))
+            }
+            () = shared.followed.notified() => continue,
+            () = tokio::time::sleep_until(due.into()) => {
+                asked = Instant::now();
+                let addresses: Vec<IpAddr> = shared.peers().keys().copied().collect();
+                for address in addresses {
+                    let socket = if address.is_ipv4() { Some(&v4) } else { v6.as_ref() };
+                    if let Some(socket) = socket {
+                        // What is not sent is not answered.
+                        let _ = socket.send_to(&request, SocketAddr::new(address, port)).await;
+                    }
+                }
+                notice(&shared, &changed);
+                continue;
+            }
+        };
+        let Ok((from, bytes)) = heard else {
+            // An ICMP error that a probe came to.
+            continue;
+        };
+        let answers = bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce;
+        if answers && let Some(peer) = shared.peers().get_mut(&from.ip().to_canonical()) {
+            peer.heard = Some(Instant::now());
+        }
+        notice(&shared, &changed);
+    }
+}
+
+async fn receive(socket: Option<&UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    match socket {
+        Some(socket) => socket.recv_from(buffer).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Tells who waits when a node fell silent or was heard.
+fn notice(shared: &Shared, changed: &mpsc::Sender<()>) {
+    let now = Instant::now();
+    let mut news = false;
+    for peer in shared.peers().values_mut() {
+        let there = is_there(peer, now, shared.timeout);
+        news |= there != peer.there;
+        peer.there = there;
+    }
+    if news {
+        // A full channel means that somebody is told already.
+        let _ = changed.try_send(());
+    }
+}

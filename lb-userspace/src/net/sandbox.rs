@@ -1,0 +1,128 @@
+//! What lies behind the host-side veths of containers: the addresses in the network namespaces that they lead into.
+//!
+//! The kernel numbers the namespaces that a veth's peer may be in, and answers questions about a numbered one
+//! (`IFA_TARGET_NETNSID`, Linux 4.20) to who may administer it: nobody enters a namespace, nothing asks the bridge's
+//! forwarding table, which forgets who is silent, and Docker need not be running.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures::TryStreamExt as _;
+use netlink_packet_route::{
+    address::{AddressAttribute, AddressMessage},
+    link::{LinkAttribute, LinkMessage},
+};
+use rtnetlink::Handle;
+
+use super::{Link, address, mac};
+
+/// A container's network namespace, seen through one of its veths.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sandbox {
+    /// The host-side veth.
+    pub port: u32,
+    /// Hardware address of its peer, inside.
+    pub mac: [u8; 6],
+    /// Addresses of the peer.
+    pub addresses: Vec<IpAddr>,
+    /// Addresses of the namespace's other interfaces.
+    pub others: Vec<IpAddr>,
+}
+
+/// An address may come a moment after its interface; what was read this long after the veth was first seen stands.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// A veth and its peer; neither number is given again to another while both live.
+type Identity = (u32, i32, u32);
+
+#[derive(Clone, Debug)]
+struct Known {
+    since: Instant,
+    read: Instant,
+    sandbox: Sandbox,
+}
+
+/// What was learnt so far.
+#[derive(Clone, Default)]
+pub struct Sandboxes {
+    known: Arc<Mutex<HashMap<Identity, Known>>>,
+}
+
+impl Sandboxes {
+    /// The sandboxes behind the veths among some links.
+    pub async fn behind(&self, handle: &Handle, links: &BTreeMap<u32, Link>) -> Vec<Sandbox> {
+        let wanted: Vec<Identity> = links
+            .values()
+            .filter(|link| link.kind == "veth")
+            .filter_map(|link| Some((link.index, link.namespace?, link.lower?)))
+            .collect();
+        let known: HashMap<Identity, Known> = {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.retain(|identity, _| wanted.contains(identity));
+            known.clone()
+        };
+        let stale = |identity: &&Identity| {
+            known.get(*identity).is_none_or(|known| known.read.duration_since(known.since) < SETTLED)
+        };
+        let unsettled: Vec<Identity> = wanted.iter().filter(stale).copied().collect();
+        let namespaces: BTreeSet<i32> = unsettled.iter().map(|(_, namespace, _)| *namespace).collect();
+        let mut fresh = HashMap::new();
+        for namespace in namespaces {
+            let Some(inside) = addresses(handle, namespace).await else {
+                continue;
+            };
+            for (port, _, peer) in unsettled.iter().filter(|(_, of, _)| *of == namespace) {
+                let of = |own: bool| {
+                    let mine = inside.iter().filter(move |(index, _)| (*index == *peer) == own);
+                    mine.map(|(_, address)| *address).collect()
+                };
+                let mac = hardware(handle, namespace, *peer).await.unwrap_or_default();
+                let sandbox = Sandbox { port: *port, mac, addresses: of(true), others: of(false) };
+                fresh.insert((*port, namespace, *peer), sandbox);
+            }
+        }
+        let now = Instant::now();
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for (identity, sandbox) in fresh {
+            let since = known.get(&identity).map_or(now, |known| known.since);
+            known.insert(identity, Known { since, read: now, sandbox });
+        }
+        wanted.iter().filter_map(|identity| known.get(identity)).map(|known| known.sandbox.clone()).collect()
+    }
+}
+
+/// The addresses in a namespace, by interface; `None` where the kernel does not say.
+async fn addresses(handle: &Handle, namespace: i32) -> Option<Vec<(u32, IpAddr)>> {
+    let mut request = handle.address().get();
+    request.message_mut().attributes.push(AddressAttribute::TargetNetNsId(namespace));
+    let messages: Result<Vec<AddressMessage>, _> = request.execute().try_collect().await;
+    match messages {
+        // Who does not know the question answers another one, about this namespace.
+        Ok(messages) if messages.iter().all(|message| is_from(message, namespace)) => {
+            Some(messages.iter().filter_map(address).collect())
+        }
+        Ok(_) => None,
+        Err(error) => {
+            log::debug!("ask the kernel for addresses in namespace {namespace}: {error}");
+            None
+        }
+    }
+}
+
+fn is_from(message: &AddressMessage, namespace: i32) -> bool {
+    message.attributes.iter().any(|a| *a == AddressAttribute::TargetNetNsId(namespace))
+}
+
+async fn hardware(handle: &Handle, namespace: i32, index: u32) -> Option<[u8; 6]> {
+    let mut request = handle.link().get().match_index(index);
+    request.message_mut().attributes.push(LinkAttribute::IfNetnsId(namespace));
+    let message: LinkMessage = request.execute().try_next().await.ok()??;
+    message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => mac(bytes),
+        _ => None,
+    })
+}

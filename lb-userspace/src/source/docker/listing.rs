@@ -1,0 +1,326 @@
+//! What the managers know, as the cluster: from the Engine API's lists to plain data, without I/O.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+    time::SystemTime,
+};
+
+use super::model::{self, Gossip};
+use crate::{
+    cluster::{ClusterState, Node, Port, Protocol, Return, Service, Task, TaskState, Tunnel, Via},
+    source::facts::task_name,
+};
+
+/// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
+pub const RETURN_LABEL: &str = "lb.return";
+
+/// The lists of a manager at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Listing {
+    /// Services.
+    pub services: Vec<model::Service>,
+    /// Tasks that run, will run, or still run though they should not.
+    pub tasks: Vec<model::Task>,
+    /// Nodes.
+    pub nodes: Vec<model::Node>,
+    /// What the nodes tell each other.
+    pub gossip: Gossip,
+}
+
+/// The cluster as the managers have it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Picture {
+    /// The cluster.
+    pub cluster: ClusterState,
+    /// Names of the nodes by identifier.
+    pub names: BTreeMap<String, String>,
+    /// What the operator should hear once.
+    pub notes: Vec<String>,
+}
+
+/// What the manager says of a task.
+pub fn state(task: &model::Task) -> Option<TaskState> {
+    let wanted = matches!(task.desired_state.as_str(), "running" | "ready" | "accepted");
+    match task.status.state.as_str() {
+        "running" if task.desired_state == "running" => Some(TaskState::Running),
+        // Past what is desired, and still there.
+        "running" if !wanted => Some(TaskState::Draining),
+        "complete" | "shutdown" | "failed" | "rejected" | "remove" | "orphaned" => None,
+        // On its way, or in a state that is not known here: no flows yet.
+        _ if wanted => Some(TaskState::Starting),
+        _ => None,
+    }
+}
+
+impl Listing {
+    /// Whether something is on its way to another state.
+    pub fn is_changing(&self) -> bool {
+        self.tasks.iter().any(|task| state(task) != Some(TaskState::Running))
+    }
+
+    /// When the youngest of all was changed.
+    pub fn youngest(&self) -> Option<SystemTime> {
+        let services = self.services.iter().filter_map(|service| service.updated_at);
+        let tasks = self.tasks.iter().filter_map(|task| task.updated_at);
+        services.chain(tasks).chain(self.nodes.iter().filter_map(|node| node.updated_at)).max()
+    }
+
+    /// The cluster as these lists have it.
+    pub fn picture(&self, tunnel: Tunnel) -> Picture {
+        let mut notes = Vec::new();
+        let names = self.names();
+        let nodes = self.nodes(&names);
+        let ready: HashMap<&str, bool> =
+            self.nodes.iter().map(|node| (node.id.as_str(), node.status.state == "ready")).collect();
+        let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
+        for task in &self.tasks {
+            tasks.entry(&task.service_id).or_default().push(task);
+        }
+        let mut services = Vec::new();
+        for service in &self.services {
+            let (ports, left) = ports(service, tunnel.port, &mut notes);
+            let of = tasks.remove(service.id.as_str()).unwrap_or_default();
+            let of = of.into_iter().filter_map(|raw| {
+                let mut task = task(raw, &service.spec.name, names.get(&raw.node_id)?)?;
+                // Its node does not answer the managers; if its flows still get there, they go on.
+                if task.state == TaskState::Running && ready.get(raw.node_id.as_str()) != Some(&true) {
+                    task.state = TaskState::Draining;
+                }
+                Some(task)
+            });
+            let mut tasks: Vec<Task> = of.collect();
+            // Docker lists in no order; the turn of a rotation should not depend on it.
+            tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
+            services.push(Service {
+                name: service.spec.name.clone(),
+                addresses: Vec::new(),
+                ports,
+                tasks,
+                returns: returns(service, &mut notes),
+                left,
+            });
+        }
+        services.sort_by(|a, b| a.name.cmp(&b.name));
+        let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };
+        Picture { cluster, names, notes }
+    }
+
+    /// Host names, told apart where several nodes have the same.
+    fn names(&self) -> BTreeMap<String, String> {
+        let mut count: HashMap<&str, usize> = HashMap::new();
+        for node in &self.nodes {
+            *count.entry(&node.description.hostname).or_default() += 1;
+        }
+        let name = |node: &model::Node| match node.description.hostname.as_str() {
+            "" => node.id.clone(),
+            host if count.get(host) == Some(&1) => host.chars().take(64).collect(),
+            host => {
+                let host: String = host.chars().take(64).collect();
+                format!("{host}-{}", node.id.get(..12).unwrap_or(&node.id))
+            }
+        };
+        self.nodes.iter().map(|node| (node.id.clone(), name(node))).collect()
+    }
+
+    fn nodes(&self, names: &BTreeMap<String, String>) -> Vec<Node> {
+        let places = self.places();
+        let mut nodes: Vec<Node> = self
+            .nodes
+            .iter()
+            .filter_map(|node| {
+                let mut addresses: Vec<IpAddr> = Vec::new();
+                let manager = node.manager_status.addr.parse::<SocketAddr>().ok().map(|at| at.ip());
+                let seen = node.status.addr.parse().ok();
+                for address in [manager, places.get(node.id.as_str()).copied(), seen].into_iter().flatten() {
+                    let useful = !address.is_unspecified() && !address.is_loopback();
+                    if useful && !addresses.contains(&address) {
+                        addresses.push(address);
+                    }
+                }
+                // Whether an agent is there shows when its datapath is asked.
+                Some(Node { name: names.get(&node.id)?.clone(), addresses, agent: true })
+            })
+            .collect();
+        nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        nodes
+    }
+
+    /// Where the nodes tell each other that tasks are, by the tasks' nodes.
+    fn places(&self) -> HashMap<&str, IpAddr> {
+        let nodes: HashMap<&str, &str> =
+            self.tasks.iter().map(|task| (task.id.as_str(), task.node_id.as_str())).collect();
+        let tasks = self.gossip.services.values().flat_map(|service| &service.tasks);
+        tasks
+            .filter_map(|task| {
+                let (_, id) = task.name.rsplit_once('.')?;
+                Some((*nodes.get(id)?, task.info.get("Host IP")?.parse().ok()?))
+            })
+            .collect()
+    }
+}
+
+fn task(raw: &model::Task, service: &str, node: &str) -> Option<Task> {
+    let state = state(raw)?;
+    let place = if raw.slot == 0 { raw.node_id.clone() } else { raw.slot.to_string() };
+    let attached = raw.networks_attachments.iter().filter(|attachment| attachment.network.spec.ingress);
+    let overlay = attached
+        .flat_map(|attachment| &attachment.addresses)
+        .find_map(|address| address.split('/').next()?.parse::<IpAddr>().ok());
+    Some(Task {
+        name: task_name(&format!("{service}.{place}.{}", raw.id)),
+        node: node.to_owned(),
+        addresses: overlay.into_iter().collect(),
+        overlay,
+        state,
+        weight: 1,
+        via: Via::Peer,
+    })
+}
+
+/// The ports that are served, and those that are not, as users read them.
+fn ports(service: &model::Service, tunnel: u16, notes: &mut Vec<String>) -> (Vec<Port>, String) {
+    let name = &service.spec.name;
+    let (mut served, mut left) = (Vec::new(), Vec::new());
+    for port in &service.endpoint.ports {
+        let model::Port { protocol, target_port: target, published_port: published, publish_mode } = port;
+        if publish_mode == "host" {
+            left.push(format!("{published}->{target}/{protocol} (host)"));
+            continue;
+        }
+        let known = match protocol.as_str() {
+            "tcp" => Some(Protocol::Tcp),
+            "udp" => Some(Protocol::Udp),
+            _ => None,
+        };
+        match known {
+            _ if *published == 0 || *target == 0 => {}
+            Some(Protocol::Udp) if *published == tunnel => {
+                left.push(format!("*:{published}->{target}/udp (left to Swarm: it is the tunnel's port)"));
+                notes.push(format!(
+                    "service {name}: port {published}/udp is the tunnel's; publish another, or attach on every node with \
+                     another --tunnel-port"
+                ));
+            }
+            Some(protocol) => {
+                let port = Port { protocol, published: *published, target: *target };
+                if !served.contains(&port) {
+                    served.push(port);
+                }
+            }
+            None => {
+                left.push(format!("*:{published}->{target}/{protocol} (left to Swarm)"));
+                notes
+                    .push(format!("service {name}: port {published}/{protocol} is left to Swarm's own mesh"));
+            }
+        }
+    }
+    (served, left.join(", "))
+}
+
+fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> {
+    match service.spec.labels.get(RETURN_LABEL)?.as_str() {
+        "tunnel" => Some(Return::Tunnel),
+        "direct" => Some(Return::Direct),
+        other => {
+            let name = &service.spec.name;
+            notes.push(format!("service {name}: label {RETURN_LABEL}={other} is neither tunnel nor direct"));
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Docker 20.10 answered, shortened; a state that is not known here among them.
+    fn listing() -> Listing {
+        let services = r#"[{"ID": "s1", "UpdatedAt": "2026-11-25T13:22:04.332660173Z",
+            "Spec": {"Name": "web", "Labels": {"lb.return": "direct"}},
+            "Endpoint": {"Ports": [
+                {"Protocol": "tcp", "TargetPort": 8080, "PublishedPort": 80, "PublishMode": "ingress"},
+                {"Protocol": "sctp", "TargetPort": 132, "PublishedPort": 132, "PublishMode": "ingress"},
+                {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 6081, "PublishMode": "ingress"},
+                {"Protocol": "tcp", "TargetPort": 81, "PublishedPort": 8081, "PublishMode": "host"}]}},
+            {"ID": "s2", "Spec": {"Name": "quiet", "Labels": null}, "Endpoint": {"Ports": null}}]"#;
+        let task = |id: &str, slot: u8, node: &str, desired: &str, state: &str, address: u8| {
+            format!(
+                r#"{{"ID": "{id}", "ServiceID": "s1", "Slot": {slot}, "NodeID": "{node}", "DesiredState": "{desired}",
+                "UpdatedAt": "2026-11-25T13:22:06.5Z", "Status": {{"State": "{state}"}}, "NetworksAttachments": [
+                {{"Network": {{"Spec": {{"Name": "ingress", "Ingress": true}}}}, "Addresses": ["10.0.0.{address}/24"]}}]}}"#
+            )
+        };
+        let tasks = [
+            task("taskaaaaaaaaaaaaaa", 2, "n1", "running", "running", 7),
+            task("taskbbbbbbbbbbbbbb", 1, "n2", "shutdown", "running", 8),
+            task("taskcccccccccccccc", 1, "n2", "running", "defrosting", 9),
+            task("taskdddddddddddddd", 3, "n2", "shutdown", "failed", 10),
+            task("taskeeeeeeeeeeeeee", 4, "n3", "running", "running", 11),
+        ];
+        let nodes = r#"[{"ID": "n1", "Description": {"Hostname": "node1"}, "Status": {"State": "ready", "Addr": "0.0.0.0"},
+                "ManagerStatus": {"Addr": "192.0.2.1:2377"}},
+            {"ID": "n2", "Description": {"Hostname": "twin"}, "Status": {"State": "ready", "Addr": "127.0.0.1"}},
+            {"ID": "n3", "Description": {"Hostname": "twin"}, "Status": {"State": "down", "Addr": "192.0.2.3"}}]"#;
+        let gossip = r#"{"Services": {"web": {"Tasks": [
+            {"Name": "web.1.taskcccccccccccccc", "EndpointIP": "10.0.0.9", "Info": {"Host IP": "192.0.2.2"}}]}}}"#;
+        Listing {
+            services: serde_json::from_str(services).unwrap(),
+            tasks: tasks.iter().map(|text| serde_json::from_str(text).unwrap()).collect(),
+            nodes: serde_json::from_str(nodes).unwrap(),
+            gossip: serde_json::from_str(gossip).unwrap(),
+        }
+    }
+
+    #[test]
+    fn tasks_are_eligible_draining_starting_or_gone() {
+        let picture = listing().picture(Tunnel::default());
+        let web = &picture.cluster.services[1];
+        let tasks: Vec<_> = web.tasks.iter().map(|t| (t.name.as_str(), t.node.as_str(), t.state)).collect();
+        assert_eq!(
+            tasks,
+            [
+                ("web.1.taskbbbbbbbb", "twin-n2", TaskState::Draining),
+                ("web.1.taskcccccccc", "twin-n2", TaskState::Starting),
+                ("web.2.taskaaaaaaaa", "node1", TaskState::Running),
+                // Its node is down.
+                ("web.4.taskeeeeeeee", "twin-n3", TaskState::Draining),
+            ]
+        );
+        assert_eq!(web.tasks[2].overlay, "10.0.0.7".parse().ok());
+        assert!(listing().is_changing());
+    }
+
+    #[test]
+    fn ports_that_are_not_served_are_named() {
+        let picture = listing().picture(Tunnel::default());
+        let web = &picture.cluster.services[1];
+        assert_eq!(web.ports, ["80:8080".parse().unwrap()]);
+        assert_eq!(
+            web.left,
+            "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
+        );
+        assert_eq!(picture.notes.len(), 2, "{:?}", picture.notes);
+        assert_eq!(web.returns, Some(Return::Direct));
+        let quiet = &picture.cluster.services[0];
+        assert_eq!((quiet.name.as_str(), quiet.ports.len(), quiet.left.as_str()), ("quiet", 0, ""));
+    }
+
+    #[test]
+    fn nodes_have_the_best_address_and_names_of_their_own() {
+        let picture = listing().picture(Tunnel::default());
+        let nodes: Vec<_> =
+            picture.cluster.nodes.iter().map(|node| (node.name.as_str(), node.addresses.clone())).collect();
+        let ip = |text: &str| vec![text.parse::<IpAddr>().unwrap()];
+        assert_eq!(
+            nodes,
+            [("node1", ip("192.0.2.1")), ("twin-n2", ip("192.0.2.2")), ("twin-n3", ip("192.0.2.3"))]
+        );
+    }
+
+    #[test]
+    fn the_youngest_change_is_known() {
+        let youngest = listing().youngest().unwrap();
+        assert_eq!(youngest, humantime::parse_rfc3339("2026-11-25T13:22:06.5Z").unwrap());
+    }
+}

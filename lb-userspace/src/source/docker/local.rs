@@ -1,0 +1,211 @@
+//! What this node knows by itself: its containers and their health from its own Docker, where they are from the kernel.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+use super::{
+    Ingress,
+    engine::{Engine, EngineError, Events, encode},
+    model,
+};
+use crate::{
+    net::{Net, Snapshot},
+    source::facts::{NodeFacts, TaskFacts, task_name},
+};
+
+/// The bridge by which Swarm's containers reach the outside; its name in the kernel is Docker's own default.
+const GATEWAY_BRIDGE: &str = "docker_gwbridge";
+const SETTLE: Duration = Duration::from_millis(10);
+/// A container whose addresses are not there yet is looked at again.
+const SOON: Duration = Duration::from_millis(100);
+/// Everything is looked at again, in case an event was missed.
+const LOOK: Duration = Duration::from_secs(5);
+/// How long a container without an address is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(1);
+
+const EVENTS: &str =
+    r#"{"type":["container"],"event":["start","die","pause","unpause","health_status","destroy"]}"#;
+const TASKS: &str = r#"{"is-task":["true"]}"#;
+
+/// Follows until the receiver is gone.
+pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<NodeFacts>) {
+    let mut local = Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None };
+    let (net, mut changes) = match Net::connect() {
+        Ok(connected) => connected,
+        Err(error) => {
+            log::error!("this node's own tasks cannot be found: {error}");
+            return;
+        }
+    };
+    let mut waiting = Instant::now();
+    loop {
+        let mut facts = out.borrow().clone();
+        let pause = match local.read(&net, &mut facts).await {
+            Ok(true) => {
+                waiting = Instant::now();
+                LOOK
+            }
+            Ok(false) if waiting.elapsed() < PATIENCE => SOON,
+            Ok(false) => LOOK,
+            Err(problem) => {
+                local.lost(&problem);
+                facts.complete = false;
+                RETRY
+            }
+        };
+        out.send_if_modified(|told| {
+            let news = *told != facts;
+            *told = facts;
+            news
+        });
+        if out.is_closed() {
+            return;
+        }
+        local.wait(pause, &mut changes).await;
+    }
+}
+
+struct Local {
+    engine: Engine,
+    interfaces: Vec<String>,
+    ingress: Ingress,
+    events: Option<Events>,
+    told: Option<String>,
+}
+
+impl Local {
+    /// Reads everything; whether every task was found in the kernel.
+    async fn read(&mut self, net: &Net, facts: &mut NodeFacts) -> Result<bool, EngineError> {
+        // Addresses of the uplinks are known without Docker.
+        match net.snapshot().await {
+            Ok(snapshot) => facts.addresses = self.addresses(&snapshot),
+            Err(error) => log::debug!("{error}"),
+        }
+        if self.events.is_none() {
+            self.events = Some(self.engine.events(EVENTS).await?);
+        }
+        let path = format!("/containers/json?filters={}", encode(TASKS));
+        let containers: Vec<model::Container> = self.engine.list(&path).await?;
+        let ingress = self.ingress.id(&self.engine).await?;
+        let snapshot = net.snapshot().await.unwrap_or_default();
+        let mut found = true;
+        let mut tasks = BTreeMap::new();
+        for container in &containers {
+            let Some(name) = container.labels.get("com.docker.swarm.task.name") else {
+                continue;
+            };
+            let ailing = container.state != "running" || container.status.contains("(unhealthy)");
+            let network = container
+                .network_settings
+                .networks
+                .values()
+                .find(|network| Some(&network.network_id) == ingress.as_ref());
+            let mut addresses = Vec::new();
+            if let Some(overlay) = network.and_then(|network| network.ip_address.parse().ok()) {
+                addresses = behind(&snapshot, overlay);
+                found &= !addresses.is_empty();
+            }
+            tasks.insert(task_name(name), TaskFacts { addresses, ailing });
+        }
+        (facts.tasks, facts.complete) = (tasks, true);
+        self.told = None;
+        Ok(found)
+    }
+
+    fn addresses(&self, snapshot: &Snapshot) -> Vec<IpAddr> {
+        let links = self.interfaces.iter().filter_map(|name| snapshot.link(name));
+        links.flat_map(|link| snapshot.addresses_of(link.index)).collect()
+    }
+
+    fn lost(&mut self, problem: &EngineError) {
+        self.events = None;
+        let problem = problem.to_string();
+        if self.told.as_ref() != Some(&problem) {
+            log::warn!("this node's own tasks cannot be listed, the last known ones stand: {problem}");
+            self.told = Some(problem);
+        }
+    }
+
+    async fn wait(&mut self, pause: Duration, changes: &mut crate::net::Changes) {
+        let events = &mut self.events;
+        let heard = async {
+            match events {
+                Some(stream) => stream.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            more = heard => {
+                if !more {
+                    *events = None;
+                }
+            }
+            Some(()) = changes.recv() => {}
+            () = tokio::time::sleep(pause) => return,
+        }
+        tokio::time::sleep(SETTLE).await;
+    }
+}
+
+/// Where a container is reached on this node, found by its address on the cluster's network: both are in one namespace.
+fn behind(snapshot: &Snapshot, overlay: IpAddr) -> Vec<IpAddr> {
+    let bridge = snapshot.link(GATEWAY_BRIDGE).map(|link| link.index);
+    let ports = snapshot.sandboxes.iter().filter(|sandbox| sandbox.others.contains(&overlay));
+    let on_bridge = |port: u32| {
+        let master = snapshot.links.get(&port).and_then(|link| link.master);
+        master.is_some() && master == bridge
+    };
+    ports.filter(|sandbox| on_bridge(sandbox.port)).flat_map(|sandbox| &sandbox.addresses).copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::{Link, Sandbox};
+
+    fn link(index: u32, name: &str, kind: &str, master: Option<u32>) -> (u32, Link) {
+        let link = Link {
+            index,
+            name: name.into(),
+            mac: [0; 6],
+            up: true,
+            kind: kind.into(),
+            master,
+            lower: None,
+            lower_elsewhere: true,
+            namespace: Some(0),
+            mtu: 1500,
+        };
+        (index, link)
+    }
+
+    #[test]
+    fn a_task_is_reached_by_the_gateway_bridge_alone() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let sandbox = |port, own: &str| Sandbox {
+            port,
+            mac: [2; 6],
+            addresses: vec![ip(own)],
+            others: vec![ip("10.0.0.7"), ip("127.0.0.1")],
+        };
+        let snapshot = Snapshot {
+            links: [
+                link(5, "docker_gwbridge", "bridge", None),
+                link(6, "br-other", "bridge", None),
+                link(7, "veth1", "veth", Some(5)),
+                link(8, "veth2", "veth", Some(6)),
+            ]
+            .into(),
+            sandboxes: vec![sandbox(8, "172.19.0.2"), sandbox(7, "172.18.0.3")],
+            ..Snapshot::default()
+        };
+        assert_eq!(behind(&snapshot, ip("10.0.0.7")), [ip("172.18.0.3")]);
+        assert_eq!(behind(&snapshot, ip("10.0.0.8")), Vec::<IpAddr>::new());
+    }
+}

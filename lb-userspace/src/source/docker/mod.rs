@@ -1,0 +1,521 @@
+//! The *docker* source: the swarm that this node is part of, through its own Docker.
+//!
+//! ```text
+//! membership ─► manager: lists of the Engine API ─┐                       ┌─► controllers
+//!            └► worker:  managers' agents ────────┴─► completed by facts ─┴─► other nodes' agents
+//! this node's containers ─► facts ─► managers' agents
+//! ```
+//!
+//! A node's part changes while it runs (`docker node promote`, `demote`, `swarm leave`), and so does what this follows.
+//! When nobody says anything any more the last state stands, less what the nodes still tell each other is gone.
+
+pub mod engine;
+pub mod listing;
+mod local;
+mod manager;
+mod membership;
+pub mod model;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use engine::{Engine, EngineError, encode};
+use listing::{Listing, Picture};
+use membership::{Member, Membership};
+use model::Gossip;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinHandle,
+};
+
+use super::{
+    Origin, Update,
+    facts::{Heard, NodeFacts, complete, task_name},
+    peer::{self, Telling, Told},
+};
+use crate::cluster::{ClusterState, TaskState, Tunnel};
+
+/// What the source is asked to do.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The uplinks of this node.
+    pub interfaces: Vec<String>,
+    /// How nodes reach each other; the same on all of them.
+    pub tunnel: Tunnel,
+    /// Why this source was chosen, for `status`.
+    pub why: String,
+}
+
+/// How often the nodes' own word is asked for while there is no other.
+const GOSSIP: Duration = Duration::from_secs(1);
+/// Connections to managers come about in this time, or it is worth a word.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Follows the swarm, and tells every receiver.
+///
+/// # Errors
+/// The environment does not say where Docker is. That it is not there is an [`Update::Waiting`], not an error.
+pub fn watch(settings: Settings, outputs: Vec<mpsc::Sender<Update>>) -> Result<(), EngineError> {
+    let engine = Engine::from_environment()?;
+    tokio::spawn(run(engine, settings, outputs));
+    Ok(())
+}
+
+/// The routing mesh's network.
+#[derive(Default)]
+pub(self) struct Ingress {
+    known: Option<(String, Instant)>,
+}
+
+impl Ingress {
+    /// Somebody may have made it anew.
+    const FRESH: Duration = Duration::from_secs(30);
+
+    async fn id(&mut self, engine: &Engine) -> Result<Option<String>, EngineError> {
+        if let Some((id, since)) = &self.known
+            && since.elapsed() < Self::FRESH
+        {
+            return Ok(Some(id.clone()));
+        }
+        let path = format!("/networks?filters={}", encode(r#"{"scope":["swarm"]}"#));
+        let networks: Vec<model::Network> = engine.list(&path).await?;
+        let id = networks.into_iter().find(|network| network.ingress).map(|network| network.id);
+        self.known = id.clone().map(|id| (id, Instant::now()));
+        Ok(id)
+    }
+
+    /// What the nodes tell each other; nothing where there is no mesh.
+    async fn gossip(&mut self, engine: &Engine) -> Result<Gossip, EngineError> {
+        match self.id(engine).await? {
+            Some(id) => engine.get(&format!("/networks/{id}?verbose=true")).await,
+            None => Ok(Gossip::default()),
+        }
+    }
+}
+
+/// A task that ends when nobody wants it any more.
+struct Job(JoinHandle<()>);
+
+impl Job {
+    fn start(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(work))
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Everybody who is listened to, as this node's part in the swarm asks for it.
+struct Sources {
+    lister: Option<Job>,
+    server: Option<(PathBuf, Job)>,
+    clients: BTreeMap<(String, SocketAddr), Job>,
+    /// Asks for the lists at once.
+    nudge: Arc<Notify>,
+    lists: mpsc::Sender<Result<Listing, EngineError>>,
+    agents: mpsc::Sender<peer::server::Word>,
+    managers: mpsc::Sender<peer::client::Word>,
+}
+
+impl Sources {
+    fn follow(&mut self, membership: &Membership, swarm: &Swarm) {
+        let Some(member) = membership.member() else {
+            (self.lister, self.server) = (None, None);
+            self.clients.clear();
+            return;
+        };
+        let port = swarm.settings.tunnel.port;
+        if !member.manager {
+            self.lister = None;
+        } else if self.lister.is_none() {
+            let follow = manager::follow(swarm.engine.clone(), self.nudge.clone(), self.lists.clone());
+            self.lister = Some(Job::start(follow));
+        }
+        if self.server.as_ref().is_none_or(|(root, _)| *root != member.root) {
+            // The port is free again before it is asked for.
+            self.server = None;
+            let (telling, words) = (swarm.telling.subscribe(), self.agents.clone());
+            let serve = peer::server::serve(port, member.root.clone(), telling, words);
+            self.server = Some((member.root.clone(), Job::start(serve)));
+        }
+        let wanted = member.other_managers(port);
+        self.clients.retain(|key, _| wanted.contains(key));
+        for (id, at) in wanted {
+            self.clients.entry((id.clone(), at)).or_insert_with(|| {
+                let (facts, words) = (swarm.own.clone(), self.managers.clone());
+                Job::start(peer::client::follow(id, at, member.root.clone(), facts, words))
+            });
+        }
+    }
+}
+
+/// What this node is told, and what it makes of it.
+struct Swarm {
+    engine: Engine,
+    settings: Settings,
+    outputs: Vec<mpsc::Sender<Update>>,
+    telling: watch::Sender<Telling>,
+    own: watch::Receiver<NodeFacts>,
+    /// The last part that is known for sure, and since when.
+    membership: Option<(Membership, Instant)>,
+    /// Why that is not known now.
+    unknown: Option<String>,
+    /// What a manager's lists say, and why they are not newer.
+    picture: Option<Picture>,
+    lists_problem: Option<String>,
+    /// What agents said of their nodes, by identifier.
+    heard: BTreeMap<String, Heard>,
+    /// What managers' agents said, by identifier.
+    managers: BTreeMap<String, Manager>,
+    /// The one whose word counts.
+    chosen: Option<String>,
+    /// The tasks that the nodes tell each other of, while there is no other word.
+    gossip: Option<BTreeSet<String>>,
+    changed: Option<SystemTime>,
+    youngest: Option<SystemTime>,
+    notes: BTreeSet<String>,
+    sent: Sent,
+}
+
+/// What a manager's agent said.
+#[derive(Default)]
+struct Manager {
+    state: Option<ClusterState>,
+    problem: Option<String>,
+}
+
+impl Manager {
+    fn is_heard(&self) -> bool {
+        self.state.is_some() && self.problem.is_none()
+    }
+}
+
+/// What was said last, so that nothing is said twice.
+#[derive(Default)]
+struct Sent {
+    origin: Option<Origin>,
+    state: Option<ClusterState>,
+    problem: Option<String>,
+}
+
+/// Follows the swarm until nobody listens any more.
+async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Update>>) {
+    let (own_sender, own) = watch::channel(NodeFacts::default());
+    let mut own_changed = own.clone();
+    let _local = Job::start(local::follow(engine.clone(), settings.interfaces.clone(), own_sender));
+    let mut memberships = membership::follow(engine.clone());
+    let (list_sender, mut lists) = mpsc::channel(1);
+    let (agent_sender, mut agents) = mpsc::channel(64);
+    let (manager_sender, mut managers) = mpsc::channel(64);
+    let nudge = Arc::new(Notify::new());
+    let mut sources = Sources {
+        lister: None,
+        server: None,
+        clients: BTreeMap::new(),
+        nudge: nudge.clone(),
+        lists: list_sender,
+        agents: agent_sender,
+        managers: manager_sender,
+    };
+    let mut ingress = Ingress::default();
+    let mut swarm = Swarm::new(engine, settings, outputs, own);
+    while !swarm.outputs.iter().all(mpsc::Sender::is_closed) {
+        tokio::select! {
+            Some(membership) = memberships.recv() => {
+                swarm.becomes(&membership);
+                if !matches!(membership, Membership::Unknown(_)) {
+                    sources.follow(&membership, &swarm);
+                }
+            }
+            Some(listed) = lists.recv() => swarm.listed(listed),
+            Some(word) = agents.recv() => {
+                swarm.agent_said(word);
+                // A task that came or went there has changed for the managers too.
+                nudge.notify_one();
+            }
+            Some(word) = managers.recv() => swarm.manager_said(word),
+            Ok(()) = own_changed.changed() => nudge.notify_one(),
+            () = tokio::time::sleep(GOSSIP) => {
+                if swarm.problem().is_some() {
+                    let heard = ingress.gossip(&swarm.engine).await;
+                    swarm.gossip = heard.ok().map(|gossip| names(&gossip)).filter(|names| !names.is_empty());
+                }
+            }
+        }
+        swarm.tell().await;
+    }
+}
+
+impl Swarm {
+    fn new(
+        engine: Engine,
+        settings: Settings,
+        outputs: Vec<mpsc::Sender<Update>>,
+        own: watch::Receiver<NodeFacts>,
+    ) -> Self {
+        Self {
+            engine,
+            settings,
+            outputs,
+            telling: watch::channel(None).0,
+            own,
+            membership: None,
+            unknown: None,
+            picture: None,
+            lists_problem: None,
+            heard: BTreeMap::new(),
+            managers: BTreeMap::new(),
+            chosen: None,
+            gossip: None,
+            changed: None,
+            youngest: None,
+            notes: BTreeSet::new(),
+            sent: Sent::default(),
+        }
+    }
+
+    /// Takes note of this node's part. While Docker does not say, it is what it was.
+    fn becomes(&mut self, membership: &Membership) {
+        if let Membership::Unknown(reason) = membership {
+            self.unknown = Some(reason.clone());
+            return;
+        }
+        self.unknown = None;
+        let manager = membership.member().is_some_and(|member| member.manager);
+        let managed = self.member().is_some_and(|member| member.manager);
+        if !manager {
+            (self.picture, self.lists_problem) = (None, None);
+            self.telling.send_replace(None);
+        }
+        match membership.member() {
+            Some(member) => {
+                let others = member.other_managers(0);
+                self.managers.retain(|id, _| others.iter().any(|(other, _)| other == id));
+            }
+            None => {
+                self.managers.clear();
+                self.heard.clear();
+            }
+        }
+        let since = match &self.membership {
+            Some((_, since)) if manager == managed => *since,
+            _ => Instant::now(),
+        };
+        self.membership = Some((membership.clone(), since));
+    }
+
+    fn member(&self) -> Option<&Member> {
+        self.membership.as_ref().and_then(|(membership, _)| membership.member())
+    }
+
+    fn listed(&mut self, listed: Result<Listing, EngineError>) {
+        match listed {
+            Ok(listing) => {
+                let picture = listing.picture(self.settings.tunnel);
+                let notes: BTreeSet<String> = picture.notes.iter().cloned().collect();
+                notes.difference(&self.notes).for_each(|note| log::warn!("{note}"));
+                self.notes = notes;
+                let youngest = listing.youngest();
+                if youngest > self.youngest && self.picture.is_some() {
+                    self.changed = youngest;
+                }
+                self.youngest = youngest;
+                (self.picture, self.lists_problem) = (Some(picture), None);
+            }
+            Err(error) => self.lists_problem = Some(error.to_string()),
+        }
+    }
+
+    fn agent_said(&mut self, word: peer::server::Word) {
+        match word {
+            peer::server::Word::Facts(node, connection, facts) => {
+                self.heard.insert(node, Heard { facts, now: true, connection });
+            }
+            // It may have come back by another one already.
+            peer::server::Word::Gone(node, connection) => {
+                if let Some(heard) = self.heard.get_mut(&node).filter(|heard| heard.connection == connection)
+                {
+                    heard.now = false;
+                }
+            }
+        }
+    }
+
+    fn manager_said(&mut self, word: peer::client::Word) {
+        match word {
+            peer::client::Word::Cluster(id, state) => {
+                let manager = self.managers.entry(id).or_default();
+                (manager.state, manager.problem) = (Some(*state), None);
+            }
+            peer::client::Word::Problem(id, problem) => {
+                self.managers.entry(id).or_default().problem = Some(problem);
+            }
+            peer::client::Word::Gone(id, reason) => {
+                let manager = self.managers.entry(id).or_default();
+                manager.problem = Some(reason);
+            }
+        }
+    }
+
+    /// Why what is known may be out of date.
+    fn problem(&self) -> Option<String> {
+        let Some((membership, since)) = &self.membership else {
+            return self.unknown.clone();
+        };
+        let member = membership.member()?;
+        if member.manager {
+            return self.lists_problem.clone();
+        }
+        if self.managers.values().any(Manager::is_heard) || since.elapsed() < GRACE {
+            return None;
+        }
+        let reasons: Vec<&str> =
+            self.managers.values().filter_map(|manager| manager.problem.as_deref()).collect();
+        Some(match reasons.as_slice() {
+            [] => "no manager of the swarm has told the cluster's state yet".to_owned(),
+            reasons => format!("no manager tells the cluster's state: {}", reasons.join("; ")),
+        })
+    }
+
+    /// The cluster as far as it is known.
+    fn state(&mut self) -> Option<ClusterState> {
+        let (manager, node) = match &self.membership.as_ref()?.0 {
+            Membership::Member(member) => (member.manager, member.node.clone()),
+            _ => {
+                let tunnel = self.settings.tunnel;
+                return Some(ClusterState { tunnel, ..ClusterState::default() });
+            }
+        };
+        let own = Heard { facts: self.own.borrow().clone(), now: true, connection: 0 };
+        let mut state = if manager {
+            let picture = self.picture.as_ref()?;
+            let mut state = picture.cluster.clone();
+            state.this = picture.names.get(&node).cloned();
+            let name = |id: &String| picture.names.get(id).cloned();
+            let others = self.heard.iter().filter(|(id, _)| **id != node);
+            let mut facts: BTreeMap<String, Heard> =
+                others.filter_map(|(id, heard)| Some((name(id)?, heard.clone()))).collect();
+            facts.extend(state.this.clone().map(|this| (this, own)));
+            complete(&mut state, &facts);
+            state
+        } else {
+            let mut state = self.from_manager()?;
+            let facts: BTreeMap<String, Heard> =
+                state.this.clone().map(|this| (this, own)).into_iter().collect();
+            complete(&mut state, &facts);
+            // The agents of this node must agree with themselves, whatever a manager's agent was told.
+            state.tunnel = self.settings.tunnel;
+            state
+        };
+        if let Some(gossip) = self.gossip.as_ref().filter(|_| self.problem().is_some()) {
+            forget(&mut state, gossip);
+        }
+        Some(state)
+    }
+
+    /// What the chosen manager's agent says; another is chosen only when that one is not heard.
+    fn from_manager(&mut self) -> Option<ClusterState> {
+        let chosen = self.chosen.as_ref().and_then(|id| self.managers.get(id));
+        if !chosen.is_some_and(Manager::is_heard)
+            && let Some((id, _)) = self.managers.iter().find(|(_, manager)| manager.is_heard())
+        {
+            self.chosen = Some(id.clone());
+        }
+        let manager = self.chosen.as_ref().and_then(|id| self.managers.get(id))?;
+        manager.state.clone()
+    }
+
+    fn origin(&self) -> Option<Origin> {
+        let mut place = self.engine.place();
+        let kind = match &self.membership.as_ref()?.0 {
+            Membership::Member(member) if member.manager => "docker manager",
+            Membership::Member(_) => {
+                if let Some(id) = &self.chosen {
+                    place = format!("{place}, told by manager {id}");
+                }
+                "docker worker"
+            }
+            _ => "docker, outside a swarm",
+        };
+        Some(Origin { kind: kind.into(), why: format!("{}; {place}", self.settings.why) })
+    }
+
+    /// Says what is new.
+    async fn tell(&mut self) {
+        let state = self.state();
+        let origin = self.origin();
+        if origin.is_some() && origin != self.sent.origin {
+            self.sent.origin.clone_from(&origin);
+            if let Some(origin) = origin {
+                self.send(Update::Origin(origin)).await;
+            }
+        }
+        let problem = self.problem();
+        let recovered = problem.is_none() && self.sent.problem.is_some();
+        if let Some(mut state) = state {
+            let told = state.changed.take();
+            let news = self.sent.state.as_ref() != Some(&state);
+            if news || recovered {
+                let first = self.sent.state.replace(state.clone()).is_none();
+                if news && !first {
+                    state.changed = told.or_else(|| self.changed.take()).or_else(|| Some(SystemTime::now()));
+                }
+                self.tell_agents(&state, None);
+                self.send(Update::State(state)).await;
+            }
+        }
+        if problem != self.sent.problem {
+            if let Some(reason) = &problem {
+                if let Some(state) = self.sent.state.clone() {
+                    self.tell_agents(&state, Some(reason.clone()));
+                }
+                let update = match self.sent.state {
+                    Some(_) => Update::Failed(reason.clone()),
+                    None => Update::Waiting(reason.clone()),
+                };
+                self.send(update).await;
+            }
+            self.sent.problem = problem;
+        }
+    }
+
+    /// Lets other nodes' agents know, if this node is a manager.
+    fn tell_agents(&self, state: &ClusterState, problem: Option<String>) {
+        if let (Some(picture), Some(Member { manager: true, .. })) = (&self.picture, self.member()) {
+            let told = Told { cluster: state.clone(), names: picture.names.clone(), problem };
+            self.telling.send_replace(Some(Arc::new(told)));
+        }
+    }
+
+    async fn send(&self, update: Update) {
+        for output in &self.outputs {
+            // One that is gone wants nothing.
+            let _ = output.send(update.clone()).await;
+        }
+    }
+}
+
+/// The tasks that the nodes tell each other of.
+fn names(gossip: &Gossip) -> BTreeSet<String> {
+    let tasks = gossip.services.values().flat_map(|service| &service.tasks);
+    tasks.map(|task| task_name(&task.name)).collect()
+}
+
+/// Takes new flows from tasks of other nodes that those do not tell of any more. Of its own a node knows better.
+fn forget(state: &mut ClusterState, gossip: &BTreeSet<String>) {
+    let this = state.this.clone();
+    for task in state.services.iter_mut().flat_map(|service| &mut service.tasks) {
+        let elsewhere = this.as_ref() != Some(&task.node);
+        if elsewhere && task.state == TaskState::Running && !gossip.contains(&task.name) {
+            task.state = TaskState::Draining;
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What each agent knows of its own node by itself, and how that completes what the managers know of the cluster.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::{ClusterState, TaskState};
+
+/// What an agent knows of its node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeFacts {
+    /// Addresses of its uplinks, the most usual first.
+    pub addresses: Vec<IpAddr>,
+    /// The node's running tasks, by name.
+    pub tasks: BTreeMap<String, TaskFacts>,
+    /// Whether those are all: false while the node's Docker does not answer, and the last ones stand.
+    pub complete: bool,
+}
+
+/// What an agent knows of a task.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskFacts {
+    /// Where it is reached on its node.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it should get no new flows: its health check fails, or it is paused.
+    pub ailing: bool,
+}
+
+/// What an agent said, and whether it still says so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// What it said last.
+    pub facts: NodeFacts,
+    /// Whether it can be heard now.
+    pub now: bool,
+    /// By which connection.
+    pub connection: u64,
+}
+
+/// Completes the cluster by what agents know of their nodes, by name of the node.
+///
+/// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check there
+/// gets no new flows. Without word from its node a task stands as the managers have it.
+pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
+    for node in &mut cluster.nodes {
+        if let Some(heard) = facts.get(&node.name) {
+            let mut addresses = heard.facts.addresses.clone();
+            addresses
+                .extend(node.addresses.iter().filter(|address| !heard.facts.addresses.contains(address)));
+            node.addresses = addresses;
+        }
+    }
+    for service in &mut cluster.services {
+        service.tasks.retain_mut(|task| {
+            let Some(heard) = facts.get(&task.node) else {
+                return true;
+            };
+            match heard.facts.tasks.get(&task.name) {
+                Some(known) => {
+                    if !known.addresses.is_empty() {
+                        task.addresses.clone_from(&known.addresses);
+                    }
+                    if known.ailing && heard.now && task.state == TaskState::Running {
+                        task.state = TaskState::Draining;
+                    }
+                    true
+                }
+                None => !(heard.now && heard.facts.complete) || task.state == TaskState::Starting,
+            }
+        });
+    }
+}
+
+/// The name of a task: SERVICE.SLOT or SERVICE.NODE as Docker has it, and as much of its identifier as Docker shows, because
+/// an update has two tasks in a slot.
+pub fn task_name(docker: &str) -> String {
+    const SHOWN: usize = 12;
+    match docker.rsplit_once('.') {
+        Some((name, id)) => format!("{name}.{}", id.get(..SHOWN).unwrap_or(id)),
+        None => docker.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Node, Service, Task, Via};
+
+    fn task(name: &str, state: TaskState) -> Task {
+        Task {
+            name: name.into(),
+            node: "node1".into(),
+            addresses: vec!["10.0.0.7".parse().unwrap()],
+            overlay: Some("10.0.0.7".parse().unwrap()),
+            state,
+            weight: 1,
+            via: Via::Peer,
+        }
+    }
+
+    fn cluster(tasks: Vec<Task>) -> ClusterState {
+        let node = Node { name: "node1".into(), addresses: vec!["192.0.2.9".parse().unwrap()], agent: true };
+        let service = Service {
+            name: "web".into(),
+            addresses: vec![],
+            ports: vec![],
+            tasks,
+            returns: None,
+            left: String::new(),
+        };
+        ClusterState { nodes: vec![node], services: vec![service], ..ClusterState::default() }
+    }
+
+    fn heard(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, Heard> {
+        let known = |ailing| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], ailing };
+        let tasks = tasks.iter().map(|(name, ailing)| ((*name).to_owned(), known(*ailing))).collect();
+        let addresses = vec!["192.0.2.1".parse().unwrap()];
+        BTreeMap::from([(
+            "node1".to_owned(),
+            Heard { facts: NodeFacts { addresses, tasks, complete }, now, connection: 1 },
+        )])
+    }
+
+    fn states(mut cluster: ClusterState, facts: &BTreeMap<String, Heard>) -> Vec<(String, TaskState)> {
+        complete(&mut cluster, facts);
+        cluster.services[0].tasks.iter().map(|task| (task.name.clone(), task.state)).collect()
+    }
+
+    #[test]
+    fn what_a_node_says_of_itself_comes_first() {
+        let mut state = cluster(vec![task("web.1.a", TaskState::Running)]);
+        complete(&mut state, &heard(&[("web.1.a", false)], true, true));
+        let addresses: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "192.0.2.9".parse().unwrap()];
+        assert_eq!(state.nodes[0].addresses, addresses);
+        let task = &state.services[0].tasks[0];
+        assert_eq!(task.addresses, ["172.18.0.3".parse::<IpAddr>().unwrap()]);
+        assert_eq!(task.cluster_address(), "10.0.0.7".parse().ok());
+    }
+
+    #[test]
+    fn a_task_that_its_node_does_not_run_is_gone_and_an_ailing_one_drains() {
+        use TaskState::{Draining, Running, Starting};
+        let tasks = || vec![task("a", Running), task("b", Running), task("c", Starting), task("d", Draining)];
+        let all: Vec<_> = [("a", Running), ("b", Running), ("c", Starting), ("d", Draining)]
+            .map(|(name, state)| (name.to_owned(), state))
+            .into();
+        assert_eq!(states(cluster(tasks()), &BTreeMap::new()), all);
+        // Docker does not answer there, or the agent is not heard: the managers' word stands.
+        assert_eq!(states(cluster(tasks()), &heard(&[], false, true)), all);
+        assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, false)), all);
+        let left = vec![("a".to_owned(), Draining), ("c".to_owned(), Starting)];
+        assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, true)), left);
+    }
+
+    #[test]
+    fn names_of_tasks_are_short_and_the_same_from_both_sides() {
+        assert_eq!(task_name("web.1.vnlsocyrrcv63iripyh022o9f"), "web.1.vnlsocyrrcv6");
+        assert_eq!(task_name("web.1.x"), "web.1.x");
+        assert_eq!(task_name("web"), "web");
+    }
+}

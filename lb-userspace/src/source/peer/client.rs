@@ -1,0 +1,107 @@
+//! The side of every agent: tells each manager's agent what it knows of its node, and hears the cluster from it.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use futures::{SinkExt as _, StreamExt as _};
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+};
+use tokio_rustls::TlsConnector;
+use tokio_util::codec::{Framed, LinesCodec};
+
+use super::{CONNECT, FromAgent, FromManager, LONGEST, PING, SILENCE, VERSION, tls};
+use crate::{cluster::ClusterState, source::facts::NodeFacts};
+
+/// Between two tries to reach a manager's agent.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What was heard of a manager, by its node's identifier.
+#[derive(Debug)]
+pub enum Word {
+    /// The cluster as it knows it.
+    Cluster(String, Box<ClusterState>),
+    /// What it knows may be out of date.
+    Problem(String, String),
+    /// It is not heard, and why.
+    Gone(String, String),
+}
+
+/// Keeps in touch with one manager's agent, until the receiver is gone or the task is aborted.
+pub async fn follow(
+    manager: String,
+    at: SocketAddr,
+    root: PathBuf,
+    facts: watch::Receiver<NodeFacts>,
+    words: mpsc::Sender<Word>,
+) {
+    loop {
+        let reason = match talk(&manager, at, &root, facts.clone(), &words).await {
+            Ok(()) => "it ended the connection".to_owned(),
+            Err(error) => format!("{error:#}"),
+        };
+        let word = Word::Gone(manager.clone(), format!("manager's agent at {at}: {reason}"));
+        if words.send(word).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn talk(
+    manager: &str,
+    at: SocketAddr,
+    root: &std::path::Path,
+    mut facts: watch::Receiver<NodeFacts>,
+    words: &mpsc::Sender<Word>,
+) -> Result<()> {
+    let identity = tls::Identity::load(root)?;
+    let own = identity.own.clone();
+    let stream = timeout(CONNECT, TcpStream::connect(at)).await.context("it cannot be reached")??;
+    stream.set_nodelay(true)?;
+    // That it is a manager is among the names that are checked.
+    let connect = TlsConnector::from(identity.client()?).connect(tls::manager_name(), stream);
+    let stream = timeout(CONNECT, connect).await.context("no TLS in time")??;
+    let other = tls::other_side(&own, stream.get_ref().1.peer_certificates())?;
+    if other.node != manager || other.role != tls::MANAGER {
+        bail!("node {} answers there with the role {}, not manager {manager}", other.node, other.role);
+    }
+    let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(LONGEST));
+    lines.send(serde_json::to_string(&FromAgent::Hello { version: VERSION })?).await?;
+    let mut state = ClusterState::default();
+    let mut ping = interval(PING);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut heard = Instant::now();
+    facts.mark_changed();
+    loop {
+        let message = tokio::select! {
+            line = timeout_at(heard + SILENCE, lines.next()) => {
+                let Some(line) = line.context("not heard for too long")? else {
+                    return Ok(());
+                };
+                heard = Instant::now();
+                let word = match serde_json::from_str(&line?)? {
+                    FromManager::Hello { version } if version != VERSION => {
+                        bail!("it speaks version {version}, this agent {VERSION}")
+                    }
+                    FromManager::Hello { .. } | FromManager::Ping => continue,
+                    FromManager::Problem(problem) => Word::Problem(manager.to_owned(), problem),
+                    FromManager::Cluster(changes) => {
+                        changes.apply(&mut state);
+                        Word::Cluster(manager.to_owned(), Box::new(state.clone()))
+                    }
+                };
+                words.send(word).await?;
+                continue;
+            }
+            changed = facts.changed() => {
+                changed?;
+                FromAgent::Facts(facts.borrow_and_update().clone())
+            }
+            _ = ping.tick() => FromAgent::Ping,
+        };
+        timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;
+    }
+}

@@ -1,0 +1,171 @@
+//! The managers' side: listens for the agents of the swarm, hears what they know of their nodes, tells them the cluster.
+
+use std::{net::Ipv6Addr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use futures::{SinkExt as _, StreamExt as _};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::codec::{Framed, LinesCodec};
+
+use super::{CONNECT, Changes, FromAgent, FromManager, LONGEST, PING, SILENCE, Telling, VERSION, tls};
+use crate::{cluster::ClusterState, source::facts::NodeFacts};
+
+/// Connections at once: swarms are smaller, and strangers get no further.
+const ROOM: usize = 4096;
+
+/// What was heard.
+#[derive(Debug)]
+pub enum Word {
+    /// The agent of a node, by its identifier, says what it knows through a connection of a number.
+    Facts(String, u64, NodeFacts),
+    /// That connection of it has ended.
+    Gone(String, u64),
+}
+
+/// Listens on all addresses, until the receiver is gone. A port that is taken is tried again.
+pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, words: mpsc::Sender<Word>) {
+    let room = Arc::new(Semaphore::new(ROOM));
+    let mut told = false;
+    let mut number = 0;
+    let listener = loop {
+        match listen(port) {
+            Ok(listener) => break listener,
+            Err(error) if !told => {
+                told = true;
+                log::warn!("listen for other nodes' agents on TCP port {port}: {error}; trying again");
+            }
+            Err(_) => {}
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(2)) => {}
+            () = words.closed() => return,
+        }
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = words.closed() => return,
+        };
+        let Ok((stream, from)) = accepted else {
+            // No descriptors, mostly: they come back.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(permit) = room.clone().try_acquire_owned() else {
+            continue;
+        };
+        let (root, telling, words) = (root.clone(), telling.clone(), words.clone());
+        number += 1;
+        tokio::spawn(async move {
+            if let Err(error) = talk(stream, number, root, telling, words).await {
+                log::debug!("agent at {from}: {error:#}");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn listen(port: u16) -> std::io::Result<TcpListener> {
+    // Both families by one socket; a kernel without IPv6 has the other one.
+    let (socket, any) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            (socket, std::net::SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+        }
+        Err(_) => {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            (socket, std::net::SocketAddr::from(([0, 0, 0, 0], port)))
+        }
+    };
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&any.into())?;
+    socket.listen(1024)?;
+    TcpListener::from_std(socket.into())
+}
+
+async fn talk(
+    stream: TcpStream,
+    number: u64,
+    root: PathBuf,
+    telling: watch::Receiver<Telling>,
+    words: mpsc::Sender<Word>,
+) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let identity = tls::Identity::load(&root)?;
+    let own = identity.own.clone();
+    let acceptor = TlsAcceptor::from(identity.server()?);
+    let stream = timeout(CONNECT, acceptor.accept(stream)).await.context("no TLS in time")??;
+    let other = tls::other_side(&own, stream.get_ref().1.peer_certificates())?;
+    let node = other.node;
+    let lines = Framed::new(stream, LinesCodec::new_with_max_length(LONGEST));
+    let done = converse(lines, (&node, number), telling, &words).await;
+    let _ = words.send(Word::Gone(node, number)).await;
+    done
+}
+
+async fn converse(
+    mut lines: Framed<tokio_rustls::server::TlsStream<TcpStream>, LinesCodec>,
+    (node, number): (&str, u64),
+    mut telling: watch::Receiver<Telling>,
+    words: &mpsc::Sender<Word>,
+) -> Result<()> {
+    lines.send(serde_json::to_string(&FromManager::Hello { version: VERSION })?).await?;
+    let mut sent: Option<ClusterState> = None;
+    // Whether it was told that what it was told may be out of date.
+    let mut doubted = true;
+    let mut ping = interval(PING);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut heard = Instant::now();
+    telling.mark_changed();
+    loop {
+        let message = tokio::select! {
+            line = timeout_at(heard + SILENCE, lines.next()) => {
+                let Some(line) = line.context("not heard for too long")? else {
+                    return Ok(());
+                };
+                heard = Instant::now();
+                match serde_json::from_str(&line?)? {
+                    FromAgent::Hello { version } if version != VERSION => bail!("it speaks version {version}, this agent {VERSION}"),
+                    FromAgent::Hello { .. } | FromAgent::Ping => {}
+                    FromAgent::Facts(facts) => words.send(Word::Facts(node.to_owned(), number, facts)).await?,
+                }
+                continue;
+            }
+            changed = telling.changed() => {
+                changed?;
+                let told = telling.borrow_and_update().clone();
+                match told {
+                    None => {
+                        doubted = true;
+                        FromManager::Problem("it does not know the cluster".into())
+                    }
+                    Some(told) => {
+                        if let Some(problem) = &told.problem {
+                            doubted = true;
+                            FromManager::Problem(problem.clone())
+                        } else {
+                            let mut state = told.cluster.clone();
+                            state.this = told.names.get(node).cloned();
+                            if !doubted && sent.as_ref() == Some(&state) {
+                                continue;
+                            }
+                            doubted = false;
+                            let changes = Changes::between(sent.as_ref(), &state);
+                            sent = Some(state);
+                            FromManager::Cluster(Box::new(changes))
+                        }
+                    }
+                }
+            }
+            _ = ping.tick() => FromManager::Ping,
+        };
+        timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;
+    }
+}
