@@ -37,13 +37,16 @@ impl<'a> Agent<'a> {
         arguments: &[&str],
         variables: &[(&str, &str)],
     ) -> Self {
+        let cluster = cluster.to_str().expect("a path that is text");
+        Self::start(netns, folder, &[&["--cluster", cluster], arguments].concat(), variables)
+    }
+
+    /// Attaches with these arguments and nothing else, and waits until the interface is served.
+    pub fn start(netns: &'a Netns, folder: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
         let mut command = netns.command(program());
-        command
-            .args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"])
-            .arg(cluster)
-            .args(arguments);
+        command.args(["attach", "--iface", "eth1", "--on-exit", "keep"]).args(arguments);
         command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
         let mut agent = Self { netns, running: Running::start(&mut command), log };

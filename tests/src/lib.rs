@@ -7,4 +7,5 @@ pub mod cluster;
 pub mod lab;
 pub mod netns;
 pub mod packet;
+pub mod swarm;
 pub mod traffic;

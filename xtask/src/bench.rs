@@ -10,7 +10,7 @@ use crate::{
 
 /// Builds what is missing and measures as root.
 pub fn run() -> Result<()> {
-    toolchain::tools()?;
+    toolchain::test_tools()?;
     let object = ebpf::build()?;
     ebpf::build_tests(&object)?;
     exec(&mut as_root(target().join("release/lb-bench")))

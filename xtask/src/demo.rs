@@ -11,7 +11,7 @@ use crate::{
 
 /// Builds what is missing and plays the demo as root.
 pub fn run(keep: bool) -> Result<()> {
-    toolchain::tools()?;
+    toolchain::demo_tools()?;
     let object = ebpf::build()?;
     let agent = ebpf::build_agent()?;
     ebpf::build_tests(&object)?;

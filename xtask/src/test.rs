@@ -12,7 +12,7 @@ use crate::{
 
 /// Builds everything, then runs each test program as root.
 pub fn run(filter: Option<&str>) -> Result<()> {
-    toolchain::tools()?;
+    toolchain::test_tools()?;
     let object = ebpf::build()?;
     let agent = ebpf::build_agent()?;
     let mut failed = Vec::new();

@@ -23,8 +23,9 @@ pub enum Compiler {
 const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
 const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
 const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
-/// Debian's packages by the program of each that tests and demo call.
-const DEBIAN_TOOLS: [(&str, &str); 9] = [
+/// Debian's packages by the program of each that the demo calls.
+type Tools = [(&'static str, &'static str)];
+const DEMO_TOOLS: &Tools = &[
     ("ip", "iproute2"),
     ("busybox", "busybox-static"),
     ("nginx", "nginx-light"),
@@ -35,12 +36,19 @@ const DEBIAN_TOOLS: [(&str, &str); 9] = [
     ("sysctl", "procps"),
     ("nsenter", "util-linux"),
 ];
+/// What the tests call beside those: Docker itself, and what it calls.
+const TEST_TOOLS: &Tools = &[
+    ("dockerd", "docker.io"),
+    ("iptables", "iptables"),
+    ("tar", "tar"),
+    ("systemd-analyze", "systemd"),
+];
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
     compiler()?;
     linker()?;
-    tools()?;
+    test_tools()?;
     components()?;
     deny()?;
     println!("setup: everything is there");
@@ -133,21 +141,26 @@ pub fn components() -> Result<()> {
     Ok(())
 }
 
-/// The programs that tests and demo call.
-pub fn tools() -> Result<()> {
-    let missing: Vec<&str> = DEBIAN_TOOLS
-        .iter()
-        .filter(|(program, _)| find(program).is_none())
-        .map(|(_, package)| *package)
-        .collect();
-    if missing.is_empty() {
+/// The programs that tests call.
+pub fn test_tools() -> Result<()> {
+    let all: Vec<_> = DEMO_TOOLS.iter().chain(TEST_TOOLS).copied().collect();
+    install(&all)
+}
+
+/// The programs that the demo calls.
+pub fn demo_tools() -> Result<()> {
+    install(DEMO_TOOLS)
+}
+
+fn install(tools: &Tools) -> Result<()> {
+    let (programs, packages): (Vec<&str>, Vec<&str>) =
+        tools.iter().filter(|(program, _)| find(program).is_none()).copied().unzip();
+    if programs.is_empty() {
         return Ok(());
     }
     if is_debian() {
-        return apt(&missing);
+        return apt(&packages);
     }
-    let programs: Vec<&str> =
-        DEBIAN_TOOLS.iter().map(|(program, _)| *program).filter(|p| find(p).is_none()).collect();
     bail!("tests and demo need these programs, install them first: {}", programs.join(" "))
 }
 
@@ -192,9 +205,11 @@ fn apt(packages: &[&str]) -> Result<()> {
         exec(as_root("apt-get").args(["-q", "update"]))?;
         install()?;
     }
-    // The tests start nginx themselves; the package's own service is not wanted for them.
-    if packages.contains(&"nginx-light") && Path::new("/run/systemd/system").exists() {
-        exec(as_root("systemctl").args(["disable", "--now", "nginx"]))?;
+    // The tests start these themselves; the packages' own services are not wanted for them.
+    for (package, services) in [("nginx-light", &["nginx"][..]), ("docker.io", &["docker.socket", "docker"])] {
+        if packages.contains(&package) && Path::new("/run/systemd/system").exists() {
+            exec(as_root("systemctl").args(["disable", "--now"]).args(services))?;
+        }
     }
     Ok(())
 }

@@ -114,7 +114,7 @@ async fn addresses(handle: &Handle, namespace: i32) -> Option<Vec<(u32, IpAddr)>
 }
 
 fn is_from(message: &AddressMessage, namespace: i32) -> bool {
-    message.attributes.iter().any(|a| *a == AddressAttribute::TargetNetNsId(namespace))
+    message.attributes.contains(&AddressAttribute::TargetNetNsId(namespace))
 }
 
 async fn hardware(handle: &Handle, namespace: i32, index: u32) -> Option<[u8; 6]> {

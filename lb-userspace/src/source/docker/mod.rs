@@ -68,7 +68,7 @@ pub fn watch(settings: Settings, outputs: Vec<mpsc::Sender<Update>>) -> Result<(
 
 /// The routing mesh's network.
 #[derive(Default)]
-pub(self) struct Ingress {
+struct Ingress {
     known: Option<(String, Instant)>,
 }
 
@@ -407,7 +407,7 @@ impl Swarm {
             complete(&mut state, &facts);
             state
         } else {
-            let mut state = self.from_manager()?;
+            let mut state = self.manager_state()?;
             let facts: BTreeMap<String, Heard> =
                 state.this.clone().map(|this| (this, own)).into_iter().collect();
             complete(&mut state, &facts);
@@ -422,7 +422,7 @@ impl Swarm {
     }
 
     /// What the chosen manager's agent says; another is chosen only when that one is not heard.
-    fn from_manager(&mut self) -> Option<ClusterState> {
+    fn manager_state(&mut self) -> Option<ClusterState> {
         let chosen = self.chosen.as_ref().and_then(|id| self.managers.get(id));
         if !chosen.is_some_and(Manager::is_heard)
             && let Some((id, _)) = self.managers.iter().find(|(_, manager)| manager.is_heard())

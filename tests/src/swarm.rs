@@ -1,0 +1,355 @@
+//! A real Docker Swarm on one machine: a dockerd a namespace, joined by a bridge.
+//!
+//! ```text
+//! client ──┐          ┌── node1: eth1, dockerd ── containers …
+//!          ├── lan ───┤
+//!          ┘          └── node2: eth1, dockerd ── containers …
+//! ```
+//!
+//! Each node is also a namespace of processes whose first one ends with the test, and everything in it with that: the
+//! engine, its containers, what a killed engine has left.
+
+use std::{
+    fs,
+    io::Write as _,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    agent::Agent,
+    netns::{Netns, Running, run, within},
+    traffic::{client, get},
+};
+
+/// The client's address.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+/// What engines and containers may take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine with Docker.
+pub struct Node {
+    /// Its network namespace.
+    pub netns: Netns,
+    /// Its host name: `node1`, …
+    pub name: String,
+    number: u8,
+    /// The first process of its namespace of processes, and what keeps that.
+    first: Pid,
+    _keeper: Running,
+    folder: PathBuf,
+    cgroup: String,
+}
+
+/// The machines and a client of theirs.
+pub struct Swarm {
+    // Dropped in this order: engines before the bridge that joins them.
+    /// The machines.
+    pub nodes: Vec<Node>,
+    /// A machine on the same lan that is no node.
+    pub client: Netns,
+    lan: Netns,
+    folder: tempfile::TempDir,
+}
+
+impl Swarm {
+    /// Machines with Docker that are no swarm yet.
+    pub fn machines(count: u8) -> Self {
+        let folder = tempfile::tempdir().expect("make a folder");
+        let lan = Netns::new("lan");
+        lan.ip("link add lanbr type bridge");
+        lan.ip("link set lanbr up");
+        let client = Netns::new("client");
+        plug(&lan, &client, CLIENT);
+        let nodes: Vec<Node> = (1..=count).map(|number| Node::new(&lan, folder.path(), number)).collect();
+        nodes.iter().for_each(Node::start_docker);
+        nodes.iter().for_each(Node::wait_for_docker);
+        let image = image(folder.path());
+        thread::scope(|scope| nodes.iter().for_each(|node| drop(scope.spawn(|| node.import(&image)))));
+        Self { nodes, client, lan, folder }
+    }
+
+    /// A swarm whose first node manages it.
+    pub fn new(count: u8) -> Self {
+        let swarm = Self::machines(count);
+        swarm.nodes[0].init();
+        for node in &swarm.nodes[1..] {
+            node.join(&swarm.nodes[0], "worker");
+        }
+        swarm
+    }
+
+    /// Where files may be put.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// An agent on every node, with nothing but the interface to go by.
+    pub fn attach(&self) -> Vec<Agent<'_>> {
+        self.nodes.iter().map(|node| self.attach_one(node, &[])).collect()
+    }
+
+    /// An agent on a node.
+    pub fn attach_one<'a>(&self, node: &'a Node, arguments: &[&str]) -> Agent<'a> {
+        let host = node.docker_host();
+        Agent::start(&node.netns, self.folder(), arguments, &[("DOCKER_HOST", &host)])
+    }
+
+    /// What the client is told on a port by whoever serves it: `TASK saw ADDRESS`.
+    pub fn ask(&self, node: &Node, port: u16) -> Result<String, String> {
+        let to = SocketAddr::new(node.address(), port);
+        self.client.enter(|| get(&client(), to, "/cgi-bin/who")).map(|text| text.trim().to_owned())
+    }
+
+    /// Several answers, one after another.
+    pub fn ask_often(&self, node: &Node, port: u16, count: usize) -> Vec<String> {
+        self.client.enter(|| {
+            let client = client();
+            let to = SocketAddr::new(node.address(), port);
+            (0..count)
+                .map(|_| {
+                    get(&client, to, "/cgi-bin/who").unwrap_or_else(|error| panic!("{}: {error}", node.name))
+                })
+                .map(|text| text.trim().to_owned())
+                .collect()
+        })
+    }
+
+    /// Takes a node's cable out, or puts it in again.
+    pub fn set_cable(&self, node: &Node, in_it: bool) {
+        let state = if in_it { "up" } else { "down" };
+        self.lan.ip(&format!("link set {} {state}", port_of(node.address())));
+    }
+}
+
+impl Node {
+    fn new(lan: &Netns, folder: &Path, number: u8) -> Self {
+        let name = format!("node{number}");
+        let netns = Netns::new(&name);
+        let folder = folder.join(&name);
+        fs::create_dir(&folder).expect("make a folder");
+        plug(lan, &netns, address(number));
+        run(netns.command("sysctl").args(["-qw", "net.ipv4.ip_forward=1"]));
+        // The first process of a namespace of processes must reap what others leave, and nothing else.
+        let script =
+            format!("hostname {name}; echo $$ > {}/up; while :; do sleep 60 & wait; done", folder.display());
+        let mut command = netns.command("unshare");
+        command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["busybox", "sh", "-c", &script]);
+        let keeper = Running::start(&mut command);
+        within(PATIENCE, "the node's first process runs", || folder.join("up").exists());
+        let first = first_child(keeper.pid());
+        let cgroup = format!("{}-docker", netns.name());
+        Self { netns, name, number, first, _keeper: keeper, folder, cgroup }
+    }
+
+    /// Its address on the lan.
+    pub fn address(&self) -> IpAddr {
+        address(self.number).into()
+    }
+
+    /// Where its engine listens, as `DOCKER_HOST` has it.
+    pub fn docker_host(&self) -> String {
+        format!("unix://{}", self.folder.join("docker.sock").display())
+    }
+
+    /// Starts the engine.
+    pub fn start_docker(&self) {
+        let log = fs::File::options().create(true).append(true).open(self.folder.join("log")).expect("a log");
+        let at = |name: &str| self.folder.join(name).display().to_string();
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.first.to_string(), "--net", "--mount", "--uts", "--pid", "--"]);
+        command.args(["busybox", "sh", "-c", "\"$@\" & echo $! > \"$0\"", &at("dockerd"), "dockerd"]);
+        command.args(["-H", &self.docker_host(), "--data-root", &at("data"), "--exec-root", &at("exec")]);
+        command.args(["--pidfile", &at("pid"), "--bip", &format!("172.2{}.0.1/24", self.number)]);
+        command.args(["--cgroup-parent", &self.cgroup, "--exec-opt", "native.cgroupdriver=cgroupfs"]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the log")).stderr(log);
+        run_quiet(&mut command);
+    }
+
+    fn wait_for_docker(&self) {
+        within(PATIENCE, "dockerd answers", || {
+            let asked = self.docker_command(&["info"]).output().expect("start docker");
+            asked.status.success()
+        });
+    }
+
+    /// Ends the engine as a crash would; its containers stay.
+    pub fn kill_docker(&self) {
+        self.signal_in(&self.dockerd(), "KILL");
+        let _ = fs::remove_file(self.folder.join("pid"));
+    }
+
+    /// Starts the engine again after a crash.
+    pub fn restart_docker(&self) {
+        self.start_docker();
+        self.wait_for_docker();
+    }
+
+    /// Switches the machine off: everything on it ends at once.
+    pub fn switch_off(&self) {
+        let _ = kill(self.first, Signal::SIGKILL);
+    }
+
+    fn dockerd(&self) -> String {
+        fs::read_to_string(self.folder.join("dockerd")).expect("the engine's process").trim().to_owned()
+    }
+
+    /// Signals a process that goes by this number on the node.
+    pub fn signal_in(&self, pid: &str, signal: &str) {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.first.to_string(), "--mount", "--pid", "--", "busybox", "kill"]);
+        run(command.args(["-s", signal, pid]));
+    }
+
+    /// Docker's client against this node.
+    pub fn docker_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.arg("-H").arg(self.docker_host()).args(arguments);
+        command
+    }
+
+    /// What Docker's client says; it must succeed.
+    pub fn docker(&self, arguments: &[&str]) -> String {
+        let output = self.docker_command(arguments).output().expect("start docker");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "docker {arguments:?} on {}: {errors}", self.name);
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// `docker swarm init`.
+    pub fn init(&self) {
+        self.docker(&["swarm", "init", "--advertise-addr", &self.address().to_string()]);
+    }
+
+    /// `docker swarm join`.
+    pub fn join(&self, manager: &Self, role: &str) {
+        let token = manager.docker(&["swarm", "join-token", "-q", role]);
+        let (own, other) = (self.address().to_string(), format!("{}:2377", manager.address()));
+        self.docker(&["swarm", "join", "--token", &token, "--advertise-addr", &own, &other]);
+    }
+
+    /// The service's tasks that Docker says are running, by node: `NODE` a line.
+    pub fn running(&self, service: &str) -> Vec<String> {
+        let format = "{{.Node}} {{.CurrentState}}";
+        let filter = ["service", "ps", service, "--filter", "desired-state=running", "--format", format];
+        let listed = self.docker(&filter);
+        let running = listed.lines().filter_map(|line| line.split_once(" Running"));
+        running.map(|(node, _)| node.to_owned()).collect()
+    }
+
+    fn import(&self, image: &[u8]) {
+        let mut command = self.docker_command(&["import", "--change", IMAGE_CHANGE, "-", "web:latest"]);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("start docker import");
+        child.stdin.take().expect("its input").write_all(image).expect("write the image");
+        assert!(child.wait().expect("wait for docker import").success());
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = fs::read_to_string(self.folder.join("log")).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(15)..];
+            eprintln!("--- dockerd of {}, the last of it:\n{}", self.name, last.join("\n"));
+        }
+        self.switch_off();
+        within(PATIENCE, "the node's processes end", || kill(self.first, None).is_err());
+        remove_cgroups(&self.cgroup);
+    }
+}
+
+fn address(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(192, 0, 2, 100 + number)
+}
+
+fn port_of(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(v4) => format!("port{}", v4.octets()[3]),
+        IpAddr::V6(_) => unreachable!("the lan has IPv4"),
+    }
+}
+
+fn plug(lan: &Netns, machine: &Netns, address: Ipv4Addr) {
+    let port = port_of(address.into());
+    lan.ip(&format!("link add {port} type veth peer name eth1 netns {}", machine.name()));
+    lan.ip(&format!("link set {port} master lanbr up"));
+    machine.ip(&format!("addr add {address}/24 dev eth1"));
+    machine.ip("link set eth1 up");
+}
+
+/// Runs a command whose output goes elsewhere.
+fn run_quiet(command: &mut Command) {
+    let status = command.status().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+/// The only child of a process.
+fn first_child(parent: Pid) -> Pid {
+    let children = format!("/proc/{parent}/task/{parent}/children");
+    let text = fs::read_to_string(children).expect("the children of a process");
+    let child = text.split_whitespace().next().and_then(|pid| pid.parse().ok());
+    Pid::from_raw(child.expect("a child"))
+}
+
+/// Removes the empty groups that containers have left, in every hierarchy.
+fn remove_cgroups(name: &str) {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([root.to_owned()]) {
+        remove_tree(&hierarchy.join(name));
+    }
+}
+
+fn remove_tree(group: &Path) {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(group);
+}
+
+/// busybox serving HTTP on 8080.
+const IMAGE_CHANGE: &str = r#"CMD ["/bin/httpd","-f","-p","8080","-h","/www"]"#;
+const APPLETS: [&str; 12] =
+    ["sh", "httpd", "hostname", "cat", "nc", "ip", "sleep", "kill", "wget", "touch", "rm", "test"];
+/// Says who answers and which client it saw.
+const WHO: &str =
+    "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\necho \"$(hostname) saw $REMOTE_ADDR\"\n";
+
+/// An image as `docker import` takes it.
+fn image(folder: &Path) -> Vec<u8> {
+    let root = folder.join("image");
+    let busybox = find_busybox();
+    for part in ["bin", "tmp", "www/cgi-bin"] {
+        fs::create_dir_all(root.join(part)).expect("make the image");
+    }
+    fs::copy(busybox, root.join("bin/busybox")).expect("copy busybox");
+    for applet in APPLETS {
+        symlink("busybox", root.join("bin").join(applet)).expect("link an applet");
+    }
+    fs::write(root.join("www/index.html"), "here\n").expect("write a page");
+    let who = root.join("www/cgi-bin/who");
+    fs::write(&who, WHO).expect("write a script");
+    fs::set_permissions(&who, fs::Permissions::from_mode(0o755)).expect("make it run");
+    let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().expect("start tar");
+    assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
+    tar.stdout
+}
+
+fn find_busybox() -> PathBuf {
+    let places = ["/bin/busybox", "/usr/bin/busybox"].map(PathBuf::from);
+    places.into_iter().find(|path| path.exists()).expect("busybox (static); `cargo xtask setup` installs it")
+}
