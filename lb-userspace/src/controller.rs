@@ -21,7 +21,7 @@ use crate::{
     net::{self, Changes, Link, Net, Prober, Snapshot, Ways},
     plan::{self, MapOp, Reach, View, Way, desired, destinations},
     report::SourceReport,
-    source::Update,
+    source::{Origin, Update},
 };
 
 /// What a controller is asked to do.
@@ -108,6 +108,7 @@ impl Controller {
             served: None,
             complaints: BTreeSet::new(),
         };
+        controller.keep_report();
         let interface = controller.settings.interface.clone();
         if adopted {
             log::info!("{interface}: adopted the running datapath, with its flows");
@@ -163,12 +164,7 @@ impl Controller {
                 return true;
             }
             Some(Update::Origin(origin)) => {
-                log::info!(
-                    "{}: the cluster's state is that of {}: {}",
-                    self.settings.interface,
-                    origin.kind,
-                    origin.why
-                );
+                tell(&origin);
                 (self.report.kind, self.report.why) = (origin.kind, origin.why);
             }
             Some(Update::Failed(reason) | Update::Waiting(reason)) => {
@@ -461,6 +457,10 @@ impl Controller {
     }
 }
 
+fn tell(origin: &Origin) {
+    log::info!("the cluster's state comes from {}: {}", origin.kind, origin.why);
+}
+
 /// The source's first word: a state, or none yet from one that is waited for.
 async fn first(
     updates: &mut mpsc::Receiver<Update>,
@@ -473,7 +473,10 @@ async fn first(
                 report.touch();
                 return Ok(Some(cluster));
             }
-            Some(Update::Origin(origin)) => (report.kind, report.why) = (origin.kind, origin.why),
+            Some(Update::Origin(origin)) => {
+                tell(&origin);
+                (report.kind, report.why) = (origin.kind, origin.why);
+            }
             Some(Update::Waiting(reason)) => {
                 log::warn!("waiting for the cluster's state: {reason}");
                 report.problem = Some(reason);

@@ -10,6 +10,7 @@
 //! engine, its containers, what a killed engine has left.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Write as _,
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -144,7 +145,7 @@ impl Node {
             format!("hostname {name}; echo $$ > {}/up; while :; do sleep 60 & wait; done", folder.display());
         let mut command = netns.command("unshare");
         command.args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]);
-        command.args(["busybox", "sh", "-c", &script]);
+        command.args(["busybox", "sh", "-c", &script]).stderr(Stdio::null());
         let keeper = Running::start(&mut command);
         within(PATIENCE, "the node's first process runs", || folder.join("up").exists());
         let first = first_child(keeper.pid());
@@ -238,13 +239,15 @@ impl Node {
         self.docker(&["swarm", "join", "--token", &token, "--advertise-addr", &own, &other]);
     }
 
-    /// The service's tasks that Docker says are running, by node: `NODE` a line.
-    pub fn running(&self, service: &str) -> Vec<String> {
-        let format = "{{.Node}} {{.CurrentState}}";
+    /// The tasks of a service that Docker says are running, named as the agent names them; `None` if this node does not
+    /// manage the swarm.
+    pub fn running(&self, service: &str) -> Option<BTreeSet<String>> {
+        let format = "{{.Name}}.{{.ID}} {{.CurrentState}}";
         let filter = ["service", "ps", service, "--filter", "desired-state=running", "--format", format];
-        let listed = self.docker(&filter);
+        let output = self.docker_command(&filter).output().expect("start docker");
+        let listed = String::from_utf8_lossy(&output.stdout);
         let running = listed.lines().filter_map(|line| line.split_once(" Running"));
-        running.map(|(node, _)| node.to_owned()).collect()
+        output.status.success().then(|| running.map(|(name, _)| name.to_owned()).collect())
     }
 
     fn import(&self, image: &[u8]) {
@@ -344,9 +347,32 @@ fn image(folder: &Path) -> Vec<u8> {
     let who = root.join("www/cgi-bin/who");
     fs::write(&who, WHO).expect("write a script");
     fs::set_permissions(&who, fs::Permissions::from_mode(0o755)).expect("make it run");
+    copy_program(&root, &program("lb-names"), "bin/names");
     let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().expect("start tar");
     assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
     tar.stdout
+}
+
+/// A program of this package, which cargo builds along with its tests.
+fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("the path of this program");
+    let places = own.ancestors().skip(1).take(2).map(|folder| folder.join(name));
+    places
+        .into_iter()
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("{name} beside {}", own.display()))
+}
+
+/// Copies a program and the libraries that it is linked with.
+fn copy_program(root: &Path, program: &Path, to: &str) {
+    fs::copy(program, root.join(to)).expect("copy a program");
+    let listed = Command::new("ldd").arg(program).output().expect("start ldd");
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for library in listed.split_whitespace().filter(|word| word.starts_with('/')) {
+        let to = root.join(library.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().expect("a folder")).expect("make a folder");
+        fs::copy(library, to).expect("copy a library");
+    }
 }
 
 fn find_busybox() -> PathBuf {

@@ -1,11 +1,16 @@
 //! The agent against a real Docker Swarm. This kernel may have no IPVS, so that what answers on a published port is ours.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
 
 use lb_tests::{
-    agent::{active_tasks, json, text},
+    agent::{json, text, verb},
     netns::within,
     swarm::{CLIENT, Node, PATIENCE, Swarm},
+    traffic::Load,
 };
 
 /// How often each task answered, having seen the client itself.
@@ -20,11 +25,13 @@ fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
     counts
 }
 
-/// Waits until every node sends new flows to so many tasks, all of which Docker says are running.
-fn serves(swarm: &Swarm, service: &str, tasks: u64) {
+/// Waits until every node sends new flows to so many tasks, the very ones that Docker says are running.
+fn serves(swarm: &Swarm, service: &str, tasks: usize) {
     for node in &swarm.nodes {
-        within(PATIENCE, &format!("{} serves {tasks} tasks of {service}", node.name), || {
-            active_tasks(&node.netns, service) == tasks
+        let what = format!("{} serves the {tasks} tasks of {service} that Docker runs", node.name);
+        within(PATIENCE, &what, || {
+            let ours = offered(node, service);
+            ours.len() == tasks && swarm.nodes.iter().find_map(|node| node.running(service)) == Some(ours)
         });
     }
 }
@@ -35,6 +42,70 @@ fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
     let counts = by_task(&answers);
     assert_eq!(counts.len(), tasks, "through {}: {counts:?}", node.name);
     assert!(counts.values().all(|count| *count == 2), "through {}: {counts:?}", node.name);
+}
+
+/// `docker service create` of replicas that do not take long to stop, as `docker` would be called for it.
+fn create(manager: &Node, name: &str, replicas: u8, port: &str, options: &[&str], command: &[&str]) {
+    let replicas = replicas.to_string();
+    let start = ["service", "create", "-d", "--name", name, "--replicas", &replicas, "-p", port];
+    let stop = ["--stop-grace-period", "2s", "--restart-delay", "100ms"];
+    manager.docker(&[&start[..], &stop, options, &["web"], command].concat());
+}
+
+/// A service that is asked whether it is well; `/tmp/sick` in a task makes it say no.
+const HEALTH: [&str; 6] = [
+    "--health-cmd",
+    "test ! -e /tmp/sick && wget -q -O /dev/null http://127.0.0.1:8080/",
+    "--health-interval",
+    "500ms",
+    "--health-retries",
+    "1",
+];
+
+/// The containers of a service on a node, by the host names that they answer with.
+fn containers(node: &Node, service: &str) -> Vec<String> {
+    let filter = format!("label=com.docker.swarm.service.name={service}");
+    node.docker(&["ps", "-q", "--filter", &filter]).lines().map(str::to_owned).collect()
+}
+
+/// Which of a service's tasks an agent sends new flows to.
+fn offered(node: &Node, service: &str) -> BTreeSet<String> {
+    let output = verb(&node.netns, &["service", "ps", service, "-o", "json"]);
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let tasks = document["interfaces"][0]["tasks"].as_array().cloned().unwrap_or_default();
+    let running = tasks.iter().filter(|task| task["state"] == "running" && task["problem"].is_null());
+    running.map(|task| task["name"].as_str().expect("a name").to_owned()).collect()
+}
+
+/// The nodes on which Docker says that a service's tasks run.
+fn nodes_of(manager: &Node, service: &str) -> Vec<String> {
+    let filter = ["service", "ps", service, "--filter", "desired-state=running"];
+    let listed = manager.docker(&[&filter[..], &["--format", "{{.Node}} {{.CurrentState}}"]].concat());
+    let running = listed.lines().filter_map(|line| line.split_once(" Running"));
+    running.map(|(node, _)| node.to_owned()).collect()
+}
+
+/// Load through every node at once, until all have made so many requests and the closure has returned; what failed.
+fn under_load(swarm: &Swarm, requests: u64, body: impl FnOnce()) -> Vec<String> {
+    let loads: Vec<Load> =
+        swarm.nodes.iter().map(|node| Load::start(&swarm.client, node.address(), 1, u64::MAX)).collect();
+    body();
+    within(PATIENCE * 3, "the load has made its requests", || {
+        loads.iter().all(|load| load.done() >= requests)
+    });
+    let done: Vec<u64> = loads.iter().map(Load::done).collect();
+    let failed: Vec<String> = loads.into_iter().flat_map(Load::stop).collect();
+    println!("{done:?} requests, {} failed", failed.len());
+    failed
+}
+
+/// Runs `docker service update` and waits for its end.
+fn update(manager: &Node, service: &str, options: &[&str]) {
+    manager.docker(&[&["service", "update", "-d"], options, &[service]].concat());
+    within(PATIENCE * 3, "the update is completed", || {
+        let format = "{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}";
+        manager.docker(&["service", "inspect", service, "--format", format]) == "completed"
+    });
 }
 
 #[test]
@@ -58,8 +129,7 @@ fn the_walk_through() {
     within(PATIENCE, "the promoted node's agent follows", || source(second) == "docker manager");
     assert_eq!(first.docker(&["node", "ls", "-q"]).lines().count(), 3);
 
-    let create = ["service", "create", "-d", "--name", "web", "--replicas", "5", "-p", "80:8080", "web"];
-    first.docker(&create);
+    create(first, "web", 5, "80:8080", &["--update-parallelism", "0"], &[]);
     serves(&swarm, "web", 5);
     for node in &swarm.nodes {
         rotates(&swarm, node, 80, 5);
@@ -80,7 +150,7 @@ fn the_walk_through() {
         .iter()
         .map(|task| task["node"].as_str().expect("a node").to_owned())
         .collect();
-    let mut running = first.running("web");
+    let mut running = nodes_of(first, "web");
     ours.sort();
     running.sort();
     assert_eq!(ours, running);
@@ -90,16 +160,16 @@ fn the_walk_through() {
         first.docker(&["service", "scale", "-d", &format!("web={tasks}")]);
         serves(&swarm, "web", tasks);
         for node in &swarm.nodes {
-            rotates(&swarm, node, 80, tasks as usize);
+            rotates(&swarm, node, 80, tasks);
         }
     }
     first.docker(&["service", "update", "-d", "--publish-rm", "80", "--publish-add", "81:8080", "web"]);
     within(PATIENCE, "the new port is served", || {
-        swarm.nodes.iter().all(|node| swarm.ask(node, 81).is_ok()) && first.running("web").len() == 7
+        swarm.nodes.iter().all(|node| swarm.ask(node, 81).is_ok()) && nodes_of(first, "web").len() == 7
     });
     serves(&swarm, "web", 7);
     rotates(&swarm, third, 81, 7);
-    assert!(swarm.ask(second, 80).is_err());
+    within(PATIENCE, "the old port is closed", || swarm.ask(second, 80).is_err());
     first.docker(&["service", "rm", "web"]);
     within(PATIENCE, "the service is gone everywhere", || {
         swarm.nodes.iter().all(|node| {
@@ -107,4 +177,268 @@ fn the_walk_through() {
         })
     });
     within(Duration::from_secs(20), "its port is closed", || swarm.ask(first, 81).is_err());
+}
+
+#[test]
+fn a_start_first_update_with_a_health_check_fails_no_request() {
+    let swarm = Swarm::new(3);
+    let manager = &swarm.nodes[0];
+    let _agents = swarm.attach();
+    create(manager, "web", 3, "80:8080", &[&HEALTH[..], &["--update-order", "start-first"]].concat(), &[]);
+    serves(&swarm, "web", 3);
+    let failed = under_load(&swarm, 5_000, || update(manager, "web", &["--force"]));
+    assert_eq!(failed, Vec::<String>::new());
+    // Of the other ways to update it is said what they cost: a task that is `running` before it listens refuses.
+    for (what, order, health) in [
+        ("stop-first, with a health check", "stop-first", true),
+        ("start-first, without", "start-first", false),
+    ] {
+        manager.docker(&["service", "rm", "web"]);
+        within(PATIENCE, "the old service is gone", || containers(manager, "web").is_empty());
+        let checks: &[&str] = if health { &HEALTH } else { &[] };
+        create(manager, "web", 3, "80:8080", &[checks, &["--update-order", order]].concat(), &[]);
+        serves(&swarm, "web", 3);
+        let failed = under_load(&swarm, 1_000, || update(manager, "web", &["--force"]));
+        println!("{what}: {} failed", failed.len());
+        let refused = failed.iter().filter(|error| error.contains("refused")).count();
+        assert!(if health { failed.is_empty() } else { failed.len() == refused }, "{what}: {failed:?}");
+    }
+}
+
+#[test]
+fn tasks_that_fail_or_move_get_no_new_flows() {
+    let swarm = Swarm::new(3);
+    let [first, second, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    let _agents = swarm.attach();
+    create(first, "web", 6, "80:8080", &HEALTH, &[]);
+    serves(&swarm, "web", 6);
+    let gone = |container: &str| {
+        for node in &swarm.nodes {
+            within(PATIENCE, "no new flow comes to a task", || {
+                let answers: Vec<_> = (0..12).map(|_| swarm.ask(node, 80)).collect();
+                answers.iter().all(|answer| answer.as_ref().is_ok_and(|text| !text.starts_with(container)))
+            });
+        }
+    };
+    let victim = containers(third, "web").remove(0);
+
+    // Ill: no new flows, before Swarm replaces it.
+    third.docker(&["exec", &victim, "touch", "/tmp/sick"]);
+    gone(&victim);
+    serves(&swarm, "web", 6);
+
+    // Paused, and back.
+    let victim = containers(second, "web").remove(0);
+    second.docker(&["pause", &victim]);
+    within(PATIENCE, "a paused task gets no new flows", || offered(third, "web").len() == 5);
+    gone(&victim);
+    second.docker(&["unpause", &victim]);
+    serves(&swarm, "web", 6);
+
+    // Killed.
+    let victim = containers(third, "web").remove(0);
+    let pid = third.docker(&["inspect", "--format", "{{.State.Pid}}", &victim]);
+    third.signal_in(&pid, "KILL");
+    gone(&victim);
+    serves(&swarm, "web", 6);
+
+    // Moved away by draining its node: nothing fails.
+    let failed = under_load(&swarm, 500, || {
+        first.docker(&["node", "update", "--availability", "drain", "node3"]);
+        within(PATIENCE, "the node is drained", || {
+            let running = nodes_of(first, "web");
+            running.len() == 6 && !running.contains(&"node3".to_owned())
+        });
+        serves(&swarm, "web", 6);
+    });
+    assert_eq!(failed, Vec::<String>::new());
+    for node in &swarm.nodes {
+        rotates(&swarm, node, 80, 6);
+    }
+    // Back to nothing and up again.
+    first.docker(&["service", "scale", "-d", "web=0"]);
+    serves(&swarm, "web", 0);
+    first.docker(&["service", "scale", "-d", "web=2"]);
+    serves(&swarm, "web", 2);
+    rotates(&swarm, third, 80, 2);
+}
+
+#[test]
+fn engines_crash_and_traffic_goes_on() {
+    let swarm = Swarm::new(3);
+    let [first, second, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    let _agents = swarm.attach();
+    create(first, "web", 6, "80:8080", &["--mode", "replicated"], &[]);
+    serves(&swarm, "web", 6);
+    let all = |tasks: usize| swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, tasks));
+
+    // A worker's.
+    third.kill_docker();
+    all(6);
+    third.restart_docker();
+    within(PATIENCE, "Swarm runs all tasks again", || nodes_of(first, "web").len() == 6);
+    serves(&swarm, "web", 6);
+    all(6);
+
+    // The only manager's: the last state stands, and who is asked says so.
+    first.kill_docker();
+    within(PATIENCE, "every agent says that its state may be out of date", || {
+        swarm.nodes.iter().all(|node| json(&node.netns, &["status"])["source_problem"].is_string())
+    });
+    all(6);
+    // What the nodes know by themselves still counts: a task that dies is gone on its node, and on the others.
+    let victim = containers(second, "web").remove(0);
+    let pid = second.docker(&["inspect", "--format", "{{.State.Pid}}", &victim]);
+    second.signal_in(&pid, "KILL");
+    for node in [second, third] {
+        within(PATIENCE, "the dead task gets no new flows", || offered(node, "web").len() == 5);
+        rotates(&swarm, node, 80, 5);
+    }
+    first.restart_docker();
+    within(PATIENCE, "Swarm runs all tasks again", || nodes_of(first, "web").len() == 6);
+    serves(&swarm, "web", 6);
+    within(PATIENCE, "every agent has fresh state", || {
+        swarm.nodes.iter().all(|node| json(&node.netns, &["status"])["source_problem"].is_null())
+    });
+    all(6);
+}
+
+#[test]
+fn managers_change_and_workers_follow() {
+    let swarm = Swarm::machines(3);
+    let [first, second, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    // Attached while there is no engine: it is waited for.
+    second.kill_docker();
+    let mut agents = swarm.attach();
+    let said = json(&second.netns, &["status"])["source_problem"].as_str().unwrap_or_default().to_owned();
+    assert!(said.contains("connect to Docker at unix://"), "{said:?}");
+    second.restart_docker();
+    first.init();
+    second.join(first, "worker");
+    third.join(first, "worker");
+    create(first, "web", 3, "80:8080", &[], &[]);
+    serves(&swarm, "web", 3);
+    first.docker(&["node", "promote", "node2"]);
+    let role = |node: &Node| json(&node.netns, &["status"])["source"].as_str().unwrap_or_default().to_owned();
+    within(PATIENCE, "the agent of the promoted node follows", || role(second) == "docker manager");
+    second.docker(&["node", "demote", "node1"]);
+    within(PATIENCE, "the agent of the demoted node follows", || role(first) == "docker worker");
+    second.docker(&["service", "scale", "-d", "web=4"]);
+    serves(&swarm, "web", 4);
+    // The former manager goes for good, its agent with it.
+    agents.remove(0).stop(nix::sys::signal::Signal::SIGKILL);
+    first.switch_off();
+    second.docker(&["service", "scale", "-d", "web=5"]);
+    within(PATIENCE, "Swarm runs all tasks elsewhere", || {
+        let running = nodes_of(second, "web");
+        running.len() == 5 && !running.contains(&"node1".to_owned())
+    });
+    for node in [second, third] {
+        within(PATIENCE, "the tasks are served", || offered(node, "web").len() == 5);
+        rotates(&swarm, node, 80, 5);
+    }
+    let told = json(&third.netns, &["status"]);
+    assert!(told["source_problem"].is_null(), "{told}");
+    let manager = second.docker(&["info", "--format", "{{.Swarm.NodeID}}"]);
+    assert!(told["source_why"].as_str().is_some_and(|why| why.contains(&manager)), "{told}");
+}
+
+#[test]
+fn a_node_that_falls_silent_gets_no_new_flows() {
+    let swarm = Swarm::new(3);
+    let [first, _, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    let _agents = swarm.attach();
+    create(first, "web", 6, "80:8080", &[], &[]);
+    serves(&swarm, "web", 6);
+    let there = containers(third, "web");
+    assert!(!there.is_empty());
+    swarm.set_cable(third, false);
+    let cut = std::time::Instant::now();
+    let problem = |node: &Node| {
+        let nodes = json(&node.netns, &["node", "ls"])["nodes"].as_array().cloned().unwrap_or_default();
+        let third = nodes.into_iter().find(|node| node["name"] == "node3").expect("node3");
+        third["problem"].as_str().unwrap_or_default().to_owned()
+    };
+    within(Duration::from_secs(10), "the silence is noticed", || problem(first).contains("silent"));
+    println!("noticed after {:?}", cut.elapsed());
+    // Long before Swarm takes the node for down.
+    let answers = swarm.ask_often(first, 80, 12);
+    let counts = by_task(&answers);
+    assert!(there.iter().all(|task| !counts.contains_key(task.as_str())), "{counts:?}");
+    swarm.set_cable(third, true);
+    within(PATIENCE, "it is heard again", || problem(first).is_empty());
+    within(PATIENCE, "Swarm runs six tasks", || nodes_of(first, "web").len() == 6);
+    serves(&swarm, "web", 6);
+    swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 6));
+}
+
+#[test]
+fn services_side_by_side_and_ports_that_are_left_to_swarm() {
+    let swarm = Swarm::new(2);
+    let manager = &swarm.nodes[0];
+    let agents = swarm.attach();
+    create(manager, "web", 2, "80:8080", &["-p", "82:8080"], &[]);
+    create(manager, "other", 3, "81:8080", &["--label", "lb.return=sideways"], &[]);
+    create(manager, "names", 2, "53:5353/udp", &[], &["/bin/names", "5353"]);
+    let host = "mode=host,published=83,target=8080";
+    create(manager, "local", 1, "132:132/sctp", &["--publish", host], &[]);
+    for (service, tasks) in [("web", 2), ("other", 3), ("names", 2)] {
+        serves(&swarm, service, tasks);
+    }
+    for node in &swarm.nodes {
+        for (port, tasks) in [(80, 2), (82, 2), (81, 3)] {
+            rotates(&swarm, node, port, tasks);
+        }
+        // Each from a port of its own, as one exchange is one flow; lost ones are sent again.
+        let names: BTreeSet<String> = (0..20)
+            .filter_map(|_| {
+                swarm.client.enter(|| {
+                    let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
+                    socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
+                    socket.send_to(b"who\n", (node.address(), 53)).expect("send");
+                    let mut buffer = [0; 64];
+                    let (count, _) = socket.recv_from(&mut buffer).ok()?;
+                    Some(String::from_utf8_lossy(&buffer[..count]).trim().to_owned())
+                })
+            })
+            .collect();
+        assert_eq!(names.len(), 2, "through {}: {names:?}", node.name);
+        within(PATIENCE, "what is left to Swarm is listed", || {
+            let listed = text(&node.netns, &["service", "ls"]);
+            let line = listed.lines().find(|line| line.starts_with("local ")).unwrap_or_default().to_owned();
+            line.contains("132->132/sctp (left to Swarm)") && line.contains("83->8080/tcp (host)")
+        });
+    }
+    let log = agents[0].log();
+    let said = |part: &str| log.lines().filter(|line| line.contains(part)).count();
+    assert_eq!(said("service local: port 132/sctp is left to Swarm's own mesh"), 1, "{log}");
+    assert_eq!(said("service other: label lb.return=sideways is neither tunnel nor direct"), 1, "{log}");
+}
+
+#[test]
+fn a_hundred_services_at_once() {
+    const SERVICES: u16 = 100;
+    let swarm = Swarm::new(2);
+    let manager = &swarm.nodes[0];
+    let _agents = swarm.attach();
+    for number in 0..SERVICES {
+        create(manager, &format!("s{number}"), 1, &format!("{}:8080", 1000 + number), &[], &[]);
+    }
+    let start = std::time::Instant::now();
+    within(PATIENCE * 10, "Docker runs all of them", || {
+        let listed = manager.docker(&["service", "ls", "--format", "{{.Replicas}}"]);
+        listed.lines().filter(|line| *line == "1/1").count() == usize::from(SERVICES)
+    });
+    println!("Docker took {:?}", start.elapsed());
+    for node in &swarm.nodes {
+        within(PATIENCE, "all services are served", || {
+            let listed = json(&node.netns, &["service", "ls"]);
+            let services = listed["services"].as_array().cloned().unwrap_or_default();
+            services.iter().filter(|service| service["active_tasks"] == 1).count() == usize::from(SERVICES)
+        });
+        for number in 0..SERVICES {
+            let answer = swarm.ask_often(node, 1000 + number, 1);
+            assert_eq!(by_task(&answer).len(), 1);
+        }
+    }
 }

@@ -37,12 +37,8 @@ const DEMO_TOOLS: &Tools = &[
     ("nsenter", "util-linux"),
 ];
 /// What the tests call beside those: Docker itself, and what it calls.
-const TEST_TOOLS: &Tools = &[
-    ("dockerd", "docker.io"),
-    ("iptables", "iptables"),
-    ("tar", "tar"),
-    ("systemd-analyze", "systemd"),
-];
+const TEST_TOOLS: &Tools =
+    &[("dockerd", "docker.io"), ("iptables", "iptables"), ("tar", "tar"), ("systemd-analyze", "systemd")];
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
@@ -206,7 +202,8 @@ fn apt(packages: &[&str]) -> Result<()> {
         install()?;
     }
     // The tests start these themselves; the packages' own services are not wanted for them.
-    for (package, services) in [("nginx-light", &["nginx"][..]), ("docker.io", &["docker.socket", "docker"])] {
+    for (package, services) in [("nginx-light", &["nginx"][..]), ("docker.io", &["docker.socket", "docker"])]
+    {
         if packages.contains(&package) && Path::new("/run/systemd/system").exists() {
             exec(as_root("systemctl").args(["disable", "--now"]).args(services))?;
         }

@@ -158,8 +158,10 @@ impl<'a> Draft<'a> {
         }
         for (_, entry) in backends {
             let at = endpoint(entry);
-            if let Some(owner) =
-                self.next.replies.get(&at).and_then(|set| self.next.backends.get(&set.backend))
+            // Bridges have the same range on every node: the address of a peer's task means nothing here.
+            if answers_here(entry)
+                && let Some(owner) =
+                    self.next.replies.get(&at).and_then(|set| self.next.backends.get(&set.backend))
             {
                 return Err(format!(
                     "{}:{}/{} of task {} is already the address of task {}",
@@ -279,8 +281,7 @@ impl<'a> Draft<'a> {
                 .collect();
             let mut entry = entry.clone();
             let local = entry.backend.kind == Kind::Local as u8;
-            let answers_here = local || entry.backend.kind == Kind::Routed as u8;
-            if answers_here && !sources.is_empty() {
+            if answers_here(&entry) && !sources.is_empty() {
                 let by_peers = local && !self.next.peers.is_empty();
                 if sources.len() > 1 || by_peers {
                     entry.backend.flags |= SHARED;
@@ -349,6 +350,11 @@ fn entry(wanted: &DesiredBackend, service: u32) -> BackendEntry {
     let mut backend = wanted.backend;
     backend.service = service;
     BackendEntry { backend, label: wanted.label.clone() }
+}
+
+/// Whether a backend's answers come to this node by themselves, from its own address.
+fn answers_here(entry: &BackendEntry) -> bool {
+    entry.backend.kind == Kind::Local as u8 || entry.backend.kind == Kind::Routed as u8
 }
 
 /// Where a backend's answers come from.

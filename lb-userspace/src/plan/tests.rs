@@ -71,6 +71,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
             .collect(),
         tasks: seen.into_values().collect(),
         returns: None,
+        left: String::new(),
     }
 }
 
@@ -337,4 +338,50 @@ fn addresses_that_two_claim_are_said() {
     twins.services.push(other);
     let refused = apply_all(&mut Tables::empty(LIMITS.slots), &twins);
     assert!(refused[0].contains("has the address in the cluster of task"), "{refused:?}");
+}
+
+#[test]
+fn bridges_of_one_range_behind_every_node_are_no_conflict() {
+    let mut cluster = nodes(&[1, 2]);
+    let mut other = cluster.services[0].clone();
+    (other.name, other.ports[0].published) = ("other".into(), 999);
+    for (number, task) in (1..).zip(&mut other.tasks) {
+        task.name = format!("other.{number}");
+        task.overlay = Some(format!("10.0.0.{}", 100 + number).parse().unwrap());
+        // On this node what the first service's task has on the other, and the other way round.
+        task.addresses = vec![format!("172.18.0.{}", 3 - number).parse().unwrap()];
+    }
+    cluster.services.push(other);
+    let mut tables = Tables::empty(LIMITS.slots);
+    assert_eq!(apply_all(&mut tables, &cluster), Vec::<String>::new());
+    assert_eq!(tables.replies.len(), 2);
+    assert_eq!(tables.services.len(), 2);
+}
+
+#[test]
+fn a_silent_node_keeps_its_flows_and_gets_no_new_ones() {
+    let cluster = nodes(&[1, 2]);
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut states = Vec::new();
+    for silent in [None, Some("it sleeps".to_owned()), None] {
+        let to_peer = |way: Result<Way, String>| way.map(|way| Way { silent: silent.clone(), ..way });
+        let ways = destinations(&cluster, "node1").into_iter().map(|(address, reach)| {
+            let way = way(address);
+            ((address, reach), if reach == Reach::Peer { to_peer(way) } else { way })
+        });
+        let ways = ways.collect();
+        let view = View { cluster: &cluster, node: "node1", addresses: &addresses(), ways: &ways };
+        plan(&desired(&view), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+        let (number, entry) = tables.backends.iter().find(|(_, e)| e.label.task == "web.2").unwrap();
+        let node = tables.nodes.values().find(|node| node.name == "node2").unwrap();
+        assert_eq!(node.problem, silent);
+        assert!(tables.peers.values().all(|peer| peer.reachable == 1));
+        states.push((*number, entry.backend.state, entry.label.problem.clone()));
+    }
+    let (active, draining) = (State::Active as u8, State::Draining as u8);
+    let number = states[0].0;
+    assert_eq!(
+        states,
+        [(number, active, None), (number, draining, Some("it sleeps".into())), (number, active, None)]
+    );
 }

@@ -18,7 +18,7 @@ pub mod model;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -177,8 +177,8 @@ struct Swarm {
     managers: BTreeMap<String, Manager>,
     /// The one whose word counts.
     chosen: Option<String>,
-    /// The tasks that the nodes tell each other of, while there is no other word.
-    gossip: Option<BTreeSet<String>>,
+    /// What the nodes tell each other, while there is no other word.
+    gossip: Option<Gossip>,
     changed: Option<SystemTime>,
     youngest: Option<SystemTime>,
     notes: BTreeSet<String>,
@@ -246,7 +246,7 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             () = tokio::time::sleep(GOSSIP) => {
                 if swarm.problem().is_some() {
                     let heard = ingress.gossip(&swarm.engine).await;
-                    swarm.gossip = heard.ok().map(|gossip| names(&gossip)).filter(|names| !names.is_empty());
+                    swarm.gossip = heard.ok().filter(|gossip| !gossip.services.is_empty());
                 }
             }
         }
@@ -503,19 +503,68 @@ impl Swarm {
     }
 }
 
-/// The tasks that the nodes tell each other of.
-fn names(gossip: &Gossip) -> BTreeSet<String> {
+/// Takes new flows from tasks of other nodes that those do not tell of any more. Of its own a node knows better; and a
+/// node that is not heard at all may only have lost its Docker: whether it is there its datapath says.
+fn forget(state: &mut ClusterState, gossip: &Gossip) {
     let tasks = gossip.services.values().flat_map(|service| &service.tasks);
-    tasks.map(|task| task_name(&task.name)).collect()
-}
-
-/// Takes new flows from tasks of other nodes that those do not tell of any more. Of its own a node knows better.
-fn forget(state: &mut ClusterState, gossip: &BTreeSet<String>) {
+    let told: BTreeSet<String> = tasks.map(|task| task_name(&task.name)).collect();
+    let heard: BTreeSet<IpAddr> = gossip.peers.iter().filter_map(|peer| peer.ip.parse().ok()).collect();
     let this = state.this.clone();
+    let others = state.nodes.iter().filter(|node| Some(&node.name) != this.as_ref());
+    let speaking: BTreeSet<&str> = others
+        .filter(|node| node.addresses.iter().any(|address| heard.contains(address)))
+        .map(|node| node.name.as_str())
+        .collect();
     for task in state.services.iter_mut().flat_map(|service| &mut service.tasks) {
-        let elsewhere = this.as_ref() != Some(&task.node);
-        if elsewhere && task.state == TaskState::Running && !gossip.contains(&task.name) {
+        let gone = speaking.contains(task.node.as_str()) && !told.contains(&task.name);
+        if gone && task.state == TaskState::Running {
             task.state = TaskState::Draining;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Node, Service, Task, Via};
+
+    #[test]
+    fn without_managers_the_nodes_own_word_counts() {
+        use TaskState::{Draining, Running};
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let node = |number: u8| Node {
+            name: format!("node{number}"),
+            addresses: vec![ip(&format!("192.0.2.{number}"))],
+            agent: true,
+        };
+        let task = |name: &str, node: u8| Task {
+            name: format!("web.{name}"),
+            node: format!("node{node}"),
+            addresses: vec![],
+            overlay: None,
+            state: Running,
+            weight: 1,
+            via: Via::Peer,
+        };
+        let service = Service {
+            name: "web".into(),
+            addresses: vec![],
+            ports: vec![],
+            tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
+            returns: None,
+            left: String::new(),
+        };
+        let mut state = ClusterState {
+            nodes: vec![node(1), node(2), node(3)],
+            services: vec![service],
+            this: Some("node1".into()),
+            ..ClusterState::default()
+        };
+        let gossip = r#"{"Peers": [{"IP": "192.0.2.1"}, {"IP": "192.0.2.2"}],
+            "Services": {"web": {"Tasks": [{"Name": "web.2.b", "Info": null}]}}}"#;
+        forget(&mut state, &serde_json::from_str(gossip).unwrap());
+        let states: Vec<_> = state.services[0].tasks.iter().map(|task| task.state).collect();
+        // Its own; told of; not told of any more; of a node that is not heard.
+        assert_eq!(states, [Running, Running, Draining, Running]);
     }
 }

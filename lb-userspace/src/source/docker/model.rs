@@ -265,6 +265,18 @@ pub struct Gossip {
     /// Services of the routing mesh, by name.
     #[serde(deserialize_with = "nullable")]
     pub services: BTreeMap<String, GossipService>,
+    /// The nodes that are heard.
+    #[serde(deserialize_with = "nullable")]
+    pub peers: Vec<GossipPeer>,
+}
+
+/// A node that is heard.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct GossipPeer {
+    /// Its address.
+    #[serde(rename = "IP")]
+    pub ip: String,
 }
 
 /// A service of the routing mesh.
