@@ -270,7 +270,8 @@ impl Tunnelled {
             IpAddr::V4(v4) => v4.to_ipv6_mapped(),
             IpAddr::V6(v6) => v6,
         };
-        let ether: [u8; 2] = if self.inner[0] >> 4 == 4 { [0x08, 0x00] } else { [0x86, 0xdd] };
+        let ether: [u8; 2] =
+            if self.inner.first().is_none_or(|byte| byte >> 4 == 4) { [0x08, 0x00] } else { [0x86, 0xdd] };
         let mut geneve = vec![6, 0x40, ether[0], ether[1], 0, 0, 0, 0];
         geneve.extend(self.class.to_be_bytes());
         geneve.extend([self.kind, 5]);

@@ -163,7 +163,7 @@ fn the_walk_through() {
             rotates(&swarm, node, 80, tasks);
         }
     }
-    first.docker(&["service", "update", "-d", "--publish-rm", "80", "--publish-add", "81:8080", "web"]);
+    first.docker(&["service", "update", "-d", "--publish-rm", "8080", "--publish-add", "81:8080", "web"]);
     within(PATIENCE, "the new port is served", || {
         swarm.nodes.iter().all(|node| swarm.ask(node, 81).is_ok()) && nodes_of(first, "web").len() == 7
     });

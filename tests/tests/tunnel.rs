@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use lb_common::{
     abi::{HANDOVER_EMIT, TC_ALONE},
     outcome::Outcome,
-    tunnel::{DEFAULT_PORT, OPTION_CLASS, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION},
+    tunnel::{DEFAULT_PORT, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION},
 };
 use lb_tests::{
     lab::{DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, ip, service, task, with_lab},
@@ -310,6 +310,33 @@ fn what_no_peer_sent_to_a_task_of_ours_is_dropped_and_named() {
         }
         let short = Packet::new(Transport::Udp, (ip(outer.peer), 5), (ip(outer.node), DEFAULT_PORT));
         lab.passes("too short for Geneve", &short.bytes(), Outcome::NotOurs);
+    });
+}
+
+#[test]
+fn a_probe_is_sent_back_to_the_peer_that_sent_it() {
+    with_both(|lab, outer| {
+        let probe = received(outer, PROBE, ("10.1.2.3", 77), vec![]);
+        let mut answer = probe.clone();
+        answer.kind = PROBE_ANSWER;
+        answer.macs = (NODE_MAC, HOP_MAC);
+        answer.nodes = (ip(outer.node), ip(outer.peer));
+        answer.ports = (DEFAULT_PORT, 51_000);
+        let one = BTreeMap::from([(Outcome::TunnelProbe, 1)]);
+        let (verdict, counted) = lab.counting(|lab| lab.xdp(&probe.bytes()));
+        assert_eq!((verdict.action, verdict.note), (TX, None));
+        assert_eq!(verdict.frame, answer.bytes());
+        assert_eq!(counted, one);
+        // An answer is for the controller that waits for it, and is answered by nobody.
+        let heard = received(outer, PROBE_ANSWER, ("10.1.2.3", 77), vec![]);
+        lab.passes("an answer", &heard.bytes(), Outcome::TunnelProbe);
+        let mut strange = probe.clone();
+        strange.nodes.0 = ip(if outer.headers == V4.headers { "192.0.2.77" } else { "2001:db8:5::5" });
+        refused(lab, "a stranger's", &strange.bytes(), Outcome::TunnelNotPeer);
+        lab.configure(|config| config.flags = TC_ALONE);
+        let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&probe.bytes()));
+        assert_eq!((verdict.action, counted), (REDIRECT, one));
+        assert_eq!(verdict.frame, answer.bytes());
     });
 }
 

@@ -12,7 +12,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tokio_util::codec::{Framed, LinesCodec};
 
-use super::{CONNECT, FromAgent, FromManager, LONGEST, PING, SILENCE, VERSION, tls};
+use super::{CONNECT, FromAgent, FromManager, LONGEST, PING, SILENCE, VERSION, ended, tls};
 use crate::{cluster::ClusterState, source::facts::NodeFacts};
 
 /// Between two tries to reach a manager's agent.
@@ -78,11 +78,11 @@ async fn talk(
     loop {
         let message = tokio::select! {
             line = timeout_at(heard + SILENCE, lines.next()) => {
-                let Some(line) = line.context("not heard for too long")? else {
+                let Some(line) = ended(line.context("not heard for too long")?)? else {
                     return Ok(());
                 };
                 heard = Instant::now();
-                let word = match serde_json::from_str(&line?)? {
+                let word = match serde_json::from_str(&line)? {
                     FromManager::Hello { version } if version != VERSION => {
                         bail!("it speaks version {version}, this agent {VERSION}")
                     }

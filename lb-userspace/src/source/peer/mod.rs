@@ -11,9 +11,15 @@ pub mod client;
 pub mod server;
 pub mod tls;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
+use tokio_util::codec::LinesCodecError;
 
 use super::facts::NodeFacts;
 use crate::cluster::{ClusterState, Node, Service, Tunnel};
@@ -61,6 +67,14 @@ enum FromManager {
     /// The manager knows nothing now, or what it told may be out of date.
     Problem(String),
     Ping,
+}
+
+/// The next line, or none: also where the other side went without a word, as a process that ends does.
+fn ended(line: Option<Result<String, LinesCodecError>>) -> Result<Option<String>, LinesCodecError> {
+    match line {
+        Some(Err(LinesCodecError::Io(error))) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        line => line.transpose(),
+    }
 }
 
 /// What changed in the cluster.
@@ -120,6 +134,9 @@ impl Changes {
         state.services = services.into_values().collect();
     }
 }
+
+#[cfg(test)]
+mod talk_tests;
 
 #[cfg(test)]
 mod tests {

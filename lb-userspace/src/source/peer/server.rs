@@ -13,7 +13,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::codec::{Framed, LinesCodec};
 
-use super::{CONNECT, Changes, FromAgent, FromManager, LONGEST, PING, SILENCE, Telling, VERSION, tls};
+use super::{CONNECT, Changes, FromAgent, FromManager, LONGEST, PING, SILENCE, Telling, VERSION, ended, tls};
 use crate::{cluster::ClusterState, source::facts::NodeFacts};
 
 /// Connections at once: swarms are smaller, and strangers get no further.
@@ -127,11 +127,11 @@ async fn converse(
     loop {
         let message = tokio::select! {
             line = timeout_at(heard + SILENCE, lines.next()) => {
-                let Some(line) = line.context("not heard for too long")? else {
+                let Some(line) = ended(line.context("not heard for too long")?)? else {
                     return Ok(());
                 };
                 heard = Instant::now();
-                match serde_json::from_str(&line?)? {
+                match serde_json::from_str(&line)? {
                     FromAgent::Hello { version } if version != VERSION => bail!("it speaks version {version}, this agent {VERSION}"),
                     FromAgent::Hello { .. } | FromAgent::Ping => {}
                     FromAgent::Facts(facts) => words.send(Word::Facts(node.to_owned(), number, facts)).await?,
