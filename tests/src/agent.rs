@@ -1,6 +1,7 @@
 //! The agent, as users run it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -43,9 +44,27 @@ impl<'a> Agent<'a> {
 
     /// Attaches with these arguments and nothing else, and waits until the interface is served.
     pub fn start(netns: &'a Netns, folder: &Path, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_under(netns, folder, &[], arguments, variables)
+    }
+
+    /// The same, started by another program that `under` is the beginning of the command of.
+    pub fn start_under(
+        netns: &'a Netns,
+        folder: &Path,
+        under: &[&str],
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
-        let mut command = netns.command(program());
+        let mut command = match under {
+            [] => netns.command(program()),
+            [first, rest @ ..] => {
+                let mut command = netns.command(first);
+                command.args(rest).arg(program());
+                command
+            }
+        };
         command.args(["attach", "--iface", "eth1", "--on-exit", "keep"]).args(arguments);
         command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
@@ -116,6 +135,15 @@ pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
         .find(|s| s["name"] == service)
         .and_then(|s| s["active_tasks"].as_u64())
         .unwrap_or_default()
+}
+
+/// The tasks of a service that take new flows, as `service ps` has it.
+pub fn offered(netns: &Netns, service: &str) -> BTreeSet<String> {
+    let output = verb(netns, &["service", "ps", service, "-o", "json"]);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let tasks = document["interfaces"][0]["tasks"].as_array().cloned().unwrap_or_default();
+    let running = tasks.iter().filter(|task| task["state"] == "running" && task["problem"].is_null());
+    running.filter_map(|task| task["name"].as_str()).map(str::to_owned).collect()
 }
 
 /// Packets that came to an outcome.

@@ -75,7 +75,11 @@ impl Swarm {
         nodes.iter().for_each(Node::start_docker);
         nodes.iter().for_each(Node::wait_for_docker);
         let image = image(folder.path());
-        thread::scope(|scope| nodes.iter().for_each(|node| drop(scope.spawn(|| node.import(&image)))));
+        thread::scope(|scope| {
+            nodes.iter().for_each(|node| {
+                drop(scope.spawn(|| node.import(&image, "web:latest", &["--change", IMAGE_CHANGE])))
+            })
+        });
         Self { nodes, client, lan, folder }
     }
 
@@ -103,6 +107,12 @@ impl Swarm {
     pub fn attach_one<'a>(&self, node: &'a Node, arguments: &[&str]) -> Agent<'a> {
         let host = node.docker_host();
         Agent::start(&node.netns, self.folder(), arguments, &[("DOCKER_HOST", &host)])
+    }
+
+    /// An agent on a node, started by another program that this is the beginning of the command of.
+    pub fn attach_under<'a>(&self, node: &'a Node, under: &[&str]) -> Agent<'a> {
+        let host = node.docker_host();
+        Agent::start_under(&node.netns, self.folder(), under, &[], &[("DOCKER_HOST", &host)])
     }
 
     /// What the client is told on a port by whoever serves it: `TASK saw ADDRESS`.
@@ -161,6 +171,11 @@ impl Node {
     /// Where its engine listens, as `DOCKER_HOST` has it.
     pub fn docker_host(&self) -> String {
         format!("unix://{}", self.folder.join("docker.sock").display())
+    }
+
+    /// Docker's root directory.
+    pub fn root(&self) -> PathBuf {
+        self.folder.join("data")
     }
 
     /// Starts the engine.
@@ -250,8 +265,8 @@ impl Node {
         output.status.success().then(|| running.map(|(name, _)| name.to_owned()).collect())
     }
 
-    fn import(&self, image: &[u8]) {
-        let mut command = self.docker_command(&["import", "--change", IMAGE_CHANGE, "-", "web:latest"]);
+    fn import(&self, image: &[u8], name: &str, options: &[&str]) {
+        let mut command = self.docker_command(&[&["import"], options, &["-", name]].concat());
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("start docker import");
         child.stdin.take().expect("its input").write_all(image).expect("write the image");
@@ -348,9 +363,44 @@ fn image(folder: &Path) -> Vec<u8> {
     fs::write(&who, WHO).expect("write a script");
     fs::set_permissions(&who, fs::Permissions::from_mode(0o755)).expect("make it run");
     copy_program(&root, &program("lb-names"), "bin/names");
-    let tar = Command::new("tar").arg("-C").arg(&root).args(["-c", "."]).output().expect("start tar");
+    pack(&root)
+}
+
+/// A folder as `docker import` takes it.
+fn pack(root: &Path) -> Vec<u8> {
+    let tar = Command::new("tar").arg("-C").arg(root).args(["-c", "."]).output().expect("start tar");
     assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
     tar.stdout
+}
+
+/// A file of the project's `packaging` folder.
+pub fn packaging(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the project").join("packaging").join(name)
+}
+
+impl Swarm {
+    /// The agent as an image on every node, by the project's own recipe. What that starts from cannot be had without a
+    /// registry: in its place stands an image with nothing but the libraries.
+    pub fn build_agent_image(&self) {
+        let context = self.folder().join("agent-image");
+        let base = context.join("base");
+        fs::create_dir_all(base.join("usr/local/sbin")).expect("make the image");
+        copy_program(&base, &crate::agent::program(), "usr/local/sbin/lb-userspace");
+        fs::remove_file(base.join("usr/local/sbin/lb-userspace")).expect("take the agent out again");
+        let base = pack(&base);
+        let send = context.join("context");
+        fs::create_dir_all(&send).expect("make a folder");
+        fs::copy(crate::agent::program(), send.join("lb-userspace")).expect("copy the agent");
+        let (recipe, send) = (packaging("Dockerfile"), send.display().to_string());
+        for node in &self.nodes {
+            node.import(&base, "debian:12-slim", &[]);
+            let build =
+                ["build", "-q", "-t", "lb-userspace:latest", "-f", recipe.to_str().expect("text"), &send];
+            let mut command = node.docker_command(&build);
+            // The builder that asks no registry about what is here.
+            run(command.env("DOCKER_BUILDKIT", "0"));
+        }
+    }
 }
 
 /// A program of this package, which cargo builds along with its tests.

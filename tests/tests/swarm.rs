@@ -3,15 +3,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    process::Command,
     time::Duration,
 };
 
 use lb_tests::{
-    agent::{json, text, verb},
+    agent::{self, json, text},
     netns::within,
-    swarm::{CLIENT, Node, PATIENCE, Swarm},
+    swarm::{CLIENT, Node, PATIENCE, Swarm, packaging},
     traffic::Load,
 };
+use nix::sys::signal::Signal;
 
 /// How often each task answered, having seen the client itself.
 fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
@@ -70,11 +72,7 @@ fn containers(node: &Node, service: &str) -> Vec<String> {
 
 /// Which of a service's tasks an agent sends new flows to.
 fn offered(node: &Node, service: &str) -> BTreeSet<String> {
-    let output = verb(&node.netns, &["service", "ps", service, "-o", "json"]);
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let tasks = document["interfaces"][0]["tasks"].as_array().cloned().unwrap_or_default();
-    let running = tasks.iter().filter(|task| task["state"] == "running" && task["problem"].is_null());
-    running.map(|task| task["name"].as_str().expect("a name").to_owned()).collect()
+    agent::offered(&node.netns, service)
 }
 
 /// The nodes on which Docker says that a service's tasks run.
@@ -326,7 +324,8 @@ fn managers_change_and_workers_follow() {
     second.docker(&["service", "scale", "-d", "web=4"]);
     serves(&swarm, "web", 4);
     // The former manager goes for good, its agent with it.
-    agents.remove(0).stop(nix::sys::signal::Signal::SIGKILL);
+    agents.remove(0).stop(Signal::SIGKILL);
+    assert!(agent::verb(&first.netns, &["detach", "--iface", "eth1"]).status.success());
     first.switch_off();
     second.docker(&["service", "scale", "-d", "web=5"]);
     within(PATIENCE, "Swarm runs all tasks elsewhere", || {
@@ -440,5 +439,83 @@ fn a_hundred_services_at_once() {
             let answer = swarm.ask_often(node, 1000 + number, 1);
             assert_eq!(by_task(&answer).len(), 1);
         }
+    }
+}
+
+/// The powers that packaging gives the agent, as `setpriv` takes them.
+const POWERS: &str = "-all,+bpf,+net_admin,+perfmon";
+
+#[test]
+fn the_unit_is_in_order_and_its_powers_suffice() {
+    let unit = std::fs::read_to_string(packaging("lb-userspace.service")).expect("the unit");
+    let powers =
+        unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).expect("its powers");
+    let named = powers.split_whitespace().map(|power| power.to_lowercase().replace("cap_", ",+"));
+    assert_eq!(format!("-all{}", named.collect::<String>().replace(' ', "")), POWERS);
+    let swarm = Swarm::new(2);
+    // Where the unit's program is on this machine.
+    let copy = swarm.folder().join("lb-userspace.service");
+    let here = unit.replace("/usr/local/sbin/lb-userspace", agent::program().to_str().expect("text"));
+    std::fs::write(&copy, here).expect("write the unit");
+    let verified =
+        Command::new("systemd-analyze").arg("verify").arg(&copy).output().expect("start systemd-analyze");
+    let said = [verified.stdout, verified.stderr].concat();
+    assert_eq!(String::from_utf8_lossy(&said), "");
+    // A manager and a worker, adopted by themselves, with these powers alone.
+    let start = || {
+        let attach = |node| {
+            let under =
+                ["setpriv", "--no-new-privs", &format!("--bounding-set={POWERS}"), "--inh-caps=-all", "--"];
+            swarm.attach_under(node, &under)
+        };
+        swarm.nodes.iter().map(attach).collect::<Vec<_>>()
+    };
+    let agents = start();
+    create(&swarm.nodes[0], "web", 4, "80:8080", &[], &[]);
+    serves(&swarm, "web", 4);
+    agents.into_iter().for_each(|agent| agent.stop(Signal::SIGTERM));
+    let _agents = start();
+    serves(&swarm, "web", 4);
+    swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 4));
+}
+
+#[test]
+fn the_agent_runs_as_a_global_service() {
+    let swarm = Swarm::new(2);
+    let manager = &swarm.nodes[0];
+    swarm.build_agent_image();
+    let stack = std::fs::read_to_string(packaging("stack.yml")).expect("the stack");
+    for (number, node) in (1..).zip(&swarm.nodes) {
+        // Each engine has its root directory and its socket elsewhere here; a stack of its own is kept to the node.
+        let (socket, root) = (node.docker_host(), node.root());
+        let here = stack
+            .replace("/var/run/docker.sock:", &format!("{}:", socket.trim_start_matches("unix://")))
+            .replace("/var/lib/docker/", &format!("{}/", root.display()))
+            // This Docker is older than 23.
+            .replace("[BPF, NET_ADMIN, PERFMON]", "[BPF, NET_ADMIN, PERFMON, SYS_ADMIN]")
+            .replace(
+                "mode: global",
+                &format!("mode: global\n      placement: {{constraints: [node.hostname == {}]}}", node.name),
+            );
+        let file = swarm.folder().join(format!("stack{number}.yml"));
+        std::fs::write(&file, here).expect("write the stack");
+        manager.docker(&["stack", "deploy", "-c", file.to_str().expect("text"), &format!("lb{number}")]);
+    }
+    let attached = |node: &Node| agent::verb(&node.netns, &["status"]).status.success();
+    for node in &swarm.nodes {
+        within(PATIENCE, "the agent has attached", || attached(node));
+    }
+    create(manager, "web", 4, "80:8080", &[], &[]);
+    serves(&swarm, "web", 4);
+    swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 4));
+    // Replaced, without a request that fails.
+    let failed = under_load(&swarm, 500, || update(manager, "lb2_agent", &["--force"]));
+    assert_eq!(failed, Vec::<String>::new());
+    serves(&swarm, "web", 4);
+    for (number, node) in (1..).zip(&swarm.nodes) {
+        manager.docker(&["stack", "rm", &format!("lb{number}")]);
+        within(PATIENCE, "the agent has ended", || containers(node, &format!("lb{number}_agent")).is_empty());
+        let detached = agent::verb(&node.netns, &["detach", "--iface", "eth1"]);
+        assert!(detached.status.success(), "{}", String::from_utf8_lossy(&detached.stderr));
     }
 }

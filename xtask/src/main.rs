@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod demo;
 mod ebpf;
+mod image;
 mod run;
 mod test;
 mod toolchain;
@@ -29,6 +30,8 @@ enum Verb {
     BuildEbpf,
     /// Build the agent, with the eBPF object in it: target/release/lb-userspace
     Build,
+    /// Build the agent's container image: lb-userspace:latest
+    Image,
     /// Formatting, lints, tests that need no root, licences
     Check,
     /// Everything `check` does not: tests in network namespaces, as root
@@ -37,7 +40,11 @@ enum Verb {
         filter: Option<String>,
     },
     /// What a packet costs in the programs, in nanoseconds, as root
-    Bench,
+    Bench {
+        /// How long changes of a real swarm take to reach every node's datapath, instead
+        #[arg(long)]
+        swarm: bool,
+    },
     /// A three-node cluster in network namespaces, and the Swarm walk-through on it, as root
     Demo {
         /// Leave the cluster up, and say how to enter it
@@ -61,9 +68,10 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Setup => toolchain::setup(),
         Verb::BuildEbpf => ebpf::build().map(drop),
         Verb::Build => ebpf::build_agent().map(drop),
+        Verb::Image => image::run(),
         Verb::Check => check::run(),
         Verb::Test { filter } => test::run(filter.as_deref()),
-        Verb::Bench => bench::run(),
+        Verb::Bench { swarm } => bench::run(swarm),
         Verb::Demo { keep } => demo::run(keep),
     }
 }
