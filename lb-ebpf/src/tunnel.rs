@@ -245,16 +245,16 @@ pub fn open<F: Frame, A: Family>(
     let plain = packet.transport_at == packet.network_at + overhead(A::IS_V4) - size_of::<Header>() as u16;
     let sender = number(&packet.key.source);
     // Nearly always the address that we would use ourselves.
-    let usual = sender.and_then(|sender| PEERS.get(sender));
+    let usual = PEERS.get(sender);
     let own = usual.is_some_and(|peer| *A::in_wide(&peer.source) == packet.key.destination);
     // On its way between two others.
     if !own && !is_own(&packet.key.destination) {
         return Err(Outcome::NotOurs);
     }
-    arrival.peer = match sender {
-        Some(number) if number != SELF => number,
-        _ => return Err(Outcome::TunnelNotPeer),
-    };
+    if sender == SELF || sender == NOBODY {
+        return Err(Outcome::TunnelNotPeer);
+    }
+    arrival.peer = sender;
     if !known || !plain {
         return Err(Outcome::TunnelMalformed);
     }
@@ -318,18 +318,22 @@ pub fn answer_probe<F: Frame>(frame: &F, outer_v4: bool) -> Option<()> {
     Some(())
 }
 
+/// No node's number. Not an `Option`: the compiler keeps the number of none on the stack without ever writing it, and
+/// Linux 6.1 refuses to read that back.
+const NOBODY: u32 = u32::MAX;
+
 /// The number of the node with this address.
 #[inline(always)]
-fn number<A: Family>(address: &A) -> Option<u32> {
+fn number<A: Family>(address: &A) -> u32 {
     let mapped = address.to_mapped();
     // SAFETY: copied at once.
-    unsafe { PEER_NUMBERS.get(mapped) }.copied()
+    unsafe { PEER_NUMBERS.get(mapped) }.copied().unwrap_or(NOBODY)
 }
 
 /// Whether the address is one of this node's.
 #[inline(always)]
 pub fn is_own<A: Family>(address: &A) -> bool {
-    number(address) == Some(SELF)
+    number(address) == SELF
 }
 
 /// Takes the packet out of the tunnel; the link header goes on before it. Packet pointers are void afterwards.
@@ -356,9 +360,10 @@ pub fn unwrap<F: Frame>(frame: &F, arrival: &Arrival) -> Option<()> {
 #[inline(always)]
 pub fn note_error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Outcome {
     // Turned around: from the peer to this node.
-    let Some(number) = number(&packet.key.source) else {
+    let number = number(&packet.key.source);
+    if number == NOBODY {
         return Outcome::NotOurs;
-    };
+    }
     let Some(header) = frame.at::<icmp::Header>(packet.transport()) else {
         return Outcome::TunnelError;
     };
