@@ -166,11 +166,14 @@ fn explain_load(error: &EbpfError) -> String {
     }
 }
 
-/// The verifier's log is long; its last lines say why.
+/// The verifier's log is long; its last lines say why, before those that count its work.
 fn explain_program(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
         let log = verifier_log.to_string();
-        let tail: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(3).collect();
+        log::debug!("the verifier's log: {log}");
+        let counts = ["verification time", "stack depth", "processed "];
+        let says = |line: &&str| !line.is_empty() && !counts.iter().any(|count| line.starts_with(count));
+        let tail: Vec<&str> = log.lines().rev().filter(says).take(3).collect();
         let tail: Vec<&str> = tail.into_iter().rev().collect();
         let hint = match io_error.raw_os_error() {
             Some(libc::EPERM) => format!("; {CAPABILITIES}"),
