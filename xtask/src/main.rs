@@ -5,6 +5,7 @@ mod check;
 mod demo;
 mod ebpf;
 mod image;
+mod kernel;
 mod run;
 mod test;
 mod toolchain;
@@ -38,6 +39,9 @@ enum Verb {
     Test {
         /// Only tests whose name holds this
         filter: Option<String>,
+        /// On these kernels instead of this machine's, in an emulator: `6.1`, `6.1,6.12`, or `all` that Debian has
+        #[arg(long, value_name = "SERIES")]
+        kernel: Option<kernel::Wanted>,
     },
     /// What a packet costs in the programs, in nanoseconds, as root
     Bench {
@@ -70,7 +74,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Build => ebpf::build_agent().map(drop),
         Verb::Image => image::run(),
         Verb::Check => check::run(),
-        Verb::Test { filter } => test::run(filter.as_deref()),
+        Verb::Test { filter, kernel } => test::run(filter.as_deref(), kernel.as_ref()),
         Verb::Bench { swarm } => bench::run(swarm),
         Verb::Demo { keep } => demo::run(keep),
     }

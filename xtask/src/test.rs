@@ -1,22 +1,28 @@
 //! `test`: the tests that need root.
 
-use std::process::Command;
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
     ebpf,
+    kernel::{self, Tests, Wanted},
     run::{as_root, cargo, exec, output},
     toolchain,
 };
 
-/// Builds everything, then runs each test program as root.
-pub fn run(filter: Option<&str>) -> Result<()> {
+/// Builds everything, then runs each test program as root, or as the first of a guest with another kernel.
+pub fn run(filter: Option<&str>, kernels: Option<&Wanted>) -> Result<()> {
     toolchain::test_tools()?;
     let object = ebpf::build()?;
     let agent = ebpf::build_agent()?;
+    let programs = programs(&object)?;
+    if let Some(wanted) = kernels {
+        let tests = Tests { agent: &agent, object: &object, programs: &programs, filter };
+        return kernel::run(wanted, &tests);
+    }
     let mut failed = Vec::new();
-    for program in programs(&object)? {
+    for program in programs {
         let mut command: Command = as_root("env");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
         // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
@@ -30,7 +36,7 @@ pub fn run(filter: Option<&str>) -> Result<()> {
 }
 
 /// The test programs, built as an ordinary user.
-fn programs(object: &std::path::Path) -> Result<Vec<String>> {
+fn programs(object: &std::path::Path) -> Result<Vec<PathBuf>> {
     let built = output(cargo().env("LB_EBPF_OBJECT", object).args([
         "test",
         "--release",
@@ -40,11 +46,11 @@ fn programs(object: &std::path::Path) -> Result<Vec<String>> {
         "--message-format=json",
     ]))
     .context("build the tests")?;
-    let mut programs: Vec<String> = built
+    let mut programs: Vec<PathBuf> = built
         .lines()
         .filter(|line| line.contains("\"test\":true"))
         .filter_map(|line| line.split_once("\"executable\":\"")?.1.split_once('"'))
-        .map(|(path, _)| path.to_owned())
+        .map(|(path, _)| PathBuf::from(path))
         .collect();
     programs.sort();
     if programs.is_empty() {

@@ -39,6 +39,9 @@ const DEMO_TOOLS: &Tools = &[
 /// What the tests call beside those: Docker itself, and what it calls.
 const TEST_TOOLS: &Tools =
     &[("dockerd", "docker.io"), ("iptables", "iptables"), ("tar", "tar"), ("systemd-analyze", "systemd")];
+/// What tests on other kernels need.
+const GUEST_TOOLS: &Tools =
+    &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd")];
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
@@ -148,6 +151,16 @@ pub fn demo_tools() -> Result<()> {
     install(DEMO_TOOLS)
 }
 
+/// The programs that boot guests with other kernels.
+pub fn guest_tools() -> Result<()> {
+    install(GUEST_TOOLS)
+}
+
+/// The names of the programs that the demo, and tests without Docker, call.
+pub fn demo_programs() -> impl Iterator<Item = &'static str> {
+    DEMO_TOOLS.iter().map(|(program, _)| *program)
+}
+
 fn install(tools: &Tools) -> Result<()> {
     let (programs, packages): (Vec<&str>, Vec<&str>) =
         tools.iter().filter(|(program, _)| find(program).is_none()).copied().unzip();
@@ -157,7 +170,7 @@ fn install(tools: &Tools) -> Result<()> {
     if is_debian() {
         return apt(&packages);
     }
-    bail!("tests and demo need these programs, install them first: {}", programs.join(" "))
+    bail!("these programs are needed, install them first: {}", programs.join(" "))
 }
 
 fn is_debian() -> bool {
