@@ -165,6 +165,15 @@ pub fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}: {errors}", output.status);
 }
 
+/// Set where the machine is an emulated one: how many times slower it is.
+const PATIENCE: &str = "LB_PATIENCE";
+
+/// A time that is long enough on this machine where it would be on a real one.
+pub fn patience(time: Duration) -> Duration {
+    let factor = std::env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok()).unwrap_or(1);
+    time * factor
+}
+
 /// Waits until something is so, ten seconds at most.
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
     within(Duration::from_secs(10), what, holds);
@@ -172,7 +181,7 @@ pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
 
 /// Waits until something is so, for as long as it may take on a busy machine.
 pub fn within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + patience(limit);
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain: {what}");
         thread::sleep(Duration::from_millis(20));
