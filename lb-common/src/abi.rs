@@ -102,6 +102,9 @@ pub const PARTIAL_CHECKSUMS: u32 = 8;
 /// hidden. XDP decides, TC does the rest.
 pub const XDP_GENERIC: u32 = 16;
 
+/// XDP takes frames in several pieces; the programs were loaded so, and do not read it.
+pub const XDP_FRAGS: u32 = 32;
+
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -111,7 +114,7 @@ pub struct Config {
     /// Interface index of the uplink.
     pub uplink: u32,
     /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`],
-    /// [`XDP_GENERIC`].
+    /// [`XDP_GENERIC`], [`XDP_FRAGS`].
     pub flags: u32,
     /// Lowest and highest source port for snat, host order, inclusive.
     pub snat_ports: [u16; 2],

@@ -1,14 +1,14 @@
 //! `status`: what is attached, how, and who controls it.
 
 use anyhow::Result;
-use lb_common::abi::Mode;
+use lb_common::abi::{Config, Mode, XDP_FRAGS, XDP_REDIRECTS, XDP_TRANSMITS};
 use serde_json::json;
 
 use super::{attached, print_json};
 use crate::{
     cli::{Output, Read},
     controller::name,
-    datapath::{PinDir, TableSet},
+    datapath::{self, PinDir, TableSet, TcHook},
 };
 
 /// Prints the status of every attached interface.
@@ -41,12 +41,19 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
     let tables = set.read_labelled()?;
     let memory = set.memory()?;
     let total: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
-    let controller = PinDir::of(interface)?.controller();
+    let pins = PinDir::of(interface)?;
+    let controller = pins.controller();
     let report = set.report().unwrap_or_default();
     let delay = report.delay;
     Ok(json!({
         "interface": interface,
         "mode": Mode::try_from(config.mode).map_or("not attached", name),
+        "kernel": datapath::release(),
+        "tc_hook": if pins.has_tc_link() { TcHook::Tcx } else { TcHook::Clsact }.to_string(),
+        "xdp_frags": config.flags & XDP_FRAGS != 0,
+        "sent_by": sender(&config),
+        "told_to_tc_by": note(&config),
+        "clock": format!("jiffies, {} a second", config.jiffies_per_second),
         "controller": controller.map_or_else(|| "none; the datapath goes on by itself".to_owned(), |pid| format!("process {pid}")),
         "source": report.kind,
         "source_why": report.why,
@@ -64,4 +71,22 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),
     }))
+}
+
+/// What sends packets out of the uplink.
+fn sender(config: &Config) -> &'static str {
+    match (config.flags & XDP_TRANSMITS != 0, config.flags & XDP_REDIRECTS != 0) {
+        (true, false) => "XDP_TX",
+        (true, true) => "XDP, bpf_redirect",
+        (false, _) => "TC",
+    }
+}
+
+/// How XDP tells TC what it decided.
+fn note(config: &Config) -> &'static str {
+    if config.mode == Mode::Native as u32 && config.metadata_refused == 0 {
+        "metadata of the frame"
+    } else {
+        "nothing; TC looks flows up itself"
+    }
 }

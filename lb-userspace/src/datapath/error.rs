@@ -14,6 +14,17 @@ pub enum DatapathError {
     /// The object lacks a program.
     #[error("the eBPF object holds no program {0}; build the agent anew with `cargo xtask build`")]
     NoProgram(&'static str),
+    /// The kernel is too old.
+    #[error(
+        "Linux {release} lacks what the datapath cannot do without: {}; Linux 5.15 and later have all of it",
+        .missing.join(", ")
+    )]
+    Kernel {
+        /// The running kernel.
+        release: String,
+        /// What it lacks, each in words.
+        missing: Vec<&'static str>,
+    },
     /// No bpffs.
     #[error(
         "{path} is not a BPF file system; mount one: mount -t bpf bpf {path} \

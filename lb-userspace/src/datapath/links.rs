@@ -55,9 +55,6 @@ fn handle(uplink: u32) -> TcHandle {
     TcHandle::new(0x6c62, uplink as u16)
 }
 
-/// Set where tests want filters although the kernel has links.
-const CLSACT: &str = "LB_TC_CLSACT";
-
 /// Attaches XDP, or swaps the program where our link is attached already in this mode.
 pub(super) fn attach_xdp(
     pins: &PinDir,
@@ -121,6 +118,7 @@ pub(super) fn attach_tc(
     interface: &str,
     name: &str,
     uplink: u32,
+    tcx: bool,
 ) -> Result<TcHook, AttachProblem> {
     let path = pins.link(name);
     if let Ok(old) = PinnedLink::from_pin(&path) {
@@ -135,19 +133,13 @@ pub(super) fn attach_tc(
         }
         pins.remove(&path);
     }
-    if std::env::var_os(CLSACT).is_none() {
+    if tcx {
         // First among its like: what others do with a packet of ours would be undone or missed.
         let tcx = TcAttachOptions::TcxOrder(LinkOrder::first());
-        match program.attach_with_options(interface, TcAttachType::Ingress, tcx) {
-            Ok(id) => {
-                let link: FdLink = program.take_link(id)?.try_into()?;
-                link.pin(&path).map_err(|error| AttachProblem(chain(&error)))?;
-                return Ok(TcHook::Tcx);
-            }
-            // The kernel does not know the attach type.
-            Err(error) if errno(&error) == Some(libc::EINVAL) => {}
-            Err(error) => return Err(error.into()),
-        }
+        let id = program.attach_with_options(interface, TcAttachType::Ingress, tcx)?;
+        let link: FdLink = program.take_link(id)?.try_into()?;
+        link.pin(&path).map_err(|error| AttachProblem(chain(&error)))?;
+        return Ok(TcHook::Tcx);
     }
     attach_clsact(program, interface, uplink)?;
     Ok(TcHook::Clsact)

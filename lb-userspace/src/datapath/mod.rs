@@ -5,6 +5,7 @@
 
 mod counters;
 mod error;
+mod features;
 mod links;
 mod memory;
 mod object;
@@ -21,8 +22,9 @@ use aya::{
 };
 pub use counters::{Counters, OutcomeCount};
 pub use error::DatapathError;
+pub use features::{Features, release};
 use lb_common::{
-    abi::{ABI_VERSION, Config, Mode, program, table},
+    abi::{ABI_VERSION, Config, Mode, XDP_FRAGS, program, table},
     backend::Backend,
 };
 pub use links::{AttachProblem, TcHook};
@@ -64,6 +66,9 @@ pub enum FlowLog {
     On = log::Level::Debug as u8,
 }
 
+/// The programs' constant that says whether XDP takes frames in several pieces.
+const FRAGS: &str = "FRAGS";
+
 /// The datapath of one interface, in the hands of its controller.
 pub struct Datapath {
     pins: PinDir,
@@ -77,6 +82,7 @@ pub struct Datapath {
     /// Interface and mode of the uplink's links, as far as they are known to be there.
     attached: Option<(u32, Mode)>,
     hook: TcHook,
+    features: Features,
     /// Interfaces that carry the program for replies by a filter, which has no pin.
     filtered: BTreeSet<u32>,
 }
@@ -90,10 +96,11 @@ impl Datapath {
         if !is_embedded() {
             return Err(DatapathError::NoObject);
         }
+        let features = Features::find()?;
         let pins = PinDir::of(interface)?;
         let fresh = pins.create()?;
         let lock = pins.lock()?;
-        let opened = Self::open_locked(&pins, sizes, log);
+        let opened = Self::open_locked(&pins, sizes, log, features);
         match opened {
             Ok((ebpf, set, adopted)) => {
                 let tables = set.read()?;
@@ -109,6 +116,7 @@ impl Datapath {
                     adopted,
                     attached,
                     hook: TcHook::Tcx,
+                    features,
                     filtered: BTreeSet::new(),
                 })
             }
@@ -125,9 +133,10 @@ impl Datapath {
         pins: &PinDir,
         sizes: &Sizes,
         log: FlowLog,
+        features: Features,
     ) -> Result<(Ebpf, TableSet, bool), DatapathError> {
         let adopted = Self::check_pins(pins, sizes)?;
-        let mut ebpf = Self::load(pins, sizes, log)?;
+        let mut ebpf = Self::load(pins, sizes, log, features)?;
         // The kernel's verifier speaks here.
         for name in program::ALL {
             Self::load_program(&mut ebpf, name)?;
@@ -167,11 +176,13 @@ impl Datapath {
         Ok(true)
     }
 
-    fn load(pins: &PinDir, sizes: &Sizes, log: FlowLog) -> Result<Ebpf, DatapathError> {
+    fn load(pins: &PinDir, sizes: &Sizes, log: FlowLog, features: Features) -> Result<Ebpf, DatapathError> {
         let mut loader = EbpfLoader::new();
         // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
         let level = log as u8;
         loader.override_global(aya_log::LEVEL, &level, true);
+        let frags = u8::from(features.frags);
+        loader.override_global(FRAGS, &frags, true);
         for shape in Shape::all(sizes) {
             if let Some(entries) = shape.entries {
                 loader.map_max_entries(shape.name, entries);
@@ -180,7 +191,7 @@ impl Datapath {
         for name in table::ALL {
             loader.map_pin_path(name, pins.table(name));
         }
-        loader.load(object::bytes()).map_err(DatapathError::Load)
+        loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)
     }
 
     fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
@@ -220,7 +231,9 @@ impl Datapath {
     /// # Errors
     /// The kernel refuses the write.
     pub fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
-        let config = Config { abi_version: ABI_VERSION, ..config };
+        let frags = if self.features.frags { XDP_FRAGS } else { 0 };
+        let flags = config.flags & !XDP_FRAGS | frags;
+        let config = Config { abi_version: ABI_VERSION, flags, ..config };
         self.set.set_config(config)?;
         self.config = config;
         Ok(())
@@ -274,7 +287,7 @@ impl Datapath {
     /// The kernel refuses; nothing of this mode stays attached.
     pub fn attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
         let tc = classifier(&mut self.ebpf, program::UPLINK_TC)?;
-        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC, ifindex)?;
+        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC, ifindex, self.features.tcx)?;
         if mode == Mode::Tc {
             links::detach_xdp(&self.pins);
             self.attached = Some((ifindex, mode));
@@ -293,7 +306,8 @@ impl Datapath {
     /// The kernel refuses.
     pub fn attach_task(&mut self, interface: &str, ifindex: u32, uplink: u32) -> Result<(), AttachProblem> {
         let program = classifier(&mut self.ebpf, program::TASK_TC)?;
-        let hook = links::attach_tc(&self.pins, program, interface, &pin::task_link(ifindex), uplink)?;
+        let (name, tcx) = (pin::task_link(ifindex), self.features.tcx);
+        let hook = links::attach_tc(&self.pins, program, interface, &name, uplink, tcx)?;
         if hook == TcHook::Clsact {
             self.filtered.insert(ifindex);
         }

@@ -1,5 +1,7 @@
 //! The eBPF object in this binary.
 
+use std::borrow::Cow;
+
 use aya::{
     include_bytes_aligned,
     programs::{Program, ProgramError},
@@ -7,9 +9,25 @@ use aya::{
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf.o"));
 
-/// The object's bytes.
-pub(super) fn bytes() -> &'static [u8] {
-    OBJECT
+/// The section of an XDP program that takes frames in several pieces, and that of one that does not.
+const FRAGS: &[u8] = b"xdp.frags\0";
+const LINEAR: &[u8] = b"xdp\0";
+
+/// The object's bytes. Whether XDP takes frames in several pieces is said by the name of its program's section
+/// alone, so that a kernel that cannot gets the same object with another name in it.
+pub(super) fn bytes(frags: bool) -> Cow<'static, [u8]> {
+    if frags { Cow::Borrowed(OBJECT) } else { Cow::Owned(linear(OBJECT)) }
+}
+
+/// Shortens the section's name wherever it stands: among the sections' names and in BTF, which refers to them.
+fn linear(object: &[u8]) -> Vec<u8> {
+    let mut bytes = object.to_vec();
+    let mut at = 0;
+    while let Some(found) = bytes[at..].windows(FRAGS.len()).position(|window| window == FRAGS) {
+        at += found;
+        bytes[at..at + LINEAR.len()].copy_from_slice(LINEAR);
+    }
+    bytes
 }
 
 /// Whether this build has an object; `cargo build` alone makes one without.
@@ -45,4 +63,16 @@ pub fn program_facts(name: &str, program: &Program) -> Result<ProgramFacts, Prog
         translated_bytes: info.size_translated().unwrap_or_default(),
         jited_bytes: info.size_jitted(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_section_is_renamed_wherever_it_is_named() {
+        let object = b"\0.relxdp.frags\0xdp.fragsel\0#[xdp(frags)]\0xdp.frags\0";
+        let renamed = linear(object);
+        assert_eq!(renamed, b"\0.relxdp\0rags\0xdp.fragsel\0#[xdp(frags)]\0xdp\0rags\0");
+    }
 }

@@ -203,7 +203,7 @@ fn namespace() -> Result<PathBuf, DatapathError> {
 }
 
 /// The network namespace's cookie (`SO_NETNS_COOKIE`, Linux 5.14).
-fn netns_cookie() -> io::Result<u64> {
+pub(super) fn netns_cookie() -> io::Result<u64> {
     let socket = UnixDatagram::unbound()?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
