@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod cluster;
+pub mod kernel;
 pub mod lab;
 pub mod netns;
 pub mod packet;

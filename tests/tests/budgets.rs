@@ -2,28 +2,45 @@
 
 use std::collections::BTreeMap;
 
-use lb_common::abi::table;
+use lb_common::abi::{program, table};
 use lb_tests::{
     agent::{Agent, json},
     cluster::Cluster,
+    kernel::{COUNTED_MEMORY, version},
     lab::with_lab,
 };
 
-/// Instructions the verifier walks through, and bytes of the translated program, on Linux 6.18.
-const PROGRAMS: [(&str, u32, u32); 3] =
-    [("uplink_xdp", 161_000, 90_000), ("uplink_tc", 340_000, 114_000), ("task_tc", 95_000, 50_000)];
+/// The programs whose figures these are.
+const PROGRAMS: [&str; 3] = [program::UPLINK_XDP, program::UPLINK_TC, program::TASK_TC];
 
-/// How far a figure may grow before somebody must look: other kernels walk other ways.
+/// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
+/// worst that is.
+const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
+    ((6, 1), [160_000, 477_000, 92_000]),
+    ((6, 12), [128_000, 315_000, 93_000]),
+    ((6, 18), [161_000, 340_000, 95_000]),
+    ((7, 2), [135_000, 304_000, 89_000]),
+];
+
+/// Bytes of the translated programs, nearly the same everywhere.
+const BYTES: [u32; 3] = [90_000, 114_000, 50_000];
+
+/// How far a figure may grow before somebody must look.
 const SLACK_PERCENT: u32 = 10;
 
 #[test]
 fn programs_stay_within_their_budgets() {
+    let worst = [0, 1, 2].map(|i| VERIFIED.iter().map(|(_, figures)| figures[i]).max().unwrap_or_default());
+    let listed = VERIFIED.iter().find(|(kernel, _)| *kernel == version());
+    let verified = listed.map_or(worst, |(_, figures)| *figures);
     with_lab(vec![], |lab| {
         let facts = lab.datapath().programs().expect("facts");
-        println!("{facts:#?}");
-        for (name, instructions, bytes) in PROGRAMS {
-            let program = facts.iter().find(|program| program.name == name).expect("the program");
+        let (major, minor) = version();
+        println!("Linux {major}.{minor}: {facts:#?}");
+        for (index, name) in PROGRAMS.iter().enumerate() {
+            let program = facts.iter().find(|program| program.name == *name).expect("the program");
             let within = |figure: u32, budget: u32| figure <= budget + budget * SLACK_PERCENT / 100;
+            let (instructions, bytes) = (verified[index], BYTES[index]);
             assert!(
                 within(program.verified_instructions, instructions),
                 "{program:?}: verified {instructions} before"
@@ -58,7 +75,9 @@ fn tables_stay_within_their_memory() {
         [table::BACKEND_STATS, table::SERVICE_STATS, table::OUTCOMES].map(|name| tables[name]).iter().sum();
     assert!(per_cpu / cpus <= 4 << 20, "{per_cpu} bytes of counters on {cpus} CPUs");
     let rest: u64 = tables.values().sum::<u64>() - per_cpu;
-    assert!(rest <= 110 << 20, "{rest} bytes of tables");
+    // Older kernels count tables that grow on demand as if they were full.
+    let most = if version() >= COUNTED_MEMORY { 110 } else { 135 };
+    assert!(rest <= most << 20, "{rest} bytes of tables");
     let flows = tables[table::FLOWS4] + tables[table::FLOWS6];
     assert!(flows <= 90 << 20, "{flows} bytes of flows");
 }

@@ -12,7 +12,7 @@ use aya::{
 
 use super::{DatapathError, pin};
 
-/// Set by tests to features that the kernel is to be taken to lack, by the names of [`Features::named`].
+/// Set by tests to features that the kernel is to be taken to lack, by the names below.
 const LACKS: &str = "LB_KERNEL_LACKS";
 
 /// What is used where it is there.
@@ -30,8 +30,11 @@ impl Features {
     /// # Errors
     /// It lacks what the datapath cannot do without; all of that is named.
     pub fn find() -> Result<Self, DatapathError> {
-        let missing: Vec<&str> =
-            REQUIRED.iter().filter(|need| !(need.there)()).map(|need| need.name).collect();
+        let missing: Vec<&str> = REQUIRED
+            .iter()
+            .filter(|need| lacks(need.name) || !(need.there)())
+            .map(|need| need.words)
+            .collect();
         if !missing.is_empty() {
             return Err(DatapathError::Kernel { release: release(), missing });
         }
@@ -41,11 +44,6 @@ impl Features {
                 && is_known(&load(Kind::Xdp, XDP_HAS_FRAGS, &[RETURN_ZERO, EXIT])),
             tcx: !lacks("tcx") && has_tcx(),
         })
-    }
-
-    /// Each by its name.
-    pub fn named(&self) -> [(&'static str, bool); 2] {
-        [("frags", self.frags), ("tcx", self.tcx)]
     }
 }
 
@@ -57,30 +55,36 @@ pub fn release() -> String {
 
 /// What the datapath cannot do without.
 struct Need {
-    /// In words, with the version that brought it.
     name: &'static str,
+    /// With the version that brought it.
+    words: &'static str,
     there: fn() -> bool,
 }
 
 const REQUIRED: [Need; 5] = [
     Need {
-        name: "atomic additions in eBPF that return the old value (Linux 5.12)",
+        name: "fetching_add",
+        words: "atomic additions in eBPF that return the old value (Linux 5.12)",
         there: || is_known(&load(Kind::Xdp, 0, &FETCHING_ADD)),
     },
     Need {
-        name: "the cookie of a network namespace, SO_NETNS_COOKIE (Linux 5.14)",
+        name: "netns_cookie",
+        words: "the cookie of a network namespace, SO_NETNS_COOKIE (Linux 5.14)",
         there: || pin::netns_cookie().is_ok(),
     },
     Need {
-        name: "bpf_redirect_peer (Linux 5.10)",
+        name: "redirect_peer",
+        words: "bpf_redirect_peer (Linux 5.10)",
         there: || helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_redirect_peer),
     },
     Need {
-        name: "bpf_redirect_neigh (Linux 5.10)",
+        name: "redirect_neigh",
+        words: "bpf_redirect_neigh (Linux 5.10)",
         there: || helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_redirect_neigh),
     },
     Need {
-        name: "bpf_jiffies64 (Linux 5.6)",
+        name: "jiffies",
+        words: "bpf_jiffies64 (Linux 5.6)",
         there: || helper(ProgramType::Xdp, BpfHelper::BPF_FUNC_jiffies64),
     },
 ];

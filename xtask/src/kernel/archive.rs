@@ -64,6 +64,12 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Major and minor version.
+    pub fn series(&self) -> (u32, u32) {
+        let mut numbers = self.release.split(['.', '-', '+']).map_while(|part| part.parse().ok());
+        (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default())
+    }
+
     /// The image to boot.
     pub fn image(&self) -> PathBuf {
         self.first(["boot", "usr/lib/modules", "lib/modules"].map(|folder| match folder {

@@ -43,15 +43,16 @@ pub fn build(kernel: &Kernel, tests: &Tests<'_>, place: &Path) -> Result<PathBuf
     tree.file("lb/agent", tests.agent)?;
     tree.file("lb/object", tests.object)?;
     linked.insert(tests.agent.to_owned());
-    let mut list = String::new();
+    let runs = tests.on(kernel)?;
     for program in tests.programs {
         let name = test_name(program)?;
-        tree.file(&format!("lb/tests/{name}"), program)?;
-        list += &format!("{name}\n");
-        linked.insert(program.clone());
+        if runs.iter().any(|(run, _)| *run == name) {
+            tree.file(&format!("lb/tests/{name}"), program)?;
+            linked.insert(program.clone());
+        }
     }
-    tree.text("lb/list", &list, 0o644);
-    tree.text("lb/filter", tests.filter.unwrap_or_default(), 0o644);
+    let lines = runs.iter().map(|(program, filter)| format!("{program} {filter}\n"));
+    tree.text("lb/list", &lines.collect::<String>(), 0o644);
     for library in linked.iter().map(|program| libraries(program)).collect::<Result<Vec<_>>>()?.concat() {
         tree.file(library.to_string_lossy().trim_start_matches('/'), &library)?;
     }
@@ -71,7 +72,7 @@ pub fn build(kernel: &Kernel, tests: &Tests<'_>, place: &Path) -> Result<PathBuf
 }
 
 /// The name of a test program without the hash that cargo adds.
-fn test_name(program: &Path) -> Result<String> {
+pub fn test_name(program: &Path) -> Result<String> {
     let name = program.file_name().and_then(|name| name.to_str()).context("a test program without a name")?;
     Ok(name.rsplit_once('-').map_or(name, |(name, _)| name).to_owned())
 }

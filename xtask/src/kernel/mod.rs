@@ -11,6 +11,7 @@ mod image;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use archive::Kernel;
 pub use archive::Wanted;
 
 use crate::{run::target, toolchain};
@@ -23,8 +24,37 @@ pub struct Tests<'a> {
     pub object: &'a Path,
     /// The test programs.
     pub programs: &'a [PathBuf],
-    /// Only tests whose name holds this.
+    /// Only tests whose name holds this, of all programs; else those of [`MATRIX`].
     pub filter: Option<&'a str>,
+}
+
+/// What runs on each kernel: how it loads and attaches, the tables, and a walk-through in each mode. An emulated
+/// machine takes an hour for everything.
+const MATRIX: [(&str, &str); 5] = [
+    ("kernel", ""),
+    ("budgets", ""),
+    ("datapath", ""),
+    ("tunnel", ""),
+    ("peers", "every_task_sees_the_client_in_every_mode"),
+];
+/// What runs on a kernel that is too old to serve: that it says so.
+const REFUSED: [(&str, &str); 1] = [("kernel", "a_kernel_that_lacks_what_is_needed")];
+/// The oldest series that serves.
+const OLDEST: (u32, u32) = (5, 15);
+
+impl Tests<'_> {
+    /// The names of the programs to run on a kernel, each with the part of a name that its tests must hold.
+    fn on(&self, kernel: &Kernel) -> Result<Vec<(String, String)>> {
+        let owned = |(program, filter): &(&str, &str)| ((*program).to_owned(), (*filter).to_owned());
+        match self.filter {
+            Some(filter) => {
+                let names = self.programs.iter().map(|program| image::test_name(program));
+                names.map(|name| Ok((name?, filter.to_owned()))).collect()
+            }
+            None if kernel.series() < OLDEST => Ok(REFUSED.iter().map(owned).collect()),
+            None => Ok(MATRIX.iter().map(owned).collect()),
+        }
+    }
 }
 
 /// Runs the tests on each kernel; all of them are tried.
