@@ -26,13 +26,13 @@ pub fn build() -> Result<PathBuf> {
     let folder = target().join("ebpf");
     let mut command = match &compiler {
         Compiler::Debian => {
-            let mut command = Command::new("/usr/bin/cargo");
+            let mut command = toolchain::debian_cargo();
             // The target is unstable, the compiler is a release: it must be told to allow it.
-            command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+            command.env("RUSTC_BOOTSTRAP", "1");
             command
         }
         Compiler::Nightly(name) => {
-            let mut command = Command::new("cargo");
+            let mut command = toolchain::clean(Command::new("cargo"));
             command.arg(format!("+{name}")).env_remove("RUSTC");
             command
         }
@@ -41,11 +41,6 @@ pub fn build() -> Result<PathBuf> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let paths = std::iter::once(bin.to_owned()).chain(std::env::split_paths(&path));
         command.env("PATH", std::env::join_paths(paths)?);
-    }
-    // What the outer cargo and rustup set for themselves is not meant for this compiler.
-    for name in ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUSTC_WRAPPER", "CARGO_TARGET_DIR"]
-    {
-        command.env_remove(name);
     }
     command.current_dir(root()).env("RUSTFLAGS", FLAGS).args(["build", "--release", "--package", "lb-ebpf"]);
     command.args(["--target", TARGET, "--target-dir"]).arg(&folder);

@@ -1,5 +1,7 @@
 //! `cargo xtask`: everything that is done to this project, in one place.
 
+mod apt;
+mod arm64;
 mod bench;
 mod check;
 mod demo;
@@ -30,7 +32,11 @@ enum Verb {
     /// Build the eBPF object
     BuildEbpf,
     /// Build the agent, with the eBPF object in it: target/release/lb-userspace
-    Build,
+    Build {
+        /// For arm64 instead of this machine
+        #[arg(long)]
+        arm64: bool,
+    },
     /// Build the agent's container image: lb-userspace:latest
     Image,
     /// Formatting, lints, tests that need no root, licences
@@ -71,7 +77,8 @@ fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::Setup => toolchain::setup(),
         Verb::BuildEbpf => ebpf::build().map(drop),
-        Verb::Build => ebpf::build_agent().map(drop),
+        Verb::Build { arm64: false } => ebpf::build_agent().map(drop),
+        Verb::Build { arm64: true } => arm64::build().map(drop),
         Verb::Image => image::run(),
         Verb::Check => check::run(),
         Verb::Test { filter, kernel } => test::run(filter.as_deref(), kernel.as_ref()),

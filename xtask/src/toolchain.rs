@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::run::{as_root, cargo, exec, find};
+use crate::run::{as_root, cargo, exec, find, root};
 
 /// What builds the eBPF object.
 pub enum Compiler {
@@ -42,6 +42,10 @@ const TEST_TOOLS: &Tools =
 /// What tests on other kernels need.
 const GUEST_TOOLS: &Tools =
     &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd")];
+/// What links programs for arm64.
+const ARM64_TOOLS: &Tools = &[("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")];
+/// The C library that goes with them, and a file of it.
+const ARM64_LIBC: (&str, &str) = ("/usr/aarch64-linux-gnu/lib/libc.so.6", "libc6-dev-arm64-cross");
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
@@ -71,6 +75,22 @@ pub fn compiler() -> Result<Compiler> {
          apt-get install {} (Debian 12 and later)",
         DEBIAN_BUILD.join(" ")
     )
+}
+
+/// Debian's cargo with Debian's compiler.
+pub fn debian_cargo() -> Command {
+    let mut command = clean(Command::new("/usr/bin/cargo"));
+    command.env("RUSTC", "/usr/bin/rustc").current_dir(root());
+    command
+}
+
+/// What the outer cargo and rustup set for themselves is not meant for another compiler.
+pub fn clean(mut command: Command) -> Command {
+    for name in ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUSTC_WRAPPER", "CARGO_TARGET_DIR"]
+    {
+        command.env_remove(name);
+    }
+    command
 }
 
 fn present() -> Option<Compiler> {
@@ -154,6 +174,16 @@ pub fn demo_tools() -> Result<()> {
 /// The programs that boot guests with other kernels.
 pub fn guest_tools() -> Result<()> {
     install(GUEST_TOOLS)
+}
+
+/// What links programs for arm64.
+pub fn arm64_tools() -> Result<()> {
+    install(ARM64_TOOLS)?;
+    let (file, package) = ARM64_LIBC;
+    if !Path::new(file).exists() && is_debian() {
+        apt(&[package])?;
+    }
+    Ok(())
 }
 
 /// The names of the programs that the demo, and tests without Docker, call.
