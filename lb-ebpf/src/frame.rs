@@ -10,8 +10,9 @@ use aya_ebpf::{
         BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, xdp_md,
     },
     helpers::generated::{
-        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
+        bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail,
+        bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
 };
@@ -22,7 +23,10 @@ use lb_common::{
     net::{Be16, UDP},
 };
 
-use crate::packet::Packet;
+use crate::{
+    packet::Packet,
+    parse::{IPV4, IPV6},
+};
 
 /// Whether the kernel knows `bpf_xdp_get_buff_len` (5.18); the loader says. Without it a frame is linear.
 #[unsafe(no_mangle)]
@@ -34,6 +38,9 @@ const HEADERS: u32 = 14 + 8 + 40 + 256 + 20;
 /// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16): the pseudo header's addresses are IPv6, so that the
 /// device's sum over the whole packet (`CHECKSUM_COMPLETE`) does not change.
 const IPV6_SUM: u64 = 1 << 7;
+
+/// How much longer IPv6's header is than IPv4's.
+const FAMILY_BYTES: i32 = 20;
 
 /// A frame, however it came.
 pub trait Frame {
@@ -494,9 +501,19 @@ impl Frame for Skb {
         let shrink = -(bytes as i32);
         // SAFETY: the context is the program's own.
         unsafe {
-            bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, family as u64 | size) == 0
-                // Kernels before 6.3 do not know the flag, which matters only where the families differ.
-                || outer_v4 == inner_v4 && bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, size) == 0
+            if bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, family as u64 | size) == 0 {
+                return true;
+            }
+            // Kernels before 6.3 do not know the flag, which matters only where the families differ: there the frame
+            // becomes one of the other family first, by as many bytes as their headers differ.
+            let shrink = match (outer_v4, inner_v4) {
+                (true, false) => shrink - FAMILY_BYTES,
+                (false, true) => shrink + FAMILY_BYTES,
+                _ => shrink,
+            };
+            let protocol = if inner_v4 { IPV4 } else { IPV6 };
+            (outer_v4 == inner_v4 || bpf_skb_change_proto(self.raw(), protocol, 0) == 0)
+                && bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, size) == 0
         }
     }
 }
