@@ -48,6 +48,9 @@ enum Verb {
         /// On these kernels instead of this machine's, in an emulator: `6.1`, `6.1,6.12`, or `all` that Debian has
         #[arg(long, value_name = "SERIES")]
         kernel: Option<kernel::Wanted>,
+        /// There only how the programs load, attach and serve, and the tables
+        #[arg(long, requires = "kernel", conflicts_with = "filter")]
+        short: bool,
     },
     /// What a packet costs in the programs, in nanoseconds, as root
     Bench {
@@ -81,7 +84,8 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Build { arm64: true } => arm64::build().map(drop),
         Verb::Image => image::run(),
         Verb::Check => check::run(),
-        Verb::Test { filter, kernel } => test::run(filter.as_deref(), kernel.as_ref()),
+        Verb::Test { filter, kernel: None, .. } => test::run(filter.as_deref()),
+        Verb::Test { filter, kernel: Some(wanted), short } => test::run_on(&wanted, filter.as_deref(), short),
         Verb::Bench { swarm } => bench::run(swarm),
         Verb::Demo { keep } => demo::run(keep),
     }

@@ -11,18 +11,13 @@ use crate::{
     toolchain,
 };
 
-/// Builds everything, then runs each test program as root, or as the first of a guest with another kernel.
-pub fn run(filter: Option<&str>, kernels: Option<&Wanted>) -> Result<()> {
+/// Builds everything, then runs each test program as root.
+pub fn run(filter: Option<&str>) -> Result<()> {
     toolchain::test_tools()?;
     let object = ebpf::build()?;
     let agent = ebpf::build_agent()?;
-    let programs = programs(&object)?;
-    if let Some(wanted) = kernels {
-        let tests = Tests { agent: &agent, object: &object, programs: &programs, filter };
-        return kernel::run(wanted, &tests);
-    }
     let mut failed = Vec::new();
-    for program in programs {
+    for program in programs(&object)? {
         let mut command: Command = as_root("env");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
         // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
@@ -33,6 +28,15 @@ pub fn run(filter: Option<&str>, kernels: Option<&Wanted>) -> Result<()> {
         }
     }
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
+}
+
+/// Builds everything, then runs tests on other kernels.
+pub fn run_on(wanted: &Wanted, filter: Option<&str>, short: bool) -> Result<()> {
+    toolchain::demo_tools()?;
+    let object = ebpf::build()?;
+    let agent = ebpf::build_agent()?;
+    let programs = programs(&object)?;
+    kernel::run(wanted, &Tests { agent: &agent, object: &object, programs: &programs, filter, short })
 }
 
 /// The test programs, built as an ordinary user.
