@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -14,8 +14,8 @@ use anyhow::{Context as _, Result, bail};
 
 use super::archive::Kernel;
 
-/// A guest that says nothing for so long hangs: no single test takes as long.
-const SILENCE: Duration = Duration::from_secs(600);
+/// A guest that says nothing for so long hangs: no single test takes as long, not on a busy machine either.
+const SILENCE: Duration = Duration::from_secs(1200);
 /// How much of the console is shown when a guest fails.
 const CONSOLE_LINES: usize = 80;
 /// The last word of a guest that came to its end.
@@ -32,7 +32,7 @@ pub fn run(kernel: &Kernel, initramfs: &Path, place: &Path) -> Result<()> {
     }
     let started = Instant::now();
     let mut guest = Guest::boot(kernel, initramfs, &console, &result)?;
-    let outcome = guest.follow().and_then(|()| judge(&result));
+    let outcome = guest.follow().and_then(|()| judge(&fs::read_to_string(&result).unwrap_or_default()));
     println!("kernel {}: {} s in all", kernel.release, started.elapsed().as_secs());
     outcome.inspect_err(|_| show(&console))
 }
@@ -92,8 +92,7 @@ impl Drop for Guest {
 }
 
 /// What the guest said of the tests; without its last word it did not get to their end.
-fn judge(result: &PathBuf) -> Result<()> {
-    let said = fs::read_to_string(result).unwrap_or_default();
+fn judge(said: &str) -> Result<()> {
     let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     match lines.split_last() {
         Some((&DONE, [])) => Ok(()),
@@ -110,4 +109,16 @@ fn show(console: &Path) {
     println!("--- the guest's console, whole in {}:", console.display());
     lines.iter().skip(lines.len().saturating_sub(CONSOLE_LINES)).for_each(|line| println!("{line}"));
     println!("---");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_came_to_its_end_without_a_failure_is_good() {
+        assert!(judge("done\r\n").is_ok());
+        assert_eq!(judge("kernel failed\r\ndone\r\n").expect_err("a failure").to_string(), "kernel failed");
+        assert!(judge("").is_err() && judge("kernel failed\n").is_err());
+    }
 }
