@@ -65,21 +65,34 @@ fn every_task_sees_the_client_through_every_node(cluster: &Cluster, what: &str) 
     }
 }
 
-#[test]
-fn every_task_sees_the_client_in_every_mode() {
-    for reach in [
-        Reach { peers: true, ..Reach::default() },
-        Reach { peers: true, direct: true, ..Reach::default() },
-        Reach { peers: true, outer_v6: true, ..Reach::default() },
-        Reach { peers: true, outer_v6: true, direct: true },
-    ] {
-        let cluster = five_tasks(reach);
-        for mode in ["native", "tc", "generic"] {
-            let agents = attach(&cluster, &["--mode", mode]);
-            every_task_sees_the_client_through_every_node(&cluster, &format!("{reach:?} {mode}"));
-            drop(agents);
-        }
+/// In every mode, an agent on each node.
+fn every_task_sees_the_client_in_every_mode(reach: Reach) {
+    let cluster = five_tasks(reach);
+    for mode in ["native", "tc", "generic"] {
+        let agents = attach(&cluster, &["--mode", mode]);
+        every_task_sees_the_client_through_every_node(&cluster, &format!("{reach:?} {mode}"));
+        drop(agents);
     }
+}
+
+#[test]
+fn every_task_sees_the_client_and_answers_through_the_tunnel() {
+    every_task_sees_the_client_in_every_mode(PEERS);
+}
+
+#[test]
+fn every_task_sees_the_client_and_answers_directly() {
+    every_task_sees_the_client_in_every_mode(DIRECT);
+}
+
+#[test]
+fn every_task_sees_the_client_and_answers_through_a_tunnel_over_ipv6() {
+    every_task_sees_the_client_in_every_mode(OVER_V6);
+}
+
+#[test]
+fn every_task_sees_the_client_and_answers_directly_over_ipv6() {
+    every_task_sees_the_client_in_every_mode(Reach { direct: true, ..OVER_V6 });
 }
 
 const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };

@@ -35,8 +35,7 @@ const SHORT: [(&str, &str); 4] =
     [("kernel", ""), ("budgets", "programs_stay"), ("datapath", ""), ("tunnel", "")];
 /// What runs beside that: the tables' memory, and three nodes with the tunnel between them in each mode and both return
 /// ways. An emulated machine takes an hour for all that there is.
-const LONG: [(&str, &str); 2] =
-    [("budgets", "tables_stay"), ("peers", "every_task_sees_the_client_in_every_mode")];
+const LONG: [(&str, &str); 2] = [("budgets", "tables_stay"), ("peers", "every_task_sees_the_client")];
 /// What runs on a kernel that is too old to serve: that it says so.
 const REFUSED: [(&str, &str); 1] = [("kernel", "a_kernel_that_lacks_what_is_needed")];
 /// The oldest series that serves.
