@@ -16,8 +16,10 @@ use crate::{
 };
 
 const TARGET: &str = "bpfel-unknown-none";
-/// Debug info set in a profile alone would break BTF's function records (aya#1649). v3 has the fetching add.
-const FLAGS: &str = "-Cdebuginfo=2 -Clink-arg=--btf -Ctarget-cpu=v3";
+/// Debug info set in a profile alone would break BTF's function records (aya#1649). v3 has the fetching add. Left to place
+/// blocks, LLVM enters a loop in its middle and closes it by falling through, which Linux 6.1 refuses ("back-edge").
+const FLAGS: &str =
+    "-Cdebuginfo=2 -Clink-arg=--btf -Ctarget-cpu=v3 -Clink-arg=--llvm-args=-disable-block-placement";
 
 /// Builds the object, refuses one that can panic, says how large it is.
 pub fn build() -> Result<PathBuf> {
