@@ -13,7 +13,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::Write as _,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -34,6 +34,8 @@ use crate::{
 
 /// The client's address.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+/// The client's IPv6 address.
+pub const CLIENT6: Ipv6Addr = v6(CLIENT);
 /// What engines and containers may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -123,13 +125,16 @@ impl Swarm {
 
     /// Several answers, one after another.
     pub fn ask_often(&self, node: &Node, port: u16, count: usize) -> Vec<String> {
+        self.ask_at(node.address(), port, count)
+    }
+
+    /// The same of an address.
+    pub fn ask_at(&self, address: IpAddr, port: u16, count: usize) -> Vec<String> {
         self.client.enter(|| {
             let client = client();
-            let to = SocketAddr::new(node.address(), port);
+            let to = SocketAddr::new(address, port);
             (0..count)
-                .map(|_| {
-                    get(&client, to, "/cgi-bin/who").unwrap_or_else(|error| panic!("{}: {error}", node.name))
-                })
+                .map(|_| get(&client, to, "/cgi-bin/who").unwrap_or_else(|error| panic!("{error}")))
                 .map(|text| text.trim().to_owned())
                 .collect()
         })
@@ -166,6 +171,24 @@ impl Node {
     /// Its address on the lan.
     pub fn address(&self) -> IpAddr {
         address(self.number).into()
+    }
+
+    /// Its IPv6 address on the lan.
+    pub fn address6(&self) -> IpAddr {
+        v6(address(self.number)).into()
+    }
+
+    /// Makes the bridge by which containers reach the outside, before the node is part of a swarm, with IPv6.
+    pub fn make_gateway_bridge_with_v6(&self) {
+        let (v4, v6) = (format!("172.18.{}.0/24", self.number), format!("fd18:{}::/64", self.number));
+        let bridge = ["network", "create", "--ipv6", "--subnet", &v4, "--subnet", &v6];
+        let options = [
+            "com.docker.network.bridge.name=docker_gwbridge",
+            "com.docker.network.bridge.enable_icc=false",
+            "com.docker.network.bridge.enable_ip_masquerade=true",
+        ];
+        let options = options.iter().flat_map(|option| ["--opt", option]).collect::<Vec<_>>();
+        self.docker(&[&bridge[..], &options, &["docker_gwbridge"]].concat());
     }
 
     /// Where its engine listens, as `DOCKER_HOST` has it.
@@ -292,6 +315,11 @@ fn address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 0, 2, 100 + number)
 }
 
+/// The IPv6 address of a machine of the lan: the last number is the same.
+const fn v6(v4: Ipv4Addr) -> Ipv6Addr {
+    Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, v4.octets()[3] as u16)
+}
+
 fn port_of(address: IpAddr) -> String {
     match address {
         IpAddr::V4(v4) => format!("port{}", v4.octets()[3]),
@@ -304,6 +332,7 @@ fn plug(lan: &Netns, machine: &Netns, address: Ipv4Addr) {
     lan.ip(&format!("link add {port} type veth peer name eth1 netns {}", machine.name()));
     lan.ip(&format!("link set {port} master lanbr up"));
     machine.ip(&format!("addr add {address}/24 dev eth1"));
+    machine.ip(&format!("addr add {}/64 dev eth1 nodad", v6(address)));
     machine.ip("link set eth1 up");
 }
 

@@ -488,7 +488,13 @@ fn mistakes_are_said_with_the_next_step() {
         1,
         "read cluster file /nonexistent.toml",
     );
-    says(&["attach", "--iface", "eth1"], 2, "--cluster");
+    says(&["attach", "--iface", "eth1", "--source", "file"], 2, "--cluster");
+    says(
+        &["attach", "--iface", "eth1", "--source", "docker", "--cluster", path],
+        1,
+        "--source docker has no use for --cluster",
+    );
+    says(&["attach", "--iface", "eth1", "--peer-timeout", "3"], 2, "write it like 3s");
     says(&["attach", "--iface", "eth1", "--cluster", path, "--snat-ports", "9"], 2, "range of ports");
     says(&["status"], 3, "no datapath is attached");
     says(&["detach", "--iface", "eth1"], 3, "no datapath is attached to eth1");

@@ -10,7 +10,7 @@ use std::{
 use lb_tests::{
     agent::{self, json, text},
     netns::within,
-    swarm::{CLIENT, Node, PATIENCE, Swarm, packaging},
+    swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
     traffic::Load,
 };
 use nix::sys::signal::Signal;
@@ -21,7 +21,7 @@ fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
     for answer in answers {
         let (task, client) = answer.split_once(" saw ").unwrap_or_else(|| panic!("an answer: {answer:?}"));
         let client = client.trim_matches(['[', ']']).parse::<IpAddr>().expect("an address").to_canonical();
-        assert_eq!(client, IpAddr::from(CLIENT), "{answer:?}");
+        assert!([IpAddr::from(CLIENT), CLIENT6.into()].contains(&client), "{answer:?}");
         *counts.entry(task).or_default() += 1;
     }
     counts
@@ -323,6 +323,12 @@ fn managers_change_and_workers_follow() {
     within(PATIENCE, "the agent of the demoted node follows", || role(first) == "docker worker");
     second.docker(&["service", "scale", "-d", "web=4"]);
     serves(&swarm, "web", 4);
+    // The swarm changes its authority; who connects anew is known by the new one.
+    second.docker(&["swarm", "ca", "--rotate", "--quiet"]);
+    agents.remove(2).stop(Signal::SIGTERM);
+    agents.push(swarm.attach_one(third, &[]));
+    second.docker(&["service", "scale", "-d", "web=3"]);
+    serves(&swarm, "web", 3);
     // The former manager goes for good, its agent with it.
     agents.remove(0).stop(Signal::SIGKILL);
     assert!(agent::verb(&first.netns, &["detach", "--iface", "eth1"]).status.success());
@@ -412,6 +418,25 @@ fn services_side_by_side_and_ports_that_are_left_to_swarm() {
     let said = |part: &str| log.lines().filter(|line| line.contains(part)).count();
     assert_eq!(said("service local: port 132/sctp is left to Swarm's own mesh"), 1, "{log}");
     assert_eq!(said("service other: label lb.return=sideways is neither tunnel nor direct"), 1, "{log}");
+}
+
+#[test]
+fn clients_with_ipv6_are_served_where_the_gateway_bridge_has_it() {
+    let swarm = Swarm::machines(2);
+    let [first, second] = swarm.nodes.as_slice() else { panic!("two nodes") };
+    swarm.nodes.iter().for_each(Node::make_gateway_bridge_with_v6);
+    first.init();
+    second.join(first, "worker");
+    let _agents = swarm.attach();
+    create(first, "web", 4, "80:8080", &[], &[]);
+    serves(&swarm, "web", 4);
+    for node in &swarm.nodes {
+        rotates(&swarm, node, 80, 4);
+        let answers = swarm.ask_at(node.address6(), 80, 8);
+        assert!(answers.iter().all(|answer| answer.contains(&CLIENT6.to_string())), "{answers:?}");
+        let counts = by_task(&answers);
+        assert!(counts.len() == 4 && counts.values().all(|count| *count == 2), "{}: {counts:?}", node.name);
+    }
 }
 
 #[test]

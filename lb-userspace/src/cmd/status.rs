@@ -28,7 +28,7 @@ pub fn run(read: &Read) -> Result<()> {
         println!("{}", status["interface"].as_str().unwrap_or_default());
         for (field, value) in status.as_object().into_iter().flatten() {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            if field != "interface" && field != "tables" {
+            if field != "interface" && field != "tables" && !value.is_null() {
                 println!("  {:<20} {text}", field.replace('_', " "));
             }
         }
