@@ -73,6 +73,6 @@ mod tests {
     fn the_section_is_renamed_wherever_it_is_named() {
         let object = b"\0.relxdp.frags\0xdp.fragsel\0#[xdp(frags)]\0xdp.frags\0";
         let renamed = linear(object);
-        assert_eq!(renamed, b"\0.relxdp\0rags\0xdp.fragsel\0#[xdp(frags)]\0xdp\0rags\0");
+        assert_eq!(renamed, b"\0.relxdp\0frags\0xdp.fragsel\0#[xdp(frags)]\0xdp\0frags\0");
     }
 }

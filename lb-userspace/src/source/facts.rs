@@ -42,11 +42,19 @@ pub struct Heard {
 /// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check there
 /// gets no new flows. Without word from its node a task stands as the managers have it.
 pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
+    let known: BTreeMap<IpAddr, String> = cluster
+        .nodes
+        .iter()
+        .flat_map(|node| node.addresses.iter().map(|address| (*address, node.name.clone())))
+        .collect();
     for node in &mut cluster.nodes {
         if let Some(heard) = facts.get(&node.name) {
-            let mut addresses = heard.facts.addresses.clone();
-            addresses
-                .extend(node.addresses.iter().filter(|address| !heard.facts.addresses.contains(address)));
+            // Nobody takes another node's address by saying that it is his.
+            let own = |address: &&IpAddr| known.get(address).is_none_or(|owner| *owner == node.name);
+            let mut addresses: Vec<IpAddr> = heard.facts.addresses.iter().filter(own).copied().collect();
+            let rest: Vec<IpAddr> =
+                node.addresses.iter().filter(|address| !addresses.contains(address)).copied().collect();
+            addresses.extend(rest);
             node.addresses = addresses;
         }
     }
@@ -135,6 +143,17 @@ mod tests {
         let task = &state.services[0].tasks[0];
         assert_eq!(task.addresses, ["172.18.0.3".parse::<IpAddr>().unwrap()]);
         assert_eq!(task.cluster_address(), "10.0.0.7".parse().ok());
+    }
+
+    #[test]
+    fn nobody_takes_another_node_s_address() {
+        let mut state = cluster(vec![]);
+        let victim =
+            Node { name: "node2".into(), addresses: vec!["192.0.2.1".parse().unwrap()], agent: true };
+        state.nodes.push(victim.clone());
+        complete(&mut state, &heard(&[], true, true));
+        assert_eq!(state.nodes[0].addresses, ["192.0.2.9".parse::<IpAddr>().unwrap()]);
+        assert_eq!(state.nodes[1], victim);
     }
 
     #[test]

@@ -245,8 +245,9 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             Ok(()) = own_changed.changed() => nudge.notify_one(),
             () = tokio::time::sleep(GOSSIP) => {
                 if swarm.problem().is_some() {
-                    let heard = ingress.gossip(&swarm.engine).await;
-                    swarm.gossip = heard.ok().filter(|gossip| !gossip.services.is_empty());
+                    // An engine that hangs must not hold up what others say.
+                    let heard = tokio::time::timeout(GOSSIP, ingress.gossip(&swarm.engine)).await;
+                    swarm.gossip = heard.ok().and_then(Result::ok).filter(|gossip| !gossip.services.is_empty());
                 }
             }
         }
@@ -328,6 +329,7 @@ impl Swarm {
                     self.changed = youngest;
                 }
                 self.youngest = youngest;
+                self.heard.retain(|id, heard| heard.now || picture.names.contains_key(id));
                 (self.picture, self.lists_problem) = (Some(picture), None);
             }
             Err(error) => self.lists_problem = Some(error.to_string()),
