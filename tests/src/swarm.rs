@@ -203,6 +203,11 @@ impl Node {
 
     /// Starts the engine.
     pub fn start_docker(&self) {
+        self.start_docker_with(&[]);
+    }
+
+    /// Starts the engine with more options.
+    pub fn start_docker_with(&self, options: &[&str]) {
         let log = fs::File::options().create(true).append(true).open(self.folder.join("log")).expect("a log");
         let at = |name: &str| self.folder.join(name).display().to_string();
         let mut command = Command::new("nsenter");
@@ -211,11 +216,13 @@ impl Node {
         command.args(["-H", &self.docker_host(), "--data-root", &at("data"), "--exec-root", &at("exec")]);
         command.args(["--pidfile", &at("pid"), "--bip", &format!("172.2{}.0.1/24", self.number)]);
         command.args(["--cgroup-parent", &self.cgroup, "--exec-opt", "native.cgroupdriver=cgroupfs"]);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the log")).stderr(log);
+        command.args(options).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("share the log")).stderr(log);
         run_quiet(&mut command);
     }
 
-    fn wait_for_docker(&self) {
+    /// Waits until the engine answers.
+    pub fn wait_for_docker(&self) {
         within(PATIENCE, "dockerd answers", || {
             let asked = self.docker_command(&["info"]).output().expect("start docker");
             asked.status.success()

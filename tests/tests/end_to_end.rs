@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     thread,
     time::Duration,
@@ -385,6 +386,42 @@ fn the_datapath_goes_on_without_its_controller_and_is_adopted() {
     let done = load.done();
     eventually("traffic goes on", || load.done() > done + 500);
     assert_eq!(load.stop(), Vec::<String>::new());
+}
+
+#[test]
+fn connections_that_others_carry_survive_attach_and_detach() {
+    let cluster = five_tasks();
+    let node = &cluster.nodes[0];
+    let (ready, listening) = std::sync::mpsc::channel();
+    // On the node itself, as Swarm's own mesh is.
+    let server = node.netns.spawn(move || {
+        let listener = TcpListener::bind("0.0.0.0:80").expect("listen");
+        ready.send(()).expect("somebody waits");
+        let (mut stream, _) = listener.accept().expect("a client");
+        let mut words = [0; 4];
+        while stream.read_exact(&mut words).is_ok() {
+            stream.write_all(&words).expect("answer");
+        }
+    });
+    listening.recv().expect("a server");
+    let to = SocketAddr::new(node.v4().into(), 80);
+    let mut stream = cluster.client.enter(|| TcpStream::connect(to)).expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let mut exchange = |what: &str| {
+        stream.write_all(b"here").expect(what);
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).expect(what);
+        assert_eq!(&answer, b"here", "{what}");
+    };
+    exchange("before");
+    let agent = attach(&cluster, 0, &[]);
+    exchange("attached");
+    assert_eq!(tally(&requests(&cluster.client, node.v4().into(), 10)).len(), 5);
+    exchange("while new ones are ours");
+    drop(agent);
+    exchange("detached");
+    drop(stream);
+    server.join().expect("the server");
 }
 
 #[test]

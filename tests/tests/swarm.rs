@@ -3,17 +3,21 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    path::Path,
     process::Command,
     time::Duration,
 };
 
 use lb_tests::{
-    agent::{self, json, text},
+    agent::{self, Agent, json, text},
     netns::within,
     swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
     traffic::Load,
 };
 use nix::sys::signal::Signal;
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
 
 /// How often each task answered, having seen the client itself.
 fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
@@ -437,6 +441,62 @@ fn clients_with_ipv6_are_served_where_the_gateway_bridge_has_it() {
         let counts = by_task(&answers);
         assert!(counts.len() == 4 && counts.values().all(|count| *count == 2), "{}: {counts:?}", node.name);
     }
+}
+
+/// An authority, and a certificate and key by it for an engine and its clients, in a folder as `docker` wants them.
+fn certificates(folder: &Path) {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let key = KeyPair::generate().expect("a key");
+    let root = params.self_signed(&key).expect("an authority");
+    let authority = Issuer::new(params, key);
+    let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    let key = KeyPair::generate().expect("a key");
+    let certificate = params.signed_by(&key, &authority).expect("a certificate");
+    for (name, text) in [("ca", root.pem()), ("cert", certificate.pem()), ("key", key.serialize_pem())] {
+        std::fs::write(folder.join(format!("{name}.pem")), text).expect("write a certificate");
+    }
+}
+
+#[test]
+fn the_engine_is_reached_as_the_environment_says() {
+    let swarm = Swarm::machines(1);
+    let node = &swarm.nodes[0];
+    let folder = swarm.folder();
+    certificates(folder);
+    node.kill_docker();
+    let file = |name: &str| {
+        format!(
+            "--tls{}={}",
+            if name == "ca" { "cacert" } else { name },
+            folder.join(format!("{name}.pem")).display()
+        )
+    };
+    node.start_docker_with(&[
+        "-H",
+        "tcp://127.0.0.1:2376",
+        "--tlsverify",
+        &file("ca"),
+        &file("cert"),
+        &file("key"),
+    ]);
+    node.wait_for_docker();
+    node.init();
+    create(node, "web", 2, "80:8080", &[], &[]);
+    let path = folder.to_str().expect("text");
+    let variables =
+        [("DOCKER_HOST", "tcp://127.0.0.1:2376"), ("DOCKER_TLS_VERIFY", "1"), ("DOCKER_CERT_PATH", path)];
+    let _agent = Agent::start(&node.netns, folder, &[], &variables);
+    serves(&swarm, "web", 2);
+    rotates(&swarm, node, 80, 2);
+    let status = json(&node.netns, &["status"]);
+    assert!(
+        status["source_why"].as_str().is_some_and(|why| why.contains("tcp://127.0.0.1:2376")),
+        "{status}"
+    );
 }
 
 #[test]
