@@ -163,6 +163,11 @@ impl Controller {
                 self.report.touch();
                 return true;
             }
+            Some(Update::Stale(cluster, reason)) => {
+                self.cluster = Some(cluster);
+                self.fail(&reason, format!("the source failed, what stands may be out of date: {reason}"));
+                return true;
+            }
             Some(Update::Origin(origin)) => {
                 tell(&origin);
                 (self.report.kind, self.report.why) = (origin.kind, origin.why);
@@ -178,6 +183,9 @@ impl Controller {
 
     /// Takes note of what is wrong with the source.
     fn fail(&mut self, reason: &str, complaint: String) {
+        if self.report.problem.as_deref() == Some(reason) {
+            return;
+        }
         if self.report.problem.is_none() {
             self.report.touch();
         }
@@ -245,7 +253,7 @@ impl Controller {
         complaints: &mut BTreeSet<String>,
     ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
-        self.open_tunnel(cluster.tunnel.port)?;
+        self.open_tunnel(cluster.tunnel.port, uplink.index)?;
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = destinations(cluster, &node);
         let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
@@ -288,26 +296,25 @@ impl Controller {
         }
     }
 
-    /// Tells the programs which port the tunnel has.
-    fn open_tunnel(&mut self, port: u16) -> Result<()> {
+    /// Tells the programs which port the tunnel has, and asks other nodes by it.
+    fn open_tunnel(&mut self, port: u16, uplink: u32) -> Result<()> {
+        let interface = self.settings.interface.clone();
+        if !self.prober.as_ref().is_some_and(|prober| prober.asks(port, uplink)) {
+            self.prober = None;
+            let prober = Prober::start((&interface, uplink), port, self.settings.peer_timeout);
+            let prober = prober.context("open a socket for probes to other nodes")?;
+            if !prober.has_port() {
+                log::warn!(
+                    "{interface}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other \
+                     nodes' tunnel packets are taken"
+                );
+            }
+            self.prober = Some(prober);
+        }
         let config = self.datapath.config();
-        let known = config.tunnel_port == Be16::new(port);
-        let asks = self.prober.as_ref().is_some_and(|prober| prober.port() == port);
-        if known && asks {
-            return Ok(());
+        if config.tunnel_port != Be16::new(port) {
+            self.datapath.set_config(Config { tunnel_port: Be16::new(port), ..config })?;
         }
-        self.prober = None;
-        let taken = net::is_bound(port);
-        let started = Prober::start(&self.settings.interface, port, self.settings.peer_timeout);
-        self.prober = Some(started.context("open a socket for probes to other nodes")?);
-        if taken && !known {
-            log::warn!(
-                "{}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other nodes' \
-                 tunnel packets are taken",
-                self.settings.interface
-            );
-        }
-        self.datapath.set_config(Config { tunnel_port: Be16::new(port), ..config })?;
         Ok(())
     }
 
@@ -470,6 +477,11 @@ async fn first(
         match updates.recv().await {
             Some(Update::State(cluster)) => {
                 report.problem = None;
+                report.touch();
+                return Ok(Some(cluster));
+            }
+            Some(Update::Stale(cluster, reason)) => {
+                report.problem = Some(reason);
                 report.touch();
                 return Ok(Some(cluster));
             }

@@ -5,12 +5,13 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::netns::{Netns, Running, eventually};
+use crate::netns::{Netns, Running, within};
 
 /// The agent's program.
 pub fn program() -> PathBuf {
@@ -69,7 +70,8 @@ impl<'a> Agent<'a> {
         command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
         let mut agent = Self { netns, running: Running::start(&mut command), log };
-        eventually("the agent serves", || {
+        // The verifier takes its time on a busy machine.
+        within(Duration::from_secs(60), "the agent serves", || {
             assert!(agent.running.is_running(), "the agent ended: {}", agent.log());
             agent.log().contains("serving ")
         });

@@ -456,7 +456,7 @@ fn filters_serve_where_the_kernel_has_no_links() {
     let path = cluster.write_all_running();
     // The ways to the tasks are known from the start: filters come before the uplink is attached.
     for task in cluster.tasks.iter().filter(|task| task.node == 0) {
-        node.enter(|| std::net::TcpStream::connect((task.v4, 8080)).expect("connect"));
+        node.enter(|| TcpStream::connect((task.v4, 8080)).expect("connect"));
     }
     let attach = || {
         let agent = Agent::attach_with(node, cluster.folder(), &path, &[], &[("LB_KERNEL_LACKS", "tcx")]);

@@ -14,7 +14,7 @@ use crate::{
     cli::{Attach, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings},
-    datapath::{self, FlowLog, Sizes},
+    datapath::{self, FlowLog, PinDir, Sizes},
     source::{Origin, Update, docker, file},
 };
 
@@ -130,6 +130,7 @@ fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
             let settings = docker::Settings {
                 interfaces: arguments.iface.clone(),
                 tunnel: Tunnel { port: arguments.tunnel_port, returns },
+                adopts: arguments.iface.iter().any(|name| PinDir::of(name).is_ok_and(|pins| pins.exists())),
                 why: asked.into(),
             };
             docker::watch(settings, senders)?;

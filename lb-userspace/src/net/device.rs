@@ -1,7 +1,7 @@
 //! What a driver says of its interface, by the ethtool ioctl of the current network namespace.
 
 use std::{
-    fs, io,
+    io,
     os::{fd::AsRawFd as _, unix::net::UnixDatagram},
 };
 
@@ -83,12 +83,4 @@ fn ethtool(interface: &str, data: *mut libc::c_char) -> io::Result<()> {
     // SAFETY: the request names a buffer of the size that its command asks for.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Whether a socket of this network namespace has a UDP port.
-pub fn is_bound(port: u16) -> bool {
-    let tables = ["udp", "udp6"].map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")));
-    let wanted = format!(":{port:04X}");
-    let local = |line: &str| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&wanted));
-    tables.iter().flatten().any(|table| table.lines().any(local))
 }

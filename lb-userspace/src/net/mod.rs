@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-pub use device::{Device, device, is_bound};
+pub use device::{Device, device};
 use futures::{StreamExt as _, TryStreamExt as _};
 pub use netdev::xdp_features;
 use netlink_packet_core::NetlinkPayload;

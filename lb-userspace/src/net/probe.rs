@@ -61,6 +61,9 @@ pub struct Prober {
     changes: mpsc::Receiver<()>,
     task: JoinHandle<()>,
     port: u16,
+    index: u32,
+    /// Whether it has the tunnel's own port.
+    bound: bool,
 }
 
 impl Prober {
@@ -69,20 +72,27 @@ impl Prober {
     ///
     /// # Errors
     /// No socket is to be had.
-    pub fn start(interface: &str, port: u16, timeout: Duration) -> io::Result<Self> {
+    pub fn start(interface: (&str, u32), port: u16, timeout: Duration) -> io::Result<Self> {
+        let (interface, index) = interface;
         let v4 = socket(Domain::IPV4, interface, port)?;
         // A kernel without IPv6 has no peers to ask by it.
         let v6 = socket(Domain::IPV6, interface, port).ok();
+        let bound = v4.local_addr()?.port() == port;
         let shared = Arc::new(Shared { peers: Mutex::default(), timeout, followed: Notify::new() });
         let (changed, changes) = mpsc::channel(1);
         let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
         let work = ask(v4, v6, port, nonce, shared.clone(), changed);
-        Ok(Self { shared, changes, task: tokio::spawn(work), port })
+        Ok(Self { shared, changes, task: tokio::spawn(work), port, index, bound })
     }
 
-    /// The tunnel's port that it asks.
-    pub fn port(&self) -> u16 {
-        self.port
+    /// Whether it asks this port of the tunnel through this interface, which may have gone and come back as another.
+    pub fn asks(&self, port: u16, index: u32) -> bool {
+        (self.port, self.index) == (port, index)
+    }
+
+    /// Whether it has the tunnel's port of this machine; another program has it else.
+    pub fn has_port(&self) -> bool {
+        self.bound
     }
 
     /// Asks exactly these nodes from now on.

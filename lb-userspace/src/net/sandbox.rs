@@ -33,8 +33,10 @@ pub struct Sandbox {
     pub others: Vec<IpAddr>,
 }
 
-/// An address may come a moment after its interface; what was read this long after the veth was first seen stands.
+/// An address may come a moment after its interface: until so long after the veth was first seen it is read each time.
 const SETTLED: Duration = Duration::from_secs(5);
+/// And after this time again, in case another came later.
+const FRESH: Duration = Duration::from_secs(30);
 
 /// A veth and its peer; neither number is given again to another while both live.
 type Identity = (u32, i32, u32);
@@ -66,7 +68,9 @@ impl Sandboxes {
             known.clone()
         };
         let stale = |identity: &&Identity| {
-            known.get(*identity).is_none_or(|known| known.read.duration_since(known.since) < SETTLED)
+            known.get(*identity).is_none_or(|known| {
+                known.read.duration_since(known.since) < SETTLED || known.read.elapsed() > FRESH
+            })
         };
         let unsettled: Vec<Identity> = wanted.iter().filter(stale).copied().collect();
         let namespaces: BTreeSet<i32> = unsettled.iter().map(|(_, namespace, _)| *namespace).collect();

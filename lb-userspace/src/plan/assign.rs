@@ -58,7 +58,7 @@ pub fn plan(desired: &Desired, actual: &Tables, limits: &Limits) -> Plan {
 
 /// What makes a backend the same from one plan to the next. The address and the way belong to it: flows carry
 /// both.
-type Identity = (u32, String, Protocol, u16, IpAddr, u8);
+type Identity = (u32, String, Protocol, u16, (IpAddr, bool), u8);
 
 struct Draft<'a> {
     actual: &'a Tables,
@@ -376,7 +376,10 @@ fn task_key(entry: &BackendEntry) -> TaskKey {
 fn identity_of(entry: &BackendEntry) -> Identity {
     let label = &entry.label;
     let (service, kind) = (entry.backend.service, entry.backend.kind);
-    (service, label.task.clone(), label.protocol, label.target, label.address, kind)
+    // A peer's task is reached by its name in the cluster; what it is called on its own node may be learnt later.
+    let peer = kind == Kind::Peer as u8;
+    let address = label.overlay.filter(|_| peer).unwrap_or(label.address);
+    (service, label.task.clone(), label.protocol, label.target, (address, label.address.is_ipv4()), kind)
 }
 
 /// Numbers for things: those that have one keep it.

@@ -177,7 +177,13 @@ pub fn desired(view: &View<'_>) -> Desired {
 const NODE_ADDRESSES: usize = 4;
 
 fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
-    let mut owners: BTreeMap<IpAddr, &str> = BTreeMap::new();
+    // Of this node's own addresses nobody else can know better.
+    let mut owners: BTreeMap<IpAddr, &str> = view
+        .addresses
+        .iter()
+        .filter(|_| !view.node.is_empty())
+        .map(|address| (*address, view.node))
+        .collect();
     let mut nodes = Vec::new();
     for node in &view.cluster.nodes {
         let this = node.name == view.node;
@@ -210,19 +216,24 @@ fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
     nodes
 }
 
-/// The first address of a node that a way leads to, and the way; or why there is none.
+/// The first address of a node that answers, and the way; else the first that a way leads to, or why there is none.
 fn peer_way<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a Way), String> {
-    let mut problem = None;
+    let (mut silent, mut problem) = (None, None);
     for address in &node.addresses {
         match view.ways.get(&(*address, Reach::Peer)) {
             Some(Ok(way)) if way.source.is_some_and(|own| own.is_ipv4() == address.is_ipv4()) => {
-                return Ok((*address, way));
+                if way.silent.is_none() {
+                    return Ok((*address, way));
+                }
+                silent = silent.or(Some((*address, way)));
             }
             Some(Err(reason)) => problem = problem.or_else(|| Some(reason.clone())),
             _ => {}
         }
     }
-    Err(problem.unwrap_or_else(|| format!("no way to an address of {} is known yet", node.name)))
+    silent.ok_or_else(|| {
+        problem.unwrap_or_else(|| format!("no way to an address of {} is known yet", node.name))
+    })
 }
 
 fn peer(address: IpAddr, way: &Way) -> Peer {

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::cluster::{ClusterState, TaskState};
 
+/// As many addresses of a node are taken from its agent.
+const MOST_ADDRESSES: usize = 16;
+
 /// What an agent knows of its node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeFacts {
@@ -51,7 +54,8 @@ pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
         if let Some(heard) = facts.get(&node.name) {
             // Nobody takes another node's address by saying that it is his.
             let own = |address: &&IpAddr| known.get(address).is_none_or(|owner| *owner == node.name);
-            let mut addresses: Vec<IpAddr> = heard.facts.addresses.iter().filter(own).copied().collect();
+            let told = heard.facts.addresses.iter().filter(own).take(MOST_ADDRESSES);
+            let mut addresses: Vec<IpAddr> = told.copied().collect();
             let rest: Vec<IpAddr> =
                 node.addresses.iter().filter(|address| !addresses.contains(address)).copied().collect();
             addresses.extend(rest);
@@ -65,8 +69,11 @@ pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
             };
             match heard.facts.tasks.get(&task.name) {
                 Some(known) => {
-                    if !known.addresses.is_empty() {
-                        task.addresses.clone_from(&known.addresses);
+                    // One of each family: each is a share of the flows.
+                    let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
+                    let told: Vec<IpAddr> = [of(true), of(false)].into_iter().flatten().copied().collect();
+                    if !told.is_empty() {
+                        task.addresses = told;
                     }
                     if known.ailing && heard.now && task.state == TaskState::Running {
                         task.state = TaskState::Draining;

@@ -17,6 +17,8 @@ pub enum Update {
     Origin(Origin),
     /// The cluster, whole.
     State(ClusterState),
+    /// The cluster as far as it is known, and why that may be out of date.
+    Stale(ClusterState, String),
     /// The source could not be read; the last state stands.
     Failed(String),
     /// The source is not there yet, and is waited for.

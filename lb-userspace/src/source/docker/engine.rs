@@ -7,7 +7,7 @@ use std::{
     env, fmt, io,
     path::{Path, PathBuf},
     process::Stdio,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -119,7 +119,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub struct Engine {
     host: Host,
     /// `v1.41`, once it was agreed on.
-    version: Arc<OnceLock<String>>,
+    version: Arc<Mutex<Option<String>>>,
 }
 
 #[derive(Deserialize)]
@@ -241,16 +241,31 @@ impl Engine {
         serde_json::from_slice(&body).map_err(|source| EngineError::Decode { path: path.to_owned(), source })
     }
 
+    fn agreed(&self) -> MutexGuard<'_, Option<String>> {
+        self.version.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The version to speak: ours where the engine knows it, else its nearest.
-    async fn version(&self) -> Result<&str, EngineError> {
-        if self.version.get().is_none() {
-            let theirs: Version = self.raw("/version").await?;
-            let newest = number(&theirs.api_version).unwrap_or(VERSION);
-            let oldest = number(&theirs.min_api_version).unwrap_or(VERSION);
-            let (major, minor) = VERSION.min(newest).max(oldest);
-            let _ = self.version.set(format!("v{major}.{minor}"));
+    async fn version(&self) -> Result<String, EngineError> {
+        let known = self.agreed().clone();
+        if let Some(known) = known {
+            return Ok(known);
         }
-        Ok(self.version.get().map_or("", String::as_str))
+        let theirs: Version = self.raw("/version").await?;
+        let newest = number(&theirs.api_version).unwrap_or(VERSION);
+        let oldest = number(&theirs.min_api_version).unwrap_or(VERSION);
+        let (major, minor) = VERSION.min(newest).max(oldest);
+        let version = format!("v{major}.{minor}");
+        *self.agreed() = Some(version.clone());
+        Ok(version)
+    }
+
+    /// Another engine may be there next time, which asks for another version.
+    fn doubt<T>(&self, answer: Result<T, EngineError>) -> Result<T, EngineError> {
+        if let Err(EngineError::Connect { .. } | EngineError::Refused { status: 400, .. }) = &answer {
+            *self.agreed() = None;
+        }
+        answer
     }
 
     /// Asks for something.
@@ -259,7 +274,7 @@ impl Engine {
     /// The engine is not there, refuses, or answers something else.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, EngineError> {
         let path = format!("/{}{path}", self.version().await?);
-        self.raw(&path).await
+        self.doubt(self.raw(&path).await)
     }
 
     /// Asks for a list. What is not understood of it is left out and named, the rest stands.
@@ -282,7 +297,7 @@ impl Engine {
     pub async fn events(&self, filters: &str) -> Result<Events, EngineError> {
         let path = format!("/{}/events?filters={}", self.version().await?, encode(filters));
         let send = tokio::time::timeout(PATIENCE, self.send(&path));
-        let response = send.await.map_err(|_| EngineError::Late { path: path.clone() })??;
+        let response = self.doubt(send.await.map_err(|_| EngineError::Late { path: path.clone() })?)?;
         Ok(Events { body: response.into_body() })
     }
 }

@@ -1,7 +1,7 @@
 //! What the managers know, as the cluster: from the Engine API's lists to plain data, without I/O.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     time::SystemTime,
 };
@@ -71,8 +71,10 @@ impl Listing {
         let mut notes = Vec::new();
         let names = self.names();
         let nodes = self.nodes(&names);
-        let ready: HashMap<&str, bool> =
-            self.nodes.iter().map(|node| (node.id.as_str(), node.status.state == "ready")).collect();
+        // A new leader knows of no node for a moment; whether an `unknown` one is there its datapath says.
+        let gone = |node: &model::Node| matches!(node.status.state.as_str(), "down" | "disconnected");
+        let gone: HashSet<&str> =
+            self.nodes.iter().filter(|node| gone(node)).map(|node| node.id.as_str()).collect();
         let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
         for task in &self.tasks {
             tasks.entry(&task.service_id).or_default().push(task);
@@ -84,7 +86,7 @@ impl Listing {
             let of = of.into_iter().filter_map(|raw| {
                 let mut task = task(raw, &service.spec.name, names.get(&raw.node_id)?)?;
                 // Its node does not answer the managers; if its flows still get there, they go on.
-                if task.state == TaskState::Running && ready.get(raw.node_id.as_str()) != Some(&true) {
+                if task.state == TaskState::Running && gone.contains(raw.node_id.as_str()) {
                     task.state = TaskState::Draining;
                 }
                 Some(task)
@@ -195,11 +197,14 @@ fn ports(service: &model::Service, tunnel: u16, notes: &mut Vec<String>) -> (Vec
         };
         match known {
             _ if *published == 0 || *target == 0 => {}
-            Some(Protocol::Udp) if *published == tunnel => {
-                left.push(format!("*:{published}->{target}/udp (left to Swarm: it is the tunnel's port)"));
+            // By UDP the nodes send each other packets, by TCP the agents talk.
+            Some(protocol) if *published == tunnel => {
+                left.push(format!(
+                    "*:{published}->{target}/{protocol} (left to Swarm: it is the tunnel's port)"
+                ));
                 notes.push(format!(
-                    "service {name}: port {published}/udp is the tunnel's; publish another, or attach on every node with \
-                     another --tunnel-port"
+                    "service {name}: port {published}/{protocol} is the tunnel's; publish another, or attach on every node \
+                     with another --tunnel-port"
                 ));
             }
             Some(protocol) => {
@@ -242,6 +247,7 @@ mod tests {
                 {"Protocol": "tcp", "TargetPort": 8080, "PublishedPort": 80, "PublishMode": "ingress"},
                 {"Protocol": "sctp", "TargetPort": 132, "PublishedPort": 132, "PublishMode": "ingress"},
                 {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 6081, "PublishMode": "ingress"},
+                {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 6081, "PublishMode": "ingress"},
                 {"Protocol": "tcp", "TargetPort": 81, "PublishedPort": 8081, "PublishMode": "host"}]}},
             {"ID": "s2", "Spec": {"Name": "quiet", "Labels": null}, "Endpoint": {"Ports": null}}]"#;
         let task = |id: &str, slot: u8, node: &str, desired: &str, state: &str, address: u8| {
@@ -260,7 +266,7 @@ mod tests {
         ];
         let nodes = r#"[{"ID": "n1", "Description": {"Hostname": "node1"}, "Status": {"State": "ready", "Addr": "0.0.0.0"},
                 "ManagerStatus": {"Addr": "192.0.2.1:2377"}},
-            {"ID": "n2", "Description": {"Hostname": "twin"}, "Status": {"State": "ready", "Addr": "127.0.0.1"}},
+            {"ID": "n2", "Description": {"Hostname": "twin"}, "Status": {"State": "unknown", "Addr": "127.0.0.1"}},
             {"ID": "n3", "Description": {"Hostname": "twin"}, "Status": {"State": "down", "Addr": "192.0.2.3"}}]"#;
         let gossip = r#"{"Services": {"web": {"Tasks": [
             {"Name": "web.1.taskcccccccccccccc", "EndpointIP": "10.0.0.9", "Info": {"Host IP": "192.0.2.2"}}]}}}"#;
@@ -298,9 +304,10 @@ mod tests {
         assert_eq!(web.ports, ["80:8080".parse().unwrap()]);
         assert_eq!(
             web.left,
-            "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
+            "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), \
+             *:6081->80/tcp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
         );
-        assert_eq!(picture.notes.len(), 2, "{:?}", picture.notes);
+        assert_eq!(picture.notes.len(), 3, "{:?}", picture.notes);
         assert_eq!(web.returns, Some(Return::Direct));
         let quiet = &picture.cluster.services[0];
         assert_eq!((quiet.name.as_str(), quiet.ports.len(), quiet.left.as_str()), ("quiet", 0, ""));

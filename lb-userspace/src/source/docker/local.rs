@@ -34,7 +34,7 @@ const EVENTS: &str =
 const TASKS: &str = r#"{"is-task":["true"]}"#;
 
 /// Follows until the receiver is gone.
-pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<NodeFacts>) {
+pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<Option<NodeFacts>>) {
     let mut local = Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None };
     let (net, mut changes) = match Net::connect() {
         Ok(connected) => connected,
@@ -45,7 +45,7 @@ pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<
     };
     let mut waiting = Instant::now();
     loop {
-        let mut facts = out.borrow().clone();
+        let mut facts = out.borrow().clone().unwrap_or_default();
         let pause = match local.read(&net, &mut facts).await {
             Ok(true) => {
                 waiting = Instant::now();
@@ -60,6 +60,7 @@ pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<
             }
         };
         out.send_if_modified(|told| {
+            let facts = Some(facts);
             let news = *told != facts;
             *told = facts;
             news
@@ -83,9 +84,9 @@ impl Local {
     /// Reads everything; whether every task was found in the kernel.
     async fn read(&mut self, net: &Net, facts: &mut NodeFacts) -> Result<bool, EngineError> {
         // Addresses of the uplinks are known without Docker.
-        match net.snapshot().await {
-            Ok(snapshot) => facts.addresses = self.addresses(&snapshot),
-            Err(error) => log::debug!("{error}"),
+        let before = net.snapshot().await.inspect_err(|error| log::debug!("{error}")).ok();
+        if let Some(snapshot) = &before {
+            facts.addresses = self.addresses(snapshot);
         }
         if self.events.is_none() {
             self.events = Some(self.engine.events(EVENTS).await?);
@@ -93,7 +94,9 @@ impl Local {
         let path = format!("/containers/json?filters={}", encode(TASKS));
         let containers: Vec<model::Container> = self.engine.list(&path).await?;
         let ingress = self.ingress.id(&self.engine).await?;
-        let snapshot = net.snapshot().await.unwrap_or_default();
+        let Some(snapshot) = net.snapshot().await.ok().or(before) else {
+            return Ok(false);
+        };
         let mut found = true;
         let mut tasks = BTreeMap::new();
         for container in &containers {
@@ -106,12 +109,17 @@ impl Local {
                 .networks
                 .values()
                 .find(|network| Some(&network.network_id) == ingress.as_ref());
-            let mut addresses = Vec::new();
+            let name = task_name(name);
+            // Where it was found once it stays while it runs.
+            let mut addresses = facts.tasks.get(&name).map(|task| task.addresses.clone()).unwrap_or_default();
             if let Some(overlay) = network.and_then(|network| network.ip_address.parse().ok()) {
-                addresses = behind(&snapshot, overlay);
+                let now = behind(&snapshot, overlay);
+                if !now.is_empty() {
+                    addresses = now;
+                }
                 found &= !addresses.is_empty();
             }
-            tasks.insert(task_name(name), TaskFacts { addresses, ailing });
+            tasks.insert(name, TaskFacts { addresses, ailing });
         }
         (facts.tasks, facts.complete) = (tasks, true);
         self.told = None;
@@ -146,7 +154,8 @@ impl Local {
                     *events = None;
                 }
             }
-            Some(()) = changes.recv() => {}
+            // Neighbours come and go all the time, containers hardly ever.
+            Some(()) = changes.recv() => tokio::time::sleep(SOON).await,
             () = tokio::time::sleep(pause) => return,
         }
         tokio::time::sleep(SETTLE).await;

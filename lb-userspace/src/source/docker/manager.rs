@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::FutureExt as _;
 use tokio::sync::{Notify, mpsc};
 
 use super::{
@@ -174,6 +175,10 @@ impl Follower {
             () = nudge.notified() => self.changed = Instant::now(),
             () = tokio::time::sleep(pause) => return,
         }
-        tokio::time::sleep(SETTLE).await;
+        // A burst is one change; and the manager has other things to do than to list.
+        tokio::time::sleep(SETTLE.max(self.took)).await;
+        if let Some(stream) = &mut self.events {
+            while stream.next().now_or_never() == Some(true) {}
+        }
     }
 }

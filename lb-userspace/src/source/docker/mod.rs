@@ -31,6 +31,7 @@ use model::Gossip;
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::JoinHandle,
+    time::MissedTickBehavior,
 };
 
 use super::{
@@ -47,6 +48,8 @@ pub struct Settings {
     pub interfaces: Vec<String>,
     /// How nodes reach each other; the same on all of them.
     pub tunnel: Tunnel,
+    /// Whether a datapath runs already, whose flows the first state must not cut off.
+    pub adopts: bool,
     /// Why this source was chosen, for `status`.
     pub why: String,
 }
@@ -55,6 +58,8 @@ pub struct Settings {
 const GOSSIP: Duration = Duration::from_secs(1);
 /// Connections to managers come about in this time, or it is worth a word.
 const GRACE: Duration = Duration::from_secs(3);
+/// Other nodes' agents find a new manager's in this time: they look for managers every few seconds.
+const FACTS: Duration = Duration::from_secs(6);
 
 /// Follows the swarm, and tells every receiver.
 ///
@@ -83,7 +88,12 @@ impl Ingress {
             return Ok(Some(id.clone()));
         }
         let path = format!("/networks?filters={}", encode(r#"{"scope":["swarm"]}"#));
-        let networks: Vec<model::Network> = engine.list(&path).await?;
+        let networks: Vec<model::Network> = match (engine.list(&path).await, &self.known) {
+            (Ok(networks), _) => networks,
+            // It will hardly have been made anew just now.
+            (Err(_), Some((id, _))) => return Ok(Some(id.clone())),
+            (Err(error), None) => return Err(error),
+        };
         let id = networks.into_iter().find(|network| network.ingress).map(|network| network.id);
         self.known = id.clone().map(|id| (id, Instant::now()));
         Ok(id)
@@ -139,8 +149,10 @@ impl Sources {
             let follow = manager::follow(swarm.engine.clone(), self.nudge.clone(), self.lists.clone());
             self.lister = Some(Job::start(follow));
         }
-        if self.server.as_ref().is_none_or(|(root, _)| *root != member.root) {
-            // The port is free again before it is asked for.
+        // Only managers have something to tell, and nobody asks the others.
+        if !member.manager {
+            self.server = None;
+        } else if self.server.as_ref().is_none_or(|(root, _)| *root != member.root) {
             self.server = None;
             let (telling, words) = (swarm.telling.subscribe(), self.agents.clone());
             let serve = peer::server::serve(port, member.root.clone(), telling, words);
@@ -163,7 +175,8 @@ struct Swarm {
     settings: Settings,
     outputs: Vec<mpsc::Sender<Update>>,
     telling: watch::Sender<Telling>,
-    own: watch::Receiver<NodeFacts>,
+    /// What this node knows by itself, once it was looked.
+    own: watch::Receiver<Option<NodeFacts>>,
     /// The last part that is known for sure, and since when.
     membership: Option<(Membership, Instant)>,
     /// Why that is not known now.
@@ -177,6 +190,8 @@ struct Swarm {
     managers: BTreeMap<String, Manager>,
     /// The one whose word counts.
     chosen: Option<String>,
+    /// What was last known from elsewhere, for when nobody speaks.
+    base: Option<ClusterState>,
     /// What the nodes tell each other, while there is no other word.
     gossip: Option<Gossip>,
     changed: Option<SystemTime>,
@@ -208,7 +223,7 @@ struct Sent {
 
 /// Follows the swarm until nobody listens any more.
 async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Update>>) {
-    let (own_sender, own) = watch::channel(NodeFacts::default());
+    let (own_sender, own) = watch::channel(None);
     let mut own_changed = own.clone();
     let _local = Job::start(local::follow(engine.clone(), settings.interfaces.clone(), own_sender));
     let mut memberships = membership::follow(engine.clone());
@@ -226,6 +241,8 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
         managers: manager_sender,
     };
     let mut ingress = Ingress::default();
+    let mut look = tokio::time::interval(GOSSIP);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut swarm = Swarm::new(engine, settings, outputs, own);
     while !swarm.outputs.iter().all(mpsc::Sender::is_closed) {
         tokio::select! {
@@ -237,17 +254,19 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             }
             Some(listed) = lists.recv() => swarm.listed(listed),
             Some(word) = agents.recv() => {
-                swarm.agent_said(word);
-                // A task that came or went there has changed for the managers too.
-                nudge.notify_one();
+                if swarm.agent_said(word) {
+                    // A task that came or went there has changed for the managers too.
+                    nudge.notify_one();
+                }
             }
             Some(word) = managers.recv() => swarm.manager_said(word),
             Ok(()) = own_changed.changed() => nudge.notify_one(),
-            () = tokio::time::sleep(GOSSIP) => {
+            _ = look.tick() => {
+                swarm.gossip = None;
                 if swarm.problem().is_some() {
                     // An engine that hangs must not hold up what others say.
-                    let heard = tokio::time::timeout(GOSSIP, ingress.gossip(&swarm.engine)).await;
-                    swarm.gossip = heard.ok().and_then(Result::ok).filter(|gossip| !gossip.services.is_empty());
+                    let heard = tokio::time::timeout(GOSSIP / 2, ingress.gossip(&swarm.engine)).await;
+                    swarm.gossip = heard.ok().and_then(Result::ok).filter(|gossip| !gossip.peers.is_empty());
                 }
             }
         }
@@ -260,7 +279,7 @@ impl Swarm {
         engine: Engine,
         settings: Settings,
         outputs: Vec<mpsc::Sender<Update>>,
-        own: watch::Receiver<NodeFacts>,
+        own: watch::Receiver<Option<NodeFacts>>,
     ) -> Self {
         Self {
             engine,
@@ -275,6 +294,7 @@ impl Swarm {
             heard: BTreeMap::new(),
             managers: BTreeMap::new(),
             chosen: None,
+            base: None,
             gossip: None,
             changed: None,
             youngest: None,
@@ -318,6 +338,10 @@ impl Swarm {
     }
 
     fn listed(&mut self, listed: Result<Listing, EngineError>) {
+        // A word from before this node was demoted.
+        if !self.member().is_some_and(|member| member.manager) {
+            return;
+        }
         match listed {
             Ok(listing) => {
                 let picture = listing.picture(self.settings.tunnel);
@@ -336,10 +360,13 @@ impl Swarm {
         }
     }
 
-    fn agent_said(&mut self, word: peer::server::Word) {
+    /// Takes note of what an agent says; whether that is news.
+    fn agent_said(&mut self, word: peer::server::Word) -> bool {
         match word {
             peer::server::Word::Facts(node, connection, facts) => {
-                self.heard.insert(node, Heard { facts, now: true, connection });
+                let heard = Heard { facts, now: true, connection };
+                let before = self.heard.insert(node, heard.clone());
+                before.is_none_or(|before| before.facts != heard.facts)
             }
             // It may have come back by another one already.
             peer::server::Word::Gone(node, connection) => {
@@ -347,24 +374,26 @@ impl Swarm {
                 {
                     heard.now = false;
                 }
+                false
             }
         }
     }
 
     fn manager_said(&mut self, word: peer::client::Word) {
-        match word {
-            peer::client::Word::Cluster(id, state) => {
-                let manager = self.managers.entry(id).or_default();
-                (manager.state, manager.problem) = (Some(*state), None);
+        let (id, state, problem) = match word {
+            peer::client::Word::Cluster(id, state) => (id, Some(*state), None),
+            peer::client::Word::Problem(id, reason) | peer::client::Word::Gone(id, reason) => {
+                (id, None, Some(reason))
             }
-            peer::client::Word::Problem(id, problem) => {
-                self.managers.entry(id).or_default().problem = Some(problem);
-            }
-            peer::client::Word::Gone(id, reason) => {
-                let manager = self.managers.entry(id).or_default();
-                manager.problem = Some(reason);
-            }
+        };
+        // A word from before it was demoted.
+        let others = self.member().map(|member| member.other_managers(0)).unwrap_or_default();
+        if !others.iter().any(|(other, _)| *other == id) {
+            return;
         }
+        let manager = self.managers.entry(id).or_default();
+        manager.problem = problem;
+        manager.state = state.or(manager.state.take());
     }
 
     /// Why what is known may be out of date.
@@ -396,11 +425,15 @@ impl Swarm {
                 return Some(ClusterState { tunnel, ..ClusterState::default() });
             }
         };
-        let own = Heard { facts: self.own.borrow().clone(), now: true, connection: 0 };
+        let own = Heard { facts: self.own.borrow().clone()?, now: true, connection: 0 };
         let mut state = if manager {
             let picture = self.picture.as_ref()?;
+            if self.waits_for_facts(picture) {
+                return None;
+            }
             let mut state = picture.cluster.clone();
             state.this = picture.names.get(&node).cloned();
+            self.base = Some(state.clone());
             let name = |id: &String| picture.names.get(id).cloned();
             let others = self.heard.iter().filter(|(id, _)| **id != node);
             let mut facts: BTreeMap<String, Heard> =
@@ -423,7 +456,18 @@ impl Swarm {
         Some(state)
     }
 
-    /// What the chosen manager's agent says; another is chosen only when that one is not heard.
+    /// Whether other nodes' agents may yet come with what they know, and flows would be cut off without it: they find a new
+    /// manager's agent within seconds.
+    fn waits_for_facts(&self, picture: &Picture) -> bool {
+        let runs = self.settings.adopts || self.sent.state.is_some();
+        let fresh = self.membership.as_ref().is_some_and(|(_, since)| since.elapsed() < FACTS);
+        let own = self.member().map(|member| member.node.as_str());
+        runs && fresh
+            && picture.names.keys().any(|id| Some(id.as_str()) != own && !self.heard.contains_key(id))
+    }
+
+    /// What the chosen manager's agent says; another is chosen only when that one is not heard. Nobody heard, what was last
+    /// known from elsewhere.
     fn manager_state(&mut self) -> Option<ClusterState> {
         let chosen = self.chosen.as_ref().and_then(|id| self.managers.get(id));
         if !chosen.is_some_and(Manager::is_heard)
@@ -431,8 +475,11 @@ impl Swarm {
         {
             self.chosen = Some(id.clone());
         }
-        let manager = self.chosen.as_ref().and_then(|id| self.managers.get(id))?;
-        manager.state.clone()
+        let manager = self.chosen.as_ref().and_then(|id| self.managers.get(id));
+        if let Some(state) = manager.and_then(|manager| manager.state.clone()) {
+            self.base = Some(state);
+        }
+        self.base.clone()
     }
 
     fn origin(&self) -> Option<Origin> {
@@ -461,32 +508,33 @@ impl Swarm {
             }
         }
         let problem = self.problem();
-        let recovered = problem.is_none() && self.sent.problem.is_some();
-        if let Some(mut state) = state {
-            let told = state.changed.take();
-            let news = self.sent.state.as_ref() != Some(&state);
-            if news || recovered {
-                let first = self.sent.state.replace(state.clone()).is_none();
-                if news && !first {
-                    state.changed = told.or_else(|| self.changed.take()).or_else(|| Some(SystemTime::now()));
-                }
-                self.tell_agents(&state, None);
-                self.send(Update::State(state)).await;
-            }
-        }
-        if problem != self.sent.problem {
-            if let Some(reason) = &problem {
-                if let Some(state) = self.sent.state.clone() {
-                    self.tell_agents(&state, Some(reason.clone()));
-                }
+        let doubts = problem != self.sent.problem;
+        self.sent.problem.clone_from(&problem);
+        let Some(mut state) = state else {
+            if let Some(reason) = problem.filter(|_| doubts) {
                 let update = match self.sent.state {
-                    Some(_) => Update::Failed(reason.clone()),
-                    None => Update::Waiting(reason.clone()),
+                    Some(_) => Update::Failed(reason),
+                    None => Update::Waiting(reason),
                 };
                 self.send(update).await;
             }
-            self.sent.problem = problem;
+            return;
+        };
+        let told = state.changed.take();
+        let news = self.sent.state.as_ref() != Some(&state);
+        if !news && !doubts {
+            return;
         }
+        let first = self.sent.state.replace(state.clone()).is_none();
+        self.tell_agents(&state, problem.clone());
+        if news && !first {
+            state.changed = told.or_else(|| self.changed.take()).or_else(|| Some(SystemTime::now()));
+        }
+        self.send(match problem {
+            None => Update::State(state),
+            Some(reason) => Update::Stale(state, reason),
+        })
+        .await;
     }
 
     /// Lets other nodes' agents know, if this node is a manager.

@@ -34,7 +34,7 @@ pub async fn follow(
     manager: String,
     at: SocketAddr,
     root: PathBuf,
-    facts: watch::Receiver<NodeFacts>,
+    facts: watch::Receiver<Option<NodeFacts>>,
     words: mpsc::Sender<Word>,
 ) {
     loop {
@@ -42,7 +42,13 @@ pub async fn follow(
             Ok(()) => "it ended the connection".to_owned(),
             Err(error) => format!("{error:#}"),
         };
-        let word = Word::Gone(manager.clone(), format!("manager's agent at {at}: {reason}"));
+        let word = Word::Gone(
+            manager.clone(),
+            format!(
+                "manager's agent at {at}: {reason}; is lb-userspace attached there, and does TCP port {} pass?",
+                at.port()
+            ),
+        );
         if words.send(word).await.is_err() {
             return;
         }
@@ -54,7 +60,7 @@ async fn talk(
     manager: &str,
     at: SocketAddr,
     root: &std::path::Path,
-    mut facts: watch::Receiver<NodeFacts>,
+    mut facts: watch::Receiver<Option<NodeFacts>>,
     words: &mpsc::Sender<Word>,
 ) -> Result<()> {
     let identity = tls::Identity::load(root)?;
@@ -98,7 +104,8 @@ async fn talk(
             }
             changed = facts.changed() => {
                 changed?;
-                FromAgent::Facts(facts.borrow_and_update().clone())
+                let known = facts.borrow_and_update().clone();
+                known.map_or(FromAgent::Ping, FromAgent::Facts)
             }
             _ = ping.tick() => FromAgent::Ping,
         };

@@ -8,16 +8,21 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::codec::{Framed, LinesCodec};
 
-use super::{CONNECT, Changes, FromAgent, FromManager, LONGEST, PING, SILENCE, Telling, VERSION, ended, tls};
+use super::{CONNECT, Changes, FromAgent, FromManager, PING, SILENCE, Telling, VERSION, ended, tls};
 use crate::{cluster::ClusterState, source::facts::NodeFacts};
 
-/// Connections at once: swarms are smaller, and strangers get no further.
+/// Connections at once: swarms are smaller.
 const ROOM: usize = 4096;
+/// Strangers among them: who has not shown a certificate yet.
+const STRANGERS: usize = 64;
+/// Longest message of an agent: what it knows of its own node.
+const LONGEST_OF_AGENT: usize = 4 << 20;
 
 /// What was heard.
 #[derive(Debug)]
@@ -28,11 +33,13 @@ pub enum Word {
     Gone(String, u64),
 }
 
-/// Listens on all addresses, until the receiver is gone. A port that is taken is tried again.
+/// Listens on all addresses, until the receiver is gone; then everybody is hung up on. A port that is taken is tried again.
 pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, words: mpsc::Sender<Word>) {
-    let room = Arc::new(Semaphore::new(ROOM));
+    // Who connects would only hear that this side hangs up.
+    if let Err(error) = tls::Identity::load(&root) {
+        log::warn!("other nodes' agents cannot be told the cluster's state: {error}");
+    }
     let mut told = false;
-    let mut number = 0;
     let listener = loop {
         match listen(port) {
             Ok(listener) => break listener,
@@ -47,9 +54,14 @@ pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, 
             () = words.closed() => return,
         }
     };
+    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    // Dropped with this, and so ended.
+    let mut talks = JoinSet::new();
+    let mut number = 0;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            Some(_) = talks.join_next() => continue,
             () = words.closed() => return,
         };
         let Ok((stream, from)) = accepted else {
@@ -57,16 +69,25 @@ pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, 
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let Ok(permit) = room.clone().try_acquire_owned() else {
+        let Ok(permit) = strangers.clone().try_acquire_owned() else {
             continue;
         };
+        if talks.len() >= ROOM {
+            continue;
+        }
         let (root, telling, words) = (root.clone(), telling.clone(), words.clone());
         number += 1;
-        tokio::spawn(async move {
-            if let Err(error) = talk(stream, number, root, telling, words).await {
+        talks.spawn(async move {
+            let talk = async {
+                let (lines, node) = welcome(stream, root).await?;
+                drop(permit);
+                let done = converse(lines, (&node, number), telling, &words).await;
+                let _ = words.send(Word::Gone(node, number)).await;
+                done
+            };
+            if let Err(error) = talk.await {
                 log::debug!("agent at {from}: {error:#}");
             }
-            drop(permit);
         });
     }
 }
@@ -90,28 +111,21 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-async fn talk(
-    stream: TcpStream,
-    number: u64,
-    root: PathBuf,
-    telling: watch::Receiver<Telling>,
-    words: mpsc::Sender<Word>,
-) -> Result<()> {
+type Lines = Framed<tokio_rustls::server::TlsStream<TcpStream>, LinesCodec>;
+
+/// Finds out who it is: a node of this swarm, by its identifier.
+async fn welcome(stream: TcpStream, root: PathBuf) -> Result<(Lines, String)> {
     stream.set_nodelay(true)?;
     let identity = tls::Identity::load(&root)?;
     let own = identity.own.clone();
     let acceptor = TlsAcceptor::from(identity.server()?);
     let stream = timeout(CONNECT, acceptor.accept(stream)).await.context("no TLS in time")??;
     let other = tls::other_side(&own, stream.get_ref().1.peer_certificates())?;
-    let node = other.node;
-    let lines = Framed::new(stream, LinesCodec::new_with_max_length(LONGEST));
-    let done = converse(lines, (&node, number), telling, &words).await;
-    let _ = words.send(Word::Gone(node, number)).await;
-    done
+    Ok((Framed::new(stream, LinesCodec::new_with_max_length(LONGEST_OF_AGENT)), other.node))
 }
 
 async fn converse(
-    mut lines: Framed<tokio_rustls::server::TlsStream<TcpStream>, LinesCodec>,
+    mut lines: Lines,
     (node, number): (&str, u64),
     mut telling: watch::Receiver<Telling>,
     words: &mpsc::Sender<Word>,
@@ -144,23 +158,24 @@ async fn converse(
                 match told {
                     None => {
                         doubted = true;
+                        sent = None;
                         FromManager::Problem("it does not know the cluster".into())
                     }
+                    // Its certificate may outlive its place in the swarm.
+                    Some(told) if !told.names.contains_key(node) => bail!("node {node} is not in the swarm's list"),
                     Some(told) => {
-                        if let Some(problem) = &told.problem {
-                            doubted = true;
-                            FromManager::Problem(problem.clone())
-                        } else {
-                            let mut state = told.cluster.clone();
-                            state.this = told.names.get(node).cloned();
-                            if !doubted && sent.as_ref() == Some(&state) {
-                                continue;
-                            }
-                            doubted = false;
+                        let mut state = told.cluster.clone();
+                        state.this = told.names.get(node).cloned();
+                        // That it is sure again is told by what did not change too.
+                        let sure = doubted && told.problem.is_none();
+                        if sure || sent.as_ref() != Some(&state) {
                             let changes = Changes::between(sent.as_ref(), &state);
                             sent = Some(state);
-                            FromManager::Cluster(Box::new(changes))
+                            let line = serde_json::to_string(&FromManager::Cluster(Box::new(changes)))?;
+                            timeout(SILENCE, lines.send(line)).await??;
                         }
+                        doubted = told.problem.is_some();
+                        told.problem.clone().map_or(FromManager::Ping, FromManager::Problem)
                     }
                 }
             }

@@ -54,7 +54,7 @@ impl Authority {
 /// A manager's agent, and another that follows it.
 struct Pair {
     telling: watch::Sender<Telling>,
-    facts: watch::Sender<NodeFacts>,
+    facts: watch::Sender<Option<NodeFacts>>,
     agents: mpsc::Receiver<server::Word>,
     managers: mpsc::Receiver<client::Word>,
     jobs: [JoinHandle<()>; 2],
@@ -66,7 +66,7 @@ impl Pair {
         let port = free.local_addr().unwrap().port();
         drop(free);
         let (telling, told) = watch::channel(None);
-        let (facts, known) = watch::channel(NodeFacts::default());
+        let (facts, known) = watch::channel(None);
         let (agent_sender, agents) = mpsc::channel(8);
         let (manager_sender, managers) = mpsc::channel(8);
         let at = SocketAddr::from(([127, 0, 0, 1], port));
@@ -127,14 +127,18 @@ async fn members_of_a_swarm_tell_each_other_what_they_know() {
     let manager = authority.node("c1", tls::MANAGER, "m1");
     let worker = authority.node("c1", tls::WORKER, "w1");
     let mut pair = Pair::start(manager.path(), worker.path());
-    pair.facts.send_modify(|facts| facts.addresses = vec!["192.0.2.2".parse().unwrap()]);
+    let addresses = vec!["192.0.2.2".parse().unwrap()];
+    pair.facts.send_replace(Some(NodeFacts { addresses, ..NodeFacts::default() }));
     pair.tell(None, 7000);
     let state = pair.cluster().await;
     assert_eq!((state.tunnel.port, state.this.as_deref()), (7000, Some("node2")));
     let node = loop {
         match tokio::time::timeout(Duration::from_secs(20), pair.agents.recv()).await.unwrap().unwrap() {
-            server::Word::Facts(node, _, facts) if !facts.addresses.is_empty() => break node,
-            _ => {}
+            server::Word::Facts(node, _, facts) => {
+                assert_eq!(facts.addresses.len(), 1);
+                break node;
+            }
+            server::Word::Gone(..) => {}
         }
     };
     // By its certificate, not by its own word.
