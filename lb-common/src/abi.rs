@@ -3,7 +3,7 @@
 use crate::{net::Be16, pod};
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -25,10 +25,16 @@ pub mod table {
     pub const BACKENDS: &str = "BACKENDS";
     /// Round-robin cursor of each published port.
     pub const CURSORS: &str = "CURSORS";
-    /// [`crate::flow::Flow`] by five-tuple, IPv4.
+    /// [`crate::flow::Flow`] by five-tuple, IPv4: those that are established.
     pub const FLOWS4: &str = "FLOWS4";
     /// Flows, IPv6.
     pub const FLOWS6: &str = "FLOWS6";
+    /// Flows that are not established yet, IPv4.
+    pub const HALF_OPEN4: &str = "HALF_OPEN4";
+    /// The same, IPv6.
+    pub const HALF_OPEN6: &str = "HALF_OPEN6";
+    /// [`crate::flow::Timers`] by service.
+    pub const TIMERS: &str = "TIMERS";
     /// [`crate::fragment::Ports`] by [`crate::fragment::FragmentKey`], IPv4.
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
     /// Fragments, IPv6.
@@ -51,7 +57,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 21] = [
+    pub const ALL: [&str; 24] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -63,6 +69,9 @@ pub mod table {
         CURSORS,
         FLOWS4,
         FLOWS6,
+        HALF_OPEN4,
+        HALF_OPEN6,
+        TIMERS,
         FRAGMENTS4,
         FRAGMENTS6,
         PEERS,
@@ -85,8 +94,11 @@ pub mod program {
     /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
     pub const TASK_TC: &str = "task_tc";
 
+    /// Never attached: run by user space (BPF_PROG_TEST_RUN) it returns the clock of flows, jiffies, low 32 bits.
+    pub const CLOCK: &str = "clock";
+
     /// All of them.
-    pub const ALL: [&str; 3] = [UPLINK_XDP, UPLINK_TC, TASK_TC];
+    pub const ALL: [&str; 4] = [UPLINK_XDP, UPLINK_TC, TASK_TC, CLOCK];
 }
 
 /// No XDP program decides: TC on the uplink does all.
@@ -215,6 +227,8 @@ pub struct Label {
 pub mod size {
     /// Flows of each family.
     pub const FLOWS: usize = 262_144;
+    /// Flows of each family that are not established yet.
+    pub const HALF_OPEN: usize = 65_536;
     /// Listeners of each family.
     pub const LISTENERS: usize = 16_384;
     /// Services.

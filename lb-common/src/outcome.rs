@@ -65,9 +65,15 @@ outcomes! {
     NoBackend = "no_backend",
     /// The task of the flow is gone.
     BackendGone = "backend_gone",
+    /// The task of the connection is gone: answered with a reset in place of the packet.
+    Reset = "reset",
     /// The task of the flow cannot be reached now: no next hop, or its interface is down. Dropped, so that the
     /// client sends again.
     BackendUnreachable = "backend_unreachable",
+    /// A task refused a connection (RST to a SYN); kept from the client, whose next SYN goes to another task.
+    TaskRefused = "task_refused",
+    /// An answer of a task to a client that has been given to another task meanwhile.
+    LateAnswer = "late_answer",
     /// Each task tried already serves this client address and port through another listener.
     SourceCollision = "source_collision",
     /// No free source port for another flow to this task.
@@ -111,6 +117,8 @@ impl Outcome {
         matches!(
             self,
             Self::BackendUnreachable
+                | Self::TaskRefused
+                | Self::LateAnswer
                 | Self::TooBig
                 | Self::TunnelNotPeer
                 | Self::TunnelNoTask

@@ -8,6 +8,8 @@ use crate::pod;
 pub struct BackendStats {
     /// New flows.
     pub flows: u64,
+    /// Flows given to another task because this one did not answer, or refused.
+    pub failovers: u64,
     /// Packets sent to the task.
     pub request_packets: u64,
     /// Bytes of them, from the network header on.
@@ -34,6 +36,7 @@ impl BackendStats {
     pub const fn plus(self, other: Self) -> Self {
         Self {
             flows: self.flows + other.flows,
+            failovers: self.failovers + other.failovers,
             request_packets: self.request_packets + other.request_packets,
             request_bytes: self.request_bytes + other.request_bytes,
             reply_packets: self.reply_packets + other.reply_packets,

@@ -1,12 +1,11 @@
 //! Whose packet is it: that of a known flow, of a new one, a task's answer, or none of ours.
 
-use core::ptr::{null, null_mut};
-
 use lb_common::{
-    backend::{Kind, State},
-    endpoint::{Endpoint, MAX_REPLY_LISTENERS},
+    backend::{Backend, Kind, State},
+    checksum::Delta,
+    endpoint::{Endpoint, MAX_REPLY_LISTENERS, Replies, ReplySource},
     filter::{Side, position},
-    flow::{ANSWERED, CLIENT_FIN, Flow, FlowKey, REQUEST, RESET, TASK_FIN},
+    flow::{Flow, REQUEST},
     net::Be16,
     outcome::Outcome,
     tunnel::TaskKey,
@@ -18,9 +17,9 @@ use crate::{
     fragment,
     frame::Frame,
     maps::{BACKENDS, FILTER, TASKS},
-    neighbour,
-    packet::{Arrival, ERROR, FIN, FIRST, LATER, Packet, RST},
-    snat, tunnel,
+    packet::{Arrival, FIRST, LATER, NOBODY, Packet},
+    track::{self, Entries, Known, Sender},
+    tunnel,
 };
 
 /// How much of the uplink's work is asked for.
@@ -38,7 +37,7 @@ pub fn uplink<F: Frame, A: Family>(
     frame: &F,
     packet: &mut Packet<A>,
     scope: Scope,
-) -> Result<Found<A>, Outcome> {
+) -> Result<Found, Outcome> {
     if packet.form == LATER {
         fragment::follow(packet)?;
     }
@@ -56,43 +55,44 @@ pub fn uplink<F: Frame, A: Family>(
 }
 
 #[inline(always)]
-fn owner<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found<A>, Outcome> {
-    if let Some(known) = A::flow(&packet.key)
-        && let Some(found) = usable(packet, known)?
-    {
-        return from_afar(found);
+fn owner<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found, Outcome> {
+    let mut known = track::established(frame, packet, Entries::All)?;
+    if known == Known::No {
+        packet.avoid = NOBODY;
+        packet.retries = 0;
+        known = track::half_open(frame, packet, Entries::All)?;
+    }
+    match known {
+        Known::Yes => return found(packet),
+        Known::Gone => return Err(Outcome::Reset),
+        Known::No => {}
     }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
     match A::listener(&endpoint) {
         Some(listener) if scope == Scope::All => flow::open(frame, packet, &listener),
-        _ => from_afar(answer(packet)?),
+        _ => answer(frame, packet),
     }
 }
 
-/// A task of this node answers by its own veth: whoever sends its address by the uplink is not the task.
+/// What was found of the packet's flow, for the later stages.
 #[inline(always)]
-fn from_afar<A: Family>(found: Found<A>) -> Result<Found<A>, Outcome> {
-    if found.way != Way::Task && found.backend.kind == Kind::Local as u8 {
-        return Err(Outcome::NotOurs);
-    }
-    Ok(found)
+pub fn found<A: Family>(packet: &Packet<A>) -> Result<Found, Outcome> {
+    let way = if packet.flow.is_reply() { Way::Client } else { Way::Task };
+    let backend = BACKENDS.get(packet.flow.backend).ok_or(Outcome::BackendGone)?;
+    Ok(Found { backend, way })
 }
 
 /// Classifies a packet that a task sent.
 #[inline(always)]
-pub fn task<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
+pub fn task<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found, Outcome> {
     if packet.form == LATER {
         fragment::follow(packet)?;
     }
     if !may_be_ours(Side::Source, packet.key.protocol, packet.key.source_port) {
         return Err(Outcome::NotOurs);
     }
-    let found = reply(packet)?;
-    // Only the task itself answers for its address.
-    if found.backend.kind == Kind::Local as u8 && found.backend.ifindex != frame.ifindex() {
-        return Err(Outcome::NotOurs);
-    }
+    let found = reply(frame, packet)?;
     if packet.form == FIRST {
         fragment::remember(packet);
     }
@@ -102,14 +102,18 @@ pub fn task<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Fo
 /// The flow that a task's packet answers: what a peer sent to it or snat did has an entry of its own; the next hop of
 /// a snat backend may lie behind another interface than the uplink.
 #[inline(always)]
-fn reply<A: Family>(packet: &mut Packet<A>) -> Result<Found<A>, Outcome> {
-    if let Some(known) = A::flow(&packet.key) {
-        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-        if unsafe { (*known).is_reply() } {
-            return usable(packet, known)?.ok_or(Outcome::NotOurs);
-        }
+fn reply<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found, Outcome> {
+    if track::established(frame, packet, Entries::Replies)? == Known::Yes {
+        return found(packet);
     }
-    answer(packet)
+    match answer(frame, packet) {
+        Err(Outcome::NotOurs) => {}
+        done => return done,
+    }
+    match track::half_open(frame, packet, Entries::Replies)? {
+        Known::Yes => found(packet),
+        _ => Err(Outcome::NotOurs),
+    }
 }
 
 /// Finds the task of this node that a peer sent a packet to, and sees to it that its replies find their way back; the
@@ -138,20 +142,52 @@ pub fn for_task<A: Family>(packet: &mut Packet<A>, arrival: &mut Arrival) -> Res
     Ok(index)
 }
 
-/// The flow of an answer that a peer sent for the client, null if this node has it no more: an answer needs none.
+/// The flow of an answer that a peer sent for the client; false if this node has it no more: an answer needs none.
 #[inline(always)]
-pub fn for_client<A: Family>(packet: &Packet<A>) -> Result<*mut Flow<A>, Outcome> {
+pub fn for_client<A: Family>(packet: &mut Packet<A>) -> Result<bool, Outcome> {
     // The request's way, from the client to this node.
-    let request = packet.key.reversed();
-    if let Some(known) = A::flow(&request) {
+    let Packet { key, flow_key, .. } = packet;
+    flow_key.source = key.destination;
+    flow_key.destination = key.source;
+    flow_key.source_port = key.destination_port;
+    flow_key.destination_port = key.source_port;
+    flow_key.protocol = key.protocol;
+    flow_key._pad = 0;
+    flow_key._pad2 = 0;
+    if let Some(known) = A::flow(&packet.flow_key) {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-        let flow = unsafe { &mut *known };
-        if flow.role == REQUEST {
-            note(flow, packet, true);
-            return Ok(known);
+        if unsafe { (*known).role } == REQUEST {
+            take_up(packet, known);
+            return Ok(true);
         }
     }
-    if tunnel::is_own(&packet.key.source) { Ok(null_mut()) } else { Err(Outcome::TunnelNotPeer) }
+    if track::decode(half_open_client(packet))? == Known::Yes {
+        return Ok(true);
+    }
+    if tunnel::is_own(&packet.key.source) { Ok(false) } else { Err(Outcome::TunnelNotPeer) }
+}
+
+#[inline(never)]
+fn half_open_client<A: Family>(packet: &mut Packet<A>) -> i32 {
+    let Some(known) = A::half_open(&packet.flow_key) else {
+        return track::encode(Ok(Known::No));
+    };
+    // SAFETY: as above.
+    if unsafe { (*known).role } != REQUEST {
+        return track::encode(Ok(Known::No));
+    }
+    take_up(packet, known);
+    track::encode(if track::is_refusal(packet) { Err(Outcome::TaskRefused) } else { Ok(Known::Yes) })
+}
+
+/// Notes what an answer says in the entry of its flow, and copies that.
+#[inline(always)]
+fn take_up<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) {
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    unsafe {
+        track::note(&mut *known, packet, Sender::Task, false);
+        packet.flow.copy_from(known);
+    }
 }
 
 /// False if no listener, flow or reply can match the port.
@@ -161,106 +197,111 @@ fn may_be_ours(side: Side, protocol: u8, port: Be16) -> bool {
     FILTER.get(word).is_some_and(|bits| bits & bit != 0)
 }
 
-/// The flow, if its task is still there and the packet does not start anew; `None` has it made anew.
-#[inline(always)]
-fn usable<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) -> Result<Option<Found<A>>, Outcome> {
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let flow = unsafe { &mut *known };
-    let backend = BACKENDS.get(flow.backend).ok_or(Outcome::BackendGone)?;
-    let anew = flow.role == REQUEST && packet.may_open();
-    if backend.generation != flow.generation || backend.state == State::Free as u8 {
-        let _ = A::delete_flow(&packet.key);
-        return if anew { Ok(None) } else { Err(Outcome::BackendGone) };
-    }
-    // An answer comes from the task by itself; only what goes to it needs a way.
-    let unusable = flow.role == REQUEST && !backend.forwards();
-    if unusable || anew && packet.opens() && flow.closing() {
-        if !anew {
-            return Err(Outcome::BackendUnreachable);
-        }
-        let _ = A::delete_flow(&packet.key);
-        return Ok(None);
-    }
-    if packet.hops <= 1 {
-        return Err(Outcome::TtlExpired);
-    }
-    let way = if flow.is_reply() { Way::Client } else { Way::Task };
-    if backend.kind == Kind::Snat as u8 && flow.role == REQUEST {
-        let now = neighbour::jiffies() as u32;
-        if neighbour::is_due(flow.hop_seen, now) {
-            flow.hop_seen = now;
-            if !snat::look_after(packet, flow) {
-                let _ = A::delete_flow(&packet.key);
-                return Err(Outcome::BackendGone);
-            }
-        }
-    }
-    note(flow, packet, matches!(way, Way::Client));
-    Ok(Some(Found { flow: known, backend, way, listener: null() }))
-}
-
 /// The flow that a packet from a task answers.
 #[inline(always)]
-fn answer<A: Family>(packet: &Packet<A>) -> Result<Found<A>, Outcome> {
+fn answer<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found, Outcome> {
     let key = &packet.key;
     let endpoint = Endpoint::new(key.source, key.source_port, key.protocol);
     let replies = A::replies(&endpoint).ok_or(Outcome::NotOurs)?;
+    let backend = BACKENDS.get(replies.backend).ok_or(Outcome::NotOurs)?;
+    if !track::is_from(frame, backend) {
+        return Err(Outcome::NotOurs);
+    }
+    let mut late = false;
     for index in 0..MAX_REPLY_LISTENERS {
         if index as u32 >= replies.count {
             break;
         }
         let listener = &replies.sources[index];
-        let request = FlowKey::new(
-            key.destination,
-            listener.address,
-            key.destination_port,
-            listener.port,
-            key.protocol,
-        );
-        let Some(known) = A::flow(&request) else {
+        set_request(packet, listener);
+        let Some(known) = A::flow(&packet.flow_key) else {
             continue;
         };
-        // SAFETY: as above.
-        let flow = unsafe { &mut *known };
-        if flow.backend != replies.backend || flow.role != REQUEST {
+        if !is_answer(known, replies.backend, &mut late) {
             continue;
         }
-        let backend = BACKENDS.get(flow.backend).ok_or(Outcome::BackendGone)?;
-        if backend.generation != flow.generation {
-            return Err(Outcome::BackendGone);
-        }
-        if packet.hops <= 1 {
-            return Err(Outcome::TtlExpired);
-        }
-        note(flow, packet, true);
-        return Ok(Found { flow: known, backend, way: Way::Back, listener });
+        return answered(packet, known, backend, listener);
     }
-    Err(Outcome::NotOurs)
+    if late {
+        return Err(Outcome::LateAnswer);
+    }
+    match track::decode(half_open_answer(packet, replies, backend))? {
+        Known::Yes => Ok(Found { backend, way: Way::Client }),
+        _ => Err(Outcome::NotOurs),
+    }
 }
 
-/// Notes in the flow what the packet says of its state. Written only where it changes something, so that
-/// CPUs do not take a busy flow's cache line from each other.
+#[inline(never)]
+fn half_open_answer<A: Family>(
+    packet: &mut Packet<A>,
+    replies: &Replies<A>,
+    backend: &'static Backend,
+) -> i32 {
+    let mut late = false;
+    for index in 0..MAX_REPLY_LISTENERS {
+        if index as u32 >= replies.count {
+            break;
+        }
+        let listener = &replies.sources[index];
+        set_request(packet, listener);
+        let Some(known) = A::half_open(&packet.flow_key) else {
+            continue;
+        };
+        if is_answer(known, replies.backend, &mut late) {
+            let done = answered(packet, known, backend, listener);
+            let refused = done.is_ok() && track::is_refusal(packet);
+            let done = if refused { Err(Outcome::TaskRefused) } else { done.map(|_| Known::Yes) };
+            return track::encode(done);
+        }
+    }
+    track::encode(if late { Err(Outcome::LateAnswer) } else { Ok(Known::No) })
+}
+
+/// The key of the request that the packet answers, if it was to this listener.
 #[inline(always)]
-pub fn note<A>(flow: &mut Flow<A>, packet: &Packet<A>, from_task: bool) {
-    // Anybody can send an error.
-    if packet.form == ERROR {
-        return;
+fn set_request<A: Family>(packet: &mut Packet<A>, listener: &ReplySource<A>) {
+    let Packet { key, flow_key, .. } = packet;
+    flow_key.source = key.destination;
+    flow_key.destination = listener.address;
+    flow_key.source_port = key.destination_port;
+    flow_key.destination_port = listener.port;
+    flow_key.protocol = key.protocol;
+    flow_key._pad = 0;
+    flow_key._pad2 = 0;
+}
+
+/// Whether an entry is that of a request to this backend. One to another backend is noted: the task answers late, its
+/// client has been given to another.
+#[inline(always)]
+fn is_answer<A>(known: *const Flow<A>, backend: u32, late: &mut bool) -> bool {
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let (role, of) = unsafe { ((*known).role, (*known).backend) };
+    *late |= role == REQUEST && of != backend;
+    role == REQUEST && of == backend
+}
+
+/// Takes up the entry of the request that a task's packet answers; the copy's rewrite is turned around.
+#[inline(always)]
+fn answered<A: Family>(
+    packet: &mut Packet<A>,
+    known: *mut Flow<A>,
+    backend: &'static Backend,
+    listener: &ReplySource<A>,
+) -> Result<Found, Outcome> {
+    // SAFETY: as above.
+    if unsafe { (*known).generation } != backend.generation {
+        return Err(Outcome::BackendGone);
     }
-    let mut state = flow.state;
-    if from_task {
-        state |= ANSWERED;
+    if packet.hops <= 1 {
+        return Err(Outcome::TtlExpired);
     }
-    if packet.flags & FIN != 0 {
-        state |= if from_task { TASK_FIN } else { CLIENT_FIN };
-    }
-    if packet.flags & RST != 0 {
-        state |= RESET;
-    }
-    if state != flow.state {
-        flow.state = state;
-    }
-    let now = neighbour::jiffies() as u32;
-    if flow.seen != now {
-        flow.seen = now;
-    }
+    take_up(packet, known);
+    let Packet { key, flow, .. } = packet;
+    flow.rewrite.source = listener.address;
+    flow.rewrite.source_port = listener.port;
+    flow.rewrite.destination = key.destination;
+    flow.rewrite.destination_port = key.destination_port;
+    flow.rewrite.address_delta = Delta::from_raw(flow.rewrite.address_delta).reversed().raw();
+    flow.rewrite.port_delta = Delta::from_raw(flow.rewrite.port_delta).reversed().raw();
+    Ok(Found { backend, way: Way::Client })
 }

@@ -48,6 +48,15 @@ pub fn new_flow(service: u32, backend: u32) {
     }
 }
 
+/// Counts a flow that a backend did not answer and another took.
+#[inline(always)]
+pub fn failover(backend: u32) {
+    if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
+        // SAFETY: as above.
+        unsafe { (*stats).failovers += 1 };
+    }
+}
+
 /// Counts a new flow that no backend took.
 #[inline(always)]
 pub fn refused(service: u32) {

@@ -9,21 +9,24 @@ use lb_common::{
 
 use crate::{
     frame::Frame,
-    icmp::TooBig,
     maps::{
-        FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, LISTENERS4, LISTENERS6, Listeners,
-        REPLIES4, REPLIES6, ReplyTable,
+        FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, HALF_OPEN4, HALF_OPEN6, HalfOpen,
+        LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable,
     },
     parse::{IPV4, IPV6, ipv4, ipv6},
+    reply::Back,
 };
 
 /// An address family, with its headers and tables.
-pub trait Family: Address + TooBig {
+pub trait Family: Address + Back {
     /// Its number for `bpf_fib_lookup`.
     const NUMBER: u8;
 
-    /// Its flow table.
+    /// Its established flows.
     const FLOWS: &'static Flows<Self>;
+
+    /// Its flows that are not established yet.
+    const HALF_OPEN: &'static HalfOpen<Self>;
 
     /// Its listeners.
     const LISTENERS: &'static Listeners<Self>;
@@ -58,24 +61,30 @@ pub trait Family: Address + TooBig {
         delta: Delta,
     ) -> Option<()>;
 
-    /// The flow with this five-tuple. The entry may be evicted and reused while it is looked at; what it holds
-    /// is then another flow's: the packet goes where that one goes, lost as any packet may be, and what is noted of
-    /// its state or next hop is wrong there until the next packet or second.
+    /// The established flow with this five-tuple. The entry may be evicted and reused while it is looked at; what it
+    /// holds is then another flow's: the packet goes where that one goes, lost as any packet may be, and what is noted
+    /// of its state or next hop is wrong there until the next packet or second.
     #[inline(always)]
     fn flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
         Self::FLOWS.get_ptr_mut(key)
     }
 
-    /// Puts a flow into the table.
+    /// The flow with this five-tuple that is not established.
     #[inline(always)]
-    fn insert_flow(key: &FlowKey<Self>, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
-        Self::FLOWS.insert(key, flow, flags)
+    fn half_open(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+        Self::HALF_OPEN.get_ptr_mut(key)
     }
 
-    /// Takes a flow out of the table; of several CPUs that try, one succeeds.
+    /// The flow with this five-tuple, in either table. For what is rare: the verifier follows both.
+    #[inline(always)]
+    fn any_flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+        Self::flow(key).or_else(|| Self::half_open(key))
+    }
+
+    /// Takes a flow out of the tables; of several CPUs that try, one succeeds.
     #[inline(always)]
     fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {
-        Self::FLOWS.remove(key)
+        Self::FLOWS.remove(key).or_else(|_| Self::HALF_OPEN.remove(key))
     }
 
     /// The listener at this endpoint, copied at once: base and count belong together.
@@ -101,6 +110,7 @@ const AF_INET6: u8 = 10;
 impl Family for V4 {
     const NUMBER: u8 = AF_INET;
     const FLOWS: &'static Flows<Self> = &FLOWS4;
+    const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN4;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS4;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES4;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS4;
@@ -155,6 +165,7 @@ impl Family for V4 {
 impl Family for V6 {
     const NUMBER: u8 = AF_INET6;
     const FLOWS: &'static Flows<Self> = &FLOWS6;
+    const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN6;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS6;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS6;

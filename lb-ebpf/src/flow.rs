@@ -1,13 +1,11 @@
 //! Making flows: choose a task, compute the rewrite and its checksum deltas once, put both into the table.
 
-use core::ptr::null;
-
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_log_ebpf::debug;
 use lb_common::{
     backend::{Backend, Kind, SHARED},
-    endpoint::{Listener, ReplySource},
-    flow::{CLIENT_FIN, Flow, REPLY_BY_PEER, REPLY_DIRECT, REQUEST, RESET},
+    endpoint::Listener,
+    flow::{CLIENT_FIN, FIN, OTHERS, REPLY_BY_PEER, REPLY_DIRECT, REQUEST, RESET, RETRY, RST},
     outcome::Outcome,
     tunnel::RETURN_DIRECT,
 };
@@ -16,11 +14,11 @@ use crate::{
     classify, count,
     family::Family,
     frame::Frame,
-    maps::{self, BACKENDS},
     neighbour,
-    packet::{Arrival, FIN, Packet, RST, mac},
+    packet::{Arrival, NOBODY, Packet, mac},
     parse::Ethernet,
     select, snat,
+    track::{self, Sender},
 };
 
 const EEXIST: i32 = -17;
@@ -30,23 +28,16 @@ const EEXIST: i32 = -17;
 pub enum Way {
     /// To the flow's task.
     Task,
-    /// To the client, from its entry for replies (snat): the rewrite is the entry's own.
+    /// To the client.
     Client,
-    /// To the client, by the entry of the request to this listener: the rewrite is the reverse.
-    Back,
 }
 
-/// A packet of ours: its flow and the backend that the flow names.
-pub struct Found<A: 'static> {
-    /// In the flow table.
-    pub flow: *mut Flow<A>,
+/// A packet of ours: where it goes. Its flow is copied to [`Packet::flow`].
+pub struct Found {
     /// In the backend array.
     pub backend: &'static Backend,
     /// Where it goes.
     pub way: Way,
-    /// With [`Way::Back`] the listener, else null. Beside the way, not in it: the compiler takes a pointer in an
-    /// enum apart, which the verifier forbids.
-    pub listener: *const ReplySource<A>,
 }
 
 /// Starts a flow for a packet that reached a listener.
@@ -55,53 +46,59 @@ pub fn open<F: Frame, A: Family>(
     frame: &F,
     packet: &mut Packet<A>,
     listener: &Listener,
-) -> Result<Found<A>, Outcome> {
+) -> Result<Found, Outcome> {
     if !packet.may_open() {
         return Err(Outcome::NoFlow);
     }
     if packet.hops <= 1 {
         return Err(Outcome::TtlExpired);
     }
-    match make(frame, packet, listener) {
-        Ok(()) => {}
-        Err(outcome) => {
-            debug!(frame.ebpf(), "service {}: no flow, outcome {}", listener.service, outcome as u8);
-            count::refused(listener.service);
-            return Err(outcome);
-        }
+    if let Err(outcome) = make(frame, packet, listener) {
+        debug!(frame.ebpf(), "service {}: no flow, outcome {}", listener.service, outcome as u8);
+        count::refused(listener.service);
+        return Err(outcome);
     }
-    // Read back: another CPU may have been first with the same flow, and its choice stands.
-    let known = A::flow(&packet.key).ok_or(Outcome::FlowTableFull)?;
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let index = unsafe { (*known).backend };
-    let backend = BACKENDS.get(index).ok_or(Outcome::BackendGone)?;
-    Ok(Found { flow: known, backend, way: Way::Task, listener: null() })
+    classify::found(packet)
 }
 
 #[inline(always)]
 fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Listener) -> Result<(), Outcome> {
     let (index, backend) = select::backend(packet, listener)?;
     draft(frame, packet, index, backend)?;
+    if listener.slot_count > 1 {
+        packet.flow.state |= OTHERS;
+    }
     let snat = backend.kind == Kind::Snat as u8;
     if snat {
         snat::reserve(packet, backend)?;
     }
-    match A::insert_flow(&packet.key, &packet.draft, BPF_NOEXIST as u64) {
+    let Packet { key, flow, .. } = packet;
+    match A::HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64) {
         Ok(()) => {
             debug!(frame.ebpf(), "service {}: new flow to backend {}", listener.service, index);
             count::new_flow(listener.service, index);
+            if packet.avoid != NOBODY && packet.avoid != index {
+                count::failover(packet.avoid);
+            }
             Ok(())
         }
-        Err(error) => {
-            // Another CPU was first with the same flow; where it chose the same, the entry for replies is its own.
+        Err(EEXIST) => {
+            // Another CPU was first with the same flow, and its choice stands.
+            let first = A::half_open(&packet.key).ok_or(Outcome::FlowTableFull)?;
             // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-            let same = error == EEXIST
-                && A::flow(&packet.key)
-                    .is_some_and(|first| unsafe { (*first).rewrite == packet.draft.rewrite });
+            let same = unsafe { (*first).rewrite == packet.flow.rewrite };
             if snat && !same {
                 let _ = A::delete_flow(&packet.reply_key);
             }
-            if error == EEXIST { Ok(()) } else { Err(Outcome::FlowTableFull) }
+            // SAFETY: as above.
+            unsafe { packet.flow.copy_from(first) };
+            Ok(())
+        }
+        Err(_) => {
+            if snat {
+                let _ = A::delete_flow(&packet.reply_key);
+            }
+            Err(Outcome::FlowTableFull)
         }
     }
 }
@@ -116,7 +113,7 @@ fn draft<F: Frame, A: Family>(
 ) -> Result<(), Outcome> {
     let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
     let now = neighbour::jiffies();
-    let (key, flow) = (&packet.key, &mut packet.draft);
+    let Packet { key, flow, .. } = packet;
     // Through the tunnel the packet travels as it came.
     let (task, port) = if backend.kind == Kind::Peer as u8 {
         (&key.destination, key.destination_port)
@@ -136,8 +133,11 @@ fn draft<F: Frame, A: Family>(
     }
     flow.tags = packet.tags;
     flow.role = REQUEST;
-    flow.state = 0;
+    flow.state = packet.retries.wrapping_mul(RETRY);
     flow.peer = 0;
+    // Data that comes with the SYN is counted when the task acknowledges it.
+    flow.client_next = packet.sequence.wrapping_add(1);
+    flow.task_next = 0;
     Ok(())
 }
 
@@ -145,15 +145,7 @@ fn draft<F: Frame, A: Family>(
 /// refreshes their entry, or makes it from any packet of the flow, so that a lost one heals.
 #[inline(never)]
 fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u32, backend: &Backend) -> i32 {
-    let now = neighbour::jiffies() as u32;
-    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     let (tcp, opens) = (packet.is_tcp(), packet.opens());
-    // A late end of a connection whose entry is gone does not bring it back to life.
-    let state = match packet.flags {
-        flags if flags & RST != 0 => RESET,
-        flags if flags & FIN != 0 => CLIENT_FIN,
-        _ => 0,
-    };
     let role = if arrival.flags & RETURN_DIRECT != 0 { REPLY_DIRECT } else { REPLY_BY_PEER };
     let task = A::in_wide(&backend.address);
     let Packet { key, reply_key, .. } = packet;
@@ -164,7 +156,7 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     reply_key.protocol = key.protocol;
     reply_key._pad = 0;
     reply_key._pad2 = 0;
-    if let Some(known) = A::flow(reply_key) {
+    if let Some(known) = A::any_flow(reply_key) {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
         let flow = unsafe { &mut *known };
         let same = flow.rewrite.source == key.destination
@@ -175,17 +167,30 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
                 flow.peer = arrival.peer as u16;
                 flow.role = role;
             }
-            classify::note(flow, packet, false);
+            if track::note(flow, packet, Sender::Client, false) && flow.established() {
+                // SAFETY: as above.
+                unsafe { packet.reply.copy_from(known) };
+                track::move_over(&packet.reply_key, &packet.reply);
+            }
             return 0;
         }
         // The task could not tell two connections apart that differ only in the listener.
-        if !same && flow.generation == backend.generation && flow.is_alive(tcp, now, hz) {
+        if !same && flow.generation == backend.generation && track::is_alive(flow, tcp, backend.service) {
             return Outcome::TunnelCollision as i32;
         }
+        let _ = A::delete_flow(reply_key);
     }
-    if backend.flags & SHARED != 0 && select::collides(&packet.key, backend, index) {
+    if backend.flags & SHARED != 0 && select::collides(packet, backend, index) {
         return Outcome::TunnelCollision as i32;
     }
+    let now = neighbour::jiffies() as u32;
+    let segment = packet.segment();
+    // A late end of a connection whose entry is gone does not bring it back to life.
+    let state = match packet.flags {
+        flags if flags & RST != 0 => RESET,
+        flags if flags & FIN != 0 => CLIENT_FIN,
+        _ => 0,
+    };
     let Packet { key, reply, reply_key, .. } = packet;
     reply.rewrite.set(reply_key, (&key.destination, key.destination_port), (&key.source, key.source_port));
     reply.backend = index;
@@ -197,7 +202,9 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     reply.role = role;
     reply.state = state;
     reply.peer = arrival.peer as u16;
-    match A::insert_flow(reply_key, reply, BPF_ANY as u64) {
+    reply.client_next = if opens { segment.sequence.wrapping_add(1) } else { segment.end() };
+    reply.task_next = if opens { 0 } else { segment.acknowledgment };
+    match A::HALF_OPEN.insert(reply_key, reply, BPF_ANY as u64) {
         Ok(()) => 0,
         Err(_) => Outcome::FlowTableFull as i32,
     }

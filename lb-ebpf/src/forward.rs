@@ -30,9 +30,10 @@ use crate::{
     frame::{Frame, Skb, XdpFrame},
     icmp,
     maps::{self, BACKENDS},
-    neighbour::{self, Next},
+    neighbour::{self, Next, Route},
     packet::{Arrival, FIRST, Packet, WHOLE},
     parse::Ethernet,
+    reset,
     rewrite::{self, Hop, Target},
     segment,
     tunnel::{self, Cargo},
@@ -40,13 +41,12 @@ use crate::{
 
 /// In XDP: local tasks are left to TC with a note, everything else is rewritten and sent at once.
 #[inline(always)]
-pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
+pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let backend = found.backend;
     let to_task = matches!(found.way, Way::Task);
     if to_task && backend.kind == Kind::Local as u8 {
-        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-        let index = unsafe { (*found.flow).backend };
+        let index = packet.flow.backend;
         // Without a note TC looks the flow up, and counts.
         if note(frame, config, index) {
             count::request(index, 1, packet.bytes as u64);
@@ -58,11 +58,10 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
     let way_allows = if to_task {
         backend.flags & VIA_TC == 0 && !packet.tagged()
     } else {
-        // SAFETY: as above.
-        let tagged = packet.tagged() || unsafe { (*found.flow).tags.outer.is_some() };
+        let tagged = packet.tagged() || packet.flow.tags.outer.is_some();
         // A hop that is due is left to TC, which asks the routing table and has the kernel resolve and confirm
         // the neighbour.
-        !tagged && neighbour::is_fresh(found.flow)
+        !tagged && neighbour::is_fresh(&packet.flow)
     };
     // TC knows tags and unfinished checksums; XDP sees only bytes.
     if !config_allows || !way_allows || config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet) {
@@ -74,16 +73,48 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found<A
         return Ok(transmit(frame, config, if interface == BACK { frame.ifindex() } else { interface }));
     }
     let outcome = outcome(found)?;
-    let target = target(packet, found);
+    let target = Target::of(&packet.flow.rewrite);
     let (hop, interface) = if to_task {
         (backend_hop(backend), backend.ifindex)
     } else {
-        (neighbour::hop(found.flow), config.uplink)
+        (neighbour::hop(&packet.flow), config.uplink)
     };
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
-    tally(found, 1, packet.bytes as u64);
+    tally(packet, found, 1, packet.bytes as u64);
     count::outcome(outcome as u32, 1);
     Ok(transmit(frame, config, interface))
+}
+
+/// In XDP, answers a packet whose task is gone by a reset in its place; a tagged one is left to TC.
+#[inline(always)]
+pub fn reset_in_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> Result<u32, Outcome> {
+    let config = maps::config().ok_or(Outcome::BackendGone)?;
+    if config.flags & XDP_TRANSMITS == 0 || packet.tagged() {
+        note(frame, config, HANDOVER_DECIDE);
+        return Ok(XDP_PASS);
+    }
+    reset::answer(frame, packet).ok_or(Outcome::BackendGone)?;
+    count::outcome(Outcome::Reset as u32, 1);
+    Ok(transmit(frame, config, frame.ifindex()))
+}
+
+/// In TC, the same.
+#[inline(always)]
+pub fn reset_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32, Outcome> {
+    let config = maps::config().ok_or(Outcome::BackendGone)?;
+    let (packets, headless) = (frame.packets(), packet.network() == 0);
+    give_link_header(frame, packet)?;
+    untag(frame, packet)?;
+    reset::answer(frame, packet).ok_or(Outcome::BackendGone)?;
+    count::outcome(Outcome::Reset as u32, packets);
+    back_in_tc(frame, config, packet.tags, headless)
+}
+
+/// Sends back what was made of a packet. Whose link header the kernel has hidden, its neighbour code gives a new one.
+#[inline(always)]
+fn back_in_tc(frame: &Skb, config: &Config, tags: Tags, headless: bool) -> Result<i32, Outcome> {
+    tag(frame, tags)?;
+    Ok(to_hop(config.uplink, if headless { Next::Unresolved } else { Next::Known }, tags))
 }
 
 /// Sends a frame out of an interface.
@@ -184,21 +215,20 @@ fn clamp_arrived<F: Frame, A: Family>(
 #[inline(always)]
 pub fn emit_in_xdp<A: Family>(
     frame: &XdpFrame,
-    packet: &Packet<A>,
+    packet: &mut Packet<A>,
     arrival: &Arrival,
 ) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
     let known = classify::for_client(packet)?;
     let fits = config.flags & XDP_TRANSMITS != 0
         && !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    if known.is_null() || !fits || unsafe { (*known).tags.outer.is_some() } || !neighbour::is_fresh(known) {
+    let flow = &packet.flow;
+    if !known || !fits || flow.tags.outer.is_some() || !neighbour::is_fresh(flow) {
         return if note(frame, config, HANDOVER_EMIT) { Ok(XDP_PASS) } else { Err(Outcome::HandoverLost) };
     }
     clamp_emitted(frame, packet, arrival.peer)?;
-    rewrite::link(frame, neighbour::hop(known)).ok_or(Outcome::TunnelMalformed)?;
-    // SAFETY: as above.
-    count::reply(unsafe { (*known).backend }, 1, packet.bytes as u64);
+    rewrite::link(frame, neighbour::hop(&packet.flow)).ok_or(Outcome::TunnelMalformed)?;
+    count::reply(packet.flow.backend, 1, packet.bytes as u64);
     count::outcome(Outcome::Reply as u32, 1);
     Ok(transmit(frame, config, config.uplink))
 }
@@ -210,19 +240,18 @@ pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32,
     let known = classify::for_client(packet)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     give_link_header(frame, packet)?;
-    if known.is_null() {
+    if !known {
         count::outcome(Outcome::Reply as u32, packets);
         // SAFETY: no parameters are passed: the kernel takes the next hop from its routing table.
         return Ok(unsafe { bpf_redirect_neigh(config.uplink, null_mut(), 0, 0) } as i32);
     }
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let (index, tags) = unsafe { ((*known).backend, (*known).tags) };
+    let (index, tags) = (packet.flow.backend, packet.flow.tags);
     if let Some(backend) = BACKENDS.get(index) {
         clamp_emitted(frame, packet, backend.peer as u32)?;
     }
-    let (to, from) = (&packet.key.destination, &packet.key.source);
-    let next = neighbour::refresh(frame.context(), known, to, from, config.uplink);
-    rewrite::link(frame, neighbour::hop(known)).ok_or(Outcome::TunnelMalformed)?;
+    let route = Route::new(&packet.key.destination, &packet.key.source, config.uplink);
+    let next = neighbour::refresh(frame.context(), packet, &route);
+    rewrite::link(frame, neighbour::hop(&packet.flow)).ok_or(Outcome::TunnelMalformed)?;
     tag(frame, tags)?;
     count::reply(index, packets, bytes);
     count::outcome(Outcome::Reply as u32, packets);
@@ -247,7 +276,7 @@ const BACK: u32 = 0;
 /// Puts a request into the tunnel to its task's node, or turns it into the answer that it is too big; the interface
 /// to send it by, or [`BACK`].
 #[inline(always)]
-fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found<A>) -> Result<u32, Outcome> {
+fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found) -> Result<u32, Outcome> {
     let backend = found.backend;
     let number = backend.peer as u32;
     let peer = tunnel::peer(number)?;
@@ -263,7 +292,7 @@ fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found<A>)
     if !tunnel::wrap(frame, &cargo, peer) {
         return Err(Outcome::BackendUnreachable);
     }
-    tally(found, packets, bytes);
+    tally(packet, found, packets, bytes);
     count::outcome(Outcome::Peer as u32, packets);
     Ok(peer.ifindex)
 }
@@ -281,11 +310,7 @@ fn too_big<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, room: u32) -> Res
 
 /// In TC on the uplink, where XDP has not decided.
 #[inline(always)]
-pub fn from_uplink_tc<A: Family>(
-    frame: &Skb,
-    packet: &mut Packet<A>,
-    found: &Found<A>,
-) -> Result<i32, Outcome> {
+pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Found) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
@@ -298,19 +323,16 @@ pub fn from_uplink_tc<A: Family>(
     if backend.kind == Kind::Peer as u8 {
         let interface = to_peer(frame, packet, found)?;
         if interface == BACK {
-            tag(frame, packet.tags)?;
-            // Whose link header the kernel has hidden, its neighbour code gives a new one.
-            let next = if headless { Next::Unresolved } else { Next::Known };
-            return Ok(to_hop(config.uplink, next, packet.tags));
+            return back_in_tc(frame, config, packet.tags, headless);
         }
         // SAFETY: the helper has no preconditions.
         return Ok(unsafe { bpf_redirect(interface, 0) } as i32);
     }
     let local = backend.kind == Kind::Local as u8;
-    let target = target(packet, found);
+    let target = Target::of(&packet.flow.rewrite);
     let hop = backend_hop(backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
-    tally(found, packets, bytes(frame, packet));
+    tally(packet, found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
     // SAFETY: the helpers have no preconditions.
     let action = unsafe {
@@ -336,11 +358,7 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
 
 /// In TC where tasks answer.
 #[inline(always)]
-pub fn from_task_tc<A: Family>(
-    frame: &Skb,
-    packet: &mut Packet<A>,
-    found: &Found<A>,
-) -> Result<i32, Outcome> {
+pub fn from_task_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Found) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
     to_client(frame, packet, found, config, Outcome::Reply)
 }
@@ -350,28 +368,28 @@ pub fn from_task_tc<A: Family>(
 fn to_client<A: Family>(
     frame: &Skb,
     packet: &mut Packet<A>,
-    found: &Found<A>,
+    found: &Found,
     config: &Config,
     outcome: Outcome,
 ) -> Result<i32, Outcome> {
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     untag(frame, packet)?;
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let (role, tags, number) = unsafe { ((*found.flow).role, (*found.flow).tags, (*found.flow).peer as u32) };
+    let (role, tags, number) = (packet.flow.role, packet.flow.tags, packet.flow.peer as u32);
     if role == REPLY_BY_PEER {
         return to_client_by_peer(frame, packet, found, number);
     }
-    let target = target(packet, found);
-    let next =
-        neighbour::refresh(frame.context(), found.flow, target.destination, target.source, config.uplink);
-    let hop = neighbour::hop(found.flow);
+    let rewrite = &packet.flow.rewrite;
+    let route = Route::new(&rewrite.destination, &rewrite.source, config.uplink);
+    let next = neighbour::refresh(frame.context(), packet, &route);
+    let target = Target::of(&packet.flow.rewrite);
+    let hop = neighbour::hop(&packet.flow);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     if role == REPLY_DIRECT {
         // The client's packets come through the tunnel all the same.
         clamp_emitted(frame, packet, number)?;
     }
     tag(frame, tags)?;
-    tally(found, packets, bytes);
+    tally(packet, found, packets, bytes);
     count::outcome(outcome as u32, packets);
     Ok(to_hop(config.uplink, next, tags))
 }
@@ -393,7 +411,7 @@ fn to_hop(uplink: u32, next: Next, tags: Tags) -> i32 {
 fn to_client_by_peer<A: Family>(
     frame: &Skb,
     packet: &Packet<A>,
-    found: &Found<A>,
+    found: &Found,
     number: u32,
 ) -> Result<i32, Outcome> {
     let peer = tunnel::peer(number)?;
@@ -404,7 +422,7 @@ fn to_client_by_peer<A: Family>(
         // SAFETY: the helper has no preconditions.
         return Ok(unsafe { bpf_redirect(frame.ifindex(), 0) } as i32);
     }
-    let target = target(packet, found);
+    let target = Target::of(&packet.flow.rewrite);
     // The tunnel writes the link header.
     let hop = Hop { destination: peer.mac, source: peer.source_mac, known: false };
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
@@ -415,7 +433,7 @@ fn to_client_by_peer<A: Family>(
     if !tunnel::wrap(frame, &cargo, peer) {
         return Err(Outcome::BackendUnreachable);
     }
-    tally(found, packets, bytes);
+    tally(packet, found, packets, bytes);
     count::outcome(Outcome::Reply as u32, packets);
     // SAFETY: the helper has no preconditions.
     Ok(unsafe { bpf_redirect(peer.ifindex, 0) } as i32)
@@ -423,9 +441,9 @@ fn to_client_by_peer<A: Family>(
 
 /// What a forwarded packet is counted as.
 #[inline(always)]
-fn outcome<A: Family>(found: &Found<A>) -> Result<Outcome, Outcome> {
+fn outcome(found: &Found) -> Result<Outcome, Outcome> {
     match (&found.way, Kind::try_from(found.backend.kind)) {
-        (Way::Client | Way::Back, _) => Ok(Outcome::Reply),
+        (Way::Client, _) => Ok(Outcome::Reply),
         (Way::Task, Ok(Kind::Local)) => Ok(Outcome::Local),
         (Way::Task, Ok(Kind::Routed)) => Ok(Outcome::Routed),
         (Way::Task, Ok(Kind::Snat)) => Ok(Outcome::Snat),
@@ -434,26 +452,12 @@ fn outcome<A: Family>(found: &Found<A>) -> Result<Outcome, Outcome> {
     }
 }
 
-/// What the packet leaves with.
-#[inline(always)]
-fn target<'a, A: Family>(packet: &'a Packet<A>, found: &'a Found<A>) -> Target<'a, A> {
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let flow = unsafe { &*found.flow };
-    match found.way {
-        // SAFETY: with this way it is set, and an entry of a table.
-        Way::Back => Target::answer(packet, flow, unsafe { &*found.listener }),
-        Way::Task | Way::Client => Target::of(&flow.rewrite),
-    }
-}
-
 /// Counts for the backend.
 #[inline(always)]
-fn tally<A: Family>(found: &Found<A>, packets: u64, bytes: u64) {
-    // SAFETY: as above.
-    let index = unsafe { (*found.flow).backend };
+fn tally<A: Family>(packet: &Packet<A>, found: &Found, packets: u64, bytes: u64) {
     match found.way {
-        Way::Task => count::request(index, packets, bytes),
-        _ => count::reply(index, packets, bytes),
+        Way::Task => count::request(packet.flow.backend, packets, bytes),
+        Way::Client => count::reply(packet.flow.backend, packets, bytes),
     }
 }
 

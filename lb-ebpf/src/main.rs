@@ -28,10 +28,13 @@ mod maps;
 mod neighbour;
 mod packet;
 mod parse;
+mod reply;
+mod reset;
 mod rewrite;
 mod segment;
 mod select;
 mod snat;
+mod track;
 mod tunnel;
 
 use aya_ebpf::{
@@ -189,11 +192,16 @@ fn decode(done: i32) -> Result<i32, u32> {
 
 #[inline(never)]
 fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> i32 {
-    encode(
-        classify::uplink(frame, packet, Scope::All)
-            .and_then(|found| forward::from_xdp(frame, packet, &found))
-            .map(|action| action as i32),
-    )
+    let found = classify::uplink(frame, packet, Scope::All);
+    if let Err(Outcome::Reset) = found {
+        return reset_in_xdp(frame, packet);
+    }
+    encode(found.and_then(|found| forward::from_xdp(frame, packet, &found)).map(|action| action as i32))
+}
+
+#[inline(never)]
+fn reset_in_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> i32 {
+    encode(forward::reset_in_xdp(frame, packet).map(|action| action as i32))
 }
 
 /// TC ingress on the uplink: delivers to local tasks what XDP decided, and does all of XDP's work where XDP
@@ -311,10 +319,16 @@ fn deliver<A: Family>(frame: &Skb, packet: &mut Packet<A>, backend: u32) -> i32 
 #[inline(never)]
 fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, all: bool) -> i32 {
     let scope = if all { Scope::All } else { Scope::Flows };
-    encode(
-        classify::uplink(frame, packet, scope)
-            .and_then(|found| forward::from_uplink_tc(frame, packet, &found)),
-    )
+    let found = classify::uplink(frame, packet, scope);
+    if let Err(Outcome::Reset) = found {
+        return reset_in_tc(frame, packet);
+    }
+    encode(found.and_then(|found| forward::from_uplink_tc(frame, packet, &found)))
+}
+
+#[inline(never)]
+fn reset_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
+    encode(forward::reset_in_tc(frame, packet))
 }
 
 /// TC ingress where tasks answer: turns replies around to the client. A task's own traffic is nobody's business
@@ -343,6 +357,12 @@ pub fn task_tc(context: TcContext) -> i32 {
 #[inline(never)]
 fn from_task<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
     encode(classify::task(frame, packet).and_then(|found| forward::from_task_tc(frame, packet, &found)))
+}
+
+/// Tells user space what time it is for flows; never attached.
+#[xdp]
+pub fn clock(_: XdpContext) -> u32 {
+    neighbour::jiffies() as u32
 }
 
 #[cfg(target_arch = "bpf")]

@@ -10,7 +10,7 @@ use lb_common::{
     backend::Backend,
     endpoint::{Endpoint, Listener, Replies},
     filter::FILTER_WORDS,
-    flow::{Flow, FlowKey},
+    flow::{Flow, FlowKey, Timers},
     fragment::{FragmentKey, Ports},
     net::{V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
@@ -28,6 +28,8 @@ pub type Listeners<A> = HashMap<Endpoint<A>, Listener, { size::LISTENERS }, ON_D
 pub type ReplyTable<A> = HashMap<Endpoint<A>, Replies<A>, { size::BACKENDS }, ON_DEMAND>;
 /// Flows of one family.
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::FLOWS }>;
+/// Flows of one family that are not established.
+pub type HalfOpen<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::HALF_OPEN }>;
 /// Fragmented datagrams of one family.
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, Ports, { size::FRAGMENTS }>;
 
@@ -63,6 +65,15 @@ pub static FLOWS4: Flows<V4> = LruHashMap::new();
 
 #[btf_map]
 pub static FLOWS6: Flows<V6> = LruHashMap::new();
+
+#[btf_map]
+pub static HALF_OPEN4: HalfOpen<V4> = LruHashMap::new();
+
+#[btf_map]
+pub static HALF_OPEN6: HalfOpen<V6> = LruHashMap::new();
+
+#[btf_map]
+pub static TIMERS: Array<Timers, { size::SERVICES }> = Array::new();
 
 #[btf_map]
 pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();

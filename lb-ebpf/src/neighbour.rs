@@ -12,11 +12,15 @@ use aya_ebpf::{
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64},
 };
 use lb_common::{
-    flow::{Flow, REPLY_DIRECT},
+    flow::{Flow, REPLY_DIRECT, REQUEST},
     net::Wide,
 };
 
-use crate::{family::Family, packet::mac, rewrite::Hop};
+use crate::{
+    family::Family,
+    packet::{Packet, mac},
+    rewrite::Hop,
+};
 
 /// What is known of the way to a client.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -48,57 +52,67 @@ pub fn is_due(then: u32, now: u32) -> bool {
 /// Whether the flow's hop may be used as it is. The routing table knows nothing of the tags a client's frames
 /// carry: their hop stays as it was learnt.
 #[inline(always)]
-pub fn is_fresh<A>(flow: *const Flow<A>) -> bool {
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let flow = unsafe { &*flow };
+pub fn is_fresh<A>(flow: &Flow<A>) -> bool {
     flow.tags.outer.is_some() || !is_due(flow.hop_seen, jiffies() as u32)
 }
 
 /// The hop in the flow.
 #[inline(always)]
-pub fn hop<A>(flow: *const Flow<A>) -> Hop {
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    unsafe { Hop { destination: (*flow).client_mac, source: (*flow).node_mac, known: true } }
+pub fn hop<A>(flow: &Flow<A>) -> Hop {
+    Hop { destination: flow.client_mac, source: flow.node_mac, known: true }
 }
 
-/// Renews the flow's hop to `client` if it is old.
+/// Renews the hop of the packet's flow if it is old, in the copy and in the entry.
 #[inline(always)]
-pub fn refresh<A: Family>(
-    context: *mut c_void,
-    flow: *mut Flow<A>,
-    client: &A,
-    from: &A,
-    uplink: u32,
-) -> Next {
+pub fn refresh<A: Family>(context: *mut c_void, packet: &mut Packet<A>, route: &Route) -> Next {
+    let flow = &mut packet.flow;
     if is_fresh(flow) {
         return Next::Known;
     }
     let now = jiffies() as u32;
-    // SAFETY: as above.
-    let flow = unsafe { &mut *flow };
-    let route = Route { family: A::NUMBER, uplink, to: client.to_wide(), from: from.to_wide() };
-    match ask(context, &route, &mut flow.client_mac, &mut flow.node_mac) {
-        BPF_FIB_LKUP_RET_SUCCESS => {
-            flow.hop_seen = now;
-            Next::Confirm
-        }
-        BPF_FIB_LKUP_RET_NO_NEIGH => Next::Unresolved,
+    let next = match ask(context, route, &mut flow.client_mac, &mut flow.node_mac) {
+        BPF_FIB_LKUP_RET_SUCCESS => Next::Confirm,
+        BPF_FIB_LKUP_RET_NO_NEIGH => return Next::Unresolved,
         // No route by the uplink, or forwarding is off: go on answering to where the question came from. What came
         // through a peer shows no such place; the kernel's neighbour code asks less.
-        _ if flow.role == REPLY_DIRECT => Next::Unresolved,
-        _ => {
-            flow.hop_seen = now;
-            Next::Known
+        _ if flow.role == REPLY_DIRECT => return Next::Unresolved,
+        _ => Next::Known,
+    };
+    flow.hop_seen = now;
+    keep(packet);
+    next
+}
+
+/// Keeps the hop in the flow's entry. An answer to a request finds the entry by the request's key.
+#[inline(never)]
+fn keep<A: Family>(packet: &Packet<A>) -> i32 {
+    let flow = &packet.flow;
+    let key = if flow.role == REQUEST { &packet.flow_key } else { &packet.key };
+    if let Some(there) = A::any_flow(key) {
+        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+        unsafe {
+            (*there).client_mac = flow.client_mac;
+            (*there).node_mac = flow.node_mac;
+            (*there).hop_seen = flow.hop_seen;
         }
     }
+    0
 }
 
 /// What the routing table is asked.
-struct Route {
+pub struct Route {
     family: u8,
     uplink: u32,
     to: Wide,
     from: Wide,
+}
+
+impl Route {
+    /// The way from an own address to a client, by the uplink.
+    #[inline(always)]
+    pub fn new<A: Family>(to: &A, from: &A, uplink: u32) -> Self {
+        Self { family: A::NUMBER, uplink, to: to.to_wide(), from: from.to_wide() }
+    }
 }
 
 /// `struct bpf_fib_lookup` of the kernel's user API, in words: the compiler would zero its byte arrays by

@@ -1,19 +1,10 @@
 //! What the parser learned about a packet, passed through the stages.
 
 use lb_common::{
-    flow::{Flow, FlowKey, Tags},
+    flow::{ACK, FIN, Flow, FlowKey, RST, SYN, Segment, Tags},
     net::{TCP, V4, V6},
     tunnel::TaskKey,
 };
-
-/// FIN, of the TCP flags (RFC 9293, 3.1).
-pub const FIN: u8 = 1;
-/// SYN.
-pub const SYN: u8 = 2;
-/// RST.
-pub const RST: u8 = 4;
-/// ACK.
-pub const ACK: u8 = 16;
 
 /// A whole TCP or UDP packet.
 pub const WHOLE: u8 = 0;
@@ -23,6 +14,9 @@ pub const FIRST: u8 = 1;
 pub const LATER: u8 = 2;
 /// An ICMP error that quotes one.
 pub const ERROR: u8 = 3;
+
+/// Stands for no backend: no index is as high.
+pub const NOBODY: u32 = u32::MAX;
 
 /// The link layer: where the network header starts, and the VLAN tags before it.
 pub struct Link {
@@ -66,8 +60,19 @@ pub struct Packet<A> {
     pub form: u8,
     /// Type of service or traffic class.
     pub service: u8,
-    /// The flow being made for it.
-    pub draft: Flow<A>,
+    /// Of TCP: sequence number, host order.
+    pub sequence: u32,
+    /// Of TCP: what it acknowledges, host order.
+    pub acknowledgment: u32,
+    /// Its flow: a copy of the entry, or the entry that is being made. The later stages know this copy alone, so that it
+    /// does not matter to them which table it comes from.
+    pub flow: Flow<A>,
+    /// The backend that is not to take the flow which is being made, because it has not answered; [`NOBODY`] if all may.
+    pub avoid: u32,
+    /// How many tasks the flow that is being made was given to before.
+    pub retries: u8,
+    /// The key of the flow's entry, where that is not the packet's own five-tuple.
+    pub flow_key: FlowKey<A>,
     /// The entry for that flow's replies being made (snat).
     pub reply: Flow<A>,
     /// Its key.
@@ -79,6 +84,17 @@ impl<A> Packet<A> {
     #[inline(always)]
     pub fn is_tcp(&self) -> bool {
         self.key.protocol == TCP
+    }
+
+    /// What the packet says of its place in the connection.
+    #[inline(always)]
+    pub fn segment(&self) -> Segment {
+        Segment {
+            sequence: self.sequence,
+            acknowledgment: self.acknowledgment,
+            payload: (self.transport_bytes as u32).wrapping_sub(self.header_bytes as u32),
+            flags: self.flags,
+        }
     }
 
     /// Whether the packet asks for a new connection.

@@ -1,11 +1,6 @@
 //! Writing a flow's rewrite into a packet: link, network and transport header, and their checksums.
 
-use lb_common::{
-    checksum::Delta,
-    endpoint::ReplySource,
-    flow::{Flow, Rewrite},
-    net::Be16,
-};
+use lb_common::{checksum::Delta, flow::Rewrite, net::Be16};
 
 use crate::{
     family::Family,
@@ -44,19 +39,6 @@ impl<'a, A: Family> Target<'a, A> {
             destination_port: rewrite.destination_port,
             addresses: Delta::from_raw(rewrite.address_delta),
             ports: Delta::from_raw(rewrite.port_delta),
-        }
-    }
-
-    /// As the flow's listener answers: the reverse of what the flow does to requests.
-    #[inline(always)]
-    pub fn answer(packet: &'a Packet<A>, flow: &Flow<A>, listener: &'a ReplySource<A>) -> Self {
-        Self {
-            source: &listener.address,
-            destination: &packet.key.destination,
-            source_port: listener.port,
-            destination_port: packet.key.destination_port,
-            addresses: Delta::from_raw(flow.rewrite.address_delta).reversed(),
-            ports: Delta::from_raw(flow.rewrite.port_delta).reversed(),
         }
     }
 

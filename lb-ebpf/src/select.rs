@@ -3,16 +3,14 @@
 use lb_common::{
     backend::{Backend, SHARED, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS},
-    flow::FlowKey,
-    net::TCP,
     outcome::Outcome,
 };
 
 use crate::{
     family::Family,
-    maps::{self, BACKENDS, CURSORS, SLOTS},
-    neighbour,
-    packet::Packet,
+    maps::{BACKENDS, CURSORS, SLOTS},
+    packet::{NOBODY, Packet},
+    track,
 };
 
 /// Slots looked at for one flow: the tables change one entry at a time, and a task may take no twin.
@@ -21,14 +19,29 @@ const TRIES: u64 = 4;
 /// The next backend of the listener that can take this flow.
 #[inline(always)]
 pub fn backend<A: Family>(
-    packet: &Packet<A>,
+    packet: &mut Packet<A>,
     listener: &Listener,
 ) -> Result<(u32, &'static Backend), Outcome> {
-    if listener.slot_count == 0 {
-        return Err(Outcome::NoBackend);
+    match choose(packet, listener) {
+        COLLIDES => Err(Outcome::SourceCollision),
+        index => BACKENDS.get(index).map(|backend| (index, backend)).ok_or(Outcome::NoBackend),
     }
-    let cursor = CURSORS.get_ptr_mut(listener.cursor).ok_or(Outcome::NoBackend)?;
-    let mut refusal = Outcome::NoBackend;
+}
+
+/// Stands for no backend, because the client's port is in use with each that was tried.
+const COLLIDES: u32 = NOBODY - 1;
+
+/// Its index, [`NOBODY`] or [`COLLIDES`]. A function of its own, for the verifier's sake: its many ways end in one.
+#[inline(never)]
+fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener) -> u32 {
+    let Some(cursor) = CURSORS.get_ptr_mut(listener.cursor) else {
+        return NOBODY;
+    };
+    if listener.slot_count == 0 {
+        return NOBODY;
+    }
+    // What is said if nobody takes it.
+    let mut choice = NOBODY;
     for _ in 0..TRIES {
         let turn = take_turn(cursor);
         let slot = listener.slot_base + (turn % listener.slot_count as u64) as u32;
@@ -43,14 +56,21 @@ pub fn backend<A: Family>(
             continue;
         }
         if backend.flags & SHARED != 0
-            && (collides(&packet.key, backend, index) || serves_by_peer(&packet.key, backend))
+            && (collides(packet, backend, index) || serves_by_peer(packet, backend, index))
         {
-            refusal = Outcome::SourceCollision;
+            if choice == NOBODY {
+                choice = COLLIDES;
+            }
             continue;
         }
-        return Ok((index, backend));
+        // It has not answered this client, but it may be the only one.
+        if index == packet.avoid {
+            choice = index;
+            continue;
+        }
+        return index;
     }
-    Err(refusal)
+    choice
 }
 
 /// Takes the next turn of a published port, one atomic add.
@@ -76,32 +96,36 @@ fn take_turn(cursor: *mut u64) -> u64 {
 /// Whether the task serves this client's address and port through a listener of another node. What is left of such a
 /// connection when it is over goes: it would claim the answers of the one that starts.
 #[inline(never)]
-fn serves_by_peer<A: Family>(key: &FlowKey<A>, backend: &Backend) -> bool {
-    let now = neighbour::jiffies() as u32;
-    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
-    let task = *A::in_wide(&backend.address);
-    let reply = FlowKey::new(task, key.source, backend.port, key.source_port, key.protocol);
-    let Some(known) = A::flow(&reply) else {
-        return false;
-    };
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    if unsafe { (*known).is_alive(key.protocol == TCP, now, hz) } {
+fn serves_by_peer<A: Family>(packet: &mut Packet<A>, backend: &Backend, index: u32) -> bool {
+    let Packet { key, flow_key, .. } = packet;
+    flow_key.source = *A::in_wide(&backend.address);
+    flow_key.destination = key.source;
+    flow_key.source_port = backend.port;
+    flow_key.destination_port = key.source_port;
+    flow_key.protocol = key.protocol;
+    flow_key._pad = 0;
+    flow_key._pad2 = 0;
+    if track::is_alive_at(flow_key, index, backend.service) {
         return true;
     }
-    let _ = A::delete_flow(&reply);
+    let _ = A::delete_flow(flow_key);
     false
 }
 
 /// Whether the task serves this client's address and port through another listener: it could not tell the two
 /// connections apart.
 #[inline(never)]
-pub fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> bool {
+pub fn collides<A: Family>(packet: &mut Packet<A>, backend: &Backend, index: u32) -> bool {
+    let Packet { key, flow_key, .. } = packet;
     let endpoint = Endpoint::new(A::from_wide(backend.address), backend.port, key.protocol);
     let Some(replies) = A::replies(&endpoint) else {
         return false;
     };
-    let now = neighbour::jiffies() as u32;
-    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
+    flow_key.source = key.source;
+    flow_key.source_port = key.source_port;
+    flow_key.protocol = key.protocol;
+    flow_key._pad = 0;
+    flow_key._pad2 = 0;
     for i in 0..MAX_REPLY_LISTENERS {
         if i as u32 >= replies.count {
             break;
@@ -110,13 +134,10 @@ pub fn collides<A: Family>(key: &FlowKey<A>, backend: &Backend, index: u32) -> b
         if other.address == key.destination && other.port == key.destination_port {
             continue;
         }
-        let twin = FlowKey::new(key.source, other.address, key.source_port, other.port, key.protocol);
-        if let Some(flow) = A::flow(&twin) {
-            // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-            let flow = unsafe { &*flow };
-            if flow.backend == index && flow.is_alive(key.protocol == TCP, now, hz) {
-                return true;
-            }
+        flow_key.destination = other.address;
+        flow_key.destination_port = other.port;
+        if track::is_alive_at(flow_key, index, backend.service) {
+            return true;
         }
     }
     false

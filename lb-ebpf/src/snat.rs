@@ -3,35 +3,81 @@
 //! The entry for replies *is* the reservation: its key holds the task's endpoint, so that the same port serves
 //! flows to different tasks, and inserting it only where there is none keeps two flows apart.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::generated::bpf_get_prandom_u32,
-};
+use aya_ebpf::{bindings::BPF_NOEXIST, helpers::generated::bpf_get_prandom_u32};
 use lb_common::{
     abi::Config,
     backend::Backend,
     flow::{Flow, FlowKey, REPLY},
-    net::{Be16, TCP},
+    net::Be16,
     outcome::Outcome,
 };
 
-use crate::{family::Family, maps, packet::Packet};
+use crate::{family::Family, maps, packet::Packet, track};
 
 /// Ports tried for one flow. With nine tenths of a range in use, all fail once in thirty flows.
 const TRIES: usize = 32;
 
-/// Reserves a source port towards the backend and has the requests of the drafted flow leave with it.
+/// Reserves a source port towards the backend and has the requests of the flow that is being made leave with it.
 #[inline(always)]
 pub fn reserve<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> Result<(), Outcome> {
-    let config = maps::config().ok_or(Outcome::SnatPortsExhausted)?;
-    let mut port = first_choice(config, packet.key.source_port);
+    if found_port(packet, backend) { Ok(()) } else { Err(Outcome::SnatPortsExhausted) }
+}
+
+#[inline(never)]
+fn found_port<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> bool {
+    for _ in 0..2 {
+        match free_port(packet, backend) {
+            NO_PORT => return false,
+            port if claim(packet, backend, Be16::from_raw(port as u16)) => return true,
+            // Another CPU was faster.
+            _ => {}
+        }
+    }
+    false
+}
+
+/// Stands for no port: none is as high.
+const NO_PORT: u32 = u32::MAX;
+
+/// A port that no flow to the backend has, network order.
+#[inline(never)]
+fn free_port<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> u32 {
+    let Some(config) = maps::config() else {
+        return NO_PORT;
+    };
+    let Packet { key, reply_key, .. } = packet;
+    reply_key.source = *A::in_wide(&backend.address);
+    reply_key.destination = *A::in_wide(&backend.source);
+    reply_key.source_port = backend.port;
+    reply_key.protocol = key.protocol;
+    reply_key._pad = 0;
+    reply_key._pad2 = 0;
+    let mut port = first_choice(config, key.source_port);
     for _ in 0..TRIES {
-        if claim(packet, backend, port, config.jiffies_per_second) {
-            return Ok(());
+        packet.reply_key.destination_port = port;
+        if is_free(packet, backend.service) {
+            return port.raw() as u32;
         }
         port = any(config);
     }
-    Err(Outcome::SnatPortsExhausted)
+    NO_PORT
+}
+
+/// Whether no flow has the port in the key for replies. What an earlier connection of the same client to the same
+/// listener left behind is ours to take, and what a flow holds that nobody heard of for long. Should a late request of
+/// that come, [`look_after`] finds the port gone before the packet leaves.
+#[inline(never)]
+fn is_free<A: Family>(packet: &Packet<A>, service: u32) -> bool {
+    let Some(taken) = A::any_flow(&packet.reply_key) else {
+        return true;
+    };
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let taken = unsafe { &*taken };
+    let (key, rewrite) = (&packet.key, &taken.rewrite);
+    let own = (rewrite.destination == key.source && rewrite.destination_port == key.source_port)
+        && (rewrite.source == key.destination && rewrite.source_port == key.destination_port);
+    // Of several CPUs that are after the port, one removes it.
+    (own || track::expired(taken, packet.is_tcp(), service)) && A::delete_flow(&packet.reply_key).is_ok()
 }
 
 /// The client's own port where it cannot clash with a connection of the host itself, else any of the range.
@@ -49,32 +95,14 @@ fn any(config: &Config) -> Be16 {
     Be16::new(low.wrapping_add((random % (high.wrapping_sub(low) as u32 + 1)) as u16))
 }
 
-/// Puts the entry for replies in place and the port into the draft; false if another flow has this port.
+/// Puts the entry for replies in place and the port into the flow; false if another flow has this port now.
 #[inline(never)]
-fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16, hz: u32) -> bool {
+fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bool {
     let (own, task) = (A::in_wide(&backend.source), A::in_wide(&backend.address));
-    packet.draft.rewrite.set(&packet.key, (own, port), (task, backend.port));
-    let Packet { key, draft, reply, reply_key, .. } = packet;
-    answer(key, draft, reply, reply_key);
-    if A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok() {
-        return true;
-    }
-    let Some(taken) = A::flow(reply_key) else {
-        return false;
-    };
-    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let taken = unsafe { &*taken };
-    // What an earlier connection of the same client to the same listener left behind is ours to take.
-    if taken.rewrite == reply.rewrite {
-        return A::insert_flow(reply_key, reply, BPF_ANY as u64).is_ok();
-    }
-    if !taken.expired(key.protocol == TCP, draft.seen, hz) {
-        return false;
-    }
-    // So is what a flow holds that nobody heard of for long. Should a late request of it come, `look_after` finds
-    // the port gone before the packet leaves.
-    // Of several CPUs that are after the port, one removes it.
-    A::delete_flow(reply_key).is_ok() && A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok()
+    packet.flow.rewrite.set(&packet.key, (own, port), (task, backend.port));
+    let Packet { key, flow, reply, reply_key, .. } = packet;
+    answer(key, flow, reply, reply_key);
+    A::HALF_OPEN.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
 }
 
 /// Keeps the entry for replies of a flow whose requests still come: refreshes it, or makes it anew where it was
@@ -83,8 +111,13 @@ fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16, hz: u
 pub fn look_after<A: Family>(packet: &mut Packet<A>, flow: &Flow<A>) -> bool {
     let Packet { key, reply, reply_key, .. } = packet;
     answer(key, flow, reply, reply_key);
-    let Some(there) = A::flow(reply_key) else {
-        return A::insert_flow(reply_key, reply, BPF_NOEXIST as u64).is_ok();
+    let Some(there) = A::any_flow(reply_key) else {
+        // Where its request's is.
+        return if flow.established() {
+            A::FLOWS.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
+        } else {
+            A::HALF_OPEN.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
+        };
     };
     // SAFETY: as above.
     let there = unsafe { &mut *there };
@@ -117,6 +150,50 @@ fn answer<A: Family>(request: &FlowKey<A>, flow: &Flow<A>, reply: &mut Flow<A>, 
     reply.node_mac = flow.node_mac;
     reply.tags = flow.tags;
     reply.role = REPLY;
-    reply.state = 0;
+    reply.state = flow.state;
     reply.peer = 0;
+    reply.client_next = flow.client_next;
+    reply.task_next = flow.task_next;
+}
+
+/// The key of the other entry of a flow, from either: what leaves by the one comes back by the other.
+#[inline(always)]
+fn twin<A: Family>(packet: &mut Packet<A>) {
+    let Packet { key, flow, reply_key, .. } = packet;
+    reply_key.source = flow.rewrite.destination;
+    reply_key.destination = flow.rewrite.source;
+    reply_key.source_port = flow.rewrite.destination_port;
+    reply_key.destination_port = flow.rewrite.source_port;
+    reply_key.protocol = key.protocol;
+    reply_key._pad = 0;
+    reply_key._pad2 = 0;
+}
+
+/// Tells the other entry of the packet's flow what became of its state: each sees the packets of one side alone.
+#[inline(never)]
+pub fn tell<A: Family>(packet: &mut Packet<A>) -> i32 {
+    twin(packet);
+    if let Some(there) = A::any_flow(&packet.reply_key) {
+        // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+        let there = unsafe { &mut *there };
+        there.state |= packet.flow.state;
+        if packet.flow.is_reply() {
+            there.task_next = packet.flow.task_next;
+        } else {
+            there.client_next = packet.flow.client_next;
+        }
+    }
+    0
+}
+
+/// Moves the entry for replies of an established flow to where the flow is, if it has one.
+#[inline(never)]
+pub fn establish<A: Family>(packet: &mut Packet<A>) -> i32 {
+    twin(packet);
+    if let Some(there) = A::half_open(&packet.reply_key) {
+        // SAFETY: as above.
+        unsafe { packet.reply.copy_from(there) };
+        track::move_over(&packet.reply_key, &packet.reply);
+    }
+    0
 }

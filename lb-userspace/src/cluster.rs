@@ -2,6 +2,7 @@
 
 use std::{fmt, net::IpAddr, str::FromStr, time::SystemTime};
 
+use lb_common::flow::{Phase, Timers};
 use serde::{Deserialize, Serialize};
 
 /// Everything a source knows at one moment.
@@ -72,6 +73,58 @@ pub struct Service {
     pub returns: Option<Return>,
     /// Published ports that are shown but left to Swarm, as users read them.
     pub left: String,
+    /// After which silence its flows have ended.
+    #[serde(default, with = "seconds")]
+    pub timers: Timers,
+}
+
+/// Timers as they travel between nodes.
+mod seconds {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    use super::Timers;
+
+    pub fn serialize<S: Serializer>(timers: &Timers, serializer: S) -> Result<S::Ok, S::Error> {
+        timers.seconds.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Timers, D::Error> {
+        <[u32; 8]>::deserialize(deserializer).map(|seconds| Timers { seconds })
+    }
+}
+
+/// The timers of a service by the names that users give them, in the file and in labels.
+pub const TIMERS: [(&str, Phase); 5] = [
+    ("half_open", Phase::HalfOpen),
+    ("established", Phase::Established),
+    ("closing", Phase::Closing),
+    ("one_way", Phase::OneWay),
+    ("answered", Phase::Answered),
+];
+
+/// Why a timer was refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TimerError {
+    /// There is none of that name.
+    #[error("there is no timer {0:?}; those there are: half_open, established, closing, one_way, answered")]
+    Unknown(String),
+    /// It is out of range.
+    #[error("timer {0} is in seconds, from {least} to {most}", least = Timers::LEAST, most = Timers::MOST)]
+    Range(String),
+}
+
+/// Sets one of a service's timers by its name.
+///
+/// # Errors
+/// There is no timer of that name, or it may not be so long or so short.
+pub fn set_timer(timers: &mut Timers, name: &str, seconds: u32) -> Result<(), TimerError> {
+    let timer = TIMERS.iter().find(|(known, _)| *known == name);
+    let (_, phase) = timer.ok_or_else(|| TimerError::Unknown(name.to_owned()))?;
+    if !(Timers::LEAST..=Timers::MOST).contains(&seconds) {
+        return Err(TimerError::Range(name.to_owned()));
+    }
+    timers.seconds[*phase as usize] = seconds;
+    Ok(())
 }
 
 /// A transport protocol.

@@ -7,7 +7,7 @@ use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
-    flow::{Flow, FlowKey, REPLY},
+    flow::{Flow, FlowKey, REPLY, Timers},
     net::{Be16, V4},
     outcome::Outcome,
     tunnel::DEFAULT_PORT,
@@ -83,7 +83,15 @@ pub fn ip(text: &str) -> IpAddr {
 /// A service of the bench.
 pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
     let ports = ports.iter().map(|port| port.parse().expect("a port")).collect();
-    Service { name: name.into(), addresses: vec![], ports, tasks, returns: None, left: String::new() }
+    Service {
+        name: name.into(),
+        addresses: vec![],
+        ports,
+        tasks,
+        returns: None,
+        left: String::new(),
+        timers: Timers::DEFAULT,
+    }
 }
 
 /// A task of the bench; `here` is local, else it is reached as `via` says.
@@ -105,6 +113,7 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
         let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("an interface");
         let sizes = Sizes {
             flows: Some(16_384),
+            half_open: Some(4_096),
             services: Some(64),
             listeners: Some(256),
             backends: Some(256),
@@ -148,6 +157,16 @@ impl Lab {
 
     fn datapath_mut(&mut self) -> &mut Datapath {
         self.datapath.as_mut().expect("the datapath is there until the end")
+    }
+
+    /// The cluster as it is.
+    pub fn cluster(&self) -> &ClusterState {
+        &self.cluster
+    }
+
+    /// The kernel's coarse clock as flows have it, low 32 bits.
+    pub fn jiffies(&self) -> u32 {
+        self.datapath().now().expect("the clock")
     }
 
     /// Changes the programs' surroundings.
@@ -246,16 +265,30 @@ impl Lab {
         self.tc(program::TASK_TC, frame, self.veth)
     }
 
-    /// Takes every IPv4 entry for replies out of the flow table, as an eviction would; how many there were.
-    pub fn evict_replies(&self) -> usize {
-        let pin = PinDir::of("eth1").expect("the pins").table(table::FLOWS4);
+    /// Takes the IPv4 entries that are chosen out of a flow table, as evictions would; how many there were.
+    pub fn evict(&self, table: &str, chosen: impl Fn(&Flow<V4>) -> bool) -> usize {
+        let pin = PinDir::of("eth1").expect("the pins").table(table);
         let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
         let mut flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
-        let replies: Vec<_> = flows.iter().flatten().filter(|(_, flow)| flow.role == REPLY).collect();
-        for (key, _) in &replies {
+        let entries: Vec<_> = flows.iter().flatten().filter(|(_, flow)| chosen(flow)).collect();
+        for (key, _) in &entries {
             flows.remove(key).expect("an entry");
         }
-        replies.len()
+        entries.len()
+    }
+
+    /// Takes every IPv4 entry for replies out of the flow tables; how many there were.
+    pub fn evict_replies(&self) -> usize {
+        let tables = [table::FLOWS4, table::HALF_OPEN4];
+        tables.iter().map(|table| self.evict(table, |flow| flow.role == REPLY)).sum()
+    }
+
+    /// The IPv4 entries of a flow table.
+    pub fn flows(&self, table: &str) -> Vec<(FlowKey<V4>, Flow<V4>)> {
+        let pin = PinDir::of("eth1").expect("the pins").table(table);
+        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
+        let flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
+        flows.iter().flatten().collect()
     }
 
     /// The counters.

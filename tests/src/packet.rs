@@ -35,6 +35,16 @@ pub struct Packet {
     pub extensions: Vec<(u8, Vec<u8>)>,
     /// Transport.
     pub transport: Transport,
+    /// TCP sequence number.
+    pub sequence: u32,
+    /// TCP acknowledgment number.
+    pub acknowledgment: u32,
+    /// TCP window.
+    pub window: u16,
+    /// IPv4 identification.
+    pub identification: u16,
+    /// Whether IPv4 may not fragment it.
+    pub dont_fragment: bool,
     /// TCP options, a multiple of four bytes.
     pub tcp_options: Vec<u8>,
     /// Payload.
@@ -87,6 +97,9 @@ pub const FIN: Transport = Transport::Tcp(Flags { syn: false, ack: true, fin: tr
 /// RST alone.
 pub const RST: Transport = Transport::Tcp(Flags { syn: false, ack: false, fin: false, rst: true });
 
+/// RST and ACK.
+pub const RST_ACK: Transport = Transport::Tcp(Flags { syn: false, ack: true, fin: false, rst: true });
+
 impl Packet {
     /// A packet from the client to the node.
     pub fn new(transport: Transport, from: (IpAddr, u16), to: (IpAddr, u16)) -> Self {
@@ -101,6 +114,11 @@ impl Packet {
             options: vec![],
             extensions: vec![],
             transport,
+            sequence: 1_000,
+            acknowledgment: 0,
+            window: 65_000,
+            identification: 0x1234,
+            dont_fragment: true,
             tcp_options: vec![],
             payload: b"some payload".to_vec(),
             checksum: Checksum::Full,
@@ -111,6 +129,14 @@ impl Packet {
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
+        self
+    }
+
+    /// The same at a place in the connection, without payload.
+    #[must_use]
+    pub fn at(mut self, sequence: u32, acknowledgment: u32) -> Self {
+        (self.sequence, self.acknowledgment) = (sequence, acknowledgment);
+        self.payload.clear();
         self
     }
 
@@ -172,7 +198,8 @@ impl Packet {
                 .expect("a short packet");
         header.options = self.options.as_slice().try_into().expect("short options");
         header.set_payload_len(length).expect("a short packet");
-        header.identification = 0x1234;
+        header.identification = self.identification;
+        header.dont_fragment = self.dont_fragment;
         header.header_checksum = header.calc_header_checksum();
         header.to_bytes().to_vec()
     }
@@ -201,7 +228,9 @@ impl Packet {
     fn transport_bytes(&self) -> Vec<u8> {
         let mut bytes = match self.transport {
             Transport::Tcp(flags) => {
-                let mut header = TcpHeader::new(self.source_port, self.destination_port, 1_000, 65_000);
+                let mut header =
+                    TcpHeader::new(self.source_port, self.destination_port, self.sequence, self.window);
+                header.acknowledgment_number = self.acknowledgment;
                 (header.syn, header.ack, header.fin, header.rst) =
                     (flags.syn, flags.ack, flags.fin, flags.rst);
                 header.set_options_raw(&self.tcp_options).expect("short options");

@@ -236,12 +236,15 @@ fn read_hash(stream: &mut TcpStream) -> ([u8; 32], usize) {
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set a time limit");
     let (mut sum, mut total, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 18]);
     loop {
-        match stream.read(&mut buffer).expect("read") {
-            0 => return (sum.finalize().into(), total),
-            length => {
+        match stream.read(&mut buffer) {
+            Ok(0) => return (sum.finalize().into(), total),
+            Ok(length) => {
                 sum.update(&buffer[..length]);
                 total += length;
             }
+            // A read with a time limit is not resumed by the kernel after a signal.
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => panic!("read: {error}"),
         }
     }
 }

@@ -366,7 +366,9 @@ fn two_listeners_of_different_nodes_never_share_a_client_s_port_on_a_task() {
         assert_eq!(lab.xdp(&late(lb_tests::packet::RST)).action, PASS);
         assert!(lab.xdp(&packet(V4, SYN, 47_502, 84).bytes()).note.is_some());
         // A connection that is over makes room.
-        assert_eq!(lab.xdp(&to("192.0.2.2", lb_tests::packet::FIN)).action, PASS);
+        let end = Packet::new(lb_tests::packet::FIN, (ip(V4.client), 47_500), (ip("192.0.2.2"), 84));
+        let end = received(outer, TO_TASK, (NEAR, 8084), inner(&end.at(1_001, 0))).bytes();
+        assert_eq!(lab.xdp(&end).action, PASS);
         assert_eq!(lab.xdp(&to("192.0.2.3", SYN)).action, PASS);
     });
 }
@@ -377,8 +379,8 @@ fn a_connection_that_is_over_does_not_claim_the_answers_of_the_next() {
         for family in FAMILIES {
             let client = (ip(family.client), 47_600);
             let far = if family.headers == V4.headers { "192.0.2.2" } else { "2001:db8:1::2" };
-            for transport in [SYN, lb_tests::packet::FIN] {
-                let request = Packet::new(transport, client, (ip(far), 84));
+            for (transport, sequence) in [(SYN, 1_000), (lb_tests::packet::FIN, 1_001)] {
+                let request = Packet::new(transport, client, (ip(far), 84)).at(sequence, 0);
                 let arrived = received(outer, TO_TASK, (NEAR, 8084), inner(&request));
                 assert!(lab.xdp(&arrived.bytes()).note.is_some());
             }

@@ -3,7 +3,7 @@
 pub mod icmp;
 pub mod ipv4;
 pub mod ipv6;
-mod transport;
+pub mod transport;
 
 use lb_common::{
     flow::{Tags, VlanTag},

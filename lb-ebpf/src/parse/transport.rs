@@ -10,17 +10,18 @@ use crate::{
     packet::{FIRST, LATER, Link, Packet},
 };
 
+/// A TCP header without options; multi-byte fields in network order.
 #[repr(C)]
-struct Tcp {
-    source: u16,
-    destination: u16,
-    sequence: u32,
-    acknowledgment: u32,
-    offset: u8,
-    flags: u8,
-    window: u16,
-    checksum: u16,
-    urgent: u16,
+pub struct Tcp {
+    pub source: u16,
+    pub destination: u16,
+    pub sequence: u32,
+    pub acknowledgment: u32,
+    pub offset: u8,
+    pub flags: u8,
+    pub window: u16,
+    pub checksum: u16,
+    pub urgent: u16,
 }
 
 #[repr(C)]
@@ -60,7 +61,7 @@ pub fn parse<F: Frame, A: Address>(
     let room = if packet.form == FIRST { u16::MAX } else { packet.transport_bytes };
     let (source_port, destination_port, flags, header) = match protocol {
         TCP | UDP if packet.form == LATER => (NONE, NONE, 0, 0),
-        TCP => tcp(frame, at, room)?,
+        TCP => tcp(frame, at, room, packet)?,
         UDP => udp(frame, at, room)?,
         _ => return Err(Outcome::OtherProtocol),
     };
@@ -82,7 +83,12 @@ pub fn place<A>(link: &Link, at: usize, packet: &mut Packet<A>) {
 }
 
 #[inline(always)]
-fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8, u8), Outcome> {
+fn tcp<F: Frame, A>(
+    frame: &F,
+    at: usize,
+    bytes: u16,
+    packet: &mut Packet<A>,
+) -> Result<(Be16, Be16, u8, u8), Outcome> {
     let header = frame.at::<Tcp>(at).ok_or(Outcome::Malformed)?;
     // SAFETY: `at` checked the bounds.
     let header = unsafe { &*header };
@@ -90,6 +96,8 @@ fn tcp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8, u8
     if length < size_of::<Tcp>() as u16 || length > bytes {
         return Err(Outcome::Malformed);
     }
+    packet.sequence = u32::from_be(header.sequence);
+    packet.acknowledgment = u32::from_be(header.acknowledgment);
     Ok((Be16::from_raw(header.source), Be16::from_raw(header.destination), header.flags, length as u8))
 }
 

@@ -93,6 +93,7 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
         },
         sizes: Sizes {
             flows: arguments.max_flows,
+            half_open: arguments.max_half_open,
             services: arguments.max_services,
             listeners: arguments.max_listeners,
             backends: arguments.max_backends,

@@ -18,7 +18,7 @@ use std::{collections::BTreeSet, path::Path};
 use aya::{
     Ebpf, EbpfLoader,
     maps::MapData,
-    programs::{ProgramError, SchedClassifier, Xdp},
+    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
 };
 pub use counters::{Counters, OutcomeCount};
 pub use error::DatapathError;
@@ -45,6 +45,8 @@ use crate::{
 pub struct Sizes {
     /// Flows of each family.
     pub flows: Option<u32>,
+    /// Flows of each family that are not established yet.
+    pub half_open: Option<u32>,
     /// Services.
     pub services: Option<u32>,
     /// Listeners of each family.
@@ -197,7 +199,7 @@ impl Datapath {
     fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
         let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
         let loaded = match name {
-            program::UPLINK_XDP => <&mut Xdp>::try_from(program).and_then(Xdp::load),
+            program::UPLINK_XDP | program::CLOCK => <&mut Xdp>::try_from(program).and_then(Xdp::load),
             _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
         };
         loaded.map_err(|error| DatapathError::Verify { program: name, cause: Box::new(error) })
@@ -371,8 +373,22 @@ impl Datapath {
         Ok(())
     }
 
+    /// The clock of flows: jiffies, low 32 bits.
+    ///
+    /// # Errors
+    /// The kernel does not run the program that tells it.
+    pub fn now(&self) -> Result<u32, DatapathError> {
+        let program = self.ebpf.program(program::CLOCK).ok_or(DatapathError::NoProgram(program::CLOCK))?;
+        let Program::Xdp(clock) = program else {
+            return Err(DatapathError::NoProgram(program::CLOCK));
+        };
+        // Any frame will do; there is none shorter.
+        let options = TestRunOptions { data_in: Some(&[0; 14]), ..TestRunOptions::default() };
+        clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
+    }
+
     /// A loaded program, to run it on packets without a wire.
-    pub fn program(&self, name: &str) -> Option<&aya::programs::Program> {
+    pub fn program(&self, name: &str) -> Option<&Program> {
         self.ebpf.program(name)
     }
 }

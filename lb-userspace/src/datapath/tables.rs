@@ -13,6 +13,7 @@ use lb_common::{
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
+    flow::Timers,
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats},
     tunnel::{Path, Peer, TaskKey, mapped, unmapped},
@@ -45,6 +46,7 @@ pub struct TableSet {
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
     labels: HashMap<MapData, LabelKey, Label>,
+    timers: Array<MapData, Timers>,
     pub(super) outcomes: PerCpuArray<MapData, u64>,
     pub(super) backend_stats: PerCpuArray<MapData, BackendStats>,
     pub(super) service_stats: PerCpuArray<MapData, ServiceStats>,
@@ -92,6 +94,7 @@ impl TableSet {
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
             labels: open(pins, table::LABELS)?,
+            timers: open(pins, table::TIMERS)?,
             outcomes: open(pins, table::OUTCOMES)?,
             backend_stats: open(pins, table::BACKEND_STATS)?,
             service_stats: open(pins, table::SERVICE_STATS)?,
@@ -302,6 +305,8 @@ impl TableSet {
         if new {
             zero(&mut self.service_stats, index)?;
         }
+        let timers = Timers { seconds: label.timers };
+        self.timers.set(index, timers, 0).map_err(|e| DatapathError::map("write", e))?;
         self.set_label(LABEL_SERVICE, index, &fitted(label, |label| &mut label.left))
     }
 

@@ -163,6 +163,7 @@ pub fn desired(view: &View<'_>) -> Desired {
                 name: service.name.clone(),
                 tasks: service.tasks.len() as u32,
                 left: Some(service.left.clone()).filter(|left| !left.is_empty()),
+                timers: service.timers.seconds,
             },
             backends: backends(view, service),
             ports: ports(view, service, &mut refused),

@@ -32,6 +32,8 @@ pub struct ServiceLabel {
     /// Published ports that are left to Swarm, as users read them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<String>,
+    /// [`lb_common::flow::Timers`].
+    pub timers: [u32; 8],
 }
 
 /// What a cursor stands for: a published port.

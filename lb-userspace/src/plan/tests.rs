@@ -72,6 +72,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         tasks: seen.into_values().collect(),
         returns: None,
         left: String::new(),
+        timers: lb_common::flow::Timers::DEFAULT,
     }
 }
 

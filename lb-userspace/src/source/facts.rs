@@ -122,6 +122,7 @@ mod tests {
             tasks,
             returns: None,
             left: String::new(),
+            timers: lb_common::flow::Timers::DEFAULT,
         };
         ClusterState { nodes: vec![node], services: vec![service], ..ClusterState::default() }
     }

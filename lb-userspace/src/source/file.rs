@@ -16,19 +16,20 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use lb_common::flow::Timers;
 use notify::{RecursiveMode, Watcher};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use toml::Spanned;
 
 use super::Update;
-use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Tunnel, Via};
+use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer};
 
 /// Why a cluster file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +103,8 @@ struct RawService {
     ports: Vec<Spanned<String>>,
     #[serde(rename = "return")]
     returns: Option<Return>,
+    #[serde(default)]
+    timers: BTreeMap<Spanned<String>, u32>,
     #[serde(default)]
     task: Vec<Spanned<RawTask>>,
 }
@@ -180,7 +183,11 @@ fn parse(text: &str) -> Result<ClusterState, Wrong> {
             .collect::<Result<_, _>>()?;
         let name = service.name.get_ref().clone();
         let (addresses, returns) = (service.addresses.clone(), service.returns);
-        services.push(Service { name, addresses, ports, tasks, returns, left: String::new() });
+        let mut timers = Timers::DEFAULT;
+        for (name, seconds) in &service.timers {
+            set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
+        }
+        services.push(Service { name, addresses, ports, tasks, returns, timers, left: String::new() });
     }
     let tunnel = tunnel(&raw.tunnel, &published)?;
     Ok(ClusterState { nodes, services, tunnel, ..ClusterState::default() })
@@ -410,6 +417,20 @@ weight = 3
         fails(&format!("{GOOD}\n[tunnel]\nport = 53\n"), 18, "publishes port 53/udp, which is the tunnel's");
         fails(&GOOD.replace("53:5353/udp", "6081:5353/udp"), 1, "publishes port 6081/udp");
         fails(&format!("{GOOD}\n[tunnel]\nreturn = \"back\"\n"), 18, "back");
+    }
+
+    #[test]
+    fn timers_are_seconds_by_name() {
+        let with = |timers: &str| {
+            GOOD.replace("[[service.task]]", &format!("[service.timers]\n{timers}\n[[service.task]]"))
+        };
+        let state = parse(&with("established = 900\none_way = 5")).ok().unwrap();
+        assert_eq!(state.services[0].timers.seconds, [30, 900, 120, 0, 5, 300, 0, 0]);
+        let wrong = |timers: &str| parse(&with(timers)).err().map(|wrong| wrong.reason).unwrap_or_default();
+        assert!(wrong("idle = 9").contains("there is no timer"), "{}", wrong("idle = 9"));
+        for seconds in ["2", "1000001"] {
+            assert!(wrong(&format!("closing = {seconds}")).contains("from 3 to 1000000"));
+        }
     }
 
     #[test]

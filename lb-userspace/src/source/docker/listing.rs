@@ -6,14 +6,21 @@ use std::{
     time::SystemTime,
 };
 
+use lb_common::flow::Timers;
+
 use super::model::{self, Gossip};
 use crate::{
-    cluster::{ClusterState, Node, Port, Protocol, Return, Service, Task, TaskState, Tunnel, Via},
+    cluster::{
+        ClusterState, Node, Port, Protocol, Return, Service, Task, TaskState, TimerError, Tunnel, Via,
+        set_timer,
+    },
     source::facts::task_name,
 };
 
 /// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
+/// Service label, with a timer's name after it: the silence in seconds after which its flows have ended.
+pub const TIMER_LABEL: &str = "lb.timers.";
 
 /// The lists of a manager at one moment.
 #[derive(Clone, Debug, Default)]
@@ -100,6 +107,7 @@ impl Listing {
                 ports,
                 tasks,
                 returns: returns(service, &mut notes),
+                timers: timers(service, &mut notes),
                 left,
             });
         }
@@ -235,14 +243,30 @@ fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> 
     }
 }
 
+fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
+    let mut timers = Timers::DEFAULT;
+    for (label, seconds) in &service.spec.labels {
+        let Some(name) = label.strip_prefix(TIMER_LABEL) else {
+            continue;
+        };
+        let set = seconds.parse().map_err(|_| TimerError::Range(name.to_owned()));
+        if let Err(error) = set.and_then(|seconds| set_timer(&mut timers, name, seconds)) {
+            notes.push(format!("service {}: label {label}={seconds}: {error}", service.spec.name));
+        }
+    }
+    timers
+}
+
 #[cfg(test)]
 mod tests {
+    use lb_common::flow::Phase;
+
     use super::*;
 
     /// As Docker 20.10 answered, shortened; a state that is not known here among them.
     fn listing() -> Listing {
         let services = r#"[{"ID": "s1", "UpdatedAt": "2026-11-25T13:22:04.332660173Z",
-            "Spec": {"Name": "web", "Labels": {"lb.return": "direct"}},
+            "Spec": {"Name": "web", "Labels": {"lb.return": "direct", "lb.timers.established": "900", "lb.timers.idle": "9"}},
             "Endpoint": {"Ports": [
                 {"Protocol": "tcp", "TargetPort": 8080, "PublishedPort": 80, "PublishMode": "ingress"},
                 {"Protocol": "sctp", "TargetPort": 132, "PublishedPort": 132, "PublishMode": "ingress"},
@@ -295,6 +319,15 @@ mod tests {
         );
         assert_eq!(web.tasks[2].overlay, "10.0.0.7".parse().ok());
         assert!(listing().is_changing());
+    }
+
+    #[test]
+    fn timers_are_set_by_labels_and_unknown_ones_are_named() {
+        let picture = listing().picture(Tunnel::default());
+        let seconds = picture.cluster.services[1].timers.seconds;
+        assert_eq!((seconds[Phase::Established as usize], seconds[Phase::HalfOpen as usize]), (900, 30));
+        let said = "service web: label lb.timers.idle=9: there is no timer \"idle\"";
+        assert!(picture.notes.iter().any(|note| note.starts_with(said)), "{:?}", picture.notes);
     }
 
     #[test]

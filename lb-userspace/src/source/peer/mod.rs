@@ -150,6 +150,7 @@ mod tests {
             tasks: vec![],
             returns: None,
             left: String::new(),
+            timers: lb_common::flow::Timers::DEFAULT,
         };
         let node = |name: &&str| Node { name: (*name).into(), addresses: vec![], agent: true };
         ClusterState {

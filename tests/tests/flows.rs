@@ -1,0 +1,383 @@
+//! What flows go through, packet by packet: states, failover, timers, eviction, a task that is gone.
+
+use std::collections::BTreeMap;
+
+use lb_common::{
+    abi::{TC_ALONE, table},
+    flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, REQUEST, RESET, TASK_FIN},
+    outcome::Outcome,
+};
+use lb_tests::{
+    lab::{HOP_MAC, Lab, REDIRECT, TASK_MAC, TX, ip, service, task, with_lab},
+    netns::eventually,
+    packet::{ACK, FIN, Flags, NODE_MAC, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
+};
+use lb_userspace::cluster::{Return, Service, TaskState, Via};
+
+const CLIENT: &str = "198.51.100.7";
+const LISTENER: &str = "192.0.2.1";
+/// What a client's packets have for their first sequence number, and a task's.
+const FIRST: u32 = 1_000;
+const TASK_FIRST: u32 = 7_000;
+
+fn request(transport: Transport, port: u16, to: u16) -> Packet {
+    Packet::new(transport, (ip(CLIENT), port), (ip(LISTENER), to))
+}
+
+/// A client's segment without payload.
+fn segment(transport: Transport, port: u16, to: u16, ahead: u32) -> Packet {
+    request(transport, port, to).at(FIRST + 1 + ahead, TASK_FIRST + 1)
+}
+
+/// An answer of a task by its veth.
+fn answer(transport: Transport, slot: u8, target: u16, port: u16) -> Packet {
+    let from = ip(&format!("172.18.0.1{slot}"));
+    Packet::new(transport, (from, target), (ip(CLIENT), port)).with(|p| p.macs = (TASK_MAC, NODE_MAC))
+}
+
+/// An answer of a routed or snat task, by the uplink.
+fn far_answer(transport: Transport, from: &str, target: u16, to: (&str, u16)) -> Packet {
+    Packet::new(transport, (ip(from), target), (ip(to.0), to.1)).with(|p| p.macs = (HOP_MAC, NODE_MAC))
+}
+
+/// Two local tasks, a routed one and one by snat.
+fn services() -> Vec<Service> {
+    let local = |slot: u8| task(&format!("web.{slot}"), true, Via::Snat, &[&format!("172.18.0.1{slot}")]);
+    vec![
+        service("web", &["80:8080", "53:5353/udp"], vec![local(1), local(2)]),
+        service("routed", &["81:8081"], vec![task("routed.1", false, Via::Routed, &["10.9.0.1"])]),
+        service("snat", &["82:8082"], vec![task("snat.1", false, Via::Snat, &["10.9.0.2"])]),
+        service("lone", &["83:8083"], vec![task("lone.1", true, Via::Snat, &["172.18.0.13"])]),
+    ]
+}
+
+/// The number of a task of web by its name.
+fn slot(name: &str) -> u8 {
+    name.strip_prefix("web.").and_then(|slot| slot.parse().ok()).expect("a task of web")
+}
+
+/// A handshake with one of the web's tasks; which one.
+fn establish(lab: &Lab, port: u16) -> u8 {
+    let to = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
+    let taken = answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, FIRST + 1);
+    assert_eq!(lab.task_tc(&taken.bytes()).action, REDIRECT);
+    assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), format!("web.{to}"));
+    to
+}
+
+const NONE: [u8; 0] = [];
+
+/// The states of the entries of a table by the client's port.
+fn states(lab: &Lab, table: &str, port: u16) -> Vec<u8> {
+    const KEPT: u8 = CLIENT_FIN | TASK_FIN | RESET | ANSWERED | ESTABLISHED;
+    let of_port = |key: &lb_common::flow::FlowKey<_>| {
+        key.source_port.get() == port || key.destination_port.get() == port
+    };
+    lab.flows(table).iter().filter(|(key, _)| of_port(key)).map(|(_, flow)| flow.state & KEPT).collect()
+}
+
+#[test]
+fn a_flow_is_half_open_until_its_client_goes_on() {
+    with_lab(services(), |lab| {
+        let port = 40_001;
+        let to = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
+        assert_eq!(states(lab, table::HALF_OPEN4, port), [0]);
+        // What claims to go on before there was an answer does not.
+        lab.delivered_to(&segment(ACK, port, 80, 0));
+        assert_eq!(
+            (states(lab, table::HALF_OPEN4, port), states(lab, table::FLOWS4, port)),
+            (vec![0], vec![])
+        );
+        lab.task_tc(&answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, FIRST + 1).bytes());
+        assert_eq!(states(lab, table::HALF_OPEN4, port), [ANSWERED]);
+        // A forged acknowledgment guesses the number wrong.
+        lab.delivered_to(&segment(ACK, port, 80, 0).at(FIRST + 1, 12_345));
+        assert_eq!(states(lab, table::FLOWS4, port), NONE);
+        lab.delivered_to(&segment(ACK, port, 80, 0));
+        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED]);
+        // A datagram's flow moves with the client's second, if the first was answered.
+        let ask = request(Transport::Udp, port, 53);
+        let to = slot(&lab.delivered_to(&ask));
+        lab.delivered_to(&ask);
+        assert_eq!(states(lab, table::HALF_OPEN4, port), [0]);
+        let (verdict, counted) =
+            lab.counting(|lab| lab.task_tc(&answer(Transport::Udp, to, 5353, port).bytes()));
+        assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+        lab.delivered_to(&ask);
+        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
+        assert_eq!(states(lab, table::FLOWS4, port).len(), 2);
+    });
+}
+
+#[test]
+fn a_snat_flow_and_its_entry_for_replies_move_and_end_together() {
+    with_lab(services(), |lab| {
+        let port = 2_345;
+        lab.xdp(&request(SYN, port, 82).at(FIRST, 0).bytes());
+        assert_eq!(states(lab, table::HALF_OPEN4, port), [0, 0]);
+        let taken = far_answer(SYN_ACK, "10.9.0.2", 8082, (LISTENER, port)).at(TASK_FIRST, FIRST + 1);
+        assert_eq!(lab.xdp(&taken.bytes()).action, TX);
+        assert_eq!(states(lab, table::HALF_OPEN4, port), [ANSWERED, ANSWERED]);
+        assert_eq!(lab.xdp(&segment(ACK, port, 82, 0).bytes()).action, TX);
+        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED; 2]);
+        // The client's reset is known to both, so that its port is free again.
+        assert_eq!(lab.xdp(&segment(RST, port, 82, 0).bytes()).action, TX);
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | RESET; 2]);
+    });
+}
+
+#[test]
+fn forged_resets_and_stray_ends_close_nothing() {
+    with_lab(services(), |lab| {
+        let port = 40_002;
+        let to = establish(lab, port);
+        let open = [ANSWERED | ESTABLISHED];
+        for guess in [0, 1, 99, 1 << 20, u32::MAX - FIRST - 1] {
+            for transport in [RST, RST_ACK, FIN] {
+                // They go on to the task, whose own stack knows best.
+                lab.delivered_to(&segment(transport, port, 80, guess.wrapping_add(1)));
+                assert_eq!(states(lab, table::FLOWS4, port), open, "{transport:?} {guess} ahead");
+            }
+            let forged = answer(RST, to, 8080, port).at(TASK_FIRST.wrapping_add(2).wrapping_add(guess), 0);
+            lab.task_tc(&forged.bytes());
+            assert_eq!(states(lab, table::FLOWS4, port), open, "from the task, {guess} ahead");
+            // By the wire nobody speaks for a task of this node.
+            lab.passes("a task's address from the wire", &forged.bytes(), Outcome::NotOurs);
+        }
+        // On an open flow a SYN is the task's business (RFC 5961, 4.2).
+        assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(77, 0)), format!("web.{to}"));
+        assert_eq!(states(lab, table::FLOWS4, port), open);
+        // The right number is believed.
+        lab.delivered_to(&segment(RST, port, 80, 0));
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | RESET]);
+        let again = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
+        assert_ne!(again, to, "a SYN on a closed flow starts anew");
+    });
+}
+
+#[test]
+fn both_sides_close_and_the_last_packets_still_arrive() {
+    with_lab(services(), |lab| {
+        let port = 40_003;
+        let to = establish(lab, port);
+        lab.delivered_to(&segment(FIN, port, 80, 0));
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | CLIENT_FIN]);
+        lab.task_tc(&answer(FIN, to, 8080, port).at(TASK_FIRST + 1, FIRST + 2).bytes());
+        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | CLIENT_FIN | TASK_FIN]);
+        let last = segment(ACK, port, 80, 1).at(FIRST + 2, TASK_FIRST + 2);
+        assert_eq!(lab.delivered_to(&last), format!("web.{to}"));
+    });
+}
+
+/// How often flows were taken away from each task.
+fn failovers(lab: &Lab) -> BTreeMap<String, u64> {
+    let counters = lab.counters();
+    let taken =
+        |(index, stats): (&u32, &lb_common::stats::BackendStats)| (lab.task_of(*index), stats.failovers);
+    counters.backends.iter().map(taken).filter(|(_, count)| *count > 0).collect()
+}
+
+#[test]
+fn a_syn_sent_again_goes_to_the_next_task_until_one_answers() {
+    with_lab(services(), |lab| {
+        let port = 40_004;
+        let syn = request(SYN, port, 80).at(FIRST, 0);
+        let first = lab.delivered_to(&syn);
+        // Doubled by the network, not sent again.
+        assert_eq!(lab.delivered_to(&syn), first);
+        assert_eq!(failovers(lab), BTreeMap::new());
+        // A quarter of no second is over at once.
+        lab.configure(|config| config.jiffies_per_second = 0);
+        let second = lab.delivered_to(&syn);
+        assert_ne!(second, first);
+        assert_eq!(failovers(lab), BTreeMap::from([(first.clone(), 1)]));
+        // The first one comes too late.
+        let late = answer(SYN_ACK, slot(&first), 8080, port).at(TASK_FIRST, FIRST + 1);
+        let (verdict, counted) = lab.counting(|lab| lab.task_tc(&late.bytes()));
+        assert_eq!((verdict.action, counted), (2, BTreeMap::from([(Outcome::LateAnswer, 1)])));
+        assert_eq!(lab.delivered_to(&syn), first, "and to the next at each SYN after it");
+        lab.task_tc(&late.bytes());
+        assert_eq!(lab.delivered_to(&syn), first, "never once there was an answer");
+        assert_eq!(failovers(lab), BTreeMap::from([(first, 1), (second, 1)]));
+        // A single task is tried again.
+        let lone = request(SYN, port, 83).at(FIRST, 0);
+        assert_eq!((lab.delivered_to(&lone), lab.delivered_to(&lone)), ("lone.1".into(), "lone.1".into()));
+        assert_eq!(failovers(lab).get("lone.1"), None);
+    });
+}
+
+#[test]
+fn a_refusal_is_kept_from_the_client_while_there_are_others() {
+    with_lab(services(), |lab| {
+        let port = 40_005;
+        let syn = request(SYN, port, 80).at(FIRST, 0);
+        let refuse = |lab: &Lab, to: &str| {
+            let refusal = answer(RST_ACK, slot(to), 8080, port).at(0, FIRST + 1);
+            let (verdict, counted) = lab.counting(|lab| lab.task_tc(&refusal.bytes()));
+            (verdict.action, counted)
+        };
+        let mut to = lab.delivered_to(&syn);
+        for _ in 0..3 {
+            assert_eq!(refuse(lab, &to), (2, BTreeMap::from([(Outcome::TaskRefused, 1)])));
+            // At once: a refused SYN is not waited for.
+            let next = lab.delivered_to(&syn);
+            assert_ne!(next, to);
+            to = next;
+        }
+        assert_eq!(failovers(lab).values().sum::<u64>(), 3);
+        // Refused by all it is the client's to know.
+        assert_eq!(refuse(lab, &to), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+        // A forged refusal moves nothing.
+        let port = 40_006;
+        let to = lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0));
+        lab.task_tc(&answer(RST_ACK, slot(&to), 8080, port).at(0, 999_999_999).bytes());
+        assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)), to);
+        // Where there is no other task the client is told at once.
+        lab.delivered_to(&request(SYN, port, 83).at(FIRST, 0));
+        let refusal = answer(RST_ACK, 3, 8083, port).at(0, FIRST + 1);
+        let (verdict, counted) = lab.counting(|lab| lab.task_tc(&refusal.bytes()));
+        assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+    });
+}
+
+#[test]
+fn where_answers_pass_elsewhere_nothing_fails_over() {
+    let far = |slot: u8| task(&format!("far.{slot}"), false, Via::Peer, &[&format!("172.18.9.1{slot}")]);
+    let mut direct = service("direct", &["84:8084"], vec![far(1), far(2)]);
+    direct.returns = Some(Return::Direct);
+    with_lab(vec![direct], |lab| {
+        lab.configure(|config| config.jiffies_per_second = 0);
+        let syn = request(SYN, 40_007, 84).at(FIRST, 0);
+        let sent = lab.xdp(&syn.bytes()).frame;
+        assert_eq!(lab.xdp(&syn.bytes()).frame, sent);
+        assert_eq!(failovers(lab), BTreeMap::new());
+    });
+}
+
+#[test]
+fn a_task_that_is_gone_is_told_to_clients_by_resets() {
+    with_lab(services(), |lab| {
+        let port = 40_008;
+        let to = establish(lab, port);
+        let udp = request(Transport::Udp, port, 53);
+        let served = lab.delivered_to(&udp);
+        lab.update(|cluster| drop(cluster.services[0].tasks.remove(usize::from(to) - 1)));
+        let reset = |packet: &Packet, transport, sequence, acknowledgment| {
+            packet
+                .clone()
+                .with(|p| {
+                    p.macs = (p.macs.1, p.macs.0);
+                    (p.source, p.destination) = (p.destination, p.source);
+                    (p.source_port, p.destination_port) = (p.destination_port, p.source_port);
+                    p.transport = transport;
+                    p.window = 0;
+                    (p.hops, p.options, p.tcp_options) = (64, vec![], vec![]);
+                    (p.identification, p.dont_fragment) = (0, false);
+                })
+                .at(sequence, acknowledgment)
+        };
+        let data = segment(ACK, port, 80, 0).with(|p| p.payload = vec![7; 500]);
+        let longer = data.clone().with(|p| {
+            p.options = vec![1; 8];
+            p.tcp_options = vec![1; 12];
+        });
+        let unacknowledged = segment(Transport::Tcp(Flags { fin: true, ..NO_FLAGS }), port, 80, 0);
+        let cases = [
+            (data.clone(), reset(&data, RST, TASK_FIRST + 1, 0)),
+            (longer.clone(), reset(&longer, RST, TASK_FIRST + 1, 0)),
+            (unacknowledged.clone(), reset(&unacknowledged, RST_ACK, 0, FIRST + 2)),
+        ];
+        for (packet, expected) in cases {
+            // By XDP, and by TC where there is no XDP: each packet again.
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
+            assert_eq!((verdict.action, &verdict.frame), (TX, &expected.bytes()), "{packet:?}");
+            assert_checksums(&verdict.frame);
+            assert_eq!(counted, BTreeMap::from([(Outcome::Reset, 1)]));
+            let flags = lab.datapath().config().flags;
+            lab.configure(|config| config.flags = TC_ALONE);
+            let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&packet.bytes()));
+            assert_eq!((verdict.action, &verdict.frame), (REDIRECT, &expected.bytes()), "{packet:?}");
+            assert_eq!(counted, BTreeMap::from([(Outcome::Reset, 1)]));
+            lab.configure(|config| config.flags = flags);
+        }
+        // No reset is answered by one, and a SYN starts anew with who is left.
+        lab.passes("a reset", &segment(RST, port, 80, 0).bytes(), Outcome::BackendGone);
+        let left = 3 - to;
+        assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)), format!("web.{left}"));
+        if slot(&served) == to {
+            assert_eq!(lab.delivered_to(&udp), format!("web.{left}"));
+        } else {
+            assert_eq!(lab.delivered_to(&udp), served);
+        }
+    });
+}
+
+const NO_FLAGS: Flags = Flags { syn: false, ack: false, fin: false, rst: false };
+
+#[test]
+fn a_flow_silent_for_longer_than_its_timer_has_ended() {
+    let mut services = services();
+    let timers = &mut services[0].timers;
+    lb_userspace::cluster::set_timer(timers, "established", 3).expect("a timer");
+    lb_userspace::cluster::set_timer(timers, "one_way", 3).expect("a timer");
+    with_lab(services, |lab| {
+        establish(lab, 40_009);
+        let udp = request(Transport::Udp, 40_009, 53);
+        lab.delivered_to(&udp);
+        // Seconds of a hundredth.
+        lab.configure(|config| config.jiffies_per_second /= 100);
+        let later = segment(ACK, 40_009, 80, 0);
+        eventually("the connection has ended", || {
+            // Not asked about: that would be a sign of life.
+            let [(_, flow)] = lab.flows(table::FLOWS4)[..] else { panic!("one established flow") };
+            lab.jiffies().wrapping_sub(flow.seen) > 300
+        });
+        lab.passes("a late packet", &later.bytes(), Outcome::NoFlow);
+        assert_eq!(lab.flows(table::FLOWS4), []);
+        let before = lab.counters().outcomes.iter().map(|count| count.packets).sum::<u64>();
+        lab.delivered_to(&udp);
+        assert_eq!(lab.counters().outcomes.iter().map(|count| count.packets).sum::<u64>(), before + 1);
+    });
+}
+
+#[test]
+fn an_evicted_entry_is_one_named_reason() {
+    with_lab(services(), |lab| {
+        establish(lab, 40_010);
+        assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REQUEST), 1);
+        lab.passes("its flow was evicted", &segment(ACK, 40_010, 80, 0).bytes(), Outcome::NoFlow);
+        // One that is not established is opened by the SYN that its client sends again.
+        lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
+        assert_eq!(lab.evict(table::HALF_OPEN4, |_| true), 1);
+        lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
+    });
+}
+
+#[test]
+fn draining_goes_on_and_zero_and_back_is_served_again() {
+    with_lab(services(), |lab| {
+        let to = establish(lab, 40_013);
+        let tasks = lab.cluster().services[0].tasks.clone();
+        lab.update(|cluster| {
+            for task in &mut cluster.services[0].tasks {
+                task.state = TaskState::Draining;
+            }
+        });
+        assert_eq!(lab.delivered_to(&segment(ACK, 40_013, 80, 0)), format!("web.{to}"));
+        lab.passes("nobody takes new flows", &request(SYN, 40_014, 80).bytes(), Outcome::NoBackend);
+        lab.update(|cluster| cluster.services[0].tasks.clear());
+        assert_eq!(
+            lab.counting(|lab| lab.xdp(&segment(ACK, 40_013, 80, 0).bytes())).1,
+            BTreeMap::from([(Outcome::Reset, 1)])
+        );
+        lab.update(|cluster| cluster.services[0].tasks = tasks);
+        // The task is another one, though it has the name and address of one that is gone.
+        assert_eq!(
+            lab.counting(|lab| lab.xdp(&segment(ACK, 40_013, 80, 0).bytes())).1,
+            BTreeMap::from([(Outcome::Reset, 1)])
+        );
+        lab.delivered_to(&request(SYN, 40_014, 80).at(FIRST, 0));
+    });
+}
