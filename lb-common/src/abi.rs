@@ -35,6 +35,12 @@ pub mod table {
     pub const HALF_OPEN6: &str = "HALF_OPEN6";
     /// [`crate::flow::Timers`] by service.
     pub const TIMERS: &str = "TIMERS";
+    /// [`crate::guard::Guard`], one entry.
+    pub const GUARD: &str = "GUARD";
+    /// [`crate::guard::Rate`], by CPU.
+    pub const RATES: &str = "RATES";
+    /// When the controller was last there: the clock of flows, one entry.
+    pub const HEARTBEAT: &str = "HEARTBEAT";
     /// [`crate::fragment::Ports`] by [`crate::fragment::FragmentKey`], IPv4.
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
     /// Fragments, IPv6.
@@ -57,7 +63,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 27] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -72,6 +78,9 @@ pub mod table {
         HALF_OPEN4,
         HALF_OPEN6,
         TIMERS,
+        GUARD,
+        RATES,
+        HEARTBEAT,
         FRAGMENTS4,
         FRAGMENTS6,
         PEERS,
@@ -140,6 +149,10 @@ pub struct Config {
     pub tunnel_port: Be16,
     /// Zero.
     pub _pad: u16,
+    /// New flows a second and CPU above which they are placed by hash; zero is never.
+    pub flood_rate: u32,
+    /// Seconds without a controller after which nothing is served any more; zero is never.
+    pub stale_after: u32,
     /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
     pub metadata_refused: u32,
 }
@@ -244,7 +257,7 @@ pub mod size {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 36 && size_of::<Handover>() == 8);
+    assert!(size_of::<Config>() == 44 && size_of::<Handover>() == 8);
     assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
 };
 

@@ -70,6 +70,9 @@ pub const VIA_TC: u8 = 2;
 /// The task's node sends answers straight to the client (peer).
 pub const RETURN_DIRECT: u8 = 4;
 
+/// A single listener leads to this backend, so that its answers tell by themselves where they go.
+pub const SINGLE: u8 = 8;
+
 /// One entry of the backend array: what of a backend may change while flows name it.
 ///
 /// One cache line. User space replaces an entry in place; each field that changes alone (a hardware address,
@@ -102,7 +105,7 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`].
+    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`].
     pub flags: u8,
 }
 

@@ -44,6 +44,16 @@ impl<A> FlowKey<A> {
         Self { source, destination, source_port, destination_port, protocol, _pad: 0, _pad2: 0 }
     }
 
+    /// The same for all packets of one direction.
+    #[inline(always)]
+    pub fn hash(&self) -> u32
+    where
+        A: Address,
+    {
+        let ports = (self.source_port.raw() as u32) << 16 | self.destination_port.raw() as u32;
+        (self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b1)
+    }
+
     /// The key of what travels the other way.
     #[inline(always)]
     #[must_use]

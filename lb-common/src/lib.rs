@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod filter;
 pub mod flow;
 pub mod fragment;
+pub mod guard;
 pub mod net;
 pub mod outcome;
 pub mod stats;

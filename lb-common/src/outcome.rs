@@ -55,6 +55,8 @@ outcomes! {
     Malformed = "malformed",
     /// A later fragment of a datagram whose first one was not seen, or is not ours.
     Fragment = "fragment",
+    /// Nobody has controlled the datapath for longer than --stale-after says: everything is the host's.
+    Stale = "stale",
     /// More IPv6 extension headers than are followed, or one that hides the transport header.
     ExtensionHeaders = "extension_headers",
     /// TTL or hop limit used up.

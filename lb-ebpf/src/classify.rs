@@ -8,7 +8,7 @@ use lb_common::{
     flow::{Flow, REQUEST},
     net::Be16,
     outcome::Outcome,
-    tunnel::TaskKey,
+    tunnel::{SELF, TaskKey},
 };
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
     flow::{self, Found, Way},
     fragment,
     frame::Frame,
+    guard,
     maps::{BACKENDS, FILTER, TASKS},
     packet::{Arrival, FIRST, LATER, NOBODY, Packet},
     track::{self, Entries, Known, Sender},
@@ -142,9 +143,10 @@ pub fn for_task<A: Family>(packet: &mut Packet<A>, arrival: &mut Arrival) -> Res
     Ok(index)
 }
 
-/// The flow of an answer that a peer sent for the client; false if this node has it no more: an answer needs none.
+/// The flow of an answer that a peer sent for the client; false if this node has it no more: an answer needs none. `from`
+/// is the number of the node that sent it, or [`SELF`] where that was looked at before.
 #[inline(always)]
-pub fn for_client<A: Family>(packet: &mut Packet<A>) -> Result<bool, Outcome> {
+pub fn for_client<A: Family>(packet: &mut Packet<A>, from: u32) -> Result<bool, Outcome> {
     // The request's way, from the client to this node.
     let Packet { key, flow_key, .. } = packet;
     flow_key.source = key.destination;
@@ -157,18 +159,21 @@ pub fn for_client<A: Family>(packet: &mut Packet<A>) -> Result<bool, Outcome> {
     if let Some(known) = A::flow(&packet.flow_key) {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
         if unsafe { (*known).role } == REQUEST {
+            if is_late(known, from) {
+                return Err(Outcome::LateAnswer);
+            }
             take_up(packet, known);
             return Ok(true);
         }
     }
-    if track::decode(half_open_client(packet))? == Known::Yes {
+    if track::decode(half_open_client(packet, from))? == Known::Yes {
         return Ok(true);
     }
     if tunnel::is_own(&packet.key.source) { Ok(false) } else { Err(Outcome::TunnelNotPeer) }
 }
 
 #[inline(never)]
-fn half_open_client<A: Family>(packet: &mut Packet<A>) -> i32 {
+fn half_open_client<A: Family>(packet: &mut Packet<A>, from: u32) -> i32 {
     let Some(known) = A::half_open(&packet.flow_key) else {
         return track::encode(Ok(Known::No));
     };
@@ -176,8 +181,19 @@ fn half_open_client<A: Family>(packet: &mut Packet<A>) -> i32 {
     if unsafe { (*known).role } != REQUEST {
         return track::encode(Ok(Known::No));
     }
+    if is_late(known, from) {
+        return track::encode(Err(Outcome::LateAnswer));
+    }
     take_up(packet, known);
     track::encode(if track::is_refusal(packet) { Err(Outcome::TaskRefused) } else { Ok(Known::Yes) })
+}
+
+/// Whether an answer comes from another node than that of the flow's task: the client has been given to another meanwhile.
+#[inline(always)]
+fn is_late<A>(known: *const Flow<A>, from: u32) -> bool {
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let backend = BACKENDS.get(unsafe { (*known).backend });
+    from != SELF && backend.is_some_and(|backend| backend.peer as u32 != from)
 }
 
 /// Notes what an answer says in the entry of its flow, and copies that.
@@ -226,8 +242,8 @@ fn answer<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Foun
         return Err(Outcome::LateAnswer);
     }
     match track::decode(half_open_answer(packet, replies, backend))? {
-        Known::Yes => Ok(Found { backend, way: Way::Client }),
-        _ => Err(Outcome::NotOurs),
+        Known::No if !guard::answers(packet, replies) => Err(Outcome::NotOurs),
+        _ => Ok(Found { backend, way: Way::Client }),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     classify, count,
     family::Family,
     frame::Frame,
-    neighbour,
+    guard, neighbour,
     packet::{Arrival, NOBODY, Packet, mac},
     parse::Ethernet,
     select, snat,
@@ -47,13 +47,14 @@ pub fn open<F: Frame, A: Family>(
     packet: &mut Packet<A>,
     listener: &Listener,
 ) -> Result<Found, Outcome> {
-    if !packet.may_open() {
+    let goes_on = !packet.may_open() && guard::goes_on(packet);
+    if !packet.may_open() && !goes_on {
         return Err(Outcome::NoFlow);
     }
     if packet.hops <= 1 {
         return Err(Outcome::TtlExpired);
     }
-    if let Err(outcome) = make(frame, packet, listener) {
+    if let Err(outcome) = make(frame, packet, listener, goes_on) {
         debug!(frame.ebpf(), "service {}: no flow, outcome {}", listener.service, outcome as u8);
         count::refused(listener.service);
         return Err(outcome);
@@ -62,10 +63,24 @@ pub fn open<F: Frame, A: Family>(
 }
 
 #[inline(always)]
-fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Listener) -> Result<(), Outcome> {
-    let (index, backend) = select::backend(packet, listener)?;
+fn make<F: Frame, A: Family>(
+    frame: &F,
+    packet: &mut Packet<A>,
+    listener: &Listener,
+    goes_on: bool,
+) -> Result<(), Outcome> {
+    let guarded = goes_on || guard::takes_over();
+    let (index, backend) = select::backend(packet, listener, guarded)?;
     draft(frame, packet, index, backend)?;
-    if listener.slot_count > 1 {
+    if goes_on {
+        let segment = packet.segment();
+        packet.flow.client_next = segment.end();
+        packet.flow.task_next = segment.acknowledgment;
+    } else if guarded && guard::needs_no_entry(backend) {
+        guard::placed();
+        count::new_flow(listener.service, index);
+        return Ok(());
+    } else if listener.slot_count > 1 {
         packet.flow.state |= OTHERS;
     }
     let snat = backend.kind == Kind::Snat as u8;
@@ -76,7 +91,10 @@ fn make<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, listener: &Liste
     match A::HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64) {
         Ok(()) => {
             debug!(frame.ebpf(), "service {}: new flow to backend {}", listener.service, index);
-            count::new_flow(listener.service, index);
+            // What goes on was counted when it was placed.
+            if !goes_on {
+                count::new_flow(listener.service, index);
+            }
             if packet.avoid != NOBODY && packet.avoid != index {
                 count::failover(packet.avoid);
             }

@@ -219,7 +219,7 @@ pub fn emit_in_xdp<A: Family>(
     arrival: &Arrival,
 ) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
-    let known = classify::for_client(packet)?;
+    let known = classify::for_client(packet, arrival.peer)?;
     let fits = config.flags & XDP_TRANSMITS != 0
         && !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
     let flow = &packet.flow;
@@ -233,11 +233,11 @@ pub fn emit_in_xdp<A: Family>(
     Ok(transmit(frame, config, config.uplink))
 }
 
-/// In TC, the same.
+/// In TC, the same; `from` as for [`classify::for_client`].
 #[inline(always)]
-pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> Result<i32, Outcome> {
+pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, from: u32) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
-    let known = classify::for_client(packet)?;
+    let known = classify::for_client(packet, from)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     give_link_header(frame, packet)?;
     if !known {

@@ -23,6 +23,7 @@ mod flow;
 mod forward;
 mod fragment;
 mod frame;
+mod guard;
 mod icmp;
 mod maps;
 mod neighbour;
@@ -48,7 +49,7 @@ use aya_ebpf::{
 use lb_common::{
     abi::{HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC},
     outcome::Outcome,
-    tunnel::{PROBE, TO_TASK},
+    tunnel::{PROBE, SELF, TO_TASK},
 };
 
 use crate::{
@@ -63,9 +64,13 @@ use crate::{
 #[xdp(frags)]
 pub fn uplink_xdp(context: XdpContext) -> u32 {
     let frame = XdpFrame::new(context);
-    let Some(scratch) = maps::scratch(0) else {
+    let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(0)) else {
         return XDP_PASS;
     };
+    if maps::is_stale(config) {
+        count::outcome(Outcome::Stale as u32, 1);
+        return XDP_PASS;
+    }
     let parsed = parse::frame(&frame, scratch);
     let done = match tunnelled(&frame, parsed, scratch) {
         PLAIN => match parsed {
@@ -213,6 +218,13 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     let frame = Skb::new(context, config.flags & XDP_GENERIC != 0);
+    if maps::is_stale(config) {
+        // XDP has counted it, where there is one.
+        if config.flags & TC_ALONE != 0 {
+            count::outcome(Outcome::Stale as u32, frame.packets());
+        }
+        return TC_ACT_UNSPEC;
+    }
     let task = match frame.handover() {
         Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
         Some(HANDOVER_EMIT) => Task::Emit,
@@ -239,8 +251,8 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         (IS_IPV6, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v6, backend),
         (IS_IPV4, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v4, scope == Scope::All),
         (IS_IPV6, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v6, scope == Scope::All),
-        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4),
-        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6),
+        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4, SELF),
+        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6, SELF),
         (other, _) => -1 - (other - IS_OUTCOME) as i32,
     };
     match (decode(done), task) {
@@ -277,8 +289,8 @@ fn out_of_tunnel_in_tc(frame: &Skb, scratch: &mut Scratch) -> i32 {
     let done = match (parsed, scratch.arrival.kind) {
         (IS_IPV4, TO_TASK) => arrived_in_tc(frame, &mut scratch.v4, &mut scratch.arrival),
         (IS_IPV6, TO_TASK) => arrived_in_tc(frame, &mut scratch.v6, &mut scratch.arrival),
-        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4),
-        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6),
+        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4, scratch.arrival.peer),
+        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6, scratch.arrival.peer),
         _ => encode(Err(Outcome::TunnelMalformed)),
     };
     match decode(done) {
@@ -296,8 +308,8 @@ fn arrived_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &mut A
 }
 
 #[inline(never)]
-fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
-    encode(forward::emit_in_tc(frame, packet))
+fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, from: u32) -> i32 {
+    encode(forward::emit_in_tc(frame, packet, from))
 }
 
 /// What is left for TC to do with a frame.
@@ -337,9 +349,12 @@ fn reset_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
 #[inline(always)]
 pub fn task_tc(context: TcContext) -> i32 {
     let frame = Skb::new(context, false);
-    let Some(scratch) = maps::scratch(2) else {
+    let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(2)) else {
         return TC_ACT_UNSPEC;
     };
+    if maps::is_stale(config) {
+        return TC_ACT_UNSPEC;
+    }
     frame.pull_headers();
     let done = match parse::frame(&frame, scratch) {
         IS_IPV4 => from_task(&frame, &mut scratch.v4),

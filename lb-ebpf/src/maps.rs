@@ -12,6 +12,7 @@ use lb_common::{
     filter::FILTER_WORDS,
     flow::{Flow, FlowKey, Timers},
     fragment::{FragmentKey, Ports},
+    guard::{Guard, Rate},
     net::{V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats},
@@ -76,6 +77,15 @@ pub static HALF_OPEN6: HalfOpen<V6> = LruHashMap::new();
 pub static TIMERS: Array<Timers, { size::SERVICES }> = Array::new();
 
 #[btf_map]
+pub static GUARD: Array<Guard, 1> = Array::new();
+
+#[btf_map]
+pub static RATES: PerCpuArray<Rate, 1> = PerCpuArray::new();
+
+#[btf_map]
+pub static HEARTBEAT: Array<u32, 1> = Array::new();
+
+#[btf_map]
 pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();
 
 #[btf_map]
@@ -123,4 +133,15 @@ pub fn scratch(program: u32) -> Option<&'static mut Scratch> {
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
+}
+
+/// Whether nobody has controlled the datapath for longer than it may serve by itself. A function of its own, so that the
+/// verifier follows the packet once.
+#[inline(never)]
+pub fn is_stale(config: &Config) -> bool {
+    config.stale_after != 0
+        && HEARTBEAT.get(0).is_some_and(|beat| {
+            let silent = (crate::neighbour::jiffies() as u32).wrapping_sub(*beat);
+            silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
+        })
 }

@@ -97,6 +97,18 @@ impl<A> Packet<A> {
         }
     }
 
+    /// Whether the packet goes on with a connection: it acknowledges, and neither opens nor ends.
+    #[inline(always)]
+    pub fn acknowledges(&self) -> bool {
+        self.flags & (SYN | ACK | RST | FIN) == ACK
+    }
+
+    /// Whether the packet answers a SYN.
+    #[inline(always)]
+    pub fn answers_syn(&self) -> bool {
+        self.flags & (SYN | ACK | RST | FIN) == SYN | ACK
+    }
+
     /// Whether the packet asks for a new connection.
     #[inline(always)]
     pub fn opens(&self) -> bool {

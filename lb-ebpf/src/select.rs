@@ -16,13 +16,14 @@ use crate::{
 /// Slots looked at for one flow: the tables change one entry at a time, and a task may take no twin.
 const TRIES: u64 = 4;
 
-/// The next backend of the listener that can take this flow.
+/// The next backend of the listener that can take this flow, or `by_hash` that of its five-tuple.
 #[inline(always)]
 pub fn backend<A: Family>(
     packet: &mut Packet<A>,
     listener: &Listener,
+    by_hash: bool,
 ) -> Result<(u32, &'static Backend), Outcome> {
-    match choose(packet, listener) {
+    match choose(packet, listener, by_hash) {
         COLLIDES => Err(Outcome::SourceCollision),
         index => BACKENDS.get(index).map(|backend| (index, backend)).ok_or(Outcome::NoBackend),
     }
@@ -33,7 +34,7 @@ const COLLIDES: u32 = NOBODY - 1;
 
 /// Its index, [`NOBODY`] or [`COLLIDES`]. A function of its own, for the verifier's sake: its many ways end in one.
 #[inline(never)]
-fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener) -> u32 {
+fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool) -> u32 {
     let Some(cursor) = CURSORS.get_ptr_mut(listener.cursor) else {
         return NOBODY;
     };
@@ -42,8 +43,9 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener) -> u32 {
     }
     // What is said if nobody takes it.
     let mut choice = NOBODY;
-    for _ in 0..TRIES {
-        let turn = take_turn(cursor);
+    let hash = packet.key.hash() as u64;
+    for attempt in 0..TRIES {
+        let turn = if by_hash { hash + attempt } else { take_turn(cursor) };
         let slot = listener.slot_base + (turn % listener.slot_count as u64) as u32;
         let Some(&index) = SLOTS.get(slot) else {
             continue;
@@ -55,7 +57,8 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener) -> u32 {
         if backend.service != listener.service || backend.state != State::Active as u8 {
             continue;
         }
-        if backend.flags & SHARED != 0
+        if !by_hash
+            && backend.flags & SHARED != 0
             && (collides(packet, backend, index) || serves_by_peer(packet, backend, index))
         {
             if choice == NOBODY {

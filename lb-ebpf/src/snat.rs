@@ -20,20 +20,12 @@ const TRIES: usize = 32;
 /// Reserves a source port towards the backend and has the requests of the flow that is being made leave with it.
 #[inline(always)]
 pub fn reserve<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> Result<(), Outcome> {
-    if found_port(packet, backend) { Ok(()) } else { Err(Outcome::SnatPortsExhausted) }
-}
-
-#[inline(never)]
-fn found_port<A: Family>(packet: &mut Packet<A>, backend: &Backend) -> bool {
-    for _ in 0..2 {
-        match free_port(packet, backend) {
-            NO_PORT => return false,
-            port if claim(packet, backend, Be16::from_raw(port as u16)) => return true,
-            // Another CPU was faster.
-            _ => {}
-        }
+    match free_port(packet, backend) {
+        NO_PORT => Err(Outcome::SnatPortsExhausted),
+        port if claim(packet, backend, Be16::from_raw(port as u16)) => Ok(()),
+        // Another CPU was faster: the client will send again.
+        _ => Err(Outcome::BackendUnreachable),
     }
-    false
 }
 
 /// Stands for no port: none is as high.

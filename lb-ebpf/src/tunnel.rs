@@ -81,8 +81,6 @@ impl<'a> Cargo<'a> {
     /// A packet for a task or from one.
     #[inline(always)]
     pub fn new<A: Family>(packet: &Packet<A>, backend: &'a Backend, kind: u8, bytes: u16, room: u32) -> Self {
-        let key = &packet.key;
-        let ports = (key.source_port.raw() as u32) << 16 | key.destination_port.raw() as u32;
         let flags = if kind == TO_TASK { backend.flags & lb_common::backend::RETURN_DIRECT } else { 0 };
         Self {
             address: &backend.address,
@@ -92,8 +90,7 @@ impl<'a> Cargo<'a> {
             service: packet.service,
             ether: A::KIND,
             bytes,
-            hash: (key.source.sum() ^ key.destination.sum().rotate_left(16) ^ ports)
-                .wrapping_mul(0x9e37_79b1),
+            hash: packet.key.hash(),
             segment: room.saturating_sub(packet.headers()),
         }
     }

@@ -135,6 +135,16 @@ pub struct Attach {
     /// Log each new flow and each that no task took, from the kernel; costly under load
     #[arg(long)]
     pub log_flows: bool,
+    /// New flows a second and CPU above which they are placed by hash, and stored only once their client goes on; 0 is
+    /// never
+    #[arg(long, value_name = "RATE", default_value_t = lb_common::guard::DEFAULT_RATE)]
+    pub flood_rate: u32,
+    /// Pass everything to the host when there was no controller for so long, as in 90s, 10m or 2h [default: keep serving]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub stale_after: Option<Duration>,
+    /// Start anew where another version or other sizes are pinned: established flows are lost
+    #[arg(long)]
+    pub replace_state: bool,
     /// Room for flows of each family [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
     pub max_flows: Option<u32>,
@@ -153,6 +163,20 @@ pub struct Attach {
     /// Room for slots: eligible tasks by weight, at least twice the sum over all ports [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub max_slots: Option<u32>,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let error = || format!("{text:?} is not a duration such as 90s, 10m or 2h");
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit {
+        "s" | "" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(error()),
+    };
+    let seconds = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+    let seconds = seconds.filter(|seconds| (1..=u64::from(lb_common::flow::Timers::MOST)).contains(seconds));
+    seconds.map(Duration::from_secs).ok_or_else(error)
 }
 
 fn ports(text: &str) -> Result<[u16; 2], String> {
@@ -273,6 +297,16 @@ mod tests {
         assert_eq!(timeout("500ms"), Ok(Duration::from_millis(500)));
         for bad in ["", "3", "1ms", "2h", "-1s", "soon"] {
             assert!(timeout(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_are_read_and_nonsense_is_refused() {
+        for (text, seconds) in [("90s", 90), ("90", 90), ("10m", 600), ("2h", 7_200)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)));
+        }
+        for bad in ["", "0", "s", "1d", "-1s", "99999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
         }
     }
 

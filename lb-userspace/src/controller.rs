@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cluster::ClusterState,
-    datapath::{Datapath, FlowLog, Sizes, TcHook},
+    datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
     net::{self, Changes, Link, Net, Prober, Snapshot, Ways},
     plan::{self, MapOp, Reach, View, Way, desired, destinations},
     report::SourceReport,
@@ -41,6 +41,12 @@ pub struct Settings {
     pub flow_log: FlowLog,
     /// How long another node's datapath may be silent before new flows go elsewhere.
     pub peer_timeout: Duration,
+    /// New flows a second and CPU above which they are placed by hash; zero is never.
+    pub flood_rate: u32,
+    /// How long the datapath serves without a controller; `None` is for ever.
+    pub stale_after: Option<Duration>,
+    /// Whether what is pinned and does not fit is removed.
+    pub replace_state: bool,
 }
 
 /// The controller of one interface.
@@ -60,10 +66,14 @@ pub struct Controller {
     served: Option<u32>,
     /// What was last complained about, so that it is said once.
     complaints: BTreeSet<String>,
+    /// Whether the flood guard was on when it was last looked at.
+    flooded: bool,
 }
 
 /// A destination without a way is looked for again after this time, though nothing was heard of it.
 const RETRY: Duration = Duration::from_secs(1);
+/// Flows are looked after once in this time.
+const TICK: Duration = Duration::from_secs(1);
 /// Everything is compared again after this time, in case an event was missed.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Other nodes' datapaths have this time to answer before the tables are filled for the first time.
@@ -79,9 +89,21 @@ impl Controller {
         let (net, changes) = Net::connect().context("start watching the network")?;
         let snapshot = net.snapshot().await?;
         if snapshot.link(&settings.interface).is_none() {
-            return Err(crate::datapath::DatapathError::NoInterface(settings.interface.clone()).into());
+            return Err(DatapathError::NoInterface(settings.interface.clone()).into());
         }
-        let datapath = Datapath::open(&settings.interface, &settings.sizes, settings.flow_log)?;
+        let open = || Datapath::open(&settings.interface, &settings.sizes, settings.flow_log);
+        let datapath = match open() {
+            Err(error) if settings.replace_state && error.is_misfit() => {
+                log::warn!(
+                    "{}: {error}; removed, with its flows, as --replace-state asks",
+                    settings.interface
+                );
+                let names: Vec<String> = snapshot.links.values().map(|link| link.name.clone()).collect();
+                datapath::replace(&settings.interface, &names)?;
+                open()?
+            }
+            opened => opened?,
+        };
         let mut report = datapath.report().unwrap_or_default();
         let cluster = match (first(&mut updates, &mut report).await, datapath.adopted()) {
             (Ok(cluster), _) => cluster,
@@ -107,6 +129,7 @@ impl Controller {
             report,
             served: None,
             complaints: BTreeSet::new(),
+            flooded: false,
         };
         controller.keep_report();
         let interface = controller.settings.interface.clone();
@@ -134,6 +157,8 @@ impl Controller {
     pub async fn run(&mut self, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut source_ended = false;
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let pause = if self.pending() { RETRY } else { RESYNC };
             tokio::select! {
@@ -146,6 +171,12 @@ impl Controller {
                 },
                 Some(()) = self.changes.recv() => {}
                 () = silence(self.prober.as_mut()) => {}
+                _ = ticks.tick() => {
+                    if let Err(error) = self.look_after_flows() {
+                        log::debug!("{}: {error}", self.settings.interface);
+                    }
+                    continue;
+                }
                 () = tokio::time::sleep(pause) => {}
             }
             if let Err(error) = self.sync().await {
@@ -197,6 +228,35 @@ impl Controller {
         if let Err(error) = self.datapath.set_report(&self.report) {
             log::debug!("keep what is known of the source: {error}");
         }
+    }
+
+    /// What is due once a second: tells the programs that somebody is there, takes flows out that have ended, and says when
+    /// the flood guard takes over and lets go.
+    fn look_after_flows(&mut self) -> Result<(), DatapathError> {
+        self.datapath.beat()?;
+        if let Some(sweep) = self.datapath.sweep()?
+            && sweep.removed > 0
+        {
+            log::debug!("{}: {} of {} flows had ended", self.settings.interface, sweep.removed, sweep.seen);
+        }
+        let guard = self.datapath.guard()?;
+        if guard.on != self.flooded {
+            self.flooded = guard.on;
+            let interface = &self.settings.interface;
+            if guard.on {
+                log::warn!(
+                    "{interface}: more than {} new flows a second on a CPU: until there are fewer they are placed by \
+                     hash, and leave no entry before the client goes on",
+                    self.settings.flood_rate
+                );
+            } else {
+                log::warn!(
+                    "{interface}: the flood is over; {} flows were placed by hash so far",
+                    guard.placed
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Takes the datapath away, and lets go of what was asked of the kernel.
@@ -427,6 +487,8 @@ impl Controller {
             tunnel_port: before.tunnel_port,
             jiffies_per_second: jiffies_per_second(),
             mode: mode as u32,
+            flood_rate: self.settings.flood_rate,
+            stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
             ..Config::default()
         };
         config.flags |= if partial { PARTIAL_CHECKSUMS } else { 0 };
@@ -437,6 +499,7 @@ impl Controller {
         };
         // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
         // nobody at work.
+        self.datapath.beat()?;
         let there = self.datapath.attached() == Some((uplink.index, mode));
         let meanwhile = if there { config.flags } else { config.flags | TC_ALONE };
         self.datapath.set_config(Config { flags: meanwhile, ..config })?;

@@ -102,6 +102,9 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
         snat_ports: arguments.snat_ports,
         flow_log: if arguments.log_flows { FlowLog::On } else { FlowLog::Off },
         peer_timeout: arguments.peer_timeout,
+        flood_rate: arguments.flood_rate,
+        stale_after: arguments.stale_after,
+        replace_state: arguments.replace_state,
     }
 }
 

@@ -89,7 +89,8 @@ fn ps(name: &str, read: &Read) -> Result<()> {
         let Some(tasks) = tasks(&set, name)? else {
             continue;
         };
-        let mut rows = table(["NAME", "NODE", "STATE", "VIA", "ADDRESS", "FLOWS", "PROBLEM"]);
+        let mut rows =
+            table(["NAME", "NODE", "STATE", "VIA", "ADDRESS", "FLOWS", "OPEN", "FAILOVERS", "PROBLEM"]);
         for task in &tasks {
             let text =
                 |field: &str| task[field].as_str().map_or_else(|| task[field].to_string(), str::to_owned);
@@ -102,6 +103,8 @@ fn ps(name: &str, read: &Read) -> Result<()> {
                 text("via"),
                 addresses.join(", "),
                 text("flows"),
+                text("open_flows"),
+                text("failovers"),
                 task["problem"].as_str().unwrap_or_default().to_owned(),
             ]);
         }
@@ -128,6 +131,7 @@ fn tasks(set: &TableSet, name: &str) -> Result<Option<Vec<Value>>> {
         return Ok(None);
     };
     let counters = set.counters(&tables)?;
+    let open = set.open_flows(&tables)?;
     let mut tasks: BTreeMap<(usize, &str), Vec<(u32, &BackendEntry)>> = BTreeMap::new();
     for (number, entry) in &tables.backends {
         if entry.backend.service == index {
@@ -136,10 +140,10 @@ fn tasks(set: &TableSet, name: &str) -> Result<Option<Vec<Value>>> {
             tasks.entry((task.len(), task)).or_default().push((*number, entry));
         }
     }
-    Ok(Some(tasks.into_values().map(|backends| task(&backends, &counters)).collect()))
+    Ok(Some(tasks.into_values().map(|backends| task(&backends, &counters, &open)).collect()))
 }
 
-fn task(backends: &[(u32, &BackendEntry)], counters: &Counters) -> Value {
+fn task(backends: &[(u32, &BackendEntry)], counters: &Counters, open: &BTreeMap<u32, u64>) -> Value {
     let label = &backends[0].1.label;
     let stats = backends
         .iter()
@@ -155,6 +159,8 @@ fn task(backends: &[(u32, &BackendEntry)], counters: &Counters) -> Value {
         "name": label.task, "node": label.node, "state": label.state.to_string(), "via": via,
         "addresses": addresses, "problem": problem,
         "flows": stats.flows,
+        "open_flows": backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>(),
+        "failovers": stats.failovers,
         "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
         "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,
     })

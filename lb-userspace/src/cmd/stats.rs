@@ -94,7 +94,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
             json!({
                 "service": tables.services.get(&entry.backend.service).map(|service| &service.name),
                 "task": entry.label.task, "protocol": entry.label.protocol, "target": entry.label.target,
-                "address": entry.label.address, "flows": stats.flows,
+                "address": entry.label.address, "flows": stats.flows, "failovers": stats.failovers,
                 "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
                 "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,
             })

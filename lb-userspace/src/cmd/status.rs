@@ -43,6 +43,15 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
     let total: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
     let pins = PinDir::of(interface)?;
     let controller = pins.controller();
+    let (state, placed) = set.guard()?;
+    let guard = match config.flood_rate {
+        0 => "off".to_owned(),
+        rate => format!(
+            "above {rate} new flows a second and CPU; took over {} times, placed {placed} flows",
+            state.switches
+        ),
+    };
+    let controller = PinDir::of(interface)?.controller();
     let report = set.report().unwrap_or_default();
     let delay = report.delay;
     Ok(json!({
@@ -67,6 +76,8 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "services": tables.services.len(),
         "listeners": tables.listeners.len(),
         "backends": tables.backends.len(),
+        "flood_guard": guard,
+        "half_open_room": set.entries(lb_common::abi::table::HALF_OPEN4)?,
         "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),

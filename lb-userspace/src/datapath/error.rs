@@ -54,7 +54,7 @@ pub enum DatapathError {
     /// Tables of another version.
     #[error(
         "the pinned tables have version {found}, this agent writes version {expected}; \
-         `lb-userspace detach` removes them (and their flows), then attach again"
+         `lb-userspace attach --replace-state` starts anew, without the flows they hold"
     )]
     Version {
         /// Pinned.
@@ -65,7 +65,7 @@ pub enum DatapathError {
     /// A table of another shape.
     #[error(
         "the pinned table {table} differs in {what}: it has {found}, {expected} is asked for; attach with the \
-         size it has, or `lb-userspace detach` first (its flows are lost)"
+         size it has, or with --replace-state, which loses its flows"
     )]
     Shape {
         /// The table.
@@ -123,6 +123,11 @@ pub enum DatapathError {
 }
 
 impl DatapathError {
+    /// Whether what is pinned does not fit this agent or what is asked for.
+    pub fn is_misfit(&self) -> bool {
+        matches!(self, Self::Version { .. } | Self::Shape { .. })
+    }
+
     pub(super) fn map(what: &'static str, cause: MapError) -> Self {
         Self::Map { what, cause: Box::new(cause) }
     }

@@ -3,6 +3,7 @@
 //! The only module that names aya. It owns the pins of one interface ([`pin`]), the object ([`object`]), the
 //! tables ([`tables`]), the links ([`links`]) and the counters ([`counters`]); it decides nothing about services.
 
+mod batch;
 mod counters;
 mod error;
 mod features;
@@ -11,6 +12,7 @@ mod memory;
 mod object;
 mod pin;
 mod shape;
+mod sweep;
 mod tables;
 
 use std::{collections::BTreeSet, path::Path};
@@ -26,11 +28,14 @@ pub use features::{Features, release};
 use lb_common::{
     abi::{ABI_VERSION, Config, Mode, XDP_FRAGS, program, table},
     backend::Backend,
+    guard::HOLD_SECONDS,
 };
 pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces};
 use shape::Shape;
+pub use sweep::Sweep;
+use sweep::{Clock, Sweeper};
 pub use tables::TableSet;
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -70,6 +75,16 @@ pub enum FlowLog {
 
 /// The programs' constant that says whether XDP takes frames in several pieces.
 const FRAGS: &str = "FRAGS";
+/// What the flood guard is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardState {
+    /// Whether it places new flows now.
+    pub on: bool,
+    /// How often it has taken over.
+    pub switches: u32,
+    /// Flows it has placed without an entry.
+    pub placed: u64,
+}
 
 /// The datapath of one interface, in the hands of its controller.
 pub struct Datapath {
@@ -87,6 +102,8 @@ pub struct Datapath {
     features: Features,
     /// Interfaces that carry the program for replies by a filter, which has no pin.
     filtered: BTreeSet<u32>,
+    /// The walk through the flows that is under way.
+    sweeper: Option<Sweeper>,
 }
 
 impl Datapath {
@@ -120,6 +137,7 @@ impl Datapath {
                     hook: TcHook::Tcx,
                     features,
                     filtered: BTreeSet::new(),
+                    sweeper: None,
                 })
             }
             Err(error) => {
@@ -387,6 +405,49 @@ impl Datapath {
         clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
     }
 
+    /// Goes on for a slice with a walk through the tables of flows, which takes out those that have ended. At its end it
+    /// tells what it came to; the numbers of backends that no flow names any more are then free to be given again.
+    ///
+    /// # Errors
+    /// The kernel refuses a read; the next call begins anew.
+    pub fn sweep(&mut self) -> Result<Option<Sweep>, DatapathError> {
+        let now = self.now()?;
+        let mut sweeper = match self.sweeper.take() {
+            Some(sweeper) => sweeper,
+            None => Sweeper::new(&self.pins, self.tables.resting.clone())?,
+        };
+        let jiffies_per_second = self.config.jiffies_per_second;
+        if !sweeper.go_on(Clock { tables: &self.tables, now, jiffies_per_second })? {
+            self.sweeper = Some(sweeper);
+            return Ok(None);
+        }
+        let resting = std::mem::take(&mut sweeper.resting);
+        let done = sweeper.done();
+        for index in resting.difference(&done.named) {
+            self.tables.resting.remove(index);
+        }
+        Ok(Some(done))
+    }
+
+    /// Tells the programs that the controller is there.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn beat(&mut self) -> Result<(), DatapathError> {
+        let now = self.now()?;
+        self.set.set_heartbeat(now)
+    }
+
+    /// What the flood guard is doing.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn guard(&self) -> Result<GuardState, DatapathError> {
+        let (guard, placed) = self.set.guard()?;
+        let on = guard.within(HOLD_SECONDS, self.now()?, self.config.jiffies_per_second);
+        Ok(GuardState { on, switches: guard.switches, placed })
+    }
+
     /// A loaded program, to run it on packets without a wire.
     pub fn program(&self, name: &str) -> Option<&Program> {
         self.ebpf.program(name)
@@ -403,6 +464,17 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
     let uplink = TableSet::open(pins).and_then(|set| set.config()).map_or(0, |config| config.uplink);
     links::detach_all(pins, interfaces, uplink);
     pins.remove_all();
+}
+
+/// Removes a datapath that nobody controls, whatever its version.
+///
+/// # Errors
+/// Another controller holds it, or there is no bpffs.
+pub fn replace(interface: &str, interfaces: &[String]) -> Result<(), DatapathError> {
+    let pins = PinDir::of(interface)?;
+    let _lock = pins.lock()?;
+    remove(&pins, interfaces);
+    Ok(())
 }
 
 /// Removes what a start that was cut short has left: tables to which nothing is attached.

@@ -14,6 +14,7 @@ use lb_common::{
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
     flow::Timers,
+    guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats},
     tunnel::{Path, Peer, TaskKey, mapped, unmapped},
@@ -47,6 +48,9 @@ pub struct TableSet {
     tasks: HashMap<MapData, TaskKey, u32>,
     labels: HashMap<MapData, LabelKey, Label>,
     timers: Array<MapData, Timers>,
+    guard: Array<MapData, Guard>,
+    rates: PerCpuArray<MapData, Rate>,
+    heartbeat: Array<MapData, u32>,
     pub(super) outcomes: PerCpuArray<MapData, u64>,
     pub(super) backend_stats: PerCpuArray<MapData, BackendStats>,
     pub(super) service_stats: PerCpuArray<MapData, ServiceStats>,
@@ -95,6 +99,9 @@ impl TableSet {
             tasks: open(pins, table::TASKS)?,
             labels: open(pins, table::LABELS)?,
             timers: open(pins, table::TIMERS)?,
+            guard: open(pins, table::GUARD)?,
+            rates: open(pins, table::RATES)?,
+            heartbeat: open(pins, table::HEARTBEAT)?,
             outcomes: open(pins, table::OUTCOMES)?,
             backend_stats: open(pins, table::BACKEND_STATS)?,
             service_stats: open(pins, table::SERVICE_STATS)?,
@@ -123,6 +130,20 @@ impl TableSet {
     /// The kernel refuses the read.
     pub fn surroundings(&self) -> Result<Config, DatapathError> {
         self.config()
+    }
+
+    /// The flood guard, and how many flows it has placed.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn guard(&self) -> Result<(Guard, u64), DatapathError> {
+        let guard = self.guard.get(&0, 0).map_err(|e| DatapathError::map("read", e))?;
+        let rates = self.rates.get(&0, 0).map_err(|e| DatapathError::map("read", e))?;
+        Ok((guard, rates.iter().map(|rate| rate.placed).sum()))
+    }
+
+    pub(super) fn set_heartbeat(&mut self, now: u32) -> Result<(), DatapathError> {
+        self.heartbeat.set(0, now, 0).map_err(|e| DatapathError::map("write", e))
     }
 
     pub(super) fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
@@ -165,6 +186,9 @@ impl TableSet {
                 tables.backends.insert(index, BackendEntry { backend, label: nameless(&backend, index) });
             }
         }
+        // Flows may name any of them.
+        tables.resting =
+            tables.generations.keys().filter(|index| !tables.backends.contains_key(index)).copied().collect();
         tables.last_node = tables.nodes.keys().next_back().copied().unwrap_or_default();
         let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
         for number in peers.map(|(number, _)| *number).collect::<Vec<_>>() {

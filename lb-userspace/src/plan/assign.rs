@@ -1,12 +1,12 @@
 //! Giving numbers to what is desired: those in use are kept, freed ones rest as long as possible.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
 };
 
 use lb_common::{
-    backend::{Kind, SHARED, State},
+    backend::{Kind, SHARED, SINGLE, State},
     endpoint::Listener,
     filter::{Side, position},
     net::Be16,
@@ -93,10 +93,10 @@ impl<'a> Draft<'a> {
             actual,
             limits,
             next,
-            nodes: Numbers::new(nodes, limits.nodes, actual.last_node),
-            services: Numbers::new(services, limits.services, 0),
-            cursors: Numbers::new(cursors, limits.listeners, 0),
-            backends: Numbers::new(backends, limits.backends, rested),
+            nodes: Numbers::new(nodes, limits.nodes, actual.last_node, None),
+            services: Numbers::new(services, limits.services, 0, None),
+            cursors: Numbers::new(cursors, limits.listeners, 0, None),
+            backends: Numbers::new(backends, limits.backends, rested, Some(&actual.resting)),
             ranges: Ranges::new(used, limits.slots),
         }
     }
@@ -286,6 +286,9 @@ impl<'a> Draft<'a> {
                 if sources.len() > 1 || by_peers {
                     entry.backend.flags |= SHARED;
                 }
+                if sources.len() == 1 {
+                    entry.backend.flags |= SINGLE;
+                }
                 let at = endpoint(&entry);
                 // A task that goes may have handed its address to one that comes.
                 let taken = self.next.replies.contains_key(&at);
@@ -385,16 +388,26 @@ fn identity_of(entry: &BackendEntry) -> Identity {
 /// Numbers for things: those that have one keep it.
 struct Numbers<K> {
     known: HashMap<K, u32>,
-    used: std::collections::HashSet<u32>,
+    used: HashSet<u32>,
+    resting: Vec<u32>,
     limit: u32,
     cursor: u32,
 }
 
 impl<K: std::hash::Hash + Eq> Numbers<K> {
-    fn new(known: impl Iterator<Item = (K, u32)>, limit: u32, cursor: u32) -> Self {
+    /// `resting` numbers are given only when there are no others: what still names them knows by the generation that they
+    /// are another's.
+    fn new<'r>(
+        known: impl Iterator<Item = (K, u32)>,
+        limit: u32,
+        cursor: u32,
+        resting: impl IntoIterator<Item = &'r BTreeSet<u32>>,
+    ) -> Self {
         let known: HashMap<K, u32> = known.collect();
-        let used = known.values().copied().collect();
-        Self { known, used, limit, cursor }
+        let mut used: HashSet<u32> = known.values().copied().collect();
+        let resting: Vec<u32> =
+            resting.into_iter().flatten().copied().filter(|number| used.insert(*number)).collect();
+        Self { known, used, resting, limit, cursor }
     }
 
     fn of(&mut self, key: K) -> Option<u32> {
@@ -402,7 +415,12 @@ impl<K: std::hash::Hash + Eq> Numbers<K> {
             return Some(*number);
         }
         if self.used.len() >= self.limit as usize {
-            return None;
+            if self.resting.is_empty() {
+                return None;
+            }
+            for number in self.resting.drain(..) {
+                self.used.remove(&number);
+            }
         }
         let mut number = self.cursor % self.limit;
         while !self.used.insert(number) {

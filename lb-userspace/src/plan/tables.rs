@@ -1,6 +1,9 @@
 //! The tables as plain data, and the operations that change them.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use lb_common::{
     backend::{Backend, Kind, State},
@@ -129,6 +132,9 @@ pub struct Tables {
     pub backends: BTreeMap<u32, BackendEntry>,
     /// The last generation of every number that was ever used.
     pub generations: BTreeMap<u32, u32>,
+    /// Free numbers that flows may still name: they are not given again before a walk through the flows has found none
+    /// that does. Not in the kernel's tables.
+    pub resting: BTreeSet<u32>,
     /// Listeners.
     pub listeners: BTreeMap<At, Listener>,
     /// Reply sources by the task's endpoint.
@@ -172,9 +178,13 @@ impl Tables {
             MapOp::RemovePort(index) => drop(self.ports.remove(&index)),
             MapOp::SetBackend(index, entry) => {
                 self.generations.insert(index, entry.backend.generation);
+                self.resting.remove(&index);
                 self.backends.insert(index, entry);
             }
-            MapOp::FreeBackend(index) => drop(self.backends.remove(&index)),
+            MapOp::FreeBackend(index) => {
+                self.backends.remove(&index);
+                self.resting.insert(index);
+            }
             MapOp::SetReplies(at, replies) => drop(self.replies.insert(at, replies)),
             MapOp::RemoveReplies(at) => drop(self.replies.remove(&at)),
             MapOp::SetSlots(base, slots) => {
