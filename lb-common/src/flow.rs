@@ -125,6 +125,13 @@ pub const RETRY: u8 = 64;
 /// The most that they count.
 pub const MAX_RETRIES: u8 = u8::MAX / RETRY;
 
+/// Jiffies from `then` to `now`, both their low 32 bits; none if another CPU has noted `then` after `now` was read.
+#[inline(always)]
+pub const fn elapsed(then: u32, now: u32) -> u32 {
+    let elapsed = now.wrapping_sub(then);
+    if elapsed >> 31 == 0 { elapsed } else { 0 }
+}
+
 /// How far a sequence number may be ahead of what was seen to be taken for what follows a loss, in bytes: more than a
 /// connection has under way.
 pub const WINDOW: u32 = 1 << 24;
@@ -354,7 +361,7 @@ impl<A> Flow<A> {
             (&raw const PHASES[tcp as usize][(self.state & PHASE_BITS) as usize]).cast::<u8>().read_volatile()
         };
         let limit = timers.seconds[(phase & 7) as usize].wrapping_mul(jiffies_per_second);
-        now.wrapping_sub(self.seen) > limit
+        elapsed(self.seen, now) > limit
     }
 
     /// Whether the entry is for replies, keyed as they arrive.
@@ -626,6 +633,8 @@ mod tests {
                 assert_eq!(timers.of(flow.phase(tcp)), seconds, "{state}");
                 assert!(!flow.expired(tcp, seen.wrapping_add(seconds * hz), &timers, hz), "{state}");
                 assert!(flow.expired(tcp, seen.wrapping_add(seconds * hz + 1), &timers, hz), "{state}");
+                // Seen by another CPU after this one has read the clock.
+                assert!(!flow.expired(tcp, seen.wrapping_sub(1), &timers, hz), "{state}");
             }
         }
     }

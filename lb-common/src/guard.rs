@@ -1,7 +1,7 @@
 //! The flood guard: above a rate of new flows they are placed by hash, and no entry is made before the client has shown
 //! that it exists.
 
-use crate::pod;
+use crate::{flow::elapsed, pod};
 
 /// New flows a second and CPU above which the guard takes over, when nothing else is asked for: what a core can put
 /// into a full table in a tenth of its time.
@@ -37,7 +37,7 @@ impl Guard {
     /// Whether the rate was too high not longer than so many seconds ago.
     #[inline(always)]
     pub const fn within(&self, seconds: u32, now: u32, jiffies_per_second: u32) -> bool {
-        self.switches != 0 && now.wrapping_sub(self.over_at) <= seconds.wrapping_mul(jiffies_per_second)
+        self.switches != 0 && elapsed(self.over_at, now) <= seconds.wrapping_mul(jiffies_per_second)
     }
 }
 

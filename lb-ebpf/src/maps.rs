@@ -10,7 +10,7 @@ use lb_common::{
     backend::Backend,
     endpoint::{Endpoint, Listener, Replies},
     filter::FILTER_WORDS,
-    flow::{Flow, FlowKey, Timers},
+    flow::{Flow, FlowKey, Timers, elapsed},
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
     net::{V4, V6, Wide},
@@ -141,7 +141,7 @@ pub fn config() -> Option<&'static Config> {
 pub fn is_stale(config: &Config) -> bool {
     config.stale_after != 0
         && HEARTBEAT.get(0).is_some_and(|beat| {
-            let silent = (crate::neighbour::jiffies() as u32).wrapping_sub(*beat);
+            let silent = elapsed(*beat, crate::neighbour::jiffies() as u32);
             silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
         })
 }

@@ -12,7 +12,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_jiffies64},
 };
 use lb_common::{
-    flow::{Flow, REPLY_DIRECT, REQUEST},
+    flow::{Flow, REPLY_DIRECT, REQUEST, elapsed},
     net::Wide,
 };
 
@@ -46,7 +46,7 @@ pub const LIFETIME: u32 = 256;
 /// Whether something done at `then` is due again, about every second.
 #[inline(always)]
 pub fn is_due(then: u32, now: u32) -> bool {
-    now.wrapping_sub(then) >= LIFETIME
+    elapsed(then, now) >= LIFETIME
 }
 
 /// Whether the flow's hop may be used as it is. The routing table knows nothing of the tags a client's frames

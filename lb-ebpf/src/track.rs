@@ -4,7 +4,9 @@
 use aya_ebpf::bindings::BPF_ANY;
 use lb_common::{
     backend::{Backend, Kind, RETURN_DIRECT, State},
-    flow::{ANSWERED, ESTABLISHED, Flow, FlowKey, MAX_RETRIES, OTHERS, REPLY, REQUEST, RESET, RETRY, RST},
+    flow::{
+        ANSWERED, ESTABLISHED, Flow, FlowKey, MAX_RETRIES, OTHERS, REPLY, REQUEST, RESET, RETRY, RST, elapsed,
+    },
     net::TCP,
     outcome::Outcome,
 };
@@ -138,7 +140,7 @@ fn goes_to_another<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) -> bo
     };
     // No client sends again so soon: it is one SYN that the network doubled.
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
-    let soon = (jiffies() as u32).wrapping_sub(flow.seen) < hz / 4;
+    let soon = elapsed(flow.seen, jiffies() as u32) < hz / 4;
     if is_one_sided(flow, backend) || soon && flow.state & RESET == 0 {
         return false;
     }

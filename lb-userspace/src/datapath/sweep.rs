@@ -12,7 +12,7 @@ use aya::{
 use lb_common::{
     abi::table,
     backend::{Backend, State},
-    flow::{Flow, FlowKey, REPLY, REQUEST, Timers},
+    flow::{Flow, FlowKey, Phase, REPLY, REQUEST, Timers, elapsed},
     net::{Address, TCP, V4, V6},
 };
 
@@ -46,8 +46,8 @@ impl Clock<'_> {
         match self.backend(flow) {
             None if !tcp || flow.role != REQUEST => true,
             None => {
-                let told = Timers::DEFAULT.of(lb_common::flow::Phase::Closing) * self.jiffies_per_second;
-                self.now.wrapping_sub(flow.seen) > told
+                let told = Timers::DEFAULT.of(Phase::Closing) * self.jiffies_per_second;
+                elapsed(flow.seen, self.now) > told
             }
             Some(backend) => {
                 let label = self.tables.services.get(&backend.service);
