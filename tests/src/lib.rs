@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod cluster;
 pub mod kernel;
+pub mod flood;
 pub mod lab;
 pub mod netns;
 pub mod packet;

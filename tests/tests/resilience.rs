@@ -1,0 +1,394 @@
+//! Nothing is lost: floods, tasks that refuse or die, controllers that are killed, pins that do not fit. Real sockets and
+//! kernels on every side.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use lb_tests::{
+    agent::{Agent, active_tasks, json, outcome, text, verb},
+    cluster::{Cluster, Task},
+    flood::Flood,
+    netns::{Netns, eventually},
+    packet::{SYN, Transport},
+    traffic::{client, echo, get, requests},
+};
+use nix::sys::signal::Signal;
+
+/// Attaches to the first node and waits until all tasks are offered.
+fn attach<'a>(cluster: &'a Cluster, arguments: &[&str]) -> Agent<'a> {
+    let path = cluster.folder().join("cluster.toml");
+    let node = &cluster.nodes[0].netns;
+    let agent = Agent::attach(node, cluster.folder(), &path, arguments);
+    eventually("all tasks are offered", || active_tasks(node, "web") == cluster.tasks.len() as u64);
+    agent
+}
+
+/// The hardware address of a namespace's `eth1`.
+fn mac(netns: &Netns) -> [u8; 6] {
+    let shown: serde_json::Value =
+        serde_json::from_str(&netns.output("ip", &["-j", "link", "show", "eth1"])).expect("JSON");
+    let bytes = shown[0]["address"].as_str().expect("an address").split(':');
+    let bytes: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).expect("a byte")).collect();
+    bytes.try_into().expect("six bytes")
+}
+
+/// Connections that are open and trade a message now and then, in the order in which they were opened.
+struct Trade {
+    clients: Vec<TcpStream>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// Says that there are no more rounds.
+const END: u64 = u64::MAX;
+/// How long a message may take on a machine that is flooded.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Trade {
+    fn open(cluster: &Cluster, task: usize, to: SocketAddr, connections: usize) -> Self {
+        let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("0.0.0.0:8080").expect("listen"));
+        let server = cluster.tasks[task].netns.spawn(move || {
+            let mut streams: Vec<TcpStream> =
+                (0..connections).map(|_| listener.accept().expect("a client").0).collect();
+            loop {
+                for stream in &mut streams {
+                    let mut message = [0; 8];
+                    if stream.read_exact(&mut message).is_err() || message == END.to_be_bytes() {
+                        return;
+                    }
+                    stream.write_all(&message).expect("answer");
+                }
+            }
+        });
+        let clients = cluster.client.enter(|| {
+            let connect = |_| {
+                let stream = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
+                stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+                stream
+            };
+            (0..connections).map(connect).collect()
+        });
+        Self { clients, server: Some(server) }
+    }
+
+    /// A message and its echo on each connection; how many failed.
+    fn round(&mut self, number: u64) -> usize {
+        let mut failed = 0;
+        for stream in &mut self.clients {
+            let message = number.to_be_bytes();
+            let mut answer = [0; 8];
+            let done = stream.write_all(&message).and_then(|()| stream.read_exact(&mut answer));
+            failed += usize::from(done.is_err() || answer != message);
+        }
+        failed
+    }
+}
+
+impl Drop for Trade {
+    fn drop(&mut self) {
+        if let Some(first) = self.clients.first_mut() {
+            let _ = first.write_all(&END.to_be_bytes());
+        }
+        self.clients.clear();
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+/// A thousand connections through a node whose uplink is flooded meanwhile; the datapath's counters afterwards.
+fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str]) -> serde_json::Value {
+    const CONNECTIONS: usize = 1_000;
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    let task = cluster.add_task("web.1", 0);
+    let file = cluster.file("\"80:8080\", \"53:5353/udp\"", &[(&cluster.tasks[task], "running")]);
+    cluster.write(&file);
+    let agent = attach(&cluster, arguments);
+    let node = &cluster.nodes[0];
+    let to = SocketAddr::new(node.v4().into(), 80);
+    let mut trade = Trade::open(&cluster, task, to, CONNECTIONS);
+    assert_eq!(trade.round(0), 0, "before the flood");
+    let flood = Flood { transport, to: (node.v4(), port), mac: mac(&node.netns), frames };
+    let over = Arc::new(AtomicBool::new(false));
+    let took = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let took = flood.send(&cluster.client);
+            over.store(true, Ordering::Relaxed);
+            took
+        });
+        let mut rounds = 0;
+        while !over.load(Ordering::Relaxed) {
+            rounds += 1;
+            assert_eq!(trade.round(rounds), 0, "in round {rounds} of the flood");
+        }
+        assert!(rounds > 0);
+        println!("{rounds} rounds of {CONNECTIONS} messages during the flood");
+        sender.join().expect("the flood")
+    });
+    assert_eq!(trade.round(u64::MAX - 1), 0, "after the flood");
+    let status = json(&node.netns, &["status"]);
+    println!("{frames} frames of {transport:?} in {took:?}, {arguments:?}: {}", status["flood_guard"]);
+    let open = json(&node.netns, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();
+    assert!(open >= Some(CONNECTIONS as u64), "{open:?}");
+    drop(trade);
+    drop(agent);
+    status
+}
+
+/// Times that the guard took over, as status tells.
+fn switches(status: &serde_json::Value) -> u32 {
+    let text = status["flood_guard"].as_str().expect("the guard");
+    let times = text.split("took over ").nth(1).and_then(|rest| rest.split(' ').next());
+    times.and_then(|times| times.parse().ok()).unwrap_or_default()
+}
+
+#[test]
+fn a_thousand_connections_survive_a_flood_of_syns_with_the_guard() {
+    let status = trade_under(SYN, 80, 2_000_000, &["--flood-rate", "1000"]);
+    assert!(switches(&status) > 0, "{status}");
+}
+
+#[test]
+fn a_thousand_connections_survive_a_flood_of_syns_in_small_tables_without_the_guard() {
+    let status = trade_under(SYN, 80, 1_000_000, &["--flood-rate", "0", "--max-half-open", "4096"]);
+    assert_eq!(status["flood_guard"], "off");
+}
+
+#[test]
+fn a_thousand_connections_survive_a_flood_of_datagrams() {
+    let arguments = ["--flood-rate", "1000", "--max-half-open", "4096"];
+    assert!(switches(&trade_under(Transport::Udp, 53, 1_000_000, &arguments)) > 0);
+}
+
+#[test]
+fn clients_come_through_while_the_guard_places_them() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    for slot in 1..=3 {
+        cluster.add_nginx(&format!("web.{slot}"), 0);
+    }
+    cluster.write_all_running();
+    // Every new flow is one too many.
+    let agent = attach(&cluster, &["--flood-rate", "1"]);
+    let node = &cluster.nodes[0].netns;
+    for address in cluster.addresses(0) {
+        let answers = requests(&cluster.client, address, 60);
+        assert_eq!(answers.len(), 60);
+        let tasks: std::collections::BTreeSet<&str> =
+            answers.iter().filter_map(|answer| answer.split(' ').next()).collect();
+        assert!(tasks.len() > 1, "hashes spread: {tasks:?}");
+    }
+    let status = json(node, &["status"]);
+    assert!(switches(&status) > 0, "{status}");
+    eventually("it is said", || agent.log().contains("they are placed by hash"));
+    eventually("and its end", || agent.log().contains("the flood is over"));
+}
+
+#[test]
+fn a_task_that_listens_late_costs_a_retransmission_and_no_error() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_nginx("web.1", 0);
+    // Its kernel refuses: nothing listens.
+    let late = cluster.add_task("web.2", 0);
+    cluster.write_all_running();
+    let _agent = attach(&cluster, &[]);
+    let node = &cluster.nodes[0].netns;
+    for address in cluster.addresses(0) {
+        let answers = requests(&cluster.client, address, 4);
+        assert!(answers.iter().all(|answer| answer.starts_with("web.1 ")), "{answers:?}");
+    }
+    assert!(outcome(node, "task_refused") >= 4);
+    let shown = json(node, &["service", "ps", "web"]);
+    let failovers: Vec<_> =
+        shown["tasks"].as_array().expect("tasks").iter().map(|t| &t["failovers"]).collect();
+    assert_eq!((failovers[0].as_u64(), failovers[1].as_u64() >= Some(4)), (Some(0), true), "{shown}");
+    // Once it listens it is served like the other.
+    let server = cluster.tasks[late].netns.spawn(|| {
+        let listener = TcpListener::bind("[::]:8080").expect("listen");
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let _ = stream.read(&mut [0; 1024]);
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\nconnection: close\r\n\r\nweb.2 ")
+                .expect("answer");
+        }
+    });
+    cluster.wait_for_listener(late, 8080);
+    let answers = requests(&cluster.client, cluster.addresses(0)[0], 4);
+    assert_eq!(answers.iter().filter(|answer| answer.starts_with("web.2")).count(), 2, "{answers:?}");
+    server.join().expect("the server");
+}
+
+#[test]
+fn clients_of_a_task_that_is_gone_are_told_at_once() {
+    const CLIENTS: usize = 200;
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_nginx("web.1", 0);
+    let dying = cluster.add_task("dying.1", 0);
+    for mode in ["native", "tc"] {
+        let only = cluster.file("\"80:8080\"", &[(&cluster.tasks[dying], "running")]);
+        cluster.write(&only);
+        let node = &cluster.nodes[0].netns;
+        let path = cluster.folder().join("cluster.toml");
+        let _agent = Agent::attach(node, cluster.folder(), &path, &["--mode", mode]);
+        eventually("the task is offered", || active_tasks(node, "web") == 1);
+        for address in cluster.addresses(0) {
+            let listener =
+                cluster.tasks[dying].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+            let to = SocketAddr::new(address, 80);
+            // One after another: a listener's queue is shorter.
+            let (mut clients, servers): (Vec<TcpStream>, Vec<TcpStream>) = cluster.client.enter(|| {
+                let connect = |_| {
+                    let client = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
+                    (client, listener.accept().expect("a client").0)
+                };
+                (0..CLIENTS).map(connect).unzip()
+            });
+            let shown = json(node, &["service", "ps", "web"]);
+            assert_eq!(shown["tasks"][0]["open_flows"].as_u64(), Some(CLIENTS as u64), "{shown}");
+            let resets = outcome(node, "reset");
+            cluster.write(&cluster.file("\"80:8080\"", &[(&cluster.tasks[0], "running")]));
+            eventually("the task is gone", || !text(node, &["service", "ps", "web"]).contains("dying.1"));
+            for client in &mut clients {
+                client.set_read_timeout(Some(Duration::from_secs(10))).expect("set a time limit");
+                client.write_all(b"anybody there?").expect("send");
+                let told = client.read(&mut [0; 1]).map_err(|error| error.kind());
+                assert_eq!(told, Err(std::io::ErrorKind::ConnectionReset), "{mode} {address}");
+            }
+            assert!(outcome(node, "reset") - resets >= CLIENTS as u64);
+            drop(servers);
+            cluster.write(&only);
+            eventually("it is back", || text(node, &["service", "ps", "web"]).contains("dying.1"));
+        }
+    }
+}
+
+/// Datagrams from one port, one after another, until it is told to stop; those sent, and those answered.
+fn probe(netns: &Netns, to: SocketAddr, stop: Arc<AtomicBool>) -> JoinHandle<(u32, u32)> {
+    netns.spawn(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
+        socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
+        let (mut sent, mut answered, mut buffer) = (0, 0, [0; 256]);
+        while !stop.load(Ordering::Relaxed) {
+            socket.send_to(format!("probe{sent}").as_bytes(), to).expect("send");
+            sent += 1;
+            let answer = socket.recv_from(&mut buffer);
+            let text = answer.map(|(length, _)| String::from_utf8_lossy(&buffer[..length]).into_owned());
+            answered += u32::from(text.is_ok_and(|text| text.contains(&format!("probe{} ", sent - 1))));
+        }
+        (sent, answered)
+    })
+}
+
+#[test]
+fn no_packet_is_lost_when_controllers_are_killed_and_their_datapath_is_adopted() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    let task = cluster.add_task("web.1", 0);
+    let server = cluster.tasks[task].netns.spawn(|| echo(5353, "web.1"));
+    let other = cluster.add_task("web.2", 0);
+    let one = cluster.file("\"53:5353/udp\"", &[(&cluster.tasks[task], "running")]);
+    let tasks: Vec<(&Task, &str)> =
+        vec![(&cluster.tasks[task], "running"), (&cluster.tasks[other], "draining")];
+    let two = cluster.file("\"53:5353/udp\"", &tasks);
+    let path = cluster.write(&one);
+    let node = &cluster.nodes[0].netns;
+    let mut agent = Agent::attach(node, cluster.folder(), &path, &[]);
+    eventually("the task is offered", || active_tasks(node, "web") == 1);
+    let stop = Arc::new(AtomicBool::new(false));
+    let probe = probe(&cluster.client, SocketAddr::new(cluster.addresses(0)[0], 53), stop.clone());
+    for round in 0..12 {
+        agent.stop(Signal::SIGKILL);
+        // What changes meanwhile is made up for.
+        let (text_now, shown) = if round % 2 == 0 { (&two, 2) } else { (&one, 1) };
+        cluster.write(text_now);
+        agent = Agent::attach(node, cluster.folder(), &path, &[]);
+        assert!(agent.log().contains("adopted the running datapath"), "{}", agent.log());
+        let count = || json(node, &["service", "ps", "web"])["tasks"].as_array().map_or(0, Vec::len);
+        eventually("it is as the file says", || count() == shown);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (sent, answered) = probe.join().expect("the probe");
+    println!("{sent} datagrams through 12 kills and adoptions");
+    assert!(sent > 100);
+    assert_eq!(answered, sent);
+    cluster.tasks[task].netns.enter(|| {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        socket.send_to(&[], "127.0.0.1:5353").expect("send");
+    });
+    server.join().expect("the server");
+}
+
+#[test]
+fn without_a_controller_for_too_long_everything_is_the_host_s_if_so_asked() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_nginx("web.1", 0);
+    cluster.write_all_running();
+    let node = &cluster.nodes[0].netns;
+    let to = SocketAddr::new(cluster.addresses(0)[0], 80);
+    for mode in ["native", "tc"] {
+        let agent = attach(&cluster, &["--stale-after", "1s", "--mode", mode]);
+        assert_eq!(requests(&cluster.client, to.ip(), 3).len(), 3);
+        agent.stop(Signal::SIGKILL);
+        // Nothing of the host listens there.
+        eventually("the host answers", || {
+            cluster.client.enter(|| get(&client(), to, "/")).is_err() && outcome(node, "stale") > 0
+        });
+        let agent = attach(&cluster, &["--mode", mode]);
+        assert_eq!(requests(&cluster.client, to.ip(), 3).len(), 3);
+        drop(agent);
+    }
+}
+
+#[test]
+fn pins_that_do_not_fit_are_replaced_when_asked_for() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_nginx("web.1", 0);
+    let path = cluster.write_all_running();
+    let path = path.to_str().expect("a plain path");
+    let node = &cluster.nodes[0].netns;
+    let arguments = ["--max-half-open", "2048"];
+    attach(&cluster, &[]).stop(Signal::SIGTERM);
+    let refused = verb(node, &[&["attach", "--iface", "eth1", "--cluster", path], &arguments[..]].concat());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said.contains("HALF_OPEN4 differs in entries: it has 65536, 2048 is asked for"), "{said}");
+    assert!(said.contains("--replace-state"), "{said}");
+    // Refusing changed nothing.
+    assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
+    let agent = attach(&cluster, &[&arguments[..], &["--replace-state"]].concat());
+    assert_eq!(json(node, &["status"])["half_open_room"], 2_048);
+    assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
+    drop(agent);
+}
+
+#[test]
+fn what_has_ended_is_swept_out_and_numbers_are_given_again() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_nginx("web.1", 0);
+    let node = &cluster.nodes[0].netns;
+    let timers = "[service.timers]\nhalf_open = 3\nestablished = 3\nclosing = 3\n[[service.task]]";
+    let text_of =
+        |tasks: &[(&Task, &str)]| cluster.file("\"80:8080\"", tasks).replacen("[[service.task]]", timers, 1);
+    cluster.write(&text_of(&[(&cluster.tasks[0], "running")]));
+    let agent = attach(&cluster, &[]);
+    let to: IpAddr = cluster.addresses(0)[0];
+    requests(&cluster.client, to, 20);
+    eventually("they are swept out", || agent.log().contains(" flows had ended"));
+    let open = || json(node, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();
+    eventually("none is left", || open() == Some(0));
+    drop(agent);
+}
