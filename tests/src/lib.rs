@@ -4,8 +4,8 @@
 
 pub mod agent;
 pub mod cluster;
-pub mod kernel;
 pub mod flood;
+pub mod kernel;
 pub mod lab;
 pub mod netns;
 pub mod packet;

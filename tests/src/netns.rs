@@ -174,7 +174,7 @@ pub fn patience(time: Duration) -> Duration {
     time * factor
 }
 
-/// Waits until something is so, ten seconds at most.
+/// Waits until something is so, half a minute at most: on a busy machine the verifier alone takes many seconds.
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
     within(Duration::from_secs(10), what, holds);
 }

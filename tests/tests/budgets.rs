@@ -15,15 +15,10 @@ const PROGRAMS: [&str; 3] = [program::UPLINK_XDP, program::UPLINK_TC, program::T
 
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
 /// worst that is.
-const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
-    ((6, 1), [167_000, 490_000, 95_000]),
-    ((6, 12), [129_000, 319_000, 96_000]),
-    ((6, 18), [161_000, 346_000, 98_000]),
-    ((7, 2), [136_000, 309_000, 92_000]),
-];
+const VERIFIED: [((u32, u32), [u32; 3]); 1] = [((6, 18), [347_000, 470_000, 98_000])];
 
 /// Bytes of the translated programs, nearly the same everywhere.
-const BYTES: [u32; 3] = [90_000, 114_000, 50_000];
+const BYTES: [u32; 3] = [144_000, 171_000, 80_000];
 
 /// How far a figure may grow before somebody must look.
 const SLACK_PERCENT: u32 = 10;
@@ -76,7 +71,7 @@ fn tables_stay_within_their_memory() {
     assert!(per_cpu / cpus <= 4 << 20, "{per_cpu} bytes of counters on {cpus} CPUs");
     let rest: u64 = tables.values().sum::<u64>() - per_cpu;
     // Older kernels count tables that grow on demand as if they were full.
-    let most = if version() >= COUNTED_MEMORY { 110 } else { 135 };
+    let most = if version() >= COUNTED_MEMORY { 125 } else { 155 };
     assert!(rest <= most << 20, "{rest} bytes of tables");
     let flows = tables[table::FLOWS4] + tables[table::FLOWS6];
     assert!(flows <= 90 << 20, "{flows} bytes of flows");

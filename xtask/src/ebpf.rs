@@ -63,7 +63,15 @@ pub fn build() -> Result<PathBuf> {
 /// Loads the programs, on the smallest of tables, and says what the verifier made of them.
 fn verify(object: &Path) -> Result<()> {
     let mut loader = EbpfLoader::new();
-    for name in [table::FLOWS4, table::FLOWS6, table::BACKENDS, table::BACKEND_STATS, table::SLOTS] {
+    for name in [
+        table::FLOWS4,
+        table::FLOWS6,
+        table::HALF_OPEN4,
+        table::HALF_OPEN6,
+        table::BACKENDS,
+        table::BACKEND_STATS,
+        table::SLOTS,
+    ] {
         loader.map_max_entries(name, 64);
     }
     // As it is loaded by default: without the log of flows.

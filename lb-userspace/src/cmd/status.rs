@@ -51,7 +51,6 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
             state.switches
         ),
     };
-    let controller = PinDir::of(interface)?.controller();
     let report = set.report().unwrap_or_default();
     let delay = report.delay;
     Ok(json!({

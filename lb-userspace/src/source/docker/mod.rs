@@ -603,6 +603,7 @@ mod tests {
             tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
             returns: None,
             left: String::new(),
+            timers: lb_common::flow::Timers::DEFAULT,
         };
         let mut state = ClusterState {
             nodes: vec![node(1), node(2), node(3)],
