@@ -4,6 +4,8 @@
 //! once: a run that changes its packet cannot be repeated by the kernel. Caches are as warm as the system call between
 //! two runs leaves them, so the figures are upper bounds.
 
+use std::net::IpAddr;
+
 use clap::Parser;
 use lb_common::{
     abi::XDP_TRANSMITS,
@@ -11,7 +13,7 @@ use lb_common::{
 };
 use lb_tests::{
     lab::{HOP_MAC, Hook, Lab, ip, service, task, with_lab},
-    packet::{ACK, NODE_MAC, Packet, SYN, Tunnelled},
+    packet::{ACK, NODE_MAC, Packet, SYN, SYN_ACK, Tunnelled},
 };
 use lb_userspace::cluster::Via;
 
@@ -23,11 +25,14 @@ struct Arguments {
     runs: usize,
 }
 
-/// The addresses of each family: client, listener, the peer's listener, a near task.
-const FAMILIES: [(&str, [&str; 4]); 2] = [
-    ("IPv4", ["198.51.100.7", "192.0.2.1", "192.0.2.2", "172.18.0.11"]),
-    ("IPv6", ["2001:db8:77::7", "2001:db8::1", "2001:db8::2", "fd18::11"]),
+/// The addresses of each family: client, listener, the peer's listener, a near task, a routed one.
+const FAMILIES: [(&str, [&str; 5]); 2] = [
+    ("IPv4", ["198.51.100.7", "192.0.2.1", "192.0.2.2", "172.18.0.11", "10.9.0.1"]),
+    ("IPv6", ["2001:db8:77::7", "2001:db8::1", "2001:db8::2", "fd18::11", "fd09::1"]),
 ];
+/// The first sequence number of a client and of a task.
+const FIRST: u32 = 1_000;
+const TASK_FIRST: u32 = 7_000;
 
 fn main() {
     let runs = Arguments::parse().runs;
@@ -48,7 +53,7 @@ fn main() {
             let [middle, least] = [0, 1].map(|i| cost[i].saturating_sub(floor[i]));
             println!("{:<52} {middle:>8} {least:>8}", format!("{what}, {family}"));
         };
-        for (name, [client, listener, peer, near]) in FAMILIES {
+        for (name, [client, listener, peer, near, routed]) in FAMILIES {
             let (client, small) = ((ip(client), 40_000), |p: &mut Packet| p.payload = vec![0; 6]);
             let request = |transport, to| Packet::new(transport, client, (ip(listener), to)).with(small);
             let arrived = |kind, flags, inner: &Packet| {
@@ -64,8 +69,20 @@ fn main() {
                 };
                 tunnelled.bytes()
             };
+            // Established: asked, answered, gone on.
             for port in [81, 83, 84] {
-                lab.xdp(&request(SYN, port).bytes());
+                lab.xdp(&request(SYN, port).at(FIRST, 0).bytes());
+            }
+            let taken = |from: (IpAddr, u16), to: u16| {
+                Packet::new(SYN_ACK, from, (client.0, to))
+                    .at(TASK_FIRST, FIRST + 1)
+                    .with(|p| p.macs = (HOP_MAC, NODE_MAC))
+            };
+            lab.xdp(&taken((ip(routed), 8081), client.1).bytes());
+            lab.xdp(&arrived(TO_CLIENT, 0, &taken((ip(listener), 83), client.1)));
+            lab.task_tc(&taken((ip(near), 8084), client.1).bytes());
+            for port in [81, 83, 84] {
+                lab.xdp(&request(ACK, port).at(FIRST + 1, TASK_FIRST + 1).bytes());
             }
             let xdp = Hook::UplinkXdp;
             show("XDP: not ours", name, xdp, lab, &request(ACK, 22).bytes());
@@ -76,8 +93,11 @@ fn main() {
                 packet.with(small)
             };
             // Two clients' ports: answers to the one go back through the peer, to the other straight.
-            lab.xdp(&arrived(TO_TASK, 0, &by_peer(40_001, SYN)));
-            lab.xdp(&arrived(TO_TASK, RETURN_DIRECT, &by_peer(40_002, SYN)));
+            for (port, flags) in [(40_001, 0), (40_002, RETURN_DIRECT)] {
+                lab.xdp(&arrived(TO_TASK, flags, &by_peer(port, SYN).at(FIRST, 0)));
+                lab.task_tc(&taken((ip(near), 8084), port).bytes());
+                lab.xdp(&arrived(TO_TASK, flags, &by_peer(port, ACK).at(FIRST + 1, TASK_FIRST + 1)));
+            }
             let frame = arrived(TO_TASK, 0, &by_peer(40_001, ACK));
             show("XDP: from a peer to a task, decapsulated", name, xdp, lab, &frame);
             let answer = Packet::new(ACK, (ip(listener), 83), client).with(small);
