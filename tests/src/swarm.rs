@@ -235,6 +235,12 @@ impl Node {
         let _ = fs::remove_file(self.folder.join("pid"));
     }
 
+    /// Ends the engine in order, and what it started with it.
+    pub fn stop_docker(&self) {
+        self.signal_in(&self.dockerd(), "TERM");
+        within(PATIENCE, "dockerd ends", || !self.folder.join("pid").exists());
+    }
+
     /// Starts the engine again after a crash.
     pub fn restart_docker(&self) {
         self.start_docker();

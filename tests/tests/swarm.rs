@@ -486,7 +486,7 @@ fn the_engine_is_reached_as_the_environment_says() {
     let node = &swarm.nodes[0];
     let folder = swarm.folder();
     certificates(folder);
-    node.kill_docker();
+    node.stop_docker();
     let file = |name: &str| {
         format!(
             "--tls{}={}",
