@@ -340,7 +340,7 @@ mod tests {
             "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), \
              *:6081->80/tcp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
         );
-        assert_eq!(picture.notes.len(), 3, "{:?}", picture.notes);
+        assert_eq!(picture.notes.len(), 4, "{:?}", picture.notes);
         assert_eq!(web.returns, Some(Return::Direct));
         let quiet = &picture.cluster.services[0];
         assert_eq!((quiet.name.as_str(), quiet.ports.len(), quiet.left.as_str()), ("quiet", 0, ""));
