@@ -1,0 +1,429 @@
+//! What this node is told of the swarm, and what it makes of it: nothing here waits for anybody but the receivers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::{mpsc, watch};
+
+use super::{
+    Settings,
+    engine::{Engine, EngineError},
+    listing::{Listing, Picture},
+    membership::{Member, Membership},
+    model::Gossip,
+};
+use crate::{
+    cluster::{ClusterState, TaskState},
+    source::{
+        Origin, Update,
+        facts::{Heard, NodeFacts, complete, task_name},
+        peer::{self, Telling, Told},
+    },
+};
+
+/// Connections to managers come about in this time, or it is worth a word.
+const GRACE: Duration = Duration::from_secs(3);
+/// Other nodes' agents find a new manager's in this time: they look for managers every few seconds.
+const FACTS: Duration = Duration::from_secs(6);
+
+/// What this node is told, and what it makes of it.
+pub(super) struct Swarm {
+    pub(super) engine: Engine,
+    pub(super) settings: Settings,
+    pub(super) outputs: Vec<mpsc::Sender<Update>>,
+    pub(super) telling: watch::Sender<Telling>,
+    /// What this node knows by itself, once it was looked.
+    pub(super) own: watch::Receiver<Option<NodeFacts>>,
+    /// The last part that is known for sure, and since when.
+    membership: Option<(Membership, Instant)>,
+    /// Why that is not known now.
+    unknown: Option<String>,
+    /// What a manager's lists say, and why they are not newer.
+    picture: Option<Picture>,
+    lists_problem: Option<String>,
+    /// What agents said of their nodes, by identifier.
+    heard: BTreeMap<String, Heard>,
+    /// What managers' agents said, by identifier.
+    managers: BTreeMap<String, Manager>,
+    /// The one whose word counts.
+    chosen: Option<String>,
+    /// What was last known from elsewhere, for when nobody speaks.
+    base: Option<ClusterState>,
+    /// What the nodes tell each other, while there is no other word.
+    pub(super) gossip: Option<Gossip>,
+    changed: Option<SystemTime>,
+    youngest: Option<SystemTime>,
+    notes: BTreeSet<String>,
+    sent: Sent,
+}
+
+/// What a manager's agent said.
+#[derive(Default)]
+struct Manager {
+    state: Option<ClusterState>,
+    problem: Option<String>,
+}
+
+impl Manager {
+    fn is_heard(&self) -> bool {
+        self.state.is_some() && self.problem.is_none()
+    }
+}
+
+/// What was said last, so that nothing is said twice.
+#[derive(Default)]
+struct Sent {
+    origin: Option<Origin>,
+    state: Option<ClusterState>,
+    problem: Option<String>,
+}
+
+impl Swarm {
+    pub(super) fn new(
+        engine: Engine,
+        settings: Settings,
+        outputs: Vec<mpsc::Sender<Update>>,
+        own: watch::Receiver<Option<NodeFacts>>,
+    ) -> Self {
+        Self {
+            engine,
+            settings,
+            outputs,
+            telling: watch::channel(None).0,
+            own,
+            membership: None,
+            unknown: None,
+            picture: None,
+            lists_problem: None,
+            heard: BTreeMap::new(),
+            managers: BTreeMap::new(),
+            chosen: None,
+            base: None,
+            gossip: None,
+            changed: None,
+            youngest: None,
+            notes: BTreeSet::new(),
+            sent: Sent::default(),
+        }
+    }
+
+    /// Takes note of this node's part. While Docker does not say, it is what it was.
+    pub(super) fn becomes(&mut self, membership: &Membership) {
+        if let Membership::Unknown(reason) = membership {
+            self.unknown = Some(reason.clone());
+            return;
+        }
+        self.unknown = None;
+        let manager = membership.member().is_some_and(|member| member.manager);
+        let managed = self.member().is_some_and(|member| member.manager);
+        if !manager {
+            (self.picture, self.lists_problem) = (None, None);
+            self.telling.send_replace(None);
+        }
+        match membership.member() {
+            Some(member) => {
+                let others = member.other_managers(0);
+                self.managers.retain(|id, _| others.iter().any(|(other, _)| other == id));
+            }
+            None => {
+                self.managers.clear();
+                self.heard.clear();
+            }
+        }
+        let since = match &self.membership {
+            Some((_, since)) if manager == managed => *since,
+            _ => Instant::now(),
+        };
+        self.membership = Some((membership.clone(), since));
+    }
+
+    fn member(&self) -> Option<&Member> {
+        self.membership.as_ref().and_then(|(membership, _)| membership.member())
+    }
+
+    pub(super) fn listed(&mut self, listed: Result<Listing, EngineError>) {
+        // A word from before this node was demoted.
+        if !self.member().is_some_and(|member| member.manager) {
+            return;
+        }
+        match listed {
+            Ok(listing) => {
+                let picture = listing.picture(self.settings.tunnel);
+                let notes: BTreeSet<String> = picture.notes.iter().cloned().collect();
+                notes.difference(&self.notes).for_each(|note| log::warn!("{note}"));
+                self.notes = notes;
+                let youngest = listing.youngest();
+                if youngest > self.youngest && self.picture.is_some() {
+                    self.changed = youngest;
+                }
+                self.youngest = youngest;
+                self.heard.retain(|id, heard| heard.now || picture.names.contains_key(id));
+                (self.picture, self.lists_problem) = (Some(picture), None);
+            }
+            Err(error) => self.lists_problem = Some(error.to_string()),
+        }
+    }
+
+    /// Takes note of what an agent says; whether that is news.
+    pub(super) fn agent_said(&mut self, word: peer::server::Word) -> bool {
+        match word {
+            peer::server::Word::Facts(node, connection, facts) => {
+                let heard = Heard { facts, now: true, connection };
+                let before = self.heard.insert(node, heard.clone());
+                before.is_none_or(|before| before.facts != heard.facts)
+            }
+            // It may have come back by another one already.
+            peer::server::Word::Gone(node, connection) => {
+                if let Some(heard) = self.heard.get_mut(&node).filter(|heard| heard.connection == connection)
+                {
+                    heard.now = false;
+                }
+                false
+            }
+        }
+    }
+
+    pub(super) fn manager_said(&mut self, word: peer::client::Word) {
+        let (id, state, problem) = match word {
+            peer::client::Word::Cluster(id, state) => (id, Some(*state), None),
+            peer::client::Word::Problem(id, reason) | peer::client::Word::Gone(id, reason) => {
+                (id, None, Some(reason))
+            }
+        };
+        // A word from before it was demoted.
+        let others = self.member().map(|member| member.other_managers(0)).unwrap_or_default();
+        if !others.iter().any(|(other, _)| *other == id) {
+            return;
+        }
+        let manager = self.managers.entry(id).or_default();
+        manager.problem = problem;
+        manager.state = state.or(manager.state.take());
+    }
+
+    /// Why what is known may be out of date.
+    pub(super) fn problem(&self) -> Option<String> {
+        let Some((membership, since)) = &self.membership else {
+            return self.unknown.clone();
+        };
+        let member = membership.member()?;
+        if member.manager {
+            return self.lists_problem.clone();
+        }
+        if self.managers.values().any(Manager::is_heard) || since.elapsed() < GRACE {
+            return None;
+        }
+        let reasons: Vec<&str> =
+            self.managers.values().filter_map(|manager| manager.problem.as_deref()).collect();
+        Some(match reasons.as_slice() {
+            [] => "no manager of the swarm has told the cluster's state yet".to_owned(),
+            reasons => format!("no manager tells the cluster's state: {}", reasons.join("; ")),
+        })
+    }
+
+    /// The cluster as far as it is known.
+    fn state(&mut self) -> Option<ClusterState> {
+        let (manager, node) = match &self.membership.as_ref()?.0 {
+            Membership::Member(member) => (member.manager, member.node.clone()),
+            _ => {
+                let tunnel = self.settings.tunnel;
+                return Some(ClusterState { tunnel, ..ClusterState::default() });
+            }
+        };
+        let own = Heard { facts: self.own.borrow().clone()?, now: true, connection: 0 };
+        let mut state = if manager {
+            let picture = self.picture.as_ref()?;
+            if self.waits_for_facts(picture) {
+                return None;
+            }
+            let mut state = picture.cluster.clone();
+            state.this = picture.names.get(&node).cloned();
+            self.base = Some(state.clone());
+            let name = |id: &String| picture.names.get(id).cloned();
+            let others = self.heard.iter().filter(|(id, _)| **id != node);
+            let mut facts: BTreeMap<String, Heard> =
+                others.filter_map(|(id, heard)| Some((name(id)?, heard.clone()))).collect();
+            facts.extend(state.this.clone().map(|this| (this, own)));
+            complete(&mut state, &facts);
+            state
+        } else {
+            let mut state = self.manager_state()?;
+            let facts: BTreeMap<String, Heard> =
+                state.this.clone().map(|this| (this, own)).into_iter().collect();
+            complete(&mut state, &facts);
+            // The agents of this node must agree with themselves, whatever a manager's agent was told.
+            state.tunnel = self.settings.tunnel;
+            state
+        };
+        if let Some(gossip) = self.gossip.as_ref().filter(|_| self.problem().is_some()) {
+            forget(&mut state, gossip);
+        }
+        Some(state)
+    }
+
+    /// Whether other nodes' agents may yet come with what they know, and flows would be cut off without it: they find a new
+    /// manager's agent within seconds.
+    fn waits_for_facts(&self, picture: &Picture) -> bool {
+        let runs = self.settings.adopts || self.sent.state.is_some();
+        let fresh = self.membership.as_ref().is_some_and(|(_, since)| since.elapsed() < FACTS);
+        let own = self.member().map(|member| member.node.as_str());
+        runs && fresh
+            && picture.names.keys().any(|id| Some(id.as_str()) != own && !self.heard.contains_key(id))
+    }
+
+    /// What the chosen manager's agent says; another is chosen only when that one is not heard. Nobody heard, what was last
+    /// known from elsewhere.
+    fn manager_state(&mut self) -> Option<ClusterState> {
+        let chosen = self.chosen.as_ref().and_then(|id| self.managers.get(id));
+        if !chosen.is_some_and(Manager::is_heard)
+            && let Some((id, _)) = self.managers.iter().find(|(_, manager)| manager.is_heard())
+        {
+            self.chosen = Some(id.clone());
+        }
+        let manager = self.chosen.as_ref().and_then(|id| self.managers.get(id));
+        if let Some(state) = manager.and_then(|manager| manager.state.clone()) {
+            self.base = Some(state);
+        }
+        self.base.clone()
+    }
+
+    fn origin(&self) -> Option<Origin> {
+        let mut place = self.engine.place();
+        let kind = match &self.membership.as_ref()?.0 {
+            Membership::Member(member) if member.manager => "docker manager",
+            Membership::Member(_) => {
+                if let Some(id) = &self.chosen {
+                    place = format!("{place}, told by manager {id}");
+                }
+                "docker worker"
+            }
+            _ => "docker, outside a swarm",
+        };
+        Some(Origin { kind: kind.into(), why: format!("{}; {place}", self.settings.why) })
+    }
+
+    /// Says what is new.
+    pub(super) async fn tell(&mut self) {
+        let state = self.state();
+        let origin = self.origin();
+        if origin.is_some() && origin != self.sent.origin {
+            self.sent.origin.clone_from(&origin);
+            if let Some(origin) = origin {
+                self.send(Update::Origin(origin)).await;
+            }
+        }
+        let problem = self.problem();
+        let doubts = problem != self.sent.problem;
+        self.sent.problem.clone_from(&problem);
+        let Some(mut state) = state else {
+            if let Some(reason) = problem.filter(|_| doubts) {
+                let update = match self.sent.state {
+                    Some(_) => Update::Failed(reason),
+                    None => Update::Waiting(reason),
+                };
+                self.send(update).await;
+            }
+            return;
+        };
+        let told = state.changed.take();
+        let news = self.sent.state.as_ref() != Some(&state);
+        if !news && !doubts {
+            return;
+        }
+        let first = self.sent.state.replace(state.clone()).is_none();
+        self.tell_agents(&state, problem.clone());
+        if news && !first {
+            state.changed = told.or_else(|| self.changed.take()).or_else(|| Some(SystemTime::now()));
+        }
+        self.send(match problem {
+            None => Update::State(state),
+            Some(reason) => Update::Stale(state, reason),
+        })
+        .await;
+    }
+
+    /// Lets other nodes' agents know, if this node is a manager.
+    fn tell_agents(&self, state: &ClusterState, problem: Option<String>) {
+        if let (Some(picture), Some(Member { manager: true, .. })) = (&self.picture, self.member()) {
+            let told = Told { cluster: state.clone(), names: picture.names.clone(), problem };
+            self.telling.send_replace(Some(Arc::new(told)));
+        }
+    }
+
+    async fn send(&self, update: Update) {
+        for output in &self.outputs {
+            // One that is gone wants nothing.
+            let _ = output.send(update.clone()).await;
+        }
+    }
+}
+
+/// Takes new flows from tasks of other nodes that those do not tell of any more. Of its own a node knows better; and a
+/// node that is not heard at all may only have lost its Docker: whether it is there its datapath says.
+fn forget(state: &mut ClusterState, gossip: &Gossip) {
+    let tasks = gossip.services.values().flat_map(|service| &service.tasks);
+    let told: BTreeSet<String> = tasks.map(|task| task_name(&task.name)).collect();
+    let heard: BTreeSet<IpAddr> = gossip.peers.iter().filter_map(|peer| peer.ip.parse().ok()).collect();
+    let this = state.this.clone();
+    let others = state.nodes.iter().filter(|node| Some(&node.name) != this.as_ref());
+    let speaking: BTreeSet<&str> = others
+        .filter(|node| node.addresses.iter().any(|address| heard.contains(address)))
+        .map(|node| node.name.as_str())
+        .collect();
+    for task in state.services.iter_mut().flat_map(|service| &mut service.tasks) {
+        let gone = speaking.contains(task.node.as_str()) && !told.contains(&task.name);
+        if gone && task.state == TaskState::Running {
+            task.state = TaskState::Draining;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{Node, Service, Task, Via};
+
+    #[test]
+    fn without_managers_the_nodes_own_word_counts() {
+        use TaskState::{Draining, Running};
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let node = |number: u8| Node {
+            name: format!("node{number}"),
+            addresses: vec![ip(&format!("192.0.2.{number}"))],
+            agent: true,
+        };
+        let task = |name: &str, node: u8| Task {
+            name: format!("web.{name}"),
+            node: format!("node{node}"),
+            addresses: vec![],
+            overlay: None,
+            state: Running,
+            weight: 1,
+            via: Via::Peer,
+        };
+        let service = Service {
+            name: "web".into(),
+            addresses: vec![],
+            ports: vec![],
+            tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
+            returns: None,
+            left: String::new(),
+            timers: lb_common::flow::Timers::DEFAULT,
+        };
+        let mut state = ClusterState {
+            nodes: vec![node(1), node(2), node(3)],
+            services: vec![service],
+            this: Some("node1".into()),
+            ..ClusterState::default()
+        };
+        let gossip = r#"{"Peers": [{"IP": "192.0.2.1"}, {"IP": "192.0.2.2"}],
+            "Services": {"web": {"Tasks": [{"Name": "web.2.b", "Info": null}]}}}"#;
+        forget(&mut state, &serde_json::from_str(gossip).unwrap());
+        let states: Vec<_> = state.services[0].tasks.iter().map(|task| task.state).collect();
+        // Its own; told of; not told of any more; of a node that is not heard.
+        assert_eq!(states, [Running, Running, Draining, Running]);
+    }
+}
