@@ -107,13 +107,15 @@ fn reply<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found
     if track::established(frame, packet, Entries::Replies)? == Known::Yes {
         return found(packet);
     }
-    match answer(frame, packet) {
-        Err(Outcome::NotOurs) => {}
+    let done = answer(frame, packet);
+    // What looks late to a connection through this node may answer one that the client's port has through another.
+    match done {
+        Err(Outcome::NotOurs | Outcome::LateAnswer) => {}
         done => return done,
     }
     match track::half_open(frame, packet, Entries::Replies)? {
         Known::Yes => found(packet),
-        _ => Err(Outcome::NotOurs),
+        _ => done,
     }
 }
 
@@ -238,10 +240,8 @@ fn answer<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Foun
         }
         return answered(packet, known, backend, listener);
     }
-    if late {
-        return Err(Outcome::LateAnswer);
-    }
     match track::decode(half_open_answer(packet, replies, backend))? {
+        Known::No if late => Err(Outcome::LateAnswer),
         Known::No if !guard::answers(packet, replies) => Err(Outcome::NotOurs),
         _ => Ok(Found { backend, way: Way::Client }),
     }

@@ -548,3 +548,23 @@ fn ten_thousand_requests_survive_scaling_over_three_nodes() {
     assert_eq!(failed, Vec::<String>::new(), "after {rounds} rounds");
     assert!(rounds > 0);
 }
+
+#[test]
+fn a_client_s_port_may_be_used_through_one_node_after_another() {
+    let cluster = five_tasks(PEERS);
+    let _agents = attach(&cluster, &[]);
+    // Each port first through the one node, then through the other, to whichever task has its turn there.
+    for port in 40_000..40_030 {
+        let ports = port.to_string();
+        for node in &cluster.nodes {
+            let url = format!("http://{}/", node.v4());
+            let curl = ["-sS", "-m", "20", "-H", "Connection: close", "--local-port", &ports, &url];
+            let answer = cluster.client.output("curl", &curl);
+            assert!(answer.contains(" saw 192.0.2.10"), "port {port} through {}: {answer:?}", node.name);
+        }
+    }
+    for node in &cluster.nodes {
+        // What a task answers to the second connection is not taken for a late word on the first.
+        assert_eq!(outcome(&node.netns, "late_answer"), 0, "{}", node.name);
+    }
+}

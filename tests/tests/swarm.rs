@@ -42,7 +42,16 @@ fn serves(swarm: &Swarm, service: &str, tasks: usize) {
     }
 }
 
-/// Asks through a node in whole turns: each task exactly once a turn. Asks again if Swarm changed the tasks meanwhile.
+/// How often a SYN that was sent again went to the next task: a task may still remember a connection that the client's
+/// port had with it through another node, and not take the next one at once.
+fn failovers(node: &Node, service: &str) -> u64 {
+    let document = json(&node.netns, &["service", "ps", service]);
+    let tasks = document["tasks"].as_array().cloned().unwrap_or_default();
+    tasks.iter().map(|task| task["failovers"].as_u64().expect("a number")).sum()
+}
+
+/// Asks through a node in whole turns: each task exactly once a turn. Asks again if Swarm changed the tasks meanwhile, or
+/// a SYN was lost.
 fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
     let service = |node: &Node| {
         let services =
@@ -57,9 +66,9 @@ fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
     };
     let service = service(node);
     within(PATIENCE, &format!("{} keeps its tasks for two turns", node.name), || {
-        let before = offered(node, &service);
+        let before = (offered(node, &service), failovers(node, &service));
         let answers = swarm.ask_often(node, port, 2 * tasks);
-        if before.len() != tasks || offered(node, &service) != before {
+        if before.0.len() != tasks || (offered(node, &service), failovers(node, &service)) != before {
             return false;
         }
         let counts = by_task(&answers);
