@@ -60,6 +60,8 @@ pub struct Swarm {
     pub nodes: Vec<Node>,
     /// A machine on the same lan that is no node.
     pub client: Netns,
+    /// Others, one for each node, for load: a task remembers a client's port for a minute, whichever node it used.
+    pub crowd: Vec<Netns>,
     lan: Netns,
     folder: tempfile::TempDir,
 }
@@ -73,6 +75,12 @@ impl Swarm {
         lan.ip("link set lanbr up");
         let client = Netns::new("client");
         plug(&lan, &client, CLIENT);
+        let member = |number: u8| {
+            let member = Netns::new("crowd");
+            plug(&lan, &member, Ipv4Addr::new(192, 0, 2, 20 + number));
+            member
+        };
+        let crowd = (1..=count).map(member).collect();
         let nodes: Vec<Node> = (1..=count).map(|number| Node::new(&lan, folder.path(), number)).collect();
         nodes.iter().for_each(Node::start_docker);
         nodes.iter().for_each(Node::wait_for_docker);
@@ -82,7 +90,7 @@ impl Swarm {
                 drop(scope.spawn(|| node.import(&image, "web:latest", &["--change", IMAGE_CHANGE])))
             })
         });
-        Self { nodes, client, lan, folder }
+        Self { nodes, client, crowd, lan, folder }
     }
 
     /// A swarm whose first node manages it.

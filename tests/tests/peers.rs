@@ -1,8 +1,10 @@
 //! Tasks on other nodes, reached through the tunnel: an agent on every node, the kernel's own stacks on every side.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use lb_tests::{
@@ -12,6 +14,7 @@ use lb_tests::{
     traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, tally, transfer},
 };
 use nix::sys::signal::Signal;
+use socket2::{Domain, Socket, Type};
 
 /// Three nodes with five tasks of nginx, spread over them.
 fn five_tasks(reach: Reach) -> Cluster {
@@ -549,17 +552,29 @@ fn ten_thousand_requests_survive_scaling_over_three_nodes() {
     assert!(rounds > 0);
 }
 
+/// One request from a port of the client's choice.
+fn from_port(port: u16, to: SocketAddr) -> String {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    // What its last connection has left behind is no matter.
+    socket.set_reuse_address(true).expect("share the port");
+    socket.bind(&SocketAddr::from(([0, 0, 0, 0], port)).into()).expect("bind");
+    socket.connect(&to.into()).unwrap_or_else(|error| panic!("from port {port} to {to}: {error}"));
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").expect("ask");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
 #[test]
 fn a_client_s_port_may_be_used_through_one_node_after_another() {
     let cluster = five_tasks(PEERS);
     let _agents = attach(&cluster, &[]);
     // Each port first through the one node, then through the other, to whichever task has its turn there.
     for port in 40_000..40_030 {
-        let ports = port.to_string();
         for node in &cluster.nodes {
-            let url = format!("http://{}/", node.v4());
-            let curl = ["-sS", "-m", "20", "-H", "Connection: close", "--local-port", &ports, &url];
-            let answer = cluster.client.output("curl", &curl);
+            let answer = cluster.client.enter(|| from_port(port, SocketAddr::new(node.v4().into(), 80)));
             assert!(answer.contains(" saw 192.0.2.10"), "port {port} through {}: {answer:?}", node.name);
         }
     }

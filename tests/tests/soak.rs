@@ -10,8 +10,8 @@ use std::{
 
 use lb_tests::{
     agent::{Agent, json, offered},
-    cluster::{Cluster, Reach, Task},
-    netns::within,
+    cluster::{Cluster, Node, Reach, Task},
+    netns::{Netns, within},
     traffic::Load,
 };
 use nix::sys::signal::Signal;
@@ -121,8 +121,15 @@ fn no_request_fails_whatever_happens() {
     soak.write();
     (0..3).for_each(|node| soak.attach(node, "native"));
     soak.settle();
-    let start = |node: &lb_tests::cluster::Node| Load::start(&cluster.client, node.v4().into(), 1, u64::MAX);
-    soak.loads = cluster.nodes.iter().map(start).collect();
+    // A machine for each node: a task remembers a client's port for a minute, whichever node it used.
+    let crowd: Vec<Netns> = (21..24)
+        .map(|number| {
+            let (v4, v6) = ([192, 0, 2, number], [0x2001, 0xdb8, 1, 0, 0, 0, 0, number.into()]);
+            cluster.plug("crowd", v4.into(), v6.into())
+        })
+        .collect();
+    let start = |(client, node): (&Netns, &Node)| Load::start(client, node.v4().into(), 1, u64::MAX);
+    soak.loads = crowd.iter().zip(&cluster.nodes).map(start).collect();
     let (mut dice, begin, mut steps) = (Dice(seed), Instant::now(), [0_u32; 4]);
     while begin.elapsed() < length {
         let (what, node) = (dice.below(4), dice.below(3));

@@ -117,8 +117,9 @@ fn nodes_of(manager: &Node, service: &str) -> Vec<String> {
 
 /// Load through every node at once, until all have made so many requests and the closure has returned; what failed.
 fn under_load(swarm: &Swarm, requests: u64, body: impl FnOnce()) -> Vec<String> {
+    let machines = swarm.crowd.iter().zip(&swarm.nodes);
     let loads: Vec<Load> =
-        swarm.nodes.iter().map(|node| Load::start(&swarm.client, node.address(), 1, u64::MAX)).collect();
+        machines.map(|(client, node)| Load::start(client, node.address(), 1, u64::MAX)).collect();
     body();
     within(PATIENCE * 3, "the load has made its requests", || {
         loads.iter().all(|load| load.done() >= requests)
