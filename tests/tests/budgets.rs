@@ -16,10 +16,10 @@ const PROGRAMS: [&str; 3] = [program::UPLINK_XDP, program::UPLINK_TC, program::T
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
 /// worst that is.
 const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
-    ((6, 1), [264_000, 460_000, 97_000]),
-    ((6, 12), [284_000, 458_000, 88_000]),
-    ((6, 18), [347_000, 470_000, 98_000]),
-    ((7, 2), [294_000, 447_000, 91_000]),
+    ((6, 1), [264_000, 460_000, 111_000]),
+    ((6, 12), [284_000, 458_000, 101_000]),
+    ((6, 18), [354_000, 482_000, 105_000]),
+    ((7, 2), [294_000, 447_000, 104_000]),
 ];
 
 /// Bytes of the translated programs, nearly the same everywhere.
