@@ -116,6 +116,8 @@ impl Apt {
             wanted.extend(self.dependencies(&package)?.into_iter().filter(|name| also(name)));
             exec(self.command("apt-get").current_dir(&packages).args(["-q", "-q", "download", &package]))?;
         }
+        // dpkg makes the last folder of a path only.
+        fs::create_dir_all(to).with_context(|| format!("make {}", to.display()))?;
         for package in fs::read_dir(&packages)?.flatten() {
             exec(Command::new("dpkg").arg("-x").arg(package.path()).arg(to))?;
         }
