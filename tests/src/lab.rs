@@ -4,11 +4,11 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use aya::maps::{HashMap, Map, MapData};
-use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
+use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
     flow::{Flow, FlowKey, REPLY, Timers},
-    net::{Be16, V4},
+    net::{Be16, V4, V6},
     outcome::Outcome,
     tunnel::DEFAULT_PORT,
 };
@@ -52,13 +52,12 @@ pub const UNSPEC: u32 = u32::MAX;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
-/// Where a program is run to see what it costs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
-    /// XDP on the uplink.
-    UplinkXdp,
-    /// TC where tasks answer.
-    TaskTc,
+/// What is done to each flow.
+#[derive(Clone, Copy)]
+enum Change {
+    Forget,
+    /// The next hop was asked for then.
+    Touch(u32),
 }
 
 /// The bench.
@@ -103,6 +102,19 @@ pub fn task(name: &str, here: bool, via: Via, addresses: &[&str]) -> Task {
 
 /// Runs a test on a bench of its own.
 pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
+    let sizes = Sizes {
+        flows: Some(16_384),
+        half_open: Some(4_096),
+        services: Some(64),
+        listeners: Some(256),
+        backends: Some(256),
+        slots: Some(1024),
+    };
+    with_lab_of(sizes, services, test);
+}
+
+/// The same with tables of other sizes.
+pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
     let netns = Netns::new("bench");
     netns.ip("link add eth1 type veth peer name wire");
     netns.ip("link add hv1 type veth peer name task");
@@ -111,14 +123,6 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
     }
     netns.enter(move || {
         let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("an interface");
-        let sizes = Sizes {
-            flows: Some(16_384),
-            half_open: Some(4_096),
-            services: Some(64),
-            listeners: Some(256),
-            backends: Some(256),
-            slots: Some(1024),
-        };
         let datapath = Datapath::open("eth1", &sizes, FlowLog::Off).unwrap_or_else(|error| panic!("{error}"));
         let node = |number: u8| Node {
             name: format!("node{number}"),
@@ -229,18 +233,9 @@ impl Lab {
         words.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 
-    /// How long one run on a frame takes, in nanoseconds.
-    pub fn cost(&self, hook: Hook, frame: &[u8]) -> u32 {
-        let result = match hook {
-            Hook::UplinkXdp => run(self.xdp_program(), frame, &self.xdp_context(frame)),
-            Hook::TaskTc => run(self.tc_program(program::TASK_TC), frame, &tc_context(self.veth)),
-        };
-        result.2
-    }
-
     /// Runs the uplink's XDP program.
     pub fn xdp(&self, frame: &[u8]) -> Verdict {
-        let (action, mut out, _) = run(self.xdp_program(), frame, &self.xdp_context(frame));
+        let (action, mut out) = run(self.xdp_program(), frame, &self.xdp_context(frame));
         let mut note = None;
         if out.len() > 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
             note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
@@ -251,7 +246,7 @@ impl Lab {
 
     /// Runs a TC program on a frame that came in by an interface.
     pub fn tc(&self, name: &str, frame: &[u8], ifindex: u32) -> Verdict {
-        let (action, out, _) = run(self.tc_program(name), frame, &tc_context(ifindex));
+        let (action, out) = run(self.tc_program(name), frame, &tc_context(ifindex));
         Verdict { action, frame: out, note: None }
     }
 
@@ -289,6 +284,50 @@ impl Lab {
         let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
         let flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
         flows.iter().flatten().collect()
+    }
+
+    /// Forgets every flow.
+    pub fn forget_flows(&self) {
+        self.each_family(Change::Forget);
+    }
+
+    /// Makes the next hop of every flow fresh.
+    pub fn touch_hops(&self) {
+        self.each_family(Change::Touch(self.jiffies()));
+    }
+
+    fn each_family(&self, change: Change) {
+        for table in [table::FLOWS4, table::HALF_OPEN4] {
+            self.each_flow::<V4>(table, change);
+        }
+        for table in [table::FLOWS6, table::HALF_OPEN6] {
+            self.each_flow::<V6>(table, change);
+        }
+    }
+
+    fn each_flow<A>(&self, table: &str, change: Change)
+    where
+        FlowKey<A>: aya::Pod,
+        Flow<A>: aya::Pod,
+    {
+        let pin = PinDir::of("eth1").expect("the pins").table(table);
+        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
+        let mut flows: HashMap<_, FlowKey<A>, Flow<A>> = map.try_into().expect("flows");
+        let entries: Vec<_> = flows.iter().flatten().collect();
+        for (key, flow) in entries {
+            match change {
+                Change::Forget => flows.remove(&key).expect("an entry"),
+                Change::Touch(now) => {
+                    flows.insert(key, Flow { hop_seen: now, ..flow }, 0).expect("an entry");
+                }
+            }
+        }
+    }
+
+    /// A program, to be run by others.
+    pub fn program(&self, name: &str) -> ProgramFd {
+        let program = self.datapath().program(name).expect(name);
+        program.fd().expect("it is loaded").try_clone().expect("a file descriptor")
     }
 
     /// The counters.
@@ -346,8 +385,8 @@ fn tc_context(ifindex: u32) -> Vec<u8> {
     context
 }
 
-/// Runs a program on a frame; its return value, the frame afterwards, and how many nanoseconds it took.
-fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>, u32)
+/// Runs a program on a frame; its return value and the frame afterwards.
+fn run<P>(program: &P, frame: &[u8], context: &[u8]) -> (u32, Vec<u8>)
 where
     P: for<'a> TestRun<Opts<'a> = TestRunOptions<'a>, Result = TestRunResult>,
 {
@@ -360,5 +399,5 @@ where
     };
     let result = program.test_run(options).expect("run the program");
     out.truncate(result.data_size_out as usize);
-    (result.return_value, out, result.duration.as_nanos() as u32)
+    (result.return_value, out)
 }

@@ -3,6 +3,7 @@
 //! Everything made here is taken down when it is dropped, also when a test panics.
 
 pub mod agent;
+pub mod bench;
 pub mod cluster;
 pub mod flood;
 pub mod kernel;

@@ -1,4 +1,6 @@
-//! `bench`: what packets cost.
+//! `bench`: what things cost, measured.
+
+use std::ffi::OsString;
 
 use anyhow::Result;
 
@@ -8,14 +10,24 @@ use crate::{
     toolchain,
 };
 
-/// Builds what is missing and measures as root: packets, or how long a real swarm's changes take.
-pub fn run(swarm: bool) -> Result<()> {
+/// Builds what is missing and measures as root. The arguments are the bench's own.
+pub fn run(arguments: &[OsString]) -> Result<()> {
+    measure("lb-bench", arguments)
+}
+
+/// Measures how long a real swarm's changes take.
+pub fn run_swarm() -> Result<()> {
+    measure("lb-bench-swarm", &[])
+}
+
+fn measure(program: &str, arguments: &[OsString]) -> Result<()> {
     toolchain::test_tools()?;
     let object = ebpf::build()?;
+    let bench_object = ebpf::build_bench()?;
     let agent = ebpf::build_agent()?;
     ebpf::build_tests(&object)?;
-    let program = if swarm { "lb-bench-swarm" } else { "lb-bench" };
     let mut command = as_root("env");
-    command.arg(format!("LB_AGENT={}", agent.display())).arg(target().join("release").join(program));
-    exec(&mut command)
+    command.arg(format!("LB_AGENT={}", agent.display()));
+    command.arg(format!("LB_BENCH_OBJECT={}", bench_object.display()));
+    exec(command.arg(target().join("release").join(program)).args(arguments))
 }

@@ -21,8 +21,22 @@ const TARGET: &str = "bpfel-unknown-none";
 const FLAGS: &str =
     "-Cdebuginfo=2 -Clink-arg=--btf -Ctarget-cpu=v3 -Clink-arg=--llvm-args=-disable-block-placement";
 
-/// Builds the object, refuses one that can panic, says how large it is.
+/// Builds the balancer's object and lets the kernel's verifier look at it.
 pub fn build() -> Result<PathBuf> {
+    let object = build_package("lb-ebpf")?;
+    if nix::unistd::geteuid().is_root() {
+        verify(&object)?;
+    }
+    Ok(object)
+}
+
+/// Builds the object of the benches.
+pub fn build_bench() -> Result<PathBuf> {
+    build_package("lb-bench-ebpf")
+}
+
+/// Builds a package's object, refuses one that can panic, says how large it is.
+fn build_package(package: &str) -> Result<PathBuf> {
     let compiler = toolchain::compiler()?;
     let linker = toolchain::linker()?;
     let folder = target().join("ebpf");
@@ -44,19 +58,16 @@ pub fn build() -> Result<PathBuf> {
         let paths = std::iter::once(bin.to_owned()).chain(std::env::split_paths(&path));
         command.env("PATH", std::env::join_paths(paths)?);
     }
-    command.current_dir(root()).env("RUSTFLAGS", FLAGS).args(["build", "--release", "--package", "lb-ebpf"]);
+    command.current_dir(root()).env("RUSTFLAGS", FLAGS).args(["build", "--release", "--package", package]);
     command.args(["--target", TARGET, "--target-dir"]).arg(&folder);
     if let Compiler::Nightly(_) = compiler {
         command.args(["-Z", "build-std=core"]);
     }
     exec(&mut command)?;
-    let object = folder.join(TARGET).join("release/lb-ebpf");
+    let object = folder.join(TARGET).join("release").join(package);
     refuse_panics(&object)?;
     let bytes = fs::metadata(&object).with_context(|| format!("read {}", object.display()))?.len();
     println!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
-    if nix::unistd::geteuid().is_root() {
-        verify(&object)?;
-    }
     Ok(object)
 }
 

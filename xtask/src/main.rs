@@ -12,7 +12,7 @@ mod run;
 mod test;
 mod toolchain;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -29,7 +29,7 @@ struct Cli {
 enum Verb {
     /// Find or install what building and testing need
     Setup,
-    /// Build the eBPF object
+    /// Build the eBPF object, and that of the benches
     BuildEbpf,
     /// Build the agent, with the eBPF object in it: target/release/lb-userspace
     Build {
@@ -52,11 +52,14 @@ enum Verb {
         #[arg(long, requires = "kernel", conflicts_with = "filter")]
         short: bool,
     },
-    /// What a packet costs in the programs, in nanoseconds, as root
+    /// What things cost, beside what a user would pick instead, as root; `bench -- --help` has its own arguments
     Bench {
         /// How long changes of a real swarm take to reach every node's datapath, instead
         #[arg(long)]
         swarm: bool,
+        /// What the bench is given: parts to measure, `--quick`, `-o json`, `--compare PINNED_PROGRAM…`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, conflicts_with = "swarm")]
+        arguments: Vec<OsString>,
     },
     /// A three-node cluster in network namespaces, and the Swarm walk-through on it, as root
     Demo {
@@ -79,14 +82,15 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::Setup => toolchain::setup(),
-        Verb::BuildEbpf => ebpf::build().map(drop),
+        Verb::BuildEbpf => ebpf::build().and_then(|_| ebpf::build_bench()).map(drop),
         Verb::Build { arm64: false } => ebpf::build_agent().map(drop),
         Verb::Build { arm64: true } => arm64::build().map(drop),
         Verb::Image => image::run(),
         Verb::Check => check::run(),
         Verb::Test { filter, kernel: None, .. } => test::run(filter.as_deref()),
         Verb::Test { filter, kernel: Some(wanted), short } => test::run_on(&wanted, filter.as_deref(), short),
-        Verb::Bench { swarm } => bench::run(swarm),
+        Verb::Bench { swarm: true, .. } => bench::run_swarm(),
+        Verb::Bench { swarm: false, arguments } => bench::run(&arguments),
         Verb::Demo { keep } => demo::run(keep),
     }
 }

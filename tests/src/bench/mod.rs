@@ -1,0 +1,5 @@
+//! The benches of `cargo xtask bench`: a module measures one thing, beside what it is to be set against, in one run.
+
+mod feeder;
+pub mod figure;
+pub mod packets;

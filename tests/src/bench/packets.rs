@@ -1,0 +1,744 @@
+//! What a packet costs in the programs, in nanoseconds above a program that does nothing.
+//!
+//! Rounds of some thousand runs of the floor and of the program follow each other, so that what disturbs the machine
+//! disturbs both; a figure is the difference in a round. Each is checked by the counters: all its packets ended as
+//! they should.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use aya::programs::{ProgramFd, ProgramInfo};
+use lb_bench_ebpf::program as floor;
+use lb_common::{
+    abi::{XDP_TRANSMITS, program},
+    outcome::Outcome,
+    tunnel::{DEFAULT_PORT, OPTION_CLASS, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION},
+};
+use lb_userspace::{
+    cluster::{Service, Via},
+    datapath::Sizes,
+};
+
+use super::{
+    feeder::{Clients, Feeder, Kind},
+    figure::{Figure, Report, Samples, Target},
+};
+use crate::{
+    lab::{HOP_MAC, Lab, ip, service, task, with_lab_of},
+    packet::{ACK, NODE_MAC, Packet, SYN, SYN_ACK, Transport, Tunnelled},
+};
+
+/// What to measure.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Fewer rounds and sizes.
+    pub quick: bool,
+    /// Pinned XDP programs to set beside ours.
+    pub compare: Vec<PathBuf>,
+    /// Where their frames go to.
+    pub compare_to: Option<(IpAddr, u16)>,
+}
+
+/// Measures all of it.
+pub fn run(report: &mut Report, options: &Options) {
+    let rounds = if options.quick { 15 } else { 51 };
+    let most = if options.quick { 4_096 } else { 65_536 };
+    let counts: Vec<u32> = [1, 4_096, 65_536].into_iter().filter(|&count| count <= most).collect();
+    with_lab_of(sizes(262_144), services(), |lab| {
+        let mut bench = Bench::new(lab, rounds);
+        report.section(
+            "ns a run of the floors",
+            &["The feeder that puts the frame back is part of each."],
+            || bench.floors(),
+        );
+        report.section(
+            "ns a packet of an established flow, above XDP_PASS or a TC program that does nothing",
+            &["Clients come in a scattered order. TCP frames of 72 bytes over IPv4, before the tunnel's headers."],
+            || bench.established(&counts),
+        );
+        report.section("ns a packet that is not ours, above XDP_PASS", &[], || bench.not_ours(""));
+        report.section(
+            "ns a packet that opens a flow, above XDP_PASS",
+            &["SYN: into the table of half-open flows, of 65,536 entries. ACK: moves the entry to the established ones."],
+            || bench.opening(),
+        );
+        if !options.compare.is_empty() {
+            let to = options.compare_to.unwrap_or((ip(FAMILIES[0].listener), 83));
+            report.section(
+                "ns a packet in other programs, above XDP_PASS",
+                &["The same frames and clients as ours; the number is what the last run returned."],
+                || options.compare.iter().flat_map(|path| bench.compare(path, to, &counts)).collect(),
+            );
+        }
+    });
+    if !options.quick {
+        large(report, rounds);
+    }
+}
+
+/// With a million flows, and with as many listeners as a large cluster has.
+fn large(report: &mut Report, rounds: usize) {
+    let mut services = services();
+    let ports: Vec<String> = (10_000..20_000).map(|port| format!("{port}:{port}")).collect();
+    let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+    services.push(service(
+        "many",
+        &ports,
+        vec![task("many.1", false, Via::Routed, &["10.9.0.9", "fd09::9"])],
+    ));
+    with_lab_of(sizes(1_310_720), services, |lab| {
+        let mut bench = Bench::new(lab, rounds);
+        report.section("ns a packet of an established flow, 1,048,576 flows", &[], || {
+            bench.established(&[1_048_576])
+        });
+        report.section("ns a packet that is not ours, 10,000 listeners and a full flow table", &[], || {
+            bench.not_ours(", 10,000 listeners")
+        });
+    });
+}
+
+fn sizes(flows: u32) -> Sizes {
+    Sizes {
+        flows: Some(flows),
+        half_open: Some(65_536),
+        services: Some(64),
+        listeners: Some(16_384),
+        backends: Some(256),
+        slots: Some(1024),
+    }
+}
+
+/// Addresses of a family: of the listener, the peer's listener, and a task of each kind.
+struct Addresses {
+    name: &'static str,
+    client: &'static str,
+    /// Those of the peer: a task serves a client's port through one listener only.
+    peers_client: &'static str,
+    listener: &'static str,
+    peer: &'static str,
+    near: &'static str,
+    routed: &'static str,
+    snat: &'static str,
+}
+
+/// The last two bytes of a client's address are its number's.
+const FAMILIES: [Addresses; 2] = [
+    Addresses {
+        name: "IPv4",
+        client: "198.51.0.0",
+        peers_client: "198.18.0.0",
+        listener: "192.0.2.1",
+        peer: "192.0.2.2",
+        near: "172.18.0.11",
+        routed: "10.9.0.1",
+        snat: "10.9.0.2",
+    },
+    Addresses {
+        name: "IPv6",
+        client: "2001:db8:77::",
+        peers_client: "2001:db8:78::",
+        listener: "2001:db8::1",
+        peer: "2001:db8::2",
+        near: "fd18::11",
+        routed: "fd09::1",
+        snat: "fd09::2",
+    },
+];
+
+/// Published ports.
+const ROUTED: u16 = 81;
+const SNAT: u16 = 82;
+const FAR: u16 = 83;
+const NEAR: u16 = 84;
+/// A task's port is the published one and this.
+const TARGET: u16 = 8_000;
+/// The first sequence number of a client and of a task.
+const FIRST: u32 = 1_000;
+const TASK_FIRST: u32 = 7_000;
+/// Bytes of an Ethernet header.
+const LINK: usize = 14;
+/// Bytes of the tunnel's headers over IPv4.
+const TUNNEL: usize = 60;
+/// Flows that are opened between two answers of theirs: fewer than fit into the table of half-open ones.
+const CHUNK: u32 = 16_384;
+/// Runs in a round.
+const RUNS: u32 = 16_384;
+/// What a frame carries at least.
+const PAYLOAD: usize = 18;
+
+fn services() -> Vec<Service> {
+    let [v4, v6] = &FAMILIES;
+    vec![
+        service(
+            "far",
+            &["83:8083", "83:8083/udp"],
+            vec![task("far.1", false, Via::Peer, &["172.18.9.11", "fd18::9:11"])],
+        ),
+        service(
+            "near",
+            &["84:8084", "84:8084/udp"],
+            vec![task("near.1", true, Via::Peer, &[v4.near, v6.near])],
+        ),
+        service(
+            "routed",
+            &["81:8081", "81:8081/udp"],
+            vec![task("routed.1", false, Via::Routed, &[v4.routed, v6.routed])],
+        ),
+        service("snat", &["82:8082"], vec![task("snat.1", false, Via::Snat, &[v4.snat, v6.snat])]),
+    ]
+}
+
+/// What of the feeding a program makes necessary, beyond writing the frame.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Undo {
+    Nothing,
+    Note,
+    Growth,
+    GrowthAndNote,
+}
+
+/// Frames that are alike but for their client.
+struct Frames {
+    bytes: Vec<u8>,
+    clients: Clients,
+    kind: Kind,
+    /// How each of them ends.
+    outcome: Outcome,
+    undo: Undo,
+}
+
+/// Where the client stands in a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Client {
+    Source,
+    Destination,
+    /// It does not: its address is another.
+    Absent,
+}
+
+impl Frames {
+    /// Of a packet that lies `before` bytes behind its frame's link header; `frame` makes a frame of the packet. The
+    /// payload is as long as the feeder asks for.
+    fn new(
+        packet: &Packet,
+        before: usize,
+        client: Client,
+        kind: Kind,
+        frame: impl Fn(&Packet) -> Vec<u8>,
+    ) -> Self {
+        let length =
+            |payload| frame(&packet.clone().with(|p: &mut Packet| p.payload = vec![0; payload])).len();
+        let payload = (PAYLOAD..PAYLOAD + 8).find(|&payload| length(payload).is_multiple_of(8));
+        let bytes =
+            frame(&packet.clone().with(|p| p.payload = vec![0; payload.expect("a multiple of eight")]));
+        let network = LINK + before;
+        let [source, destination, transport] = match packet.source {
+            IpAddr::V4(_) => [12, 16, 20],
+            IpAddr::V6(_) => [8, 24, 40],
+        };
+        let width = (transport - destination) as u32;
+        let (address, port) = match client {
+            Client::Source => (source, 0),
+            Client::Destination => (destination, 2),
+            // The payload's end.
+            Client::Absent => (bytes.len() - network - width as usize, 2),
+        };
+        let clients = Clients {
+            count: 1,
+            first: 0,
+            scattered: true,
+            address_at: (network + address) as u32 + width - 2,
+            port_at: (network + transport + port) as u32,
+        };
+        Self { bytes, clients, kind, outcome: Outcome::NotOurs, undo: Undo::Nothing }
+    }
+
+    /// With so many clients, and what is expected of them.
+    fn expect(mut self, count: u32, outcome: Outcome, undo: Undo) -> Self {
+        (self.clients.count, self.outcome, self.undo) = (count, outcome, undo);
+        self
+    }
+}
+
+struct Bench<'a> {
+    lab: &'a mut Lab,
+    feeder: Feeder,
+    rounds: usize,
+    xdp: ProgramFd,
+    tc: ProgramFd,
+}
+
+impl<'a> Bench<'a> {
+    fn new(lab: &'a mut Lab, rounds: usize) -> Self {
+        pin_to_one_cpu();
+        // As on a network card: sums are finished. Floods are asked for where they are measured.
+        lab.configure(|config| (config.flags, config.flood_rate) = (XDP_TRANSMITS, 0));
+        let feeder = Feeder::load(lab.uplink, lab.veth);
+        let (xdp, tc) = (lab.program(program::UPLINK_XDP), lab.program(program::TASK_TC));
+        Self { lab, feeder, rounds, xdp, tc }
+    }
+
+    /// Nanoseconds of one of the floors.
+    fn floor(&mut self, kind: Kind, name: &str, runs: u32) -> f64 {
+        let program = self.feeder.own(name);
+        self.feeder.feed_to(kind, &program).expect("go on with a floor");
+        self.feeder.run(kind, runs).0
+    }
+
+    fn floors(&mut self) -> Vec<Figure> {
+        let packet = Packet::new(ACK, (ip(FAMILIES[0].client), 1), (ip(FAMILIES[0].listener), ROUTED));
+        let frames = Frames::new(&packet, 0, Client::Source, Kind::Xdp, Packet::bytes);
+        self.feeder.set(&frames.bytes, &frames.clients);
+        let all = [
+            ("XDP_PASS", Kind::Xdp, floor::PASS),
+            ("XDP_TX", Kind::Xdp, floor::TRANSMIT),
+            ("room for the tunnel made, and taken away", Kind::Xdp, floor::GROW),
+            ("a note for TC left, and taken away", Kind::Xdp, floor::NOTE),
+            ("TC_ACT_UNSPEC", Kind::Tc, floor::NOTHING),
+        ];
+        let figure = |(what, kind, name)| {
+            let samples = Samples::new((0..self.rounds).map(|_| self.floor(kind, name, RUNS)));
+            Figure::new(what, "ns", &samples)
+        };
+        all.map(figure).into()
+    }
+
+    /// What the program takes above its floor. What the feeder takes to undo the program's work is half of what a
+    /// program takes that does that work and nothing else: doing and undoing are one helper's calls.
+    fn measure(&mut self, frames: &Frames, mut before: impl FnMut(&mut Self)) -> Samples {
+        let (kind, runs) = (frames.kind, RUNS);
+        let none = if kind == Kind::Tc { floor::NOTHING } else { floor::PASS };
+        let program = if kind == Kind::Tc { &self.tc } else { &self.xdp };
+        let program = program.try_clone().expect("a file descriptor");
+        let mut samples = vec![];
+        let counted = self.lab.counters().of(frames.outcome);
+        self.feeder.set(&frames.bytes, &frames.clients);
+        for _ in 0..self.rounds {
+            before(self);
+            let pass = self.floor(kind, none, runs);
+            let mut undoing = 0.0;
+            if matches!(frames.undo, Undo::Growth | Undo::GrowthAndNote) {
+                undoing += (self.floor(kind, floor::GROW, runs) - pass) / 2.0;
+            }
+            if matches!(frames.undo, Undo::Note | Undo::GrowthAndNote) {
+                undoing += (self.floor(kind, floor::NOTE, runs) - pass) / 2.0;
+            }
+            self.feeder.feed_to(kind, &program).expect("go on with the program");
+            let (cost, _) = self.feeder.run(kind, runs);
+            samples.push(cost - pass - undoing);
+        }
+        let counted = self.lab.counters().of(frames.outcome) - counted;
+        let expected = runs as u64 * self.rounds as u64;
+        assert_eq!(counted, expected, "packets that ended as {}", frames.outcome.name());
+        Samples::new(samples)
+    }
+
+    /// Runs each client's packet once, in order.
+    fn once(&mut self, frames: &Frames, first: u32, count: u32, total: u32) {
+        let clients = Clients { count: total, first, scattered: false, ..frames.clients };
+        self.feeder.set(&frames.bytes, &clients);
+        let program = if frames.kind == Kind::Tc { &self.tc } else { &self.xdp };
+        let program = program.try_clone().expect("a file descriptor");
+        self.feeder.feed_to(frames.kind, &program).expect("go on with the program");
+        let (_, counted) = self.lab.counting(|_| self.feeder.run(frames.kind, count));
+        assert_eq!(counted, BTreeMap::from([(frames.outcome, u64::from(count))]), "{:?}", frames.clients);
+    }
+
+    fn established(&mut self, counts: &[u32]) -> Vec<Figure> {
+        let mut figures = vec![];
+        for &count in counts {
+            let mut v4: BTreeMap<&str, Figure> = BTreeMap::new();
+            for family in &FAMILIES {
+                let paths = paths(family, count);
+                for path in &paths {
+                    self.establish(path, count);
+                }
+                for path in paths {
+                    for (what, frames, target) in path.measured {
+                        let samples = self.measure(&frames, |bench| {
+                            // A reply's next hop is renewed each second by TC: not what is measured here.
+                            if frames.outcome == Outcome::Reply {
+                                bench.lab.touch_hops();
+                            }
+                        });
+                        let flows = if count == 1 { "1 flow".to_owned() } else { format!("{count} flows") };
+                        let name = format!("{what}, {}, {flows}", family.name);
+                        let mut figure = Figure::new(name, "ns", &samples);
+                        if let Some(target) = target.filter(|_| family.name == "IPv4") {
+                            figure = figure.target(Target::AtMost(target));
+                        }
+                        match v4.get(what) {
+                            Some(other) => figure = figure.beside(other),
+                            None => drop(v4.insert(what, figure.clone())),
+                        }
+                        figures.push(figure);
+                    }
+                }
+                self.lab.forget_flows();
+            }
+        }
+        figures
+    }
+
+    /// Takes each client of the path as far as it is established.
+    fn establish(&mut self, path: &FlowPath, count: u32) {
+        let mut first = 0;
+        while first < count {
+            let some = CHUNK.min(count - first);
+            for frames in &path.opening {
+                self.once(frames, first, some, count);
+            }
+            first += some;
+        }
+    }
+
+    fn not_ours(&mut self, suffix: &str) -> Vec<Figure> {
+        let mut figures = vec![];
+        let mut add = |bench: &mut Self, what: &str, frames: Frames| {
+            let samples = bench.measure(&frames, |_| ());
+            figures.push(Figure::new(format!("{what}{suffix}"), "ns", &samples).target(Target::AtMost(15.0)));
+        };
+        for family in &FAMILIES {
+            let (client, listener) = ((ip(family.client), 1), ip(family.listener));
+            for (what, transport) in [("TCP", ACK), ("UDP", Transport::Udp)] {
+                let packet = Packet::new(transport, client, (listener, 22));
+                let frames = Frames::new(&packet, 0, Client::Source, Kind::Xdp, Packet::bytes);
+                let frames = frames.expect(4_096, Outcome::NotOurs, Undo::Nothing);
+                add(self, &format!("{what}, {}", family.name), frames);
+            }
+        }
+        let packet = Packet::new(ACK, (ip(FAMILIES[0].client), 1), (ip(FAMILIES[0].listener), 22));
+        let arp = |packet: &Packet| {
+            let mut bytes = packet.bytes();
+            bytes[12..14].copy_from_slice(&[8, 6]);
+            bytes
+        };
+        let frames = Frames::new(&packet, 0, Client::Source, Kind::Xdp, arp);
+        add(self, "ARP", frames.expect(1, Outcome::NotIp, Undo::Nothing));
+        // A later fragment whose first one nobody saw; an echo request.
+        let fragment = |packet: &Packet| {
+            let mut bytes = packet.bytes();
+            bytes[20..22].copy_from_slice(&[0, 0xb9]);
+            bytes
+        };
+        let frames = Frames::new(&packet, 0, Client::Source, Kind::Xdp, fragment);
+        add(self, "later fragment, IPv4", frames.expect(4_096, Outcome::Fragment, Undo::Nothing));
+        let echo = |packet: &Packet| {
+            let mut bytes = packet.bytes();
+            bytes[23] = 1;
+            bytes[34] = 8;
+            bytes
+        };
+        let frames = Frames::new(&packet, 0, Client::Absent, Kind::Xdp, echo);
+        add(self, "ICMP echo, IPv4", frames.expect(1, Outcome::OtherProtocol, Undo::Nothing));
+        figures
+    }
+
+    /// Flows that begin, at several fills of the table; and what the guard makes of them.
+    fn opening(&mut self) -> Vec<Figure> {
+        const CLIENTS: u32 = 1 << 20;
+        let mut figures = vec![];
+        for family in &FAMILIES {
+            let path = paths(family, CLIENTS).into_iter().find(|path| path.name == "routed").expect("a path");
+            let [syn, answer, ack] = [0, 1, 2].map(|step| &path.opening[step]);
+            for (fill, entries, target) in
+                [("empty", 0, 450.0), ("half full", 32_768, 450.0), ("full", 65_536, 870.0)]
+            {
+                let (mut opened, mut moved) = (vec![], vec![]);
+                for _ in 0..self.rounds.min(21) {
+                    self.lab.forget_flows();
+                    if entries > 0 {
+                        // Some more than fit, so that it is really full.
+                        self.once(syn, 0, entries + entries / 4, CLIENTS);
+                    }
+                    let first = 1 << 19;
+                    let runs = 8_192;
+                    opened.push(self.timed(syn, first, runs));
+                    self.once(answer, first, runs, CLIENTS);
+                    moved.push(self.timed(ack, first, runs));
+                }
+                let target = Some(Target::AtMost(target)).filter(|_| family.name == "IPv4");
+                let name = format!("SYN, {}, {fill} table", family.name);
+                let mut figure = Figure::new(name, "ns", &Samples::new(opened));
+                figure.target = target;
+                figures.push(figure);
+                let name = format!("first ACK, {}, {fill} table", family.name);
+                figures.push(Figure::new(name, "ns", &Samples::new(moved)));
+            }
+            self.lab.forget_flows();
+            self.lab.configure(|config| config.flood_rate = 1);
+            // The first of them is what makes the guard take over.
+            self.feeder.set(&syn.bytes, &Clients { count: CLIENTS, ..syn.clients });
+            let program = self.xdp.try_clone().expect("a file descriptor");
+            self.feeder.feed_to(Kind::Xdp, &program).expect("go on with the program");
+            self.feeder.run(Kind::Xdp, 16);
+            let syn = Frames {
+                clients: Clients { count: CLIENTS, ..syn.clients },
+                bytes: syn.bytes.clone(),
+                ..*syn
+            };
+            let samples = self.measure(&syn, |_| ());
+            let mut figure =
+                Figure::new(format!("SYN, {}, under the flood guard", family.name), "ns", &samples);
+            figure.target = Some(Target::AtMost(220.0)).filter(|_| family.name == "IPv4");
+            figures.push(figure);
+            self.lab.configure(|config| config.flood_rate = 0);
+            self.lab.forget_flows();
+        }
+        figures
+    }
+
+    /// [`Self::once`], and what each run took above the floor.
+    fn timed(&mut self, frames: &Frames, first: u32, count: u32) -> f64 {
+        let clients = Clients { count: 1 << 20, first, scattered: false, ..frames.clients };
+        self.feeder.set(&frames.bytes, &clients);
+        let pass = self.floor(frames.kind, floor::PASS, count);
+        self.feeder.set(&frames.bytes, &clients);
+        let program = self.xdp.try_clone().expect("a file descriptor");
+        self.feeder.feed_to(frames.kind, &program).expect("go on with the program");
+        self.feeder.run(frames.kind, count).0 - pass
+    }
+
+    /// Another XDP program on the frames of our clients: each opens, then goes on.
+    fn compare(&mut self, path: &Path, to: (IpAddr, u16), counts: &[u32]) -> Vec<Figure> {
+        let program = ProgramInfo::from_pin(path)
+            .and_then(|info| info.fd())
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let (kind, none) = match self.feeder.feed_to(Kind::Xdp, &program) {
+            Ok(()) => (Kind::Xdp, floor::PASS),
+            Err(_) => (Kind::XdpLinear, floor::PASS_LINEAR),
+        };
+        let client =
+            FAMILIES.iter().map(|family| ip(family.client)).find(|ip| ip.is_ipv4() == to.0.is_ipv4());
+        let client = (client.expect("an address of its family"), 1);
+        let frames = |transport| {
+            Frames::new(&Packet::new(transport, client, to), 0, Client::Source, kind, Packet::bytes)
+        };
+        let (syn, ack) = (frames(SYN), frames(ACK));
+        let mut figures = vec![];
+        for &count in counts {
+            let go_on = |bench: &mut Self| {
+                let done = bench.feeder.feed_to(kind, &program);
+                done.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            };
+            self.feeder.set(&syn.bytes, &Clients { count, scattered: false, ..syn.clients });
+            go_on(self);
+            self.feeder.run(kind, count);
+            self.feeder.set(&ack.bytes, &Clients { count, ..ack.clients });
+            let (mut samples, mut action) = (vec![], 0);
+            for _ in 0..self.rounds {
+                let pass = self.floor(kind, none, RUNS);
+                go_on(self);
+                let (cost, returned) = self.feeder.run(kind, RUNS);
+                samples.push(cost - pass);
+                action = returned;
+            }
+            let name = format!("{}, {count} flows, returns {action}", path.display());
+            figures.push(Figure::new(name, "ns", &Samples::new(samples)));
+        }
+        figures
+    }
+}
+
+/// One way a flow may go.
+struct FlowPath {
+    name: &'static str,
+    /// What establishes it.
+    opening: Vec<Frames>,
+    /// What is measured of it then, and how much it may cost over IPv4.
+    measured: Vec<(&'static str, Frames, Option<f64>)>,
+}
+
+/// A packet that a task sent.
+fn taken(transport: Transport, from: (IpAddr, u16), to: (IpAddr, u16)) -> Packet {
+    let packet = Packet::new(transport, from, to).with(|p| p.macs = (HOP_MAC, NODE_MAC));
+    match transport {
+        SYN_ACK => packet.at(TASK_FIRST, FIRST + 1),
+        _ => packet.at(TASK_FIRST + 1, FIRST + 1),
+    }
+}
+
+/// The frame of a packet that comes from the peer.
+fn arrived(kind: u8, flags: u8) -> impl Fn(&Packet) -> Vec<u8> {
+    // Nodes name a task by one address, whatever the packet's family.
+    let near = ip(FAMILIES[0].near);
+    move |packet| {
+        let tunnelled = Tunnelled {
+            macs: (HOP_MAC, NODE_MAC),
+            nodes: (ip("192.0.2.2"), ip("192.0.2.1")),
+            ports: (51_000, DEFAULT_PORT),
+            class: OPTION_CLASS.get(),
+            kind,
+            version_and_flags: [VERSION, flags],
+            task: (near, NEAR + TARGET),
+            inner: packet.bytes()[LINK..].to_vec(),
+        };
+        tunnelled.bytes()
+    }
+}
+
+/// The ways of a family's flows.
+fn paths(family: &Addresses, count: u32) -> Vec<FlowPath> {
+    let client = (ip(family.client), 1);
+    let listener = ip(family.listener);
+    let plain = |packet: &Packet, client, kind| Frames::new(packet, 0, client, kind, Packet::bytes);
+    let request = |transport, to: u16| {
+        let packet = Packet::new(transport, client, (listener, to));
+        let packet = match transport {
+            SYN => packet.at(FIRST, 0),
+            _ => packet.at(FIRST + 1, TASK_FIRST + 1),
+        };
+        plain(&packet, Client::Source, Kind::Xdp)
+    };
+    let by_peer = |transport| {
+        let packet = Packet::new(transport, (ip(family.peers_client), 1), (ip(family.peer), NEAR));
+        let packet = match transport {
+            SYN => packet.at(FIRST, 0),
+            _ => packet.at(FIRST + 1, TASK_FIRST + 1),
+        };
+        Frames::new(&packet, TUNNEL, Client::Source, Kind::Xdp, arrived(TO_TASK, RETURN_DIRECT))
+    };
+    // Straight to the client: one buffer cannot be put into the tunnel twice.
+    let by_peers_client = |transport| {
+        let packet = taken(transport, (ip(family.near), NEAR + TARGET), (ip(family.peers_client), 1));
+        plain(&packet, Client::Destination, Kind::Tc)
+    };
+    let for_client = |transport| {
+        let packet = taken(transport, (listener, FAR), client);
+        Frames::new(&packet, TUNNEL, Client::Destination, Kind::Xdp, arrived(TO_CLIENT, 0))
+    };
+    let answer = |transport, from: (&str, u16), kind| {
+        plain(&taken(transport, (ip(from.0), from.1 + TARGET), client), Client::Destination, kind)
+    };
+    let udp = Transport::Udp;
+    // By the room in the established table a figure asks for.
+    let bound = |few: f64, many: f64| match count {
+        1 | 4_096 => Some(few),
+        65_536 => Some(many),
+        _ => None,
+    };
+    let (local, peer) = (Undo::Note, Undo::Growth);
+    let none = Undo::Nothing;
+    let mut paths = vec![
+        FlowPath {
+            name: "routed",
+            opening: vec![
+                request(SYN, ROUTED).expect(count, Outcome::Routed, none),
+                answer(SYN_ACK, (family.routed, ROUTED), Kind::Xdp).expect(count, Outcome::Reply, none),
+                request(ACK, ROUTED).expect(count, Outcome::Routed, none),
+            ],
+            measured: vec![
+                (
+                    "to a routed task",
+                    request(ACK, ROUTED).expect(count, Outcome::Routed, none),
+                    bound(60.0, 200.0),
+                ),
+                (
+                    "a routed task's answer",
+                    answer(ACK, (family.routed, ROUTED), Kind::Xdp).expect(count, Outcome::Reply, none),
+                    None,
+                ),
+            ],
+        },
+        FlowPath {
+            name: "routed UDP",
+            opening: vec![
+                request(udp, ROUTED).expect(count, Outcome::Routed, none),
+                answer(udp, (family.routed, ROUTED), Kind::Xdp).expect(count, Outcome::Reply, none),
+                request(udp, ROUTED).expect(count, Outcome::Routed, none),
+            ],
+            measured: vec![(
+                "to a routed task, UDP",
+                request(udp, ROUTED).expect(count, Outcome::Routed, none),
+                bound(60.0, 200.0),
+            )],
+        },
+        FlowPath {
+            name: "peer",
+            opening: vec![
+                request(SYN, FAR).expect(count, Outcome::Peer, peer),
+                for_client(SYN_ACK).expect(count, Outcome::Reply, peer),
+                request(ACK, FAR).expect(count, Outcome::Peer, peer),
+            ],
+            measured: vec![
+                (
+                    "to a peer, encapsulated",
+                    request(ACK, FAR).expect(count, Outcome::Peer, peer),
+                    bound(85.0, 225.0),
+                ),
+                ("from a peer to the client", for_client(ACK).expect(count, Outcome::Reply, peer), None),
+            ],
+        },
+        FlowPath {
+            name: "local",
+            opening: vec![
+                request(SYN, NEAR).expect(count, Outcome::Local, local),
+                answer(SYN_ACK, (family.near, NEAR), Kind::Tc).expect(count, Outcome::Reply, none),
+                request(ACK, NEAR).expect(count, Outcome::Local, local),
+            ],
+            measured: vec![
+                (
+                    "to a task of this node, noted for TC",
+                    request(ACK, NEAR).expect(count, Outcome::Local, local),
+                    bound(60.0, 200.0),
+                ),
+                (
+                    "its answer, in TC",
+                    answer(ACK, (family.near, NEAR), Kind::Tc).expect(count, Outcome::Reply, none),
+                    Some(90.0),
+                ),
+            ],
+        },
+        FlowPath {
+            name: "by peer",
+            opening: vec![
+                by_peer(SYN).expect(count, Outcome::Local, Undo::GrowthAndNote),
+                by_peers_client(SYN_ACK).expect(count, Outcome::Reply, none),
+                by_peer(ACK).expect(count, Outcome::Local, Undo::GrowthAndNote),
+            ],
+            measured: vec![(
+                "from a peer to a task, noted for TC",
+                by_peer(ACK).expect(count, Outcome::Local, Undo::GrowthAndNote),
+                None,
+            )],
+        },
+    ];
+    // One port of this node's for each flow to one task.
+    if count <= 4_096 {
+        let reply = |transport| {
+            let packet = taken(transport, (ip(family.snat), SNAT + TARGET), (listener, 1));
+            let frames = plain(&packet, Client::Destination, Kind::Xdp);
+            // The ports of this node are the clients', which are all of one address.
+            let absent = plain(&packet, Client::Absent, Kind::Xdp);
+            Frames { clients: Clients { port_at: frames.clients.port_at, ..absent.clients }, ..frames }
+        };
+        paths.push(FlowPath {
+            name: "snat",
+            opening: vec![
+                request(SYN, SNAT).expect(count, Outcome::Snat, none),
+                reply(SYN_ACK).expect(count, Outcome::Reply, none),
+                request(ACK, SNAT).expect(count, Outcome::Snat, none),
+            ],
+            measured: vec![
+                (
+                    "to a task by snat",
+                    request(ACK, SNAT).expect(count, Outcome::Snat, none),
+                    bound(60.0, 200.0),
+                ),
+                ("a task's answer to snat", reply(ACK).expect(count, Outcome::Reply, none), None),
+            ],
+        });
+    }
+    paths
+}
+
+/// Keeps this thread where it is.
+fn pin_to_one_cpu() {
+    let mut set = nix::sched::CpuSet::new();
+    let cpu = nix::sched::sched_getcpu().expect("which CPU this is");
+    set.set(cpu).expect("one of the first CPUs");
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).expect("stay on this CPU");
+}
