@@ -104,7 +104,7 @@ fn from(frame: &mut [u8], number: u32) {
 }
 
 /// Brings a checksum up to date with changed words (RFC 1624, equation 3).
-fn update(frame: &mut [u8], at: usize, old: &[u8], new: &[u8]) {
+pub fn update(frame: &mut [u8], at: usize, old: &[u8], new: &[u8]) {
     let word = |pair: &[u8]| u32::from(u16::from_be_bytes([pair[0], pair[1]]));
     let mut sum = u32::from(!u16::from_be_bytes([frame[at], frame[at + 1]]));
     for (old, new) in old.chunks(2).zip(new.chunks(2)) {

@@ -21,7 +21,7 @@ pub fn run_swarm() -> Result<()> {
 }
 
 fn measure(program: &str, arguments: &[OsString]) -> Result<()> {
-    toolchain::test_tools()?;
+    toolchain::bench_tools()?;
     let object = ebpf::build()?;
     let bench_object = ebpf::build_bench()?;
     let agent = ebpf::build_agent()?;

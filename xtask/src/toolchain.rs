@@ -23,8 +23,9 @@ pub enum Compiler {
 const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
 const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
 const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
-/// Debian's packages by the program of each that the demo calls.
+/// Debian's packages by the program of each that is called, or another file of it.
 type Tools = [(&'static str, &'static str)];
+/// What the demo calls.
 const DEMO_TOOLS: &Tools = &[
     ("ip", "iproute2"),
     ("busybox", "busybox-static"),
@@ -39,6 +40,14 @@ const DEMO_TOOLS: &Tools = &[
 /// What the tests call beside those: Docker itself, and what it calls.
 const TEST_TOOLS: &Tools =
     &[("dockerd", "docker.io"), ("iptables", "iptables"), ("tar", "tar"), ("systemd-analyze", "systemd")];
+/// What the benches call beside those: what a user would pick instead of us, and what makes load.
+const BENCH_TOOLS: &Tools = &[
+    ("nft", "nftables"),
+    ("haproxy", "haproxy"),
+    ("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream"),
+    ("wrk", "wrk"),
+    ("taskset", "util-linux"),
+];
 /// What tests on other kernels need.
 const GUEST_TOOLS: &Tools =
     &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd")];
@@ -166,6 +175,12 @@ pub fn test_tools() -> Result<()> {
     install(&all)
 }
 
+/// The programs that the benches call.
+pub fn bench_tools() -> Result<()> {
+    test_tools()?;
+    install(BENCH_TOOLS)
+}
+
 /// The programs that the demo calls.
 pub fn demo_tools() -> Result<()> {
     install(DEMO_TOOLS)
@@ -225,28 +240,35 @@ fn has_candidate(package: &str) -> bool {
     updated.is_ok() && known().is_some_and(|status| status.success())
 }
 
+/// Installs packages without starting their services: tests and benches start these themselves. What starts services asks
+/// this file first (invoke-rc.d(8), deb-systemd-invoke); a machine's own is left alone.
+const INSTALL: &str = r#"
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+    trap 'rm -f $policy' EXIT
+    trap 'exit 1' INT TERM
+    printf '#!/bin/sh\nexit 101\n' > $policy && chmod +x $policy || exit 1
+fi
+DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"
+"#;
+
 fn apt(packages: &[&str]) -> Result<()> {
     println!("setup: installing {}", packages.join(" "));
     if !has_candidate(packages[0]) {
         bail!("apt has no package {}; check /etc/apt/sources.list", packages[0]);
     }
-    let install = || {
-        exec(
-            as_root("env")
-                .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "install", "-y"])
-                .arg("--no-install-recommends")
-                .args(packages)
-                .stdin(Stdio::null()),
-        )
-    };
+    let install = || exec(as_root("sh").args(["-c", INSTALL, "sh"]).args(packages).stdin(Stdio::null()));
     // Lists that are older than the archive name packages that are no more.
     if install().is_err() {
         exec(as_root("apt-get").args(["-q", "update"]))?;
         install()?;
     }
-    // The tests start these themselves; the packages' own services are not wanted for them.
-    for (package, services) in [("nginx-light", &["nginx"][..]), ("docker.io", &["docker.socket", "docker"])]
-    {
+    // Nor are they to be started with the machine.
+    for (package, services) in [
+        ("nginx-light", &["nginx"][..]),
+        ("docker.io", &["docker.socket", "docker"]),
+        ("haproxy", &["haproxy"]),
+    ] {
         if packages.contains(&package) && Path::new("/run/systemd/system").exists() {
             exec(as_root("systemctl").args(["disable", "--now"]).args(services))?;
         }

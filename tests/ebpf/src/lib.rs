@@ -30,6 +30,49 @@ pub const FIRST_PORT: u16 = 0x4000;
 /// How many bits of a client's number are in its port.
 pub const PORT_BITS: u32 = 12;
 
+/// Clients that the live generator knows.
+pub const CLIENTS: u32 = 1 << 16;
+
+/// What the live generator sends. The frame's checksums are those of a client whose number is zero.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub struct Stream {
+    /// The frame, and whose it is.
+    pub feed: Feed,
+    /// The interface that it is sent out of; zero if it is only made.
+    pub interface: u32,
+    /// Where the checksum of the IPv4 header is that holds the client's address.
+    pub header_sum_at: u32,
+    /// Where the transport checksum is.
+    pub sum_at: u32,
+    /// Where the last two bytes of the backend's address are, which are zero in the frame; zero if the backend that the
+    /// client was given is not to be written.
+    pub backend_at: u32,
+    /// Frames made so far.
+    pub frames: u64,
+    /// When the first was made, and the last at which time was looked at: nanoseconds of the monotonic clock.
+    pub begun: u64,
+    /// See there.
+    pub ended: u64,
+    /// Frames made between.
+    pub timed: u64,
+}
+
+/// The live generator looks at the time once in so many frames, a power of two.
+pub const TIMED: u64 = 1024;
+
+/// What ought to arrive.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub struct Wanted {
+    /// The first two bytes of its destination address.
+    pub network: u16,
+    /// Its destination port.
+    pub port: u16,
+    /// Zero.
+    pub _pad: u32,
+}
+
 /// Names of the tables.
 pub mod table {
     /// [`Feed`](crate::Feed), one entry.
@@ -40,6 +83,12 @@ pub mod table {
     pub const XDP_LINEAR: &str = "FED_XDP_LINEAR";
     /// The program that `feed_tc` goes on with.
     pub const TC: &str = "FED_TC";
+    /// [`Stream`](crate::Stream), one entry.
+    pub const STREAM: &str = "STREAM";
+    /// [`Wanted`](crate::Wanted), one entry.
+    pub const WANTED: &str = "WANTED";
+    /// Per CPU, packets that have arrived as wanted.
+    pub const ARRIVED: &str = "ARRIVED";
 }
 
 /// Names of the programs.
@@ -62,7 +111,20 @@ pub mod program {
     pub const TRANSMIT: &str = "transmit";
     /// `TC_ACT_UNSPEC`, and nothing else: the floor of the TC programs.
     pub const NOTHING: &str = "nothing";
+    /// Makes live frames.
+    pub const GENERATE: &str = "generate";
+    /// Counts and ends those that arrive, in XDP.
+    pub const SINK_XDP: &str = "sink_xdp";
+    /// The same in TC.
+    pub const SINK_TC: &str = "sink_tc";
+    /// `bpf_redirect`, and nothing else.
+    pub const REDIRECT: &str = "redirect";
+    /// `XDP_DROP`, and nothing else.
+    pub const DISCARD: &str = "discard";
 }
+
+/// The constant that says where `redirect` sends to; zero is back.
+pub const INTERFACE: &str = "INTERFACE";
 
 /// Bytes that `grow` makes room for: the tunnel's headers over IPv4.
 pub const GROWN: u32 = 60;

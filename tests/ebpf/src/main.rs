@@ -12,6 +12,8 @@
     reason = "the macros of the entry points wrap them in functions without documentation"
 )]
 
+mod live;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
@@ -89,9 +91,9 @@ fn restore_xdp(context: &XdpContext) -> Option<()> {
     Some(())
 }
 
-/// Writes the frame and, into it, whose it is.
+/// Writes the frame and, into it, whose it is; that client's number.
 #[inline(always)]
-fn restore(data: usize, end: usize, feed: &mut Feed) {
+fn restore(data: usize, end: usize, feed: &mut Feed) -> u32 {
     let from = feed.frame.as_ptr().cast::<u64>();
     for word in 0..FRAME / 8 {
         let to = data + word * 8;
@@ -111,6 +113,7 @@ fn restore(data: usize, end: usize, feed: &mut Feed) {
     let (port, address) = (client & ((1 << PORT_BITS) - 1), client >> PORT_BITS);
     put(data, end, feed.port_at, FIRST_PORT + port as u16);
     put(data, end, feed.address_at, address as u16);
+    client
 }
 
 /// Writes a word in network order.

@@ -254,14 +254,25 @@ fn quiet(patience: Duration) -> f64 {
     }
 }
 
-/// Ticks of all CPUs that were not idle, and all; proc_stat(5).
+/// Ticks of all CPUs that were not idle, and all.
 pub fn ticks() -> (u64, u64) {
+    let times = processor_times();
+    let all = times.iter().sum::<u64>();
+    (all - times[IDLE] - times[WAITING], all)
+}
+
+/// Where [`processor_times`] has the time at which a processor had nothing to do.
+pub const IDLE: usize = 3;
+/// Where the time at which it waited for a device.
+pub const WAITING: usize = 4;
+/// Where the time at which it was another guest's.
+pub const STOLEN: usize = 7;
+
+/// What all processors did since the machine was started, in hundredths of a second; proc_stat(5).
+pub fn processor_times() -> [u64; 8] {
     let text = fs::read_to_string("/proc/stat").expect("read /proc/stat");
     let line = text.lines().next().unwrap_or_default();
-    // What guests took is counted as user time already.
-    let numbers: Vec<u64> =
-        line.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
-    let idle = numbers.get(3).copied().unwrap_or_default() + numbers.get(4).copied().unwrap_or_default();
-    let all = numbers.iter().sum::<u64>();
-    (all - idle, all)
+    // What guests of this machine took, which comes after, is counted as user time already.
+    let mut words = line.split_whitespace().skip(1);
+    std::array::from_fn(|_| words.next().and_then(|word| word.parse().ok()).unwrap_or_default())
 }

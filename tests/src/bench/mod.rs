@@ -2,4 +2,10 @@
 
 mod feeder;
 pub mod figure;
+pub mod forward;
+mod line;
+mod live;
+mod load;
 pub mod packets;
+mod rivals;
+pub mod tcp;

@@ -9,7 +9,9 @@ use std::{
 use clap::{Parser, ValueEnum};
 use lb_tests::bench::{
     figure::{PATIENCE, Report},
+    forward,
     packets::{self, Options},
+    tcp,
 };
 
 /// Measures, side by side.
@@ -40,6 +42,10 @@ struct Arguments {
 enum Part {
     /// Nanoseconds a packet in the programs
     Packets,
+    /// Packets forwarded between veths, beside routing, nftables and iptables
+    Forward,
+    /// TCP through namespaces, beside nftables, HAProxy and nginx
+    Tcp,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -61,6 +67,15 @@ fn main() {
             &mut report,
             &Options { quick: arguments.quick, compare: arguments.compare, compare_to },
         );
+    }
+    if wanted(Part::Forward) {
+        forward::measure(
+            &mut report,
+            if arguments.quick { forward::Effort::QUICK } else { forward::Effort::FULL },
+        );
+    }
+    if wanted(Part::Tcp) {
+        tcp::measure(&mut report, if arguments.quick { tcp::Effort::QUICK } else { tcp::Effort::FULL });
     }
     report.finish();
 }
