@@ -261,7 +261,9 @@ pub fn ticks() -> (u64, u64) {
     (all - times[IDLE] - times[WAITING], all)
 }
 
-/// Where [`processor_times`] has the time at which a processor had nothing to do.
+/// Where [`processor_times`] has the time for work that gives way to all other.
+pub const NICE: usize = 1;
+/// Where the time at which a processor had nothing to do.
 pub const IDLE: usize = 3;
 /// Where the time at which it waited for a device.
 pub const WAITING: usize = 4;

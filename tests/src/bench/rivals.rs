@@ -78,7 +78,7 @@ fn leave_sums_to_the_card(netns: &Netns) {
 /// HAProxy in TCP mode, a thread for each processor, as it is by default.
 pub fn haproxy(netns: &Netns, folder: &Path, services: &[Service]) -> Running {
     let mut text = String::from(
-        "global\n  maxconn 20000\ndefaults\n  mode tcp\n  balance roundrobin\n  timeout connect 5s\n  \
+        "global\n  maxconn 4000\ndefaults\n  mode tcp\n  balance roundrobin\n  timeout connect 5s\n  \
          timeout client 60s\n  timeout server 60s\n",
     );
     for (number, service) in services.iter().enumerate() {
@@ -100,7 +100,7 @@ pub fn nginx_stream(netns: &Netns, folder: &Path, services: &[Service]) -> Runni
     let mut text = format!(
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n\
          daemon off; worker_processes auto; pid {place}/stream.pid; error_log {place}/stream.log;\n\
-         events {{ worker_connections 20000; }}\nstream {{\n"
+         events {{ worker_connections 4000; }}\nstream {{\n"
     );
     for (number, service) in services.iter().enumerate() {
         let servers: String = service.backends.iter().map(|backend| format!(" server {backend};")).collect();
@@ -125,7 +125,7 @@ pub fn web_server(netns: &Netns, folder: &Path, listeners: &[SocketAddrV4]) -> R
         listeners.iter().map(|listener| format!(" listen {listener} backlog=4096;")).collect();
     let text = format!(
         "daemon off; worker_processes {}; pid {place}/web.pid; error_log {place}/web.log;\n\
-         events {{ worker_connections 20000; }}\n\
+         events {{ worker_connections 4000; }}\n\
          http {{ access_log off; keepalive_requests 1000000000; client_body_temp_path {place}/body;\n\
          proxy_temp_path {place}/p; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;\n\
          server {{{listen} location / {{ return 200 \"hello\\n\"; }} }} }}\n",
@@ -144,10 +144,16 @@ fn started(netns: &Netns, mut running: Running, services: &[Service]) -> Running
     for service in services {
         eventually("a server listens", || {
             assert!(running.is_running(), "a server for {} has ended", service.listener);
-            netns.enter(|| std::net::TcpStream::connect(service.listener).is_ok())
+            listens(netns, service.listener.port())
         });
     }
     running
+}
+
+/// Whether something listens on a TCP port, without a connection to it.
+pub fn listens(netns: &Netns, port: u16) -> bool {
+    let listening = netns.output("ss", &["-Hltn", &format!("sport = :{port}")]);
+    !listening.trim().is_empty()
 }
 
 /// Addresses with a port.

@@ -7,6 +7,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
     path::Path,
+    process::Stdio,
     time::Duration,
 };
 
@@ -34,8 +35,8 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// Some five minutes.
-    pub const FULL: Self = Self { rounds: 5, time: Duration::from_millis(1_000), all: true };
+    /// Some six minutes.
+    pub const FULL: Self = Self { rounds: 5, time: Duration::from_millis(700), all: true };
     /// One.
     pub const QUICK: Self = Self { rounds: 1, time: Duration::from_millis(700), all: false };
 }
@@ -314,16 +315,10 @@ fn servers(wiring: &Wiring) -> Vec<Running> {
     };
     let mut iperf3 = wiring.inside(0).command("iperf3");
     servers.push(Running::start(
-        iperf3.args(["-s", "-p", &BULK.to_string()]).stdout(std::process::Stdio::null()),
+        iperf3.args(["-s", "-p", &BULK.to_string()]).stdout(Stdio::null()).stderr(Stdio::null()),
     ));
-    eventually("iperf3 listens", || listens(wiring.inside(0), BULK));
+    eventually("iperf3 listens", || rivals::listens(wiring.inside(0), BULK));
     servers
-}
-
-/// Whether something listens on a TCP port, without a connection to it.
-fn listens(netns: &Netns, port: u16) -> bool {
-    let listening = netns.output("ss", &["-Hltn", &format!("sport = :{port}")]);
-    !listening.trim().is_empty()
 }
 
 /// An agent on each node, all of which offer every task.
@@ -409,11 +404,9 @@ pub fn measure(report: &mut Report, effort: Effort) {
             Who::ALL.iter().zip(&wirings).map(|(who, wiring)| Rig::new(*who, wiring)).collect();
         let place = if tasks == Where::Here { "to the node's own tasks" } else { "to another node's tasks" };
         let mut web = vec![What::Open, What::Request(CONNECTIONS)];
-        if effort.all {
-            web.extend([Step::Connection, Step::Request].map(What::Latency));
-        }
         if effort.all && tasks == Where::Here {
             web.extend([4, 256].map(What::Request));
+            web.extend([Step::Connection, Step::Request].map(What::Latency));
         }
         finish_sums(&rigs, true);
         report.section(&format!("TCP {place}"), WEB_NOTES, || figures(&rigs, &web, tasks, effort));
