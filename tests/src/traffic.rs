@@ -107,6 +107,87 @@ impl Load {
     }
 }
 
+/// Numbered datagrams at a steady pace from one port, whether or not the ones before were answered: whoever echoes them
+/// (see [`echo`]) is to answer each once.
+pub struct Paced {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    sender: std::thread::JoinHandle<u64>,
+    receiver: std::thread::JoinHandle<BTreeMap<u64, u32>>,
+}
+
+/// What became of numbered datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// Sent.
+    pub sent: u64,
+    /// Of those, not answered.
+    pub lost: u64,
+    /// Answers to what was answered before.
+    pub doubled: u64,
+}
+
+impl Paced {
+    /// Starts to send.
+    pub fn start(netns: &Netns, to: SocketAddr, pace: Duration) -> Self {
+        let socket = netns.enter(|| {
+            let any: SocketAddr =
+                if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+            let socket = UdpSocket::bind(any).expect("bind");
+            socket.connect(to).expect("connect");
+            // The last answers have this time to come.
+            socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
+            socket
+        });
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let sender = std::thread::spawn({
+            let (socket, stop) = (socket.try_clone().expect("share the socket"), stop.clone());
+            move || {
+                let mut number = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    socket.send(number.to_string().as_bytes()).expect("send");
+                    number += 1;
+                    std::thread::sleep(pace);
+                }
+                number
+            }
+        });
+        let receiver = std::thread::spawn({
+            let (stop, count) = (stop.clone(), answered.clone());
+            move || {
+                let (mut answers, mut buffer) = (BTreeMap::new(), [0; 256]);
+                loop {
+                    match socket.recv(&mut buffer) {
+                        Ok(length) => {
+                            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                            let number = text.split(' ').nth(1).and_then(|number| number.parse().ok());
+                            *answers.entry(number.expect("an echo")).or_default() += 1;
+                            count.store(answers.len() as u64, Ordering::Relaxed);
+                        }
+                        Err(_) if stop.load(Ordering::Relaxed) => return answers,
+                        Err(_) => {}
+                    }
+                }
+            }
+        });
+        Self { stop, answered, sender, receiver }
+    }
+
+    /// How many were answered so far.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Sends no more, waits for the last answers, and says what became of all.
+    pub fn stop(self) -> Counted {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().expect("the sender");
+        let answers = self.receiver.join().expect("the receiver");
+        let doubled = answers.values().map(|count| u64::from(count - 1)).sum();
+        Counted { sent, lost: sent - answers.len() as u64, doubled }
+    }
+}
+
 /// The SHA-256 of some bytes.
 pub fn hash(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
@@ -153,6 +234,14 @@ pub fn echo(port: u16, name: &str) {
                 .concat();
         socket.send_to(&answer, from).expect("send");
     }
+}
+
+/// Tells a task's [`echo`] to stop.
+pub fn stop_echo(task: &Netns, port: u16) {
+    task.enter(|| {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
+        socket.send_to(&[], ("127.0.0.1", port)).expect("send");
+    });
 }
 
 /// One datagram from a new port, and its answer if one comes soon.
@@ -286,14 +375,23 @@ pub fn transfer(client: &Netns, task: &Netns, to: SocketAddr, direction: Directi
 
 /// TCP segments sent and sent again in a namespace so far, by the kernel's counters.
 pub fn segments(netns: &Netns) -> (u64, u64) {
-    let text = netns.enter(|| std::fs::read_to_string("/proc/thread-self/net/snmp").expect("the counters"));
-    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
+    (kernel_counter(netns, "snmp", "Tcp:", "OutSegs"), kernel_counter(netns, "snmp", "Tcp:", "RetransSegs"))
+}
+
+/// TCP segments that came to a namespace a second time so far, by the kernel's counters: its answers said so (RFC 2883).
+pub fn repeated(netns: &Netns) -> u64 {
+    kernel_counter(netns, "netstat", "TcpExt:", "TCPDSACKOldSent")
+        + kernel_counter(netns, "netstat", "TcpExt:", "TCPDSACKOfoSent")
+}
+
+/// A counter of a namespace in a file of `/proc/net` that has a line of names and one of values.
+fn kernel_counter(netns: &Netns, file: &str, line: &str, name: &str) -> u64 {
+    let path = format!("/proc/thread-self/net/{file}");
+    let text = netns.enter(|| std::fs::read_to_string(path).expect("the counters"));
+    let mut lines = text.lines().filter(|text| text.starts_with(line));
     let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
-    let value = |name: &str| {
-        let at = names.split(' ').position(|field| field == name).expect("a counter");
-        values.split(' ').nth(at).and_then(|value| value.parse().ok()).expect("a number")
-    };
-    (value("OutSegs"), value("RetransSegs"))
+    let at = names.split(' ').position(|field| field == name).expect("a counter");
+    values.split(' ').nth(at).and_then(|value| value.parse().ok()).expect("a number")
 }
 
 /// A UDP socket that never lets the kernel fragment what it sends.

@@ -13,7 +13,10 @@ use lb_tests::{
     agent::{Agent, active_tasks, json, outcome, text, verb},
     cluster::{CLIENT4, CLIENT6, Cluster, Task},
     netns::eventually,
-    traffic::{Load, client, converse, echo, exchange, get, hash, hash_one_upload, requests, tally, upload},
+    traffic::{
+        Load, client, converse, echo, exchange, get, hash, hash_one_upload, requests, stop_echo, tally,
+        upload,
+    },
 };
 use nix::sys::signal::Signal;
 
@@ -246,10 +249,7 @@ fn two_echoes() -> (Cluster, Vec<thread::JoinHandle<()>>, PathBuf) {
 
 fn stop_echoes(cluster: &Cluster, servers: Vec<thread::JoinHandle<()>>) {
     for (task, server) in cluster.tasks.iter().zip(servers) {
-        task.netns.enter(|| {
-            let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
-            socket.send_to(&[], "127.0.0.1:5353").expect("send");
-        });
+        stop_echo(&task.netns, 5353);
         server.join().expect("the server");
     }
 }

@@ -11,7 +11,7 @@ use lb_tests::{
     agent::{Agent, active_tasks, json, outcome, text},
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::{Netns, Running, eventually},
-    traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, tally, transfer},
+    traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, stop_echo, tally, transfer},
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
@@ -218,18 +218,11 @@ impl Echo {
 
 impl Drop for Echo {
     fn drop(&mut self) {
-        stop_echo(&self.cluster.tasks[0]);
+        stop_echo(&self.cluster.tasks[0].netns, 5353);
         if let Some(server) = self.server.take() {
             server.join().expect("the server");
         }
     }
-}
-
-fn stop_echo(task: &Task) {
-    task.netns.enter(|| {
-        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("bind");
-        socket.send_to(&[], "127.0.0.1:5353").expect("send");
-    });
 }
 
 /// The same for a task's kernel.
@@ -496,7 +489,7 @@ fn datagrams_of_eight_kilobytes_go_through_any_node() {
             }
             drop(agents);
         }
-        stop_echo(&far.cluster.tasks[near]);
+        stop_echo(&far.cluster.tasks[near].netns, 5353);
         server.join().expect("the server");
     }
 }

@@ -18,7 +18,7 @@ use lb_tests::{
     flood::Flood,
     netns::{Netns, eventually},
     packet::{SYN, Transport},
-    traffic::{client, echo, get, requests},
+    traffic::{client, echo, get, requests, stop_echo},
 };
 use nix::sys::signal::Signal;
 
@@ -322,10 +322,7 @@ fn no_packet_is_lost_when_controllers_are_killed_and_their_datapath_is_adopted()
     println!("{sent} datagrams through 12 kills and adoptions");
     assert!(sent > 100);
     assert_eq!(answered, sent);
-    cluster.tasks[task].netns.enter(|| {
-        let socket = UdpSocket::bind("127.0.0.1:0").expect("bind");
-        socket.send_to(&[], "127.0.0.1:5353").expect("send");
-    });
+    stop_echo(&cluster.tasks[task].netns, 5353);
     server.join().expect("the server");
 }
 

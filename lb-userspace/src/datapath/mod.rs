@@ -86,6 +86,9 @@ pub struct GuardState {
     pub placed: u64,
 }
 
+/// The programs, loaded on a datapath's tables.
+pub struct Programs(Ebpf);
+
 /// The datapath of one interface, in the hands of its controller.
 pub struct Datapath {
     pins: PinDir,
@@ -156,11 +159,7 @@ impl Datapath {
         features: Features,
     ) -> Result<(Ebpf, TableSet, bool), DatapathError> {
         let adopted = Self::check_pins(pins, sizes)?;
-        let mut ebpf = Self::load(pins, sizes, log, features)?;
-        // The kernel's verifier speaks here.
-        for name in program::ALL {
-            Self::load_program(&mut ebpf, name)?;
-        }
+        let Programs(mut ebpf) = Self::load(pins, sizes, log, features)?;
         for name in program::ALL {
             let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
             pins.replace(&pins.program(name), |path| program.pin(path))?;
@@ -196,7 +195,12 @@ impl Datapath {
         Ok(true)
     }
 
-    fn load(pins: &PinDir, sizes: &Sizes, log: FlowLog, features: Features) -> Result<Ebpf, DatapathError> {
+    fn load(
+        pins: &PinDir,
+        sizes: &Sizes,
+        log: FlowLog,
+        features: Features,
+    ) -> Result<Programs, DatapathError> {
         let mut loader = EbpfLoader::new();
         // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
         let level = log as u8;
@@ -211,7 +215,12 @@ impl Datapath {
         for name in table::ALL {
             loader.map_pin_path(name, pins.table(name));
         }
-        loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)
+        let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
+        // The kernel's verifier speaks here.
+        for name in program::ALL {
+            Self::load_program(&mut ebpf, name)?;
+        }
+        Ok(Programs(ebpf))
     }
 
     fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
@@ -221,6 +230,19 @@ impl Datapath {
             _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
         };
         loaded.map_err(|error| DatapathError::Verify { program: name, cause: Box::new(error) })
+    }
+
+    /// Loads the programs once more, on the same tables.
+    ///
+    /// # Errors
+    /// The kernel refuses them.
+    pub fn load_programs(&self, log: FlowLog) -> Result<Programs, DatapathError> {
+        Self::load(&self.pins, &Sizes::default(), log, self.features)
+    }
+
+    /// Takes other programs in hand, and gives back those that were. What runs is swapped where it is attached next.
+    pub fn exchange(&mut self, programs: Programs) -> Programs {
+        Programs(std::mem::replace(&mut self.ebpf, programs.0))
     }
 
     /// Whether a running datapath was adopted.
