@@ -35,8 +35,8 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// Some six minutes.
-    pub const FULL: Self = Self { rounds: 5, time: Duration::from_millis(700), all: true };
+    /// Some four minutes.
+    pub const FULL: Self = Self { rounds: 3, time: Duration::from_millis(800), all: true };
     /// One.
     pub const QUICK: Self = Self { rounds: 1, time: Duration::from_millis(700), all: false };
 }
