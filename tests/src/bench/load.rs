@@ -145,13 +145,6 @@ fn in_threads<T: Send>(netns: &Netns, client: impl Fn(usize) -> T + Sync) -> Vec
     })
 }
 
-/// What the machine does beside: processors that are busy while nothing is asked of it.
-pub fn background() -> f64 {
-    let time = Duration::from_millis(300);
-    let ((), busy) = watch(|| thread::sleep(time));
-    busy.as_secs_f64() / time.as_secs_f64()
-}
-
 /// Does something, and says how much processor time the whole machine took meanwhile: clients, servers and the kernel on
 /// behalf of nobody, by what its processors were not idle.
 pub fn watch<T>(body: impl FnOnce() -> T) -> (T, Duration) {

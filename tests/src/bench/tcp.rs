@@ -14,7 +14,7 @@ use std::{
 use super::{
     figure::{Figure, Report, Samples, Target},
     line::{self, Line, NODE, Published},
-    load::{Step, background, connections, paced, watch},
+    load::{Step, connections, paced, watch},
     rivals::{self, Service, at},
 };
 use crate::{
@@ -243,18 +243,18 @@ impl<'a> Rig<'a> {
     }
 
     /// Connections a second, and microseconds of the machine for each.
-    fn open(&self, time: Duration, background: f64) -> [f64; 2] {
+    fn open(&self, time: Duration) -> [f64; 2] {
         let targets = self.web();
-        per_step(background, || connections(self.wiring.client(), &targets, time))
+        per_step(|| connections(self.wiring.client(), &targets, time))
     }
 
     /// Requests a second on connections that stay, and microseconds of the machine for each.
-    fn request(&self, kept: u32, time: Duration, background: f64) -> [f64; 2] {
+    fn request(&self, kept: u32, time: Duration) -> [f64; 2] {
         let targets = self.web();
         let url = format!("http://{}/", targets[0]);
         let seconds = format!("{}s", time.as_secs().max(1));
         let arguments = ["-t", "1", "-c", &kept.to_string(), "-d", &seconds, &url];
-        per_step(background, || answered(&self.wiring.client().output("wrk", &arguments)))
+        per_step(|| answered(&self.wiring.client().output("wrk", &arguments)))
     }
 
     /// Microseconds until half and until 99 of 100 were done, at a fixed rate.
@@ -265,7 +265,7 @@ impl<'a> Rig<'a> {
     }
 
     /// Gigabits a second, and milliseconds of the machine for each gigabyte.
-    fn transfer(&self, down: bool, time: Duration, background: f64) -> [f64; 2] {
+    fn transfer(&self, down: bool, time: Duration) -> [f64; 2] {
         let to = self.bulk();
         let (address, seconds) = (to.ip().to_string(), time.as_secs().max(1).to_string());
         let port = to.port().to_string();
@@ -276,20 +276,17 @@ impl<'a> Rig<'a> {
         let (said, busy) = watch(|| self.wiring.client().output("iperf3", &arguments));
         let said: serde_json::Value = serde_json::from_str(&said).expect("what iperf3 says is JSON");
         let received = &said["end"]["sum_received"];
-        let [bytes, took, rate] =
-            ["bytes", "seconds", "bits_per_second"].map(|field| received[field].as_f64().expect(field));
-        let busy = busy.as_secs_f64() - background * took;
-        [rate / 1e9, busy * 1e3 / (bytes / 1e9)]
+        let [bytes, rate] = ["bytes", "bits_per_second"].map(|field| received[field].as_f64().expect(field));
+        [rate / 1e9, busy.as_secs_f64() * 1e3 / (bytes / 1e9)]
     }
 }
 
 /// How often something was done a second, and microseconds of the machine for each time.
-fn per_step(background: f64, body: impl FnOnce() -> u64) -> [f64; 2] {
+fn per_step(body: impl FnOnce() -> u64) -> [f64; 2] {
     let begin = std::time::Instant::now();
     let (count, busy) = watch(body);
     let seconds = begin.elapsed().as_secs_f64();
-    let busy = busy.as_secs_f64() - background * seconds;
-    [count as f64 / seconds, busy * 1e6 / count as f64]
+    [count as f64 / seconds, busy.as_secs_f64() * 1e6 / count as f64]
 }
 
 /// Requests that wrk saw answered, all of which must be.
@@ -385,12 +382,12 @@ impl What {
         }
     }
 
-    fn measure(self, rig: &Rig<'_>, time: Duration, background: f64) -> [f64; 2] {
+    fn measure(self, rig: &Rig<'_>, time: Duration) -> [f64; 2] {
         match self {
-            Self::Open => rig.open(time, background),
-            Self::Request(kept) => rig.request(kept, time, background),
+            Self::Open => rig.open(time),
+            Self::Request(kept) => rig.request(kept, time),
             Self::Latency(step) => rig.latency(step, time),
-            Self::Transfer { down } => rig.transfer(down, time, background),
+            Self::Transfer { down } => rig.transfer(down, time),
         }
     }
 }
@@ -435,10 +432,9 @@ fn finish_sums(rigs: &[Rig<'_>], finish: bool) {
 fn figures(rigs: &[Rig<'_>], whats: &[What], tasks: Where, effort: Effort) -> Vec<Figure> {
     let mut samples = vec![vec![[vec![], vec![]]; rigs.len()]; whats.len()];
     for _ in 0..effort.rounds {
-        let background = background();
         for (what, samples) in whats.iter().zip(&mut samples) {
             for (rig, samples) in rigs.iter().zip(samples) {
-                let measured = what.measure(rig, effort.time, background);
+                let measured = what.measure(rig, effort.time);
                 for (sample, samples) in measured.into_iter().zip(samples) {
                     samples.push(sample);
                 }
