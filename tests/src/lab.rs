@@ -52,6 +52,51 @@ pub const UNSPEC: u32 = u32::MAX;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
+/// The entries of the flow tables; compared without their times.
+#[derive(Clone, Debug)]
+pub struct FlowState {
+    /// Established, half open.
+    v4: [FlowMap<V4>; 2],
+    v6: [FlowMap<V6>; 2],
+}
+
+type FlowMap<A> = std::collections::HashMap<FlowKey<A>, Flow<A>>;
+
+impl PartialEq for FlowState {
+    fn eq(&self, other: &Self) -> bool {
+        fn same<A: PartialEq + Copy + Eq + std::hash::Hash>(one: &FlowMap<A>, other: &FlowMap<A>) -> bool {
+            let timeless = |flow: &Flow<A>| Flow { seen: 0, hop_seen: 0, ..*flow };
+            let twin = |(key, flow): (&FlowKey<A>, &Flow<A>)| {
+                other.get(key).is_some_and(|other| timeless(flow) == timeless(other))
+            };
+            one.len() == other.len() && one.iter().all(twin)
+        }
+        self.v4.iter().zip(&other.v4).all(|(one, other)| same(one, other))
+            && self.v6.iter().zip(&other.v6).all(|(one, other)| same(one, other))
+    }
+}
+
+fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    let pin = PinDir::of("eth1").expect("the pins").table(table);
+    let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
+    map.try_into().expect("flows")
+}
+
+fn fill<A>(table: &str, flows: &FlowMap<A>)
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    let mut there = flow_table(table);
+    for (key, flow) in flows {
+        there.insert(key, flow, 0).expect("an entry");
+    }
+}
+
 /// What is done to each flow.
 #[derive(Clone, Copy)]
 enum Change {
@@ -262,9 +307,7 @@ impl Lab {
 
     /// Takes the IPv4 entries that are chosen out of a flow table, as evictions would; how many there were.
     pub fn evict(&self, table: &str, chosen: impl Fn(&Flow<V4>) -> bool) -> usize {
-        let pin = PinDir::of("eth1").expect("the pins").table(table);
-        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
-        let mut flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
+        let mut flows = flow_table::<V4>(table);
         let entries: Vec<_> = flows.iter().flatten().filter(|(_, flow)| chosen(flow)).collect();
         for (key, _) in &entries {
             flows.remove(key).expect("an entry");
@@ -280,15 +323,31 @@ impl Lab {
 
     /// The IPv4 entries of a flow table.
     pub fn flows(&self, table: &str) -> Vec<(FlowKey<V4>, Flow<V4>)> {
-        let pin = PinDir::of("eth1").expect("the pins").table(table);
-        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
-        let flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
-        flows.iter().flatten().collect()
+        flow_table(table).iter().flatten().collect()
     }
 
     /// Forgets every flow.
     pub fn forget_flows(&self) {
         self.each_family(Change::Forget);
+    }
+
+    /// What is known of all flows.
+    pub fn flow_state(&self) -> FlowState {
+        FlowState {
+            v4: [table::FLOWS4, table::HALF_OPEN4].map(|table| flow_table(table).iter().flatten().collect()),
+            v6: [table::FLOWS6, table::HALF_OPEN6].map(|table| flow_table(table).iter().flatten().collect()),
+        }
+    }
+
+    /// Makes it what it was.
+    pub fn set_flow_state(&self, state: &FlowState) {
+        self.forget_flows();
+        for (table, flows) in [table::FLOWS4, table::HALF_OPEN4].into_iter().zip(&state.v4) {
+            fill(table, flows);
+        }
+        for (table, flows) in [table::FLOWS6, table::HALF_OPEN6].into_iter().zip(&state.v6) {
+            fill(table, flows);
+        }
     }
 
     /// Makes the next hop of every flow fresh.
@@ -310,9 +369,7 @@ impl Lab {
         FlowKey<A>: aya::Pod,
         Flow<A>: aya::Pod,
     {
-        let pin = PinDir::of("eth1").expect("the pins").table(table);
-        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
-        let mut flows: HashMap<_, FlowKey<A>, Flow<A>> = map.try_into().expect("flows");
+        let mut flows = flow_table::<A>(table);
         let entries: Vec<_> = flows.iter().flatten().collect();
         for (key, flow) in entries {
             match change {

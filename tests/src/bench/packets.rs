@@ -166,7 +166,7 @@ const TUNNEL: usize = 60;
 const CHUNK: u32 = 16_384;
 /// Runs in a round.
 const RUNS: u32 = 16_384;
-/// What a frame carries at least.
+/// What a packet carries: a TCP frame over IPv4 has 72 bytes then.
 const PAYLOAD: usize = 18;
 
 fn services() -> Vec<Service> {
@@ -220,8 +220,8 @@ enum Client {
 }
 
 impl Frames {
-    /// Of a packet that lies `before` bytes behind its frame's link header; `frame` makes a frame of the packet. The
-    /// payload is as long as the feeder asks for.
+    /// Of a packet that lies `before` bytes behind its frame's link header; `frame` makes a frame of the packet. What
+    /// opens a connection has no payload. Frames are padded to what the feeder asks for.
     fn new(
         packet: &Packet,
         before: usize,
@@ -229,11 +229,10 @@ impl Frames {
         kind: Kind,
         frame: impl Fn(&Packet) -> Vec<u8>,
     ) -> Self {
-        let length =
-            |payload| frame(&packet.clone().with(|p: &mut Packet| p.payload = vec![0; payload])).len();
-        let payload = (PAYLOAD..PAYLOAD + 8).find(|&payload| length(payload).is_multiple_of(8));
-        let bytes =
-            frame(&packet.clone().with(|p| p.payload = vec![0; payload.expect("a multiple of eight")]));
+        let opens = matches!(packet.transport, SYN | SYN_ACK);
+        let payload = vec![0; if opens { 0 } else { PAYLOAD }];
+        let mut bytes = frame(&packet.clone().with(|p| p.payload = payload));
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
         let network = LINK + before;
         let [source, destination, transport] = match packet.source {
             IpAddr::V4(_) => [12, 16, 20],
