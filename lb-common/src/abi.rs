@@ -126,6 +126,9 @@ pub const XDP_GENERIC: u32 = 16;
 /// XDP takes frames in several pieces; the programs were loaded so, and do not read it.
 pub const XDP_FRAGS: u32 = 32;
 
+/// XDP takes no packet the short way: for tests, which hold that both ways come to the same.
+pub const STAGES_ONLY: u32 = 64;
+
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -135,7 +138,7 @@ pub struct Config {
     /// Interface index of the uplink.
     pub uplink: u32,
     /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`],
-    /// [`XDP_GENERIC`], [`XDP_FRAGS`].
+    /// [`XDP_GENERIC`], [`XDP_FRAGS`], [`STAGES_ONLY`].
     pub flags: u32,
     /// Lowest and highest source port for snat, host order, inclusive.
     pub snat_ports: [u16; 2],

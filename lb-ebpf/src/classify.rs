@@ -32,32 +32,70 @@ pub enum Scope {
     Flows,
 }
 
-/// Classifies a packet that came in by the uplink, and makes its flow if it starts one.
+/// Classifies a packet that came in by the uplink, and makes its flow if it starts one; `entries` says whether its flow
+/// may be among the established ones.
 #[inline(always)]
 pub fn uplink<F: Frame, A: Family>(
     frame: &F,
     packet: &mut Packet<A>,
     scope: Scope,
+    entries: Entries,
 ) -> Result<Found, Outcome> {
     if packet.form == LATER {
         fragment::follow(packet)?;
     }
     let key = &packet.key;
-    if !may_be_ours(Side::Destination, key.protocol, key.destination_port)
-        && !may_be_ours(Side::Source, key.protocol, key.source_port)
-    {
+    let asks = may_be_ours(Side::Destination, key.protocol, key.destination_port);
+    let answers = may_be_ours(Side::Source, key.protocol, key.source_port);
+    if !asks && !answers {
         return Err(Outcome::NotOurs);
     }
-    let found = owner(frame, packet, scope)?;
+    let mut otherwise = Outcome::NotOurs;
+    if answers {
+        match track::decode(in_answer(frame, packet)) {
+            Ok(Known::Yes) => {
+                let backend = BACKENDS.get(packet.flow.backend).ok_or(Outcome::BackendGone)?;
+                return remembered(packet, Found { backend, way: Way::Client });
+            }
+            // What looks late may be a packet of another flow.
+            Err(Outcome::LateAnswer) => otherwise = Outcome::LateAnswer,
+            Err(Outcome::NotOurs) | Ok(_) => {}
+            Err(outcome) => return Err(outcome),
+        }
+    }
+    let scope = if asks { scope } else { Scope::Flows };
+    let found = owner(frame, packet, scope, entries, otherwise)?;
+    remembered(packet, found)
+}
+
+/// As [`answer`], which is a function of its own here, for the verifier's sake.
+#[inline(never)]
+fn in_answer<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
+    track::encode(answer(frame, packet).map(|_| Known::Yes))
+}
+
+/// Lets later fragments follow their first.
+#[inline(always)]
+fn remembered<A: Family>(packet: &Packet<A>, found: Found) -> Result<Found, Outcome> {
     if packet.form == FIRST {
         fragment::remember(packet);
     }
     Ok(found)
 }
 
+/// What packets of a client belong to, or else.
 #[inline(always)]
-fn owner<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -> Result<Found, Outcome> {
-    let mut known = track::established(frame, packet, Entries::All)?;
+fn owner<F: Frame, A: Family>(
+    frame: &F,
+    packet: &mut Packet<A>,
+    scope: Scope,
+    entries: Entries,
+    otherwise: Outcome,
+) -> Result<Found, Outcome> {
+    let mut known = Known::No;
+    if entries == Entries::All {
+        known = track::established(frame, packet, entries)?;
+    }
     if known == Known::No {
         packet.avoid = NOBODY;
         packet.retries = 0;
@@ -68,11 +106,14 @@ fn owner<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, scope: Scope) -
         Known::Gone => return Err(Outcome::Reset),
         Known::No => {}
     }
+    if scope == Scope::Flows {
+        return Err(otherwise);
+    }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
     match A::listener(&endpoint) {
-        Some(listener) if scope == Scope::All => flow::open(frame, packet, &listener),
-        _ => answer(frame, packet),
+        Some(listener) => flow::open(frame, packet, &listener),
+        None => Err(otherwise),
     }
 }
 
@@ -210,7 +251,7 @@ fn take_up<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) {
 
 /// False if no listener, flow or reply can match the port.
 #[inline(always)]
-fn may_be_ours(side: Side, protocol: u8, port: Be16) -> bool {
+pub fn may_be_ours(side: Side, protocol: u8, port: Be16) -> bool {
     let (word, bit) = position(side, protocol, port);
     FILTER.get(word).is_some_and(|bits| bits & bit != 0)
 }

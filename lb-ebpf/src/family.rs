@@ -13,6 +13,7 @@ use crate::{
         FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, HALF_OPEN4, HALF_OPEN6, HalfOpen,
         LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable,
     },
+    packet::Packet,
     parse::{IPV4, IPV6, ipv4, ipv6},
     reply::Back,
 };
@@ -39,6 +40,10 @@ pub trait Family: Address + Back {
 
     /// Its EtherType.
     const KIND: u16;
+
+    /// Reads the header, behind a link header without tags, of a TCP or UDP packet that has nothing unusual; false if it
+    /// has.
+    fn plain<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool;
 
     /// The source address in the network header at `offset`.
     fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self>;
@@ -117,6 +122,11 @@ impl Family for V4 {
     const KIND: u16 = IPV4;
 
     #[inline(always)]
+    fn plain<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool {
+        ipv4::plain(frame, packet)
+    }
+
+    #[inline(always)]
     fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self> {
         let header = frame.at::<ipv4::Header>(offset)?;
         // SAFETY: `at` checked the bounds.
@@ -170,6 +180,11 @@ impl Family for V6 {
     const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS6;
     const KIND: u16 = IPV6;
+
+    #[inline(always)]
+    fn plain<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool {
+        ipv6::plain(frame, packet)
+    }
 
     #[inline(always)]
     fn source<F: Frame>(frame: &F, offset: usize) -> Option<Self> {

@@ -34,7 +34,7 @@ use crate::{
     packet::{Arrival, FIRST, Packet, WHOLE},
     parse::Ethernet,
     reset,
-    rewrite::{self, Hop, Target},
+    rewrite::{self, Hop, Place, Target, words},
     segment,
     tunnel::{self, Cargo},
 };
@@ -46,13 +46,7 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found) 
     let backend = found.backend;
     let to_task = matches!(found.way, Way::Task);
     if to_task && backend.kind == Kind::Local as u8 {
-        let index = packet.flow.backend;
-        // Without a note TC looks the flow up, and counts.
-        if note(frame, config, index) {
-            count::request(index, 1, packet.bytes as u64);
-            count::outcome(Outcome::Local as u32, 1);
-        }
-        return Ok(XDP_PASS);
+        return Ok(hand_over(frame, config, packet.flow.backend, packet.bytes as u64));
     }
     let config_allows = config.flags & XDP_TRANSMITS != 0;
     let way_allows = if to_task {
@@ -64,7 +58,7 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found) 
         !tagged && neighbour::is_fresh(&packet.flow)
     };
     // TC knows tags and unfinished checksums; XDP sees only bytes.
-    if !config_allows || !way_allows || config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet) {
+    if !config_allows || !way_allows || config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet) {
         note(frame, config, HANDOVER_DECIDE);
         return Ok(XDP_PASS);
     }
@@ -83,6 +77,16 @@ pub fn from_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>, found: &Found) 
     tally(packet, found, 1, packet.bytes as u64);
     count::outcome(outcome as u32, 1);
     Ok(transmit(frame, config, interface))
+}
+
+/// Leaves a packet for a task of this node to TC. Without a note TC looks the flow up, and counts.
+#[inline(always)]
+pub fn hand_over(frame: &XdpFrame, config: &Config, backend: u32, bytes: u64) -> u32 {
+    if note(frame, config, backend) {
+        count::request(backend, 1, bytes);
+        count::outcome(Outcome::Local as u32, 1);
+    }
+    XDP_PASS
 }
 
 /// In XDP, answers a packet whose task is gone by a reset in its place; a tagged one is left to TC.
@@ -119,7 +123,7 @@ fn back_in_tc(frame: &Skb, config: &Config, tags: Tags, headless: bool) -> Resul
 
 /// Sends a frame out of an interface.
 #[inline(always)]
-fn transmit(frame: &XdpFrame, config: &Config, interface: u32) -> u32 {
+pub fn transmit(frame: &XdpFrame, config: &Config, interface: u32) -> u32 {
     if interface == frame.ifindex() && config.flags & XDP_REDIRECTS == 0 {
         return XDP_TX;
     }
@@ -136,7 +140,7 @@ pub fn arrived_in_xdp<A: Family>(
 ) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
     let index = classify::for_task(packet, arrival)?;
-    let finished = !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
+    let finished = !(config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet));
     clamp_arrived(frame, packet, arrival, finished)?;
     if !note(frame, config, index) {
         return Err(Outcome::HandoverLost);
@@ -221,7 +225,7 @@ pub fn emit_in_xdp<A: Family>(
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
     let known = classify::for_client(packet, arrival.peer)?;
     let fits = config.flags & XDP_TRANSMITS != 0
-        && !(config.flags & PARTIAL_CHECKSUMS != 0 && unfinished(frame, packet));
+        && !(config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet));
     let flow = &packet.flow;
     if !known || !fits || flow.tags.outer.is_some() || !neighbour::is_fresh(flow) {
         return if note(frame, config, HANDOVER_EMIT) { Ok(XDP_PASS) } else { Err(Outcome::HandoverLost) };
@@ -288,7 +292,8 @@ fn to_peer<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, found: &Found) ->
     if packet.negotiates() {
         segment::clamp(frame, packet, room, true).ok_or(Outcome::Malformed)?;
     }
-    let cargo = Cargo::new(packet, backend, TO_TASK, bytes as u16, room);
+    let cargo =
+        Cargo::new(&packet.key, packet.service, packet.headers(), backend, TO_TASK, bytes as u16, room);
     if !tunnel::wrap(frame, &cargo, peer) {
         return Err(Outcome::BackendUnreachable);
     }
@@ -424,12 +429,20 @@ fn to_client_by_peer<A: Family>(
     }
     let target = Target::of(&packet.flow.rewrite);
     // The tunnel writes the link header.
-    let hop = Hop { destination: peer.mac, source: peer.source_mac, known: false };
+    let hop = Hop { destination: words(&peer.mac), source: words(&peer.source_mac), known: false };
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
     if packet.negotiates() {
         segment::clamp(frame, packet, room, true).ok_or(Outcome::Malformed)?;
     }
-    let cargo = Cargo::new(packet, found.backend, TO_CLIENT, bytes as u16, room);
+    let cargo = Cargo::new(
+        &packet.key,
+        packet.service,
+        packet.headers(),
+        found.backend,
+        TO_CLIENT,
+        bytes as u16,
+        room,
+    );
     if !tunnel::wrap(frame, &cargo, peer) {
         return Err(Outcome::BackendUnreachable);
     }
@@ -476,21 +489,23 @@ fn packet_bytes<F: Frame, A>(frame: &F, packet: &Packet<A>) -> u64 {
 /// The hop to a backend. A local task's hardware address may not be known, and need not be: the buffer goes
 /// straight to its device.
 #[inline(always)]
-fn backend_hop(backend: &Backend) -> Hop {
+pub fn backend_hop(backend: &Backend) -> Hop {
     let known = backend.kind != Kind::Local as u8 || backend.mac != [0; 6];
-    Hop { destination: backend.mac, source: backend.source_mac, known }
+    Hop { destination: words(&backend.mac), source: words(&backend.source_mac), known }
 }
 
-/// Whether a local stack left the transport checksum to the device: the field holds the pseudo header's sum.
-/// One finished sum in 65,536 looks the same; TC is right about those too.
+/// Whether a local stack left the transport checksum to the device. A fragmented packet's sum covers more than this frame,
+/// and an error has a sum of another kind; both are finished by whoever makes them.
 #[inline(always)]
-fn unfinished<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> bool {
-    // A fragmented packet's sum covers more than this frame, and an error has a sum of another kind; both are finished
-    // by whoever makes them.
-    if packet.form != WHOLE {
-        return false;
-    }
-    let Some(field) = frame.at::<u16>(packet.checksum_offset()) else {
+fn leaves_sum<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> bool {
+    packet.form == WHOLE && unfinished(frame, &Place::of(packet), packet)
+}
+
+/// Whether the field for the transport checksum holds the pseudo header's sum. One finished sum in 65,536 looks the same;
+/// TC is right about those too.
+#[inline(always)]
+pub fn unfinished<A: Family>(frame: &XdpFrame, place: &Place, packet: &Packet<A>) -> bool {
+    let Some(field) = frame.at::<u16>(place.checksum()) else {
         return false;
     };
     let key = &packet.key;

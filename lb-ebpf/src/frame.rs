@@ -26,6 +26,7 @@ use lb_common::{
 use crate::{
     packet::Packet,
     parse::{IPV4, IPV6},
+    rewrite::Place,
 };
 
 /// Whether the kernel knows `bpf_xdp_get_buff_len` (5.18); the loader says. Without it a frame is linear.
@@ -75,13 +76,7 @@ pub trait Frame {
     fn without_link_header(&self) -> Option<u16>;
 
     /// Adds what a rewrite changed to the transport checksum. Packet pointers are void afterwards.
-    fn update_checksum<A>(
-        &self,
-        packet: &Packet<A>,
-        addresses: Delta,
-        ports: Delta,
-        ipv4: bool,
-    ) -> Option<()>;
+    fn update_checksum(&self, place: &Place, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()>;
 
     /// Adds a change that no checksum of the packet makes up for to the device's sum over the frame, if there is one.
     fn adjust_sum(&self, change: Delta);
@@ -213,18 +208,18 @@ impl Frame for XdpFrame {
     }
 
     #[inline(always)]
-    fn update_checksum<A>(&self, packet: &Packet<A>, addresses: Delta, ports: Delta, _: bool) -> Option<()> {
-        let field = self.at::<u16>(packet.checksum_offset())?;
+    fn update_checksum(&self, place: &Place, addresses: Delta, ports: Delta, _: bool) -> Option<()> {
+        let field = self.at::<u16>(place.checksum())?;
         // SAFETY: `at` checked the bounds.
         unsafe {
             let old = *field;
             // A UDP datagram may carry no sum (RFC 768; over IPv6 in tunnels, RFC 6935); one that computes to 0 is
             // sent as 0xffff.
-            if packet.key.protocol == UDP && old == 0 {
+            if place.protocol == UDP && old == 0 {
                 return Some(());
             }
             let new = addresses.and(ports).apply(old);
-            *field = if packet.key.protocol == UDP && new == 0 { 0xffff } else { new };
+            *field = if place.protocol == UDP && new == 0 { 0xffff } else { new };
         }
         Some(())
     }
@@ -404,15 +399,9 @@ impl Frame for Skb {
 
     // The helper knows what the buffer's checksum state asks for: an unfinished sum takes the addresses alone.
     #[inline(always)]
-    fn update_checksum<A>(
-        &self,
-        packet: &Packet<A>,
-        addresses: Delta,
-        ports: Delta,
-        ipv4: bool,
-    ) -> Option<()> {
-        let at = packet.checksum_offset() as u32;
-        let mangled = if packet.key.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+    fn update_checksum(&self, place: &Place, addresses: Delta, ports: Delta, ipv4: bool) -> Option<()> {
+        let at = place.checksum() as u32;
+        let mangled = if place.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
         let pseudo = mangled | BPF_F_PSEUDO_HDR as u64;
         let (addresses, ports) = (addresses.raw() as u64, ports.raw() as u64);
         // SAFETY: the context is the program's own; the helper checks the offset.

@@ -18,6 +18,7 @@
 
 mod classify;
 mod count;
+mod express;
 mod family;
 mod flow;
 mod forward;
@@ -58,6 +59,7 @@ use crate::{
     frame::{Frame, Skb, XdpFrame},
     packet::{Arrival, Packet, Scratch},
     parse::{IS_IPV4, IS_IPV6, IS_OUTCOME},
+    track::Entries,
 };
 
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
@@ -71,21 +73,11 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
         count::outcome(Outcome::Stale as u32, 1);
         return XDP_PASS;
     }
-    let parsed = parse::frame(&frame, scratch);
-    let done = match tunnelled(&frame, parsed, scratch) {
-        PLAIN => match parsed {
-            IS_IPV4 => in_xdp(&frame, &mut scratch.v4),
-            IS_IPV6 => in_xdp(&frame, &mut scratch.v6),
-            other => -1 - (other - IS_OUTCOME) as i32,
-        },
-        ARRIVED if !takes_out_of_tunnel() => forward::leave_to_tc(&frame),
-        ARRIVED if scratch.arrival.kind == PROBE => forward::answer_probe_in_xdp(&frame, &scratch.arrival),
-        ARRIVED => match out_of_tunnel(&frame, scratch) {
-            IS_IPV4 => arrived_in_xdp(&frame, &mut scratch.v4, &mut scratch.arrival),
-            IS_IPV6 => arrived_in_xdp(&frame, &mut scratch.v6, &mut scratch.arrival),
-            _ => return drop_in_xdp(Outcome::TunnelMalformed),
-        },
-        refused => -1 - (refused - REFUSED) as i32,
+    let done = match express::read(&frame, config, scratch) {
+        express::NOT_OURS => -1 - Outcome::NotOurs as i32,
+        express::PLAIN4 => plain_in_xdp(&frame, &mut scratch.v4),
+        express::PLAIN6 => plain_in_xdp(&frame, &mut scratch.v6),
+        _ => staged_in_xdp(&frame, scratch),
     };
     match decode(done) {
         Ok(action) => action as u32,
@@ -93,6 +85,37 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
             count::outcome(outcome, 1);
             if is_dropped(outcome) { XDP_DROP } else { XDP_PASS }
         }
+    }
+}
+
+/// What [`express::read`] has read.
+#[inline(always)]
+fn plain_in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> i32 {
+    match express::forward(frame, packet) {
+        express::UNUSUAL => in_xdp(frame, packet, true),
+        express::UNKNOWN => in_xdp(frame, packet, false),
+        action => action,
+    }
+}
+
+/// What it has not.
+#[inline(always)]
+fn staged_in_xdp(frame: &XdpFrame, scratch: &mut Scratch) -> i32 {
+    let parsed = parse::frame(frame, scratch);
+    match tunnelled(frame, parsed, scratch) {
+        PLAIN => match parsed {
+            IS_IPV4 => in_xdp(frame, &mut scratch.v4, true),
+            IS_IPV6 => in_xdp(frame, &mut scratch.v6, true),
+            other => -1 - (other - IS_OUTCOME) as i32,
+        },
+        ARRIVED if !takes_out_of_tunnel() => forward::leave_to_tc(frame),
+        ARRIVED if scratch.arrival.kind == PROBE => forward::answer_probe_in_xdp(frame, &scratch.arrival),
+        ARRIVED => match out_of_tunnel(frame, scratch) {
+            IS_IPV4 => arrived_in_xdp(frame, &mut scratch.v4, &mut scratch.arrival),
+            IS_IPV6 => arrived_in_xdp(frame, &mut scratch.v6, &mut scratch.arrival),
+            _ => drop_in_xdp(Outcome::TunnelMalformed) as i32,
+        },
+        refused => -1 - (refused - REFUSED) as i32,
     }
 }
 
@@ -196,8 +219,9 @@ fn decode(done: i32) -> Result<i32, u32> {
 }
 
 #[inline(never)]
-fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> i32 {
-    let found = classify::uplink(frame, packet, Scope::All);
+fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>, known: bool) -> i32 {
+    let entries = if known { Entries::All } else { Entries::HalfOpen };
+    let found = classify::uplink(frame, packet, Scope::All, entries);
     if let Err(Outcome::Reset) = found {
         return reset_in_xdp(frame, packet);
     }
@@ -331,7 +355,7 @@ fn deliver<A: Family>(frame: &Skb, packet: &mut Packet<A>, backend: u32) -> i32 
 #[inline(never)]
 fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, all: bool) -> i32 {
     let scope = if all { Scope::All } else { Scope::Flows };
-    let found = classify::uplink(frame, packet, scope);
+    let found = classify::uplink(frame, packet, scope, Entries::All);
     if let Err(Outcome::Reset) = found {
         return reset_in_tc(frame, packet);
     }

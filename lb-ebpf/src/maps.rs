@@ -135,13 +135,17 @@ pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)
 }
 
-/// Whether nobody has controlled the datapath for longer than it may serve by itself. A function of its own, so that the
-/// verifier follows the packet once.
-#[inline(never)]
+/// Whether nobody has controlled the datapath for longer than it may serve by itself.
+#[inline(always)]
 pub fn is_stale(config: &Config) -> bool {
-    config.stale_after != 0
-        && HEARTBEAT.get(0).is_some_and(|beat| {
-            let silent = elapsed(*beat, crate::neighbour::jiffies() as u32);
-            silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
-        })
+    config.stale_after != 0 && is_silent(config)
+}
+
+/// A function of its own, so that the verifier follows the packet once.
+#[inline(never)]
+fn is_silent(config: &Config) -> bool {
+    HEARTBEAT.get(0).is_some_and(|beat| {
+        let silent = elapsed(*beat, crate::neighbour::jiffies() as u32);
+        silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
+    })
 }

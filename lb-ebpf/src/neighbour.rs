@@ -19,7 +19,7 @@ use lb_common::{
 use crate::{
     family::Family,
     packet::{Packet, mac},
-    rewrite::Hop,
+    rewrite::{Hop, words},
 };
 
 /// What is known of the way to a client.
@@ -59,7 +59,7 @@ pub fn is_fresh<A>(flow: &Flow<A>) -> bool {
 /// The hop in the flow.
 #[inline(always)]
 pub fn hop<A>(flow: &Flow<A>) -> Hop {
-    Hop { destination: flow.client_mac, source: flow.node_mac, known: true }
+    Hop { destination: words(&flow.client_mac), source: words(&flow.node_mac), known: true }
 }
 
 /// Renews the hop of the packet's flow if it is old, in the copy and in the entry.

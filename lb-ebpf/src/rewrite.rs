@@ -1,6 +1,14 @@
 //! Writing a flow's rewrite into a packet: link, network and transport header, and their checksums.
 
-use lb_common::{checksum::Delta, flow::Rewrite, net::Be16};
+use core::mem::offset_of;
+
+use lb_common::{
+    backend::Backend,
+    checksum::Delta,
+    flow::{Flow, Rewrite},
+    net::{Be16, TCP, V4, V6},
+    tunnel::Peer,
+};
 
 use crate::{
     family::Family,
@@ -57,13 +65,37 @@ impl<'a, A: Family> Target<'a, A> {
     }
 }
 
-/// Hardware addresses of a hop.
+/// Where the headers of a TCP or UDP packet are.
+pub struct Place {
+    /// Offset of the network header in bytes.
+    pub network: usize,
+    /// Offset of the transport header in bytes.
+    pub transport: usize,
+    /// Its protocol.
+    pub protocol: u8,
+}
+
+impl Place {
+    /// As the parser saw them.
+    #[inline(always)]
+    pub fn of<A>(packet: &Packet<A>) -> Self {
+        Self { network: packet.network(), transport: packet.transport(), protocol: packet.key.protocol }
+    }
+
+    /// Offset of the transport checksum.
+    #[inline(always)]
+    pub fn checksum(&self) -> usize {
+        self.transport + if self.protocol == TCP { 16 } else { 6 }
+    }
+}
+
+/// Hardware addresses of a hop, as words.
 #[derive(Clone, Copy)]
 pub struct Hop {
     /// Of the receiver.
-    pub destination: [u8; 6],
+    pub destination: [u16; 3],
     /// Of the sender.
-    pub source: [u8; 6],
+    pub source: [u16; 3],
     /// Whether they are written: a local task's need not be known. Not an `Option`, whose empty half the verifier
     /// would see read.
     pub known: bool,
@@ -81,24 +113,29 @@ pub fn apply<F: Frame, A: Family>(
     if packet.form == ERROR {
         return error(frame, packet, target, hop);
     }
-    let with_ports = packet.form != LATER;
-    if with_ports {
-        let ports = frame.at::<Ports>(packet.transport())?;
-        // SAFETY: `at` checked the bounds.
-        unsafe {
-            (*ports).source = target.source_port.raw();
-            (*ports).destination = target.destination_port.raw();
-        }
+    if packet.form != LATER {
+        return plain(frame, &Place::of(packet), target, hop);
     }
     A::rewrite(frame, packet.network(), target.source, target.destination, target.addresses)?;
     link(frame, hop)?;
-    if with_ports {
-        return frame.update_checksum(packet, target.addresses, target.ports, A::IS_V4);
-    }
     if !A::IS_V4 {
         frame.adjust_sum(target.addresses.and(Delta::IPV6_HOP));
     }
     Some(())
+}
+
+/// The same for a packet with ports that is no error.
+#[inline(always)]
+pub fn plain<F: Frame, A: Family>(frame: &F, place: &Place, target: &Target<'_, A>, hop: Hop) -> Option<()> {
+    let ports = frame.at::<Ports>(place.transport)?;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        (*ports).source = target.source_port.raw();
+        (*ports).destination = target.destination_port.raw();
+    }
+    A::rewrite(frame, place.network, target.source, target.destination, target.addresses)?;
+    link(frame, hop)?;
+    frame.update_checksum(place, target.addresses, target.ports, A::IS_V4)
 }
 
 /// Writes the hardware addresses, where they are known.
@@ -108,8 +145,8 @@ pub fn link<F: Frame>(frame: &F, hop: Hop) -> Option<()> {
         let ethernet = frame.at::<Ethernet>(0)?;
         // SAFETY: `at` checked the bounds.
         unsafe {
-            (*ethernet).destination = words(hop.destination);
-            (*ethernet).source = words(hop.source);
+            (*ethernet).destination = hop.destination;
+            (*ethernet).source = hop.source;
         }
     }
     Some(())
@@ -160,9 +197,15 @@ fn error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, target: &Target<'_,
     Some(())
 }
 
-/// A hardware address as it is written.
+/// A hardware address of a table as it is written: the compiler would put bytes together one by one.
 #[inline(always)]
-pub fn words(mac: [u8; 6]) -> [u16; 3] {
-    let [a, b, c, d, e, f] = mac;
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
+pub fn words(mac: &[u8; 6]) -> [u16; 3] {
+    const _: () = assert!(offset_of!(Backend, mac) % 2 == 0 && offset_of!(Backend, source_mac) % 2 == 0);
+    const _: () = assert!(offset_of!(Peer, mac) % 2 == 0 && offset_of!(Peer, source_mac) % 2 == 0);
+    const _: () =
+        assert!(offset_of!(Flow<V4>, client_mac) % 2 == 0 && offset_of!(Flow<V4>, node_mac) % 2 == 0);
+    const _: () =
+        assert!(offset_of!(Flow<V6>, client_mac) % 2 == 0 && offset_of!(Flow<V6>, node_mac) % 2 == 0);
+    // SAFETY: the tables' structures are aligned to four bytes at least, and their hardware addresses lie at even offsets.
+    unsafe { (&raw const *mac).cast::<[u16; 3]>().read() }
 }

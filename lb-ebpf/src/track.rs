@@ -38,6 +38,8 @@ pub enum Entries {
     All,
     /// Those for replies.
     Replies,
+    /// Those of flows that are not established: there is no other.
+    HalfOpen,
 }
 
 /// Who sent a packet.

@@ -6,6 +6,7 @@
 use lb_common::{
     backend::Backend,
     checksum::fold,
+    flow::FlowKey,
     net::{Address, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
@@ -78,20 +79,28 @@ pub struct Cargo<'a> {
 }
 
 impl<'a> Cargo<'a> {
-    /// A packet for a task or from one.
+    /// A packet for a task or from one, whose network and transport header are so many bytes.
     #[inline(always)]
-    pub fn new<A: Family>(packet: &Packet<A>, backend: &'a Backend, kind: u8, bytes: u16, room: u32) -> Self {
+    pub fn new<A: Family>(
+        key: &FlowKey<A>,
+        service: u8,
+        headers: u32,
+        backend: &'a Backend,
+        kind: u8,
+        bytes: u16,
+        room: u32,
+    ) -> Self {
         let flags = if kind == TO_TASK { backend.flags & lb_common::backend::RETURN_DIRECT } else { 0 };
         Self {
             address: &backend.address,
             port: backend.port,
             kind,
             flags: flags / lb_common::backend::RETURN_DIRECT,
-            service: packet.service,
+            service,
             ether: A::KIND,
             bytes,
-            hash: packet.key.hash(),
-            segment: room.saturating_sub(packet.headers()),
+            hash: key.hash(),
+            segment: room.saturating_sub(headers),
         }
     }
 }
@@ -100,6 +109,12 @@ impl<'a> Cargo<'a> {
 /// changed then. Packet pointers are void afterwards.
 #[inline(never)]
 pub fn wrap<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
+    put_into(frame, cargo, peer)
+}
+
+/// [`wrap`] without a call.
+#[inline(always)]
+pub fn put_into<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
     let outer_v4 = peer.family == 4;
     if !frame.make_room(overhead(outer_v4) as u32, outer_v4, cargo.segment) {
         return false;
@@ -110,8 +125,8 @@ pub fn wrap<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
     };
     // SAFETY: `at` checked the bounds.
     unsafe {
-        (*ethernet).destination = words(peer.mac);
-        (*ethernet).source = words(peer.source_mac);
+        (*ethernet).destination = words(&peer.mac);
+        (*ethernet).source = words(&peer.source_mac);
         (*ethernet).kind = if outer_v4 { IPV4 } else { IPV6 };
     }
     let at = if outer_v4 { outer4(frame, cargo, peer, length) } else { outer6(frame, cargo, peer, length) };

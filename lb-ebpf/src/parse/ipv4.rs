@@ -1,11 +1,11 @@
 //! IPv4 (RFC 791), with options.
 
 use lb_common::{
-    net::{ICMP, V4},
+    net::{ICMP, TCP, UDP, V4},
     outcome::Outcome,
 };
 
-use super::{icmp, transport};
+use super::{LINK, icmp, transport};
 use crate::{
     frame::Frame,
     packet::{FIRST, LATER, Link, Packet, WHOLE},
@@ -32,6 +32,33 @@ pub const DONT_FRAGMENT: u16 = 0x4000_u16.to_be();
 const MORE: u16 = 0x2000_u16.to_be();
 /// The fragment's offset.
 pub const OFFSET: u16 = 0x1fff_u16.to_be();
+
+/// Reads the header of a TCP or UDP packet without options that is no fragment; false if it is something else.
+#[inline(always)]
+pub fn plain<F: Frame>(frame: &F, packet: &mut Packet<V4>) -> bool {
+    const BYTES: u16 = size_of::<Header>() as u16;
+    let Some(header) = frame.at::<Header>(LINK) else {
+        return false;
+    };
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    let (bytes, protocol) = (u16::from_be(header.total_length), header.protocol);
+    if header.version_and_length != 0x45
+        || header.fragment & (OFFSET | MORE) != 0
+        || bytes < BYTES
+        || protocol != TCP && protocol != UDP
+    {
+        return false;
+    }
+    packet.key.source = V4(header.source);
+    packet.key.destination = V4(header.destination);
+    packet.key.protocol = protocol;
+    packet.bytes = bytes;
+    packet.transport_bytes = bytes - BYTES;
+    packet.hops = header.ttl;
+    packet.service = header.service;
+    true
+}
 
 /// Parses the network and transport headers.
 #[inline(always)]

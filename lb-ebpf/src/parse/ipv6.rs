@@ -5,7 +5,7 @@ use lb_common::{
     outcome::Outcome,
 };
 
-use super::{icmp, transport};
+use super::{LINK, icmp, transport};
 use crate::{
     frame::Frame,
     packet::{FIRST, LATER, Link, Packet, WHOLE},
@@ -56,6 +56,32 @@ const DESTINATION_OPTIONS: u8 = 60;
 const MAX_EXTENSIONS: usize = 5;
 /// Bytes of extension headers followed.
 const MAX_EXTENSION_BYTES: usize = 256;
+
+/// Reads the header of a TCP or UDP packet without extension headers; false if it is something else.
+#[inline(always)]
+pub fn plain<F: Frame>(frame: &F, packet: &mut Packet<V6>) -> bool {
+    const BYTES: u16 = size_of::<Header>() as u16;
+    let Some(header) = frame.at::<Header>(LINK) else {
+        return false;
+    };
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*header };
+    let (payload, protocol) = (u16::from_be(header.payload_length), header.next);
+    let first = u32::from_be(header.version_and_flow);
+    if first >> 28 != 6 || payload > u16::MAX - BYTES || protocol != TCP && protocol != UDP {
+        return false;
+    }
+    for word in 0..4 {
+        packet.key.source.0[word] = header.source[word];
+        packet.key.destination.0[word] = header.destination[word];
+    }
+    packet.key.protocol = protocol;
+    packet.bytes = payload + BYTES;
+    packet.transport_bytes = payload;
+    packet.hops = header.hop_limit;
+    packet.service = (first >> 20) as u8;
+    true
+}
 
 /// Parses the network and transport headers.
 #[inline(always)]

@@ -37,6 +37,9 @@ struct Tag {
     kind: u16,
 }
 
+/// Bytes of an Ethernet header without tags.
+pub const LINK: usize = size_of::<Ethernet>();
+
 /// EtherType of IPv4.
 pub const IPV4: u16 = 0x0800_u16.to_be();
 /// EtherType of IPv6.
@@ -44,7 +47,7 @@ pub const IPV6: u16 = 0x86dd_u16.to_be();
 const VLAN: u16 = 0x8100_u16.to_be();
 const VLAN_SERVICE: u16 = 0x88a8_u16.to_be();
 /// The group bit is the lowest of the first byte on the wire.
-const GROUP: u16 = 0x0100_u16.to_be();
+pub const GROUP: u16 = 0x0100_u16.to_be();
 
 /// Parses a frame into the scratch. A function of its own, for the verifier's sake, so that it returns a plain
 /// number: [`IS_IPV4`], [`IS_IPV6`], or from [`IS_OUTCOME`] on the outcome of what is none of ours.

@@ -40,10 +40,31 @@ pub fn check_length<F: Frame>(
     bytes: usize,
     headers: usize,
 ) -> Result<(), Outcome> {
-    if bytes < headers || network + bytes > frame.length() {
+    if bytes < headers {
+        return Err(Outcome::Malformed);
+    }
+    // Nearly always the bytes lie in one piece, which needs no helper to be seen.
+    if network + bytes > frame.data_end() - frame.data() && network + bytes > frame.length() {
         return Err(Outcome::Malformed);
     }
     Ok(())
+}
+
+/// Reads the header at `at` of a packet that is no fragment, and completes its five-tuple; false if it contradicts itself.
+#[inline(always)]
+pub fn plain<F: Frame, A>(frame: &F, at: usize, packet: &mut Packet<A>) -> bool {
+    let bytes = packet.transport_bytes;
+    let read = if packet.is_tcp() { tcp(frame, at, bytes, packet) } else { udp(frame, at, bytes) };
+    let Ok((source_port, destination_port, flags, header)) = read else {
+        return false;
+    };
+    packet.key.source_port = source_port;
+    packet.key.destination_port = destination_port;
+    packet.key._pad = 0;
+    packet.key._pad2 = 0;
+    packet.flags = flags;
+    packet.header_bytes = header;
+    true
 }
 
 /// Parses the transport header at `at` and completes the packet, whose addresses, protocol and lengths the
