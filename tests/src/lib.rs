@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod flood;
 pub mod kernel;
 pub mod lab;
+pub mod large;
 pub mod netns;
 pub mod packet;
 pub mod swarm;

@@ -8,6 +8,7 @@ use std::{
 
 use clap::{Parser, ValueEnum};
 use lb_tests::bench::{
+    control,
     figure::{PATIENCE, Report},
     forward,
     packets::{self, Options},
@@ -46,6 +47,8 @@ enum Part {
     Forward,
     /// TCP through namespaces, beside nftables, HAProxy and nginx
     Tcp,
+    /// Loading clusters of three sizes, one change of them, memory, the walk through a million flows
+    Control,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -76,6 +79,9 @@ fn main() {
     }
     if wanted(Part::Tcp) {
         tcp::measure(&mut report, if arguments.quick { tcp::Effort::QUICK } else { tcp::Effort::FULL });
+    }
+    if wanted(Part::Control) {
+        control::run(&mut report, &control::Options { quick: arguments.quick });
     }
     report.finish();
 }
