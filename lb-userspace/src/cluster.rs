@@ -1,6 +1,6 @@
 //! The cluster as a source describes it: plain data, no I/O, no numbers of the datapath.
 
-use std::{fmt, net::IpAddr, str::FromStr, time::SystemTime};
+use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
 
 use lb_common::flow::{Phase, Timers};
 use serde::{Deserialize, Serialize};
@@ -10,14 +10,36 @@ use serde::{Deserialize, Serialize};
 pub struct ClusterState {
     /// The machines.
     pub nodes: Vec<Node>,
-    /// The services that publish ports.
-    pub services: Vec<Service>,
+    /// The services that publish ports. One that has not changed is the same one from a state to the next, so that it need
+    /// be neither copied nor compared.
+    pub services: Vec<Arc<Service>>,
     /// How nodes send packets to each other.
     pub tunnel: Tunnel,
     /// Name of the node that this was found out on, where the source knows.
     pub this: Option<String>,
     /// When the cluster changed to this, where the source knows.
     pub changed: Option<SystemTime>,
+}
+
+impl ClusterState {
+    /// A service to be changed; other states that have it keep what it was.
+    ///
+    /// # Panics
+    /// There are not so many services.
+    pub fn service_mut(&mut self, index: usize) -> &mut Service {
+        Arc::make_mut(&mut self.services[index])
+    }
+
+    /// Takes services that are as they were before for the same ones.
+    pub fn share(&mut self, before: &Self) {
+        let known: HashMap<&str, &Arc<Service>> =
+            before.services.iter().map(|service| (service.name.as_str(), service)).collect();
+        for service in &mut self.services {
+            if let Some(known) = known.get(service.name.as_str()).filter(|known| *known == &service) {
+                *service = Arc::clone(known);
+            }
+        }
+    }
 }
 
 /// How nodes send packets to each other's tasks; the same on all of them.

@@ -19,7 +19,7 @@ use crate::{
     cluster::ClusterState,
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
     net::{self, Changes, Link, Net, Prober, Snapshot, Ways},
-    plan::{self, MapOp, Reach, View, Way, desired, destinations},
+    plan::{MapOp, Planner, Reach, View, Way},
     report::SourceReport,
     source::{Origin, Update},
 };
@@ -57,6 +57,7 @@ pub struct Controller {
     changes: Changes,
     updates: mpsc::Receiver<Update>,
     ways: Ways,
+    planner: Planner,
     cluster: Option<ClusterState>,
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
@@ -124,6 +125,7 @@ impl Controller {
             changes,
             updates,
             ways: Ways::default(),
+            planner: Planner::default(),
             cluster,
             prober: None,
             report,
@@ -275,8 +277,7 @@ impl Controller {
 
     /// Whether a task that should be offered cannot be reached yet.
     fn pending(&self) -> bool {
-        self.served.is_none()
-            || self.datapath.tables().backends.values().any(|entry| entry.label.problem.is_some())
+        self.served.is_none() || self.planner.unreached() > 0
     }
 
     /// Makes tables and links what source and network say they should be.
@@ -315,27 +316,27 @@ impl Controller {
         let node = self.node(cluster, snapshot, complaints);
         self.open_tunnel(cluster.tunnel.port, uplink.index)?;
         let addresses = snapshot.addresses_of(uplink.index);
-        let wanted = destinations(cluster, &node);
+        let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;
         let carriers = carriers(&ways, uplink.index);
         self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways);
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
-        let plan = plan::plan(&desired(&view), self.datapath.tables(), &self.datapath.limits()?);
-        complaints.extend(plan.refused.iter().cloned());
-        for op in &plan.ops {
-            self.apply(op)?;
-        }
+        let limits = self.datapath.limits()?;
+        let plan = self.planner.plan(&view, self.datapath.tables(), &limits);
+        complaints.extend(plan.refused);
+        let changes = plan.ops.len();
+        self.apply(plan.ops)?;
         for index in self.datapath.task_links() {
             if !carriers.contains(&index) && !self.in_use(index) {
                 let name = snapshot.links.get(&index).map(|link| link.name.as_str());
                 self.datapath.detach_task(name, index, uplink.index);
             }
         }
-        if !plan.ops.is_empty() {
-            log::debug!("{}: applied {} changes", self.settings.interface, plan.ops.len());
+        if changes > 0 {
+            log::debug!("{}: applied {changes} changes", self.settings.interface);
         }
-        Ok(!plan.ops.is_empty())
+        Ok(changes > 0)
     }
 
     /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
@@ -403,10 +404,13 @@ impl Controller {
         }
     }
 
-    fn apply(&mut self, op: &MapOp) -> Result<()> {
-        self.datapath
-            .apply(op)
-            .with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
+    /// Applies operations in their order. What a failure leaves is planned anew from what the tables say.
+    fn apply(&mut self, ops: Vec<MapOp>) -> Result<()> {
+        let applied = ops.into_iter().try_for_each(|op| self.datapath.apply(op));
+        if applied.is_err() {
+            self.planner.forget();
+        }
+        applied.with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
     }
 
     /// Whether a backend is reached by this interface.

@@ -1,7 +1,7 @@
 //! The programs on the bench: loaded in a namespace of their own, tables filled by the planner, fed with packets
 //! by BPF_PROG_TEST_RUN, every counter watched.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
@@ -15,7 +15,7 @@ use lb_common::{
 use lb_userspace::{
     cluster::{ClusterState, Node, Service, Task, TaskState, Via},
     datapath::{Counters, Datapath, FlowLog, PinDir, Sizes},
-    plan::{self, Reach, View, Way, desired, destinations},
+    plan::{Planner, Reach, View, Way},
 };
 
 use crate::{
@@ -175,6 +175,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             agent: true,
         };
         let nodes = vec![node(1), node(2)];
+        let services = services.into_iter().map(Arc::new).collect();
         let cluster = ClusterState { nodes, services, ..ClusterState::default() };
         let mut lab = Lab {
             datapath: Some(datapath),
@@ -235,16 +236,18 @@ impl Lab {
     /// Changes the cluster, and the tables with it.
     pub fn update(&mut self, change: impl FnOnce(&mut ClusterState)) {
         change(&mut self.cluster);
-        let ways: BTreeMap<_, _> = destinations(&self.cluster, "node1")
+        let mut planner = Planner::default();
+        let ways: BTreeMap<_, _> = planner
+            .destinations(&self.cluster, "node1")
             .into_iter()
             .map(|(address, reach)| ((address, reach), Ok(self.way(address, reach))))
             .collect();
         let addresses = [ip("192.0.2.1"), ip("2001:db8::1")];
         let view = View { cluster: &self.cluster, node: "node1", addresses: &addresses, ways: &ways };
         let limits = self.datapath().limits().expect("limits");
-        let plan = plan::plan(&desired(&view), self.datapath().tables(), &limits);
+        let plan = planner.plan(&view, self.datapath().tables(), &limits);
         assert_eq!(plan.refused, Vec::<String>::new());
-        for op in &plan.ops {
+        for op in plan.ops {
             self.datapath_mut().apply(op).expect("apply");
         }
     }

@@ -541,8 +541,8 @@ fn one_client_port_to_two_listeners_gets_two_tasks() {
         let second = lab.delivered_to(&V4.packet(SYN, 44_000, 87));
         assert_ne!(first, second);
         lab.update(|cluster| {
-            let twin = cluster.services.iter_mut().find(|s| s.name == "twin").expect("the service");
-            twin.tasks.truncate(1);
+            let twin = cluster.services.iter().position(|s| s.name == "twin").expect("the service");
+            cluster.service_mut(twin).tasks.truncate(1);
         });
         let only = lab.delivered_to(&V4.packet(SYN, 44_001, 86));
         assert_eq!(only, "twin.1");
@@ -571,7 +571,7 @@ fn a_syn_on_a_closing_flow_starts_anew() {
 fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
     with_lab(services(), |lab| {
         let state = |lab: &mut Lab, state| {
-            lab.update(|cluster| cluster.services[0].tasks[0].state = state);
+            lab.update(|cluster| cluster.service_mut(0).tasks[0].state = state);
         };
         let (tcp, udp) = (V4.packet(SYN, 46_000, 80), V4.packet(Transport::Udp, 46_000, 53));
         assert_eq!(lab.delivered_to(&tcp), "web.1");
@@ -582,7 +582,7 @@ fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
         for port in 0..4 {
             assert_eq!(lab.delivered_to(&V4.packet(SYN, 46_100 + port, 80)), "web.2");
         }
-        lab.update(|cluster| drop(cluster.services[0].tasks.remove(0)));
+        lab.update(|cluster| drop(cluster.service_mut(0).tasks.remove(0)));
         let gone = |lab: &Lab, packet: &Packet| {
             let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
             assert_eq!((verdict.action, counted), (TX, BTreeMap::from([(Outcome::Reset, 1)])));
@@ -593,7 +593,7 @@ fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
         assert_eq!(lab.delivered_to(&tcp), "web.2");
         // Its number in other hands does not bring the flow back.
         assert_eq!(lab.delivered_to(&V6.packet(SYN, 46_001, 80)), "web.2");
-        lab.update(|cluster| cluster.services[0].tasks.clear());
+        lab.update(|cluster| cluster.service_mut(0).tasks.clear());
         lab.passes("scaled to zero", &V4.packet(SYN, 46_002, 80).bytes(), Outcome::NoBackend);
         gone(lab, &V6.packet(ACK, 46_001, 80));
     });
@@ -603,13 +603,13 @@ fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
 fn a_task_without_a_way_gets_nothing() {
     with_lab(services(), |lab| {
         assert_eq!(lab.delivered_to(&V4.packet(SYN, 47_000, 80)), "web.1");
-        lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Starting);
+        lab.update(|cluster| cluster.service_mut(0).tasks[0].state = TaskState::Starting);
         // Its flow waits: the host would answer with a reset, so the client is left to send again.
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&V4.packet(ACK, 47_000, 80).bytes()));
         assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::BackendUnreachable, 1)])));
-        lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Running);
+        lab.update(|cluster| cluster.service_mut(0).tasks[0].state = TaskState::Running);
         assert_eq!(lab.delivered_to(&V4.packet(ACK, 47_000, 80)), "web.1");
-        lab.update(|cluster| cluster.services[0].tasks[0].state = TaskState::Starting);
+        lab.update(|cluster| cluster.service_mut(0).tasks[0].state = TaskState::Starting);
         assert_eq!(lab.delivered_to(&V4.packet(SYN, 47_000, 80)), "web.2");
     });
 }

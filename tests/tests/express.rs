@@ -183,7 +183,8 @@ fn the_short_way_and_the_stages_come_to_the_same() {
                 lab.way_flags = random.of(&[0, 0, 0, VIA_TC]);
                 let state = random.of(&[TaskState::Running, TaskState::Running, TaskState::Draining]);
                 lab.update(|cluster| {
-                    cluster.services.iter_mut().for_each(|service| service.tasks[0].state = state);
+                    (0..cluster.services.len())
+                        .for_each(|index| cluster.service_mut(index).tasks[0].state = state);
                 });
             }
             let flags = random.of(&[

@@ -263,7 +263,7 @@ fn a_task_that_is_gone_is_told_to_clients_by_resets() {
         let to = establish(lab, port);
         let udp = request(Transport::Udp, port, 53);
         let served = lab.delivered_to(&udp);
-        lab.update(|cluster| drop(cluster.services[0].tasks.remove(usize::from(to) - 1)));
+        lab.update(|cluster| drop(cluster.service_mut(0).tasks.remove(usize::from(to) - 1)));
         let reset = |packet: &Packet, transport, sequence, acknowledgment| {
             packet
                 .clone()
@@ -361,18 +361,18 @@ fn draining_goes_on_and_zero_and_back_is_served_again() {
         let to = establish(lab, 40_013);
         let tasks = lab.cluster().services[0].tasks.clone();
         lab.update(|cluster| {
-            for task in &mut cluster.services[0].tasks {
+            for task in &mut cluster.service_mut(0).tasks {
                 task.state = TaskState::Draining;
             }
         });
         assert_eq!(lab.delivered_to(&segment(ACK, 40_013, 80, 0)), format!("web.{to}"));
         lab.passes("nobody takes new flows", &request(SYN, 40_014, 80).bytes(), Outcome::NoBackend);
-        lab.update(|cluster| cluster.services[0].tasks.clear());
+        lab.update(|cluster| cluster.service_mut(0).tasks.clear());
         assert_eq!(
             lab.counting(|lab| lab.xdp(&segment(ACK, 40_013, 80, 0).bytes())).1,
             BTreeMap::from([(Outcome::Reset, 1)])
         );
-        lab.update(|cluster| cluster.services[0].tasks = tasks);
+        lab.update(|cluster| cluster.service_mut(0).tasks = tasks);
         // The task is another one, though it has the name and address of one that is gone.
         assert_eq!(
             lab.counting(|lab| lab.xdp(&segment(ACK, 40_013, 80, 0).bytes())).1,

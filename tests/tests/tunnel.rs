@@ -171,7 +171,7 @@ fn a_request_travels_as_the_client_sent_it_and_names_its_task() {
         let mut expected = sent(outer, TO_TASK, (FAR, 8083), inner(&request));
         expected.version_and_flags = [VERSION, RETURN_DIRECT];
         assert_sent("returned directly", &lab.xdp(&request.bytes()).frame, expected);
-        lab.update(|cluster| cluster.services[0].returns = Some(Return::Tunnel));
+        lab.update(|cluster| cluster.service_mut(0).returns = Some(Return::Tunnel));
         let expected = sent(outer, TO_TASK, (FAR, 8083), inner(&request));
         assert_sent("but not this service", &lab.xdp(&request.bytes()).frame, expected);
     });

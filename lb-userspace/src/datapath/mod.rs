@@ -285,9 +285,9 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel refuses the write; [`Self::tables`] says what stands.
-    pub fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
+    pub fn apply(&mut self, op: MapOp) -> Result<(), DatapathError> {
         let used = |index: &u32| self.tables.backends.get(index).map(|entry| entry.backend);
-        match op {
+        match &op {
             MapOp::SetBackend(index, entry) => self.set.set_backend(*index, entry, used(index).is_none())?,
             MapOp::FreeBackend(index) => {
                 let generation = self.tables.generations.get(index).copied().unwrap_or_default();

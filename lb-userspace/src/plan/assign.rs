@@ -1,7 +1,7 @@
 //! Giving numbers to what is desired: those in use are kept, freed ones rest as long as possible.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     net::IpAddr,
 };
 
@@ -14,12 +14,15 @@ use lb_common::{
 };
 
 use super::{
-    Plan,
-    desired::{Desired, DesiredBackend, DesiredNode, DesiredPort, DesiredService},
-    tables::{At, BackendEntry, PortLabel, ReplySet, ServiceLabel, Tables},
-    transition::transition,
+    desired::{DesiredNode, DesiredPort, DesiredService},
+    overlay::Overlay,
+    tables::{At, BackendEntry, BackendLabel, PortLabel, ReplySet, ServiceLabel, Tables},
+    transition::Next,
 };
-use crate::{cluster::Protocol, slots};
+use crate::{
+    cluster::{Port, Protocol},
+    slots,
+};
 
 /// Sizes of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,123 +39,193 @@ pub struct Limits {
     pub nodes: u32,
 }
 
-/// The operations that turn `actual` into what is desired.
-///
-/// A service that does not fit is left out whole and named in [`Plan::refused`]; what fits is planned.
-pub fn plan(desired: &Desired, actual: &Tables, limits: &Limits) -> Plan {
-    let mut draft = Draft::new(actual, limits);
-    let mut refused = desired.refused.clone();
-    for node in &desired.nodes {
-        if let Err(reason) = draft.add_node(node) {
-            refused.push(format!("node {} is left out: {reason}", node.label.name));
-        }
-    }
-    for service in &desired.services {
-        if let Err(reason) = draft.add(service) {
-            refused.push(format!("service {} is left out: {reason}", service.label.name));
-        }
-    }
-    let next = draft.finish();
-    Plan { ops: transition(actual, &next), refused }
+/// What belongs to a service in the tables.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub number: Option<u32>,
+    pub ports: Vec<u32>,
+    pub backends: Vec<u32>,
+    pub listeners: Vec<At>,
+    pub replies: Vec<At>,
+    pub tasks: Vec<TaskKey>,
 }
 
-/// What makes a backend the same from one plan to the next. The address and the way belong to it: flows carry
-/// both.
-type Identity = (u32, String, Protocol, u16, (IpAddr, bool), u8);
+/// Why a service is left out.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// There is no room.
+    Full(String),
+    /// Another service, of this name, has what it needs.
+    Taken(String, String),
+    /// Its node is left out.
+    Node(String),
+}
 
-struct Draft<'a> {
+impl Refusal {
+    /// In words for the operator.
+    pub fn reason(&self) -> &str {
+        let (Self::Full(reason) | Self::Taken(_, reason) | Self::Node(reason)) = self;
+        reason
+    }
+}
+
+/// What makes a backend of a service the same from one plan to the next. The address and the way belong to it: flows
+/// carry both.
+type Identity<'a> = (&'a str, Protocol, u16, (IpAddr, bool), u8);
+
+/// The tables as they are to be, while services are taken out and put in.
+pub(super) struct Draft<'a> {
     actual: &'a Tables,
     limits: &'a Limits,
-    next: Tables,
-    nodes: Numbers<String>,
-    services: Numbers<String>,
-    cursors: Numbers<(u32, Protocol, u16)>,
-    backends: Numbers<Identity>,
-    ranges: Ranges,
+    pub next: Next<'a>,
+    books: Books,
+    services: Numbers<'a, ServiceLabel>,
+    cursors: Numbers<'a, PortLabel>,
+    backends: Numbers<'a, BackendEntry>,
+    /// Numbers of the nodes by name.
+    nodes: HashMap<String, u32>,
+    /// Whether there are other nodes with agents.
+    peers: bool,
 }
 
 impl<'a> Draft<'a> {
-    fn new(actual: &'a Tables, limits: &'a Limits) -> Self {
-        let next = Tables {
-            slots: actual.slots.clone(),
-            generations: actual.generations.clone(),
-            ..Tables::default()
-        };
-        let services = actual.services.iter().map(|(index, label)| (label.name.clone(), *index));
-        let cursors = actual
-            .ports
-            .iter()
-            .map(|(index, label)| ((label.service, label.protocol, label.published), *index));
-        let backends = actual.backends.iter().map(|(index, entry)| (identity_of(entry), *index));
-        let used = actual.listeners.values().map(|listener| (listener.slot_base, listener.slot_count));
-        // Numbers of nodes start at one; a number that entries for replies may still name rests.
-        let nodes = actual.nodes.iter().map(|(number, label)| (label.name.clone(), number - 1));
+    /// The tables as they are, and the books of them.
+    pub fn new(actual: &'a Tables, limits: &'a Limits, mut books: Books) -> Self {
         // A number that was used last is given again last.
         let rested = actual.generations.keys().next_back().map_or(0, |last| last + 1);
+        books.ranges.rewind();
         Self {
             actual,
             limits,
-            next,
-            nodes: Numbers::new(nodes, limits.nodes, actual.last_node, None),
-            services: Numbers::new(services, limits.services, 0, None),
-            cursors: Numbers::new(cursors, limits.listeners, 0, None),
-            backends: Numbers::new(backends, limits.backends, rested, Some(&actual.resting)),
-            ranges: Ranges::new(used, limits.slots),
+            next: Next::new(actual),
+            books,
+            services: Numbers::new(&actual.services, limits.services, 0, None),
+            cursors: Numbers::new(&actual.ports, limits.listeners, 0, None),
+            backends: Numbers::new(&actual.backends, limits.backends, rested, Some(&actual.resting)),
+            nodes: actual.nodes.iter().map(|(number, label)| (label.name.clone(), *number)).collect(),
+            peers: !actual.peers.is_empty(),
         }
     }
 
-    /// Adds a node, and as a peer if it has an agent.
-    fn add_node(&mut self, node: &DesiredNode) -> Result<(), String> {
-        let number = self.nodes.of(node.label.name.clone());
-        let number = 1 + number.ok_or_else(|| format!("there is room for {} nodes", self.limits.nodes))?;
-        self.next.nodes.insert(number, node.label.clone());
-        let known_as = match node.peer {
-            Some(peer) => {
-                self.next.peers.insert(number, peer);
-                number
+    /// Puts exactly these nodes in, those with an agent as peers; what there is no room for is said.
+    pub fn set_nodes(&mut self, nodes: &[DesiredNode], refused: &mut Vec<String>) {
+        let known = std::mem::take(&mut self.nodes);
+        // Numbers of nodes start at one; a number that entries for replies may still name rests.
+        let mut numbers =
+            Numbers::new(&self.actual.nodes, self.limits.nodes + 1, self.actual.last_node + 1, None);
+        numbers.first = 1;
+        let (mut labels, mut peers, mut peer_numbers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for node in nodes {
+            let name = &node.label.name;
+            let Some(number) = known.get(name).copied().or_else(|| numbers.next()) else {
+                let room = self.limits.nodes;
+                refused.push(format!("node {name} is left out: there is room for {room} nodes"));
+                continue;
+            };
+            self.nodes.insert(name.clone(), number);
+            labels.insert(number, node.label.clone());
+            let known_as = match node.peer() {
+                Some(peer) => {
+                    peers.insert(number, peer);
+                    number
+                }
+                None if node.label.this => SELF,
+                None => continue,
+            };
+            peer_numbers.extend(node.addresses.iter().map(|address| (*address, known_as)));
+        }
+        self.peers = !peers.is_empty();
+        self.next.nodes.replace(labels);
+        self.next.peers.replace(peers);
+        self.next.peer_numbers.replace(peer_numbers);
+    }
+
+    /// The number of a node by its name, if it has one.
+    pub fn node(&self, name: &str) -> Option<u32> {
+        self.nodes.get(name).copied()
+    }
+
+    /// Whether there are to be other nodes with agents.
+    pub fn has_peers(&self) -> bool {
+        self.peers
+    }
+
+    /// Takes out everything of a service.
+    pub fn withdraw(&mut self, held: &Held) {
+        for index in &held.backends {
+            if let Some(mark) = self.actual.backends.get(index).and_then(source_mark) {
+                self.books.marks.remove(mark);
             }
-            None if node.label.this => SELF,
-            None => return Ok(()),
-        };
-        self.next.peer_numbers.extend(node.addresses.iter().map(|address| (*address, known_as)));
-        Ok(())
+            self.next.backends.remove(*index);
+        }
+        for at in &held.listeners {
+            if let Some(listener) = self.actual.listeners.get(at) {
+                self.books.ranges.leave(listener);
+            }
+            self.books.marks.remove(listener_mark(at));
+            self.next.listeners.remove(*at);
+        }
+        held.ports.iter().for_each(|cursor| self.next.ports.remove(*cursor));
+        held.replies.iter().for_each(|at| self.next.replies.remove(*at));
+        held.tasks.iter().for_each(|key| self.next.tasks.remove(*key));
+        if let Some(number) = held.number {
+            self.next.services.remove(number);
+        }
     }
 
-    /// The number of a node by its name.
-    fn node(&self, name: &str) -> Result<u16, String> {
-        let number = self.next.nodes.iter().find(|(_, label)| label.name == name).map(|(number, _)| *number);
-        number.and_then(|number| number.try_into().ok()).ok_or_else(|| format!("node {name} is left out"))
-    }
-
-    /// Adds a service, or nothing of it.
-    fn add(&mut self, service: &DesiredService) -> Result<(), String> {
+    /// Puts a service in, or nothing of it. What it held before keeps its numbers.
+    pub fn add(&mut self, service: &DesiredService, before: &Held) -> Result<Held, Refusal> {
         self.room_for_listeners(service)?;
-        let number = self.services.of(service.label.name.clone()).ok_or_else(|| full("services"))?;
-        let mut backends = Vec::new();
-        for wanted in &service.backends {
-            let mut entry = entry(wanted, number);
-            if entry.backend.kind == Kind::Peer as u8 {
-                entry.backend.peer = self.node(&entry.label.node)?;
-            }
-            let index = self.backends.of(identity_of(&entry)).ok_or_else(|| full("backends"))?;
-            backends.push((index, entry));
-        }
+        let number = before.number.or_else(|| self.services.next()).ok_or_else(|| full("services"))?;
+        let backends = self.number_backends(service, number, before)?;
         let mut ports = Vec::new();
         for port in &service.ports {
-            ports.push(self.port(number, port, service, &backends)?);
+            ports.push(self.port(number, port, (service, before), &backends)?);
         }
         self.conflicts(&backends, &ports)?;
-        self.commit(number, &service.label, backends, ports);
-        Ok(())
+        Ok(self.commit(number, &service.label, backends, ports))
+    }
+
+    /// The backends of a service with their numbers.
+    fn number_backends(
+        &mut self,
+        service: &DesiredService,
+        number: u32,
+        before: &Held,
+    ) -> Result<Vec<(u32, BackendEntry)>, Refusal> {
+        let actual = self.actual;
+        let entries = before.backends.iter().filter_map(|index| Some((actual.backends.get(index)?, *index)));
+        let mut known: HashMap<Identity<'_>, u32> =
+            entries.map(|(entry, index)| (identity(&entry.label, entry.backend.kind), index)).collect();
+        let mut backends = Vec::with_capacity(service.backends.len());
+        for wanted in &service.backends {
+            let mut backend = wanted.backend;
+            backend.service = number;
+            if backend.kind == Kind::Peer as u8 {
+                backend.peer = self.peer(&wanted.label.node)?;
+            }
+            let index = match known.entry(identity(&wanted.label, backend.kind)) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => *new.insert(self.backends.next().ok_or_else(|| full("backends"))?),
+            };
+            backends.push((index, BackendEntry { backend, label: wanted.label.clone() }));
+        }
+        Ok(backends)
+    }
+
+    /// The number of a node as backends have it.
+    fn peer(&self, name: &str) -> Result<u16, Refusal> {
+        let number = self.node(name).and_then(|number| number.try_into().ok());
+        number.ok_or_else(|| Refusal::Node(format!("node {name} is left out")))
     }
 
     /// What another service has already: a listener, or a task's endpoint, whose answers only one can own.
-    fn conflicts(&self, backends: &[(u32, BackendEntry)], ports: &[PlannedPort]) -> Result<(), String> {
+    fn conflicts(&self, backends: &[(u32, BackendEntry)], ports: &[PlannedPort]) -> Result<(), Refusal> {
         for (at, _) in ports.iter().flat_map(|port| &port.listeners) {
-            if self.next.listeners.contains_key(at) {
-                return Err(format!(
-                    "another service already listens on {}:{}/{}",
-                    at.address, at.port, at.protocol
+            if let Some(listener) = self.next.listeners.get(at) {
+                return Err(self.taken(
+                    listener.service,
+                    format!("another service already listens on {}:{}/{}", at.address, at.port, at.protocol),
                 ));
             }
         }
@@ -163,39 +236,50 @@ impl<'a> Draft<'a> {
                 && let Some(owner) =
                     self.next.replies.get(&at).and_then(|set| self.next.backends.get(&set.backend))
             {
-                return Err(format!(
+                let reason = format!(
                     "{}:{}/{} of task {} is already the address of task {}",
                     at.address, at.port, at.protocol, entry.label.task, owner.label.task
-                ));
+                );
+                return Err(self.taken(owner.backend.service, reason));
             }
             // Peers could not say which of the two they mean.
             let named = self.next.tasks.get(&task_key(entry)).and_then(|index| self.next.backends.get(index));
             if entry.backend.kind == Kind::Local as u8
                 && let Some(owner) = named
             {
-                return Err(format!(
+                let reason = format!(
                     "task {} has the address in the cluster of task {}",
                     entry.label.task, owner.label.task
-                ));
+                );
+                return Err(self.taken(owner.backend.service, reason));
             }
         }
         Ok(())
     }
 
-    fn room_for_listeners(&self, service: &DesiredService) -> Result<(), String> {
-        for v4 in [true, false] {
-            let of_family = |address: &&IpAddr| address.is_ipv4() == v4;
-            // New listeners are set before old ones go: the table holds both for a moment.
-            let going = self.actual.listeners.keys().filter(|at| !self.next.listeners.contains_key(at));
-            let going = going.filter(|at| of_family(&&at.address) && !service_listens(service, at)).count();
-            let have = self.next.listeners.keys().filter(|at| of_family(&&at.address)).count() + going;
-            let more: usize =
-                service.ports.iter().map(|port| port.addresses.iter().filter(of_family).count()).sum();
-            if have + more > self.limits.listeners as usize {
-                return Err(full("listeners"));
-            }
-        }
-        Ok(())
+    fn taken(&self, owner: u32, reason: String) -> Refusal {
+        Refusal::Taken(
+            self.next.services.get(&owner).map(|label| label.name.clone()).unwrap_or_default(),
+            reason,
+        )
+    }
+
+    fn room_for_listeners(&self, service: &DesiredService) -> Result<(), Refusal> {
+        let wanted = service
+            .ports
+            .iter()
+            .flat_map(|port| port.addresses.iter().map(|address| at(port.port, *address)));
+        let mut come = [0; 2];
+        wanted.filter(|at| self.is_new(at)).for_each(|at| come[family(&at)] += 1);
+        let room = self.limits.listeners as usize;
+        let fits =
+            (0..2).all(|family| come[family] == 0 || self.books.listeners[family] + come[family] <= room);
+        if fits { Ok(()) } else { Err(full("listeners")) }
+    }
+
+    /// Whether there is no such listener, nor one to come.
+    fn is_new(&self, at: &At) -> bool {
+        !self.actual.listeners.contains_key(at) && !self.next.listeners.contains(at)
     }
 
     /// The cursor, listeners and slots of one published port.
@@ -203,19 +287,23 @@ impl<'a> Draft<'a> {
         &mut self,
         number: u32,
         wanted: &DesiredPort,
-        service: &DesiredService,
+        (service, before): (&DesiredService, &Held),
         backends: &[(u32, BackendEntry)],
-    ) -> Result<PlannedPort, String> {
+    ) -> Result<PlannedPort, Refusal> {
         let port = wanted.port;
-        let cursor =
-            self.cursors.of((number, port.protocol, port.published)).ok_or_else(|| full("listeners"))?;
+        let same = |cursor: &&u32| {
+            let label = self.actual.ports.get(cursor);
+            label.is_some_and(|label| (label.protocol, label.published) == (port.protocol, port.published))
+        };
+        let known = before.ports.iter().find(same).copied();
+        let cursor = known.or_else(|| self.cursors.next()).ok_or_else(|| full("listeners"))?;
         let label = PortLabel {
             service: number,
             protocol: port.protocol,
             published: port.published,
             target: port.target,
         };
-        let mut listeners = Vec::new();
+        let (mut listeners, mut ranges) = (Vec::new(), Vec::new());
         for v4 in [true, false] {
             let addresses: Vec<IpAddr> =
                 wanted.addresses.iter().copied().filter(|address| address.is_ipv4() == v4).collect();
@@ -234,31 +322,31 @@ impl<'a> Draft<'a> {
                 .collect();
             let weights: Vec<u16> = eligible.iter().map(|(_, weight)| *weight).collect();
             let slots: Vec<u32> = slots::order(&weights).into_iter().map(|i| eligible[i].0).collect();
-            let at =
-                |address: &IpAddr| At { address: *address, protocol: port.protocol, port: port.published };
-            let base = self.range(&slots, addresses.iter().map(at))?;
-            let listener =
-                Listener { service: number, slot_base: base, slot_count: slots.len() as u32, cursor };
+            let at = |address: &IpAddr| at(port, *address);
+            let slot_count = slots.len() as u32;
+            let slot_base = match self.stands(&slots, addresses.iter().map(at)) {
+                Some(base) => base,
+                None => {
+                    let base =
+                        self.books.ranges.take(slot_count, self.limits.slots).ok_or_else(|| full("slots"))?;
+                    ranges.push((base, slots));
+                    base
+                }
+            };
+            let listener = Listener { service: number, slot_base, slot_count, cursor };
             listeners.extend(addresses.iter().map(|address| (at(address), listener)));
         }
-        Ok(PlannedPort { cursor, label, listeners })
+        Ok(PlannedPort { cursor, label, listeners, ranges })
     }
 
-    /// Where these slots stand: where they stand already, or in a range that nobody reads.
-    fn range(&mut self, slots: &[u32], listeners: impl Iterator<Item = At>) -> Result<u32, String> {
+    /// Where these slots stand already; those of nobody stand anywhere.
+    fn stands(&self, slots: &[u32], listeners: impl Iterator<Item = At>) -> Option<u32> {
         if slots.is_empty() {
-            return Ok(0);
+            return Some(0);
         }
-        for at in listeners {
-            if let Some(listener) = self.actual.listeners.get(&at)
-                && self.actual.slots_of(listener) == Some(slots)
-            {
-                return Ok(listener.slot_base);
-            }
-        }
-        let base = self.ranges.take(slots.len() as u32).ok_or_else(|| full("slots"))?;
-        self.next.slots[base as usize..][..slots.len()].copy_from_slice(slots);
-        Ok(base)
+        let mut listeners = listeners.filter_map(|at| self.actual.listeners.get(&at));
+        let same = listeners.find(|listener| self.actual.slots_of(listener) == Some(slots))?;
+        Some(same.slot_base)
     }
 
     fn commit(
@@ -267,9 +355,10 @@ impl<'a> Draft<'a> {
         label: &ServiceLabel,
         backends: Vec<(u32, BackendEntry)>,
         ports: Vec<PlannedPort>,
-    ) {
-        self.next.services.insert(number, label.clone());
-        for (index, entry) in &backends {
+    ) -> Held {
+        let mut held = Held { number: Some(number), ..Held::default() };
+        self.next.services.set(number, label.clone());
+        for (index, mut entry) in backends {
             // Every listener of the task's family that leads to its port.
             let sources: Vec<(IpAddr, u16)> = ports
                 .iter()
@@ -279,10 +368,9 @@ impl<'a> Draft<'a> {
                 .flat_map(|port| port.listeners.iter().map(|(at, _)| (at.address, at.port)))
                 .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
                 .collect();
-            let mut entry = entry.clone();
             let local = entry.backend.kind == Kind::Local as u8;
             if answers_here(&entry) && !sources.is_empty() {
-                let by_peers = local && !self.next.peers.is_empty();
+                let by_peers = local && self.peers;
                 if sources.len() > 1 || by_peers {
                     entry.backend.flags |= SHARED;
                 }
@@ -291,68 +379,113 @@ impl<'a> Draft<'a> {
                 }
                 let at = endpoint(&entry);
                 // A task that goes may have handed its address to one that comes.
-                let taken = self.next.replies.contains_key(&at);
+                let taken = self.next.replies.contains(&at);
                 if !taken || entry.backend.state == State::Active as u8 {
-                    self.next.replies.insert(at, ReplySet { backend: *index, sources });
+                    self.next.replies.set(at, ReplySet { backend: index, sources });
+                    held.replies.push(at);
                 }
             }
             if local {
                 let key = task_key(&entry);
-                let taken = self.next.tasks.contains_key(&key);
+                let taken = self.next.tasks.contains(&key);
                 if !taken || entry.backend.state == State::Active as u8 {
-                    self.next.tasks.insert(key, *index);
+                    self.next.tasks.set(key, index);
+                    held.tasks.push(key);
                 }
             }
-            entry.backend.generation = match self.actual.backends.get(index) {
+            entry.backend.generation = match self.actual.backends.get(&index) {
                 Some(known) => known.backend.generation,
-                None => self.actual.generations.get(index).map_or(1, |last| last.wrapping_add(1)),
+                None => self.actual.generations.get(&index).map_or(1, |last| last.wrapping_add(1)),
             };
-            self.next.generations.insert(*index, entry.backend.generation);
-            self.next.backends.insert(*index, entry);
+            if let Some(mark) = source_mark(&entry) {
+                self.books.marks.add(mark);
+            }
+            held.backends.push(index);
+            self.next.backends.set(index, entry);
         }
         for port in ports {
-            self.next.ports.insert(port.cursor, port.label);
-            self.next.listeners.extend(port.listeners);
+            held.ports.push(port.cursor);
+            self.next.ports.set(port.cursor, port.label);
+            self.next.slots.extend(port.ranges);
+            for (at, listener) in port.listeners {
+                self.books.listeners[family(&at)] += usize::from(self.is_new(&at));
+                self.books.ranges.join(&listener);
+                self.books.marks.add(listener_mark(&at));
+                held.listeners.push(at);
+                self.next.listeners.set(at, listener);
+            }
         }
+        held
     }
 
-    fn finish(mut self) -> Tables {
-        let mut mark = |side, protocol: Protocol, port| {
-            let (word, bit) = position(side, protocol.number(), Be16::new(port));
-            *self.next.filter.entry(word).or_default() |= bit;
-        };
-        for at in self.next.listeners.keys() {
-            mark(Side::Destination, at.protocol, at.port);
+    /// The tables as they are to be, and the books of them.
+    pub fn finish(mut self) -> (Next<'a>, Books) {
+        self.books.marks.write(&mut self.next.filter);
+        self.books.ranges.settle();
+        for at in self.next.listeners.gone() {
+            self.books.listeners[family(at)] -= 1;
         }
-        // Replies come from the tasks' ports, to wherever they go; those of peers' tasks come through the tunnel.
-        for entry in self.next.backends.values().filter(|entry| entry.backend.kind != Kind::Peer as u8) {
-            mark(Side::Source, entry.label.protocol, entry.label.target);
-        }
-        self.next
+        (self.next, self.books)
     }
 }
 
-fn service_listens(service: &DesiredService, at: &At) -> bool {
-    service.ports.iter().any(|port| {
-        (port.port.protocol, port.port.published) == (at.protocol, at.port)
-            && port.addresses.contains(&at.address)
-    })
+/// What the tables hold beside the services' own.
+#[derive(Debug, Default)]
+pub(super) struct Books {
+    ranges: Ranges,
+    marks: Marks,
+    /// Listeners of each family: those that are there, and those that come. New ones are set before old ones go: the
+    /// tables hold both for a moment.
+    listeners: [usize; 2],
+}
+
+impl Books {
+    /// Those of the tables as they are.
+    pub fn of(actual: &Tables) -> Self {
+        let mut books = Self::default();
+        for (at, listener) in &actual.listeners {
+            books.listeners[family(at)] += 1;
+            books.ranges.join(listener);
+            books.marks.add(listener_mark(at));
+        }
+        actual.backends.values().filter_map(source_mark).for_each(|mark| books.marks.add(mark));
+        // Bits that nobody asks for may be left of a plan that was cut short.
+        books.marks.touched.extend(actual.filter.keys());
+        books
+    }
+}
+
+fn at(port: Port, address: IpAddr) -> At {
+    At { address, protocol: port.protocol, port: port.published }
+}
+
+/// Index of an address family's count.
+fn family(at: &At) -> usize {
+    usize::from(at.address.is_ipv6())
 }
 
 struct PlannedPort {
     cursor: u32,
     label: PortLabel,
     listeners: Vec<(At, Listener)>,
+    /// New ranges of slots.
+    ranges: Vec<(u32, Vec<u32>)>,
 }
 
-fn full(what: &str) -> String {
-    format!("the table of {what} is full; attach again with a higher --max-{what}")
+fn full(what: &str) -> Refusal {
+    Refusal::Full(format!("the table of {what} is full; attach again with a higher --max-{what}"))
 }
 
-fn entry(wanted: &DesiredBackend, service: u32) -> BackendEntry {
-    let mut backend = wanted.backend;
-    backend.service = service;
-    BackendEntry { backend, label: wanted.label.clone() }
+/// The bit of the filter by which a listener's packets pass.
+fn listener_mark(at: &At) -> (u32, u64) {
+    position(Side::Destination, at.protocol.number(), Be16::new(at.port))
+}
+
+/// Replies come from the tasks' ports, to wherever they go; those of peers' tasks come through the tunnel.
+fn source_mark(entry: &BackendEntry) -> Option<(u32, u64)> {
+    let label = &entry.label;
+    (entry.backend.kind != Kind::Peer as u8)
+        .then(|| position(Side::Source, label.protocol.number(), Be16::new(label.target)))
 }
 
 /// Whether a backend's answers come to this node by themselves, from its own address.
@@ -376,95 +509,161 @@ fn task_key(entry: &BackendEntry) -> TaskKey {
     }
 }
 
-fn identity_of(entry: &BackendEntry) -> Identity {
-    let label = &entry.label;
-    let (service, kind) = (entry.backend.service, entry.backend.kind);
+fn identity(label: &BackendLabel, kind: u8) -> Identity<'_> {
     // A peer's task is reached by its name in the cluster; what it is called on its own node may be learnt later.
     let peer = kind == Kind::Peer as u8;
     let address = label.overlay.filter(|_| peer).unwrap_or(label.address);
-    (service, label.task.clone(), label.protocol, label.target, (address, label.address.is_ipv4()), kind)
+    (&label.task, label.protocol, label.target, (address, label.address.is_ipv4()), kind)
 }
 
-/// Numbers for things: those that have one keep it.
-struct Numbers<K> {
-    known: HashMap<K, u32>,
-    used: HashSet<u32>,
-    resting: Vec<u32>,
+/// Free numbers of a table.
+struct Numbers<'a, V> {
+    taken: &'a BTreeMap<u32, V>,
+    /// Given only when there are no others: what still names them knows by the generation that they are another's.
+    resting: Option<&'a BTreeSet<u32>>,
+    given: BTreeSet<u32>,
+    /// The lowest.
+    first: u32,
     limit: u32,
     cursor: u32,
 }
 
-impl<K: std::hash::Hash + Eq> Numbers<K> {
-    /// `resting` numbers are given only when there are no others: what still names them knows by the generation that they
-    /// are another's.
-    fn new<'r>(
-        known: impl Iterator<Item = (K, u32)>,
-        limit: u32,
-        cursor: u32,
-        resting: impl IntoIterator<Item = &'r BTreeSet<u32>>,
-    ) -> Self {
-        let known: HashMap<K, u32> = known.collect();
-        let mut used: HashSet<u32> = known.values().copied().collect();
-        let resting: Vec<u32> =
-            resting.into_iter().flatten().copied().filter(|number| used.insert(*number)).collect();
-        Self { known, used, resting, limit, cursor }
+impl<'a, V> Numbers<'a, V> {
+    /// Those below `limit` that are not taken, looked for from `cursor` on.
+    fn new(taken: &'a BTreeMap<u32, V>, limit: u32, cursor: u32, resting: Option<&'a BTreeSet<u32>>) -> Self {
+        Self { taken, resting, given: BTreeSet::new(), first: 0, limit, cursor }
     }
 
-    fn of(&mut self, key: K) -> Option<u32> {
-        if let Some(number) = self.known.get(&key) {
-            return Some(*number);
-        }
-        if self.used.len() >= self.limit as usize {
-            if self.resting.is_empty() {
+    fn next(&mut self) -> Option<u32> {
+        let used = (self.first as usize) + self.taken.len() + self.given.len();
+        let room = (self.limit as usize).saturating_sub(used);
+        if room <= self.resting.map_or(0, BTreeSet::len) {
+            if room == 0 {
                 return None;
             }
-            for number in self.resting.drain(..) {
-                self.used.remove(&number);
-            }
+            self.resting = None;
         }
-        let mut number = self.cursor % self.limit;
-        while !self.used.insert(number) {
-            number = (number + 1) % self.limit;
-        }
+        let free = |number: &u32| {
+            !self.taken.contains_key(number)
+                && !self.given.contains(number)
+                && !self.resting.is_some_and(|resting| resting.contains(number))
+        };
+        let start = self.cursor.clamp(self.first, self.limit);
+        let number = (start..self.limit).chain(self.first..start).find(free)?;
+        self.given.insert(number);
         self.cursor = number + 1;
-        self.known.insert(key, number);
         Some(number)
     }
 }
 
-/// Free ranges of the slot table: what a listener reads today is not written.
+/// Ranges of the slot table, by their start: what a listener reads today is not written.
+#[derive(Debug, Default)]
 struct Ranges {
-    used: BTreeMap<u32, u32>,
-    limit: u32,
+    used: BTreeMap<u32, Range>,
+    /// Those that may have no listener any more once the plan is applied.
+    left: Vec<u32>,
     cursor: u32,
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+struct Range {
+    count: u32,
+    /// Listeners that lead there.
+    listeners: u32,
+}
+
 impl Ranges {
-    fn new(used: impl Iterator<Item = (u32, u32)>, limit: u32) -> Self {
-        let used: BTreeMap<u32, u32> = used.filter(|(_, count)| *count > 0).collect();
-        let cursor = used.iter().next_back().map_or(0, |(base, count)| base.saturating_add(*count));
-        Self { used, limit, cursor }
+    /// A listener leads there.
+    fn join(&mut self, listener: &Listener) {
+        if listener.slot_count > 0 {
+            let range = self.used.entry(listener.slot_base).or_default();
+            range.listeners += 1;
+            range.count = range.count.max(listener.slot_count);
+        }
+    }
+
+    /// A listener leads there no longer; until the plan is applied it still reads.
+    fn leave(&mut self, listener: &Listener) {
+        if let Some(range) = self.used.get_mut(&listener.slot_base) {
+            range.listeners = range.listeners.saturating_sub(1);
+            self.left.push(listener.slot_base);
+        }
+    }
+
+    /// Forgets the ranges that nobody reads once the plan is applied.
+    fn settle(&mut self) {
+        for base in self.left.drain(..) {
+            if self.used.get(&base).is_some_and(|range| range.listeners == 0) {
+                self.used.remove(&base);
+            }
+        }
+    }
+
+    /// The next ranges are looked for behind the last one.
+    fn rewind(&mut self) {
+        self.cursor =
+            self.used.iter().next_back().map_or(0, |(base, range)| base.saturating_add(range.count));
     }
 
     /// A free range, looked for behind the last one taken and then from the start.
-    fn take(&mut self, count: u32) -> Option<u32> {
-        let base = self.fit(self.cursor, count).or_else(|| self.fit(0, count))?;
-        self.used.insert(base, count);
+    fn take(&mut self, count: u32, limit: u32) -> Option<u32> {
+        let base = self.fit(self.cursor, count, limit).or_else(|| self.fit(0, count, limit))?;
+        self.used.insert(base, Range { count, listeners: 0 });
+        // Its service may yet be left out.
+        self.left.push(base);
         self.cursor = base + count;
         Some(base)
     }
 
-    fn fit(&self, from: u32, count: u32) -> Option<u32> {
+    fn fit(&self, from: u32, count: u32, limit: u32) -> Option<u32> {
         let mut base = from;
         if let Some((before, taken)) = self.used.range(..from).next_back() {
-            base = base.max(before + taken);
+            base = base.max(before + taken.count);
         }
         for (next, taken) in self.used.range(from..) {
             if base.checked_add(count)? <= *next {
                 break;
             }
-            base = base.max(next + taken);
+            base = base.max(next + taken.count);
         }
-        (base.checked_add(count)? <= self.limit).then_some(base)
+        (base.checked_add(count)? <= limit).then_some(base)
+    }
+}
+
+/// The bits of the port filter, and how many listeners and backends ask for each.
+#[derive(Debug, Default)]
+struct Marks {
+    wanted: HashMap<(u32, u64), u32>,
+    /// Words that may have changed.
+    touched: BTreeSet<u32>,
+}
+
+impl Marks {
+    /// Somebody asks for a bit.
+    fn add(&mut self, mark: (u32, u64)) {
+        *self.wanted.entry(mark).or_default() += 1;
+        self.touched.insert(mark.0);
+    }
+
+    /// Somebody no longer does.
+    fn remove(&mut self, mark: (u32, u64)) {
+        if let Entry::Occupied(mut wanted) = self.wanted.entry(mark) {
+            *wanted.get_mut() -= 1;
+            if *wanted.get() == 0 {
+                wanted.remove();
+            }
+            self.touched.insert(mark.0);
+        }
+    }
+
+    fn write(&mut self, filter: &mut Overlay<'_, u32, u64>) {
+        for word in std::mem::take(&mut self.touched) {
+            let wanted =
+                (0..u64::BITS).map(|bit| 1 << bit).filter(|bit| self.wanted.contains_key(&(word, *bit)));
+            match wanted.fold(0, |bits, bit| bits | bit) {
+                0 => filter.remove(word),
+                bits => filter.set(word, bits),
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
-//! What the tables should mean, without numbers: the cluster's state seen from one node.
+//! What the tables should mean, without numbers: nodes and services of the cluster, seen from one node.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
 };
 
@@ -72,17 +72,6 @@ impl Reach {
     }
 }
 
-/// What the tables should mean.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Desired {
-    /// The machines.
-    pub nodes: Vec<DesiredNode>,
-    /// The services, in order of name.
-    pub services: Vec<DesiredService>,
-    /// What was left out, in words for the operator.
-    pub refused: Vec<String>,
-}
-
 /// One machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredNode {
@@ -90,8 +79,16 @@ pub struct DesiredNode {
     pub label: NodeLabel,
     /// Its addresses, as far as they tell where tunnel packets come from or go to.
     pub addresses: Vec<IpAddr>,
+    /// The way to its agent, or why there is none; `None` if it has no agent, or is this machine.
+    pub way: Option<Result<(IpAddr, Way), String>>,
+}
+
+impl DesiredNode {
     /// As the datapath reaches its agent; `None` if it has none, or is this machine.
-    pub peer: Option<Peer>,
+    pub fn peer(&self) -> Option<Peer> {
+        let way = self.way.as_ref()?;
+        Some(way.as_ref().map_or_else(|_| Peer::default(), |(address, way)| peer(*address, way)))
+    }
 }
 
 /// One service.
@@ -125,59 +122,127 @@ pub struct DesiredPort {
     pub addresses: Vec<IpAddr>,
 }
 
-fn reach(cluster: &ClusterState, task: &Task, node: &str) -> Reach {
-    match task.via {
-        _ if task.node == node => Reach::Local,
-        Via::Peer if cluster.nodes.iter().any(|node| node.name == task.node && node.agent) => Reach::Peer,
-        Via::Peer | Via::Snat => Reach::Snat,
-        Via::Routed => Reach::Routed,
-    }
+/// How tasks are reached, by their nodes.
+pub(super) struct Reaching<'a> {
+    /// This node.
+    node: &'a str,
+    /// The nodes that have an agent.
+    agents: HashSet<&'a str>,
 }
 
-/// The addresses to which a way must be known, and how each is to be reached.
-pub fn destinations(cluster: &ClusterState, node: &str) -> BTreeSet<(IpAddr, Reach)> {
-    let peers = cluster.nodes.iter().filter(|other| other.agent && other.name != node);
-    let mut wanted: BTreeSet<_> =
-        peers.flat_map(|peer| &peer.addresses).map(|address| (*address, Reach::Peer)).collect();
-    let tasks = cluster.services.iter().filter(|service| !service.ports.is_empty()).flat_map(|s| &s.tasks);
-    for task in tasks {
-        match reach(cluster, task, node) {
-            // By its node.
-            Reach::Peer => {}
-            reach => wanted.extend(task.addresses.iter().map(|address| (*address, reach))),
+impl<'a> Reaching<'a> {
+    /// As the nodes of the cluster have agents.
+    pub fn new(nodes: &'a [Node], node: &'a str) -> Self {
+        let agents = nodes.iter().filter(|node| node.agent).map(|node| node.name.as_str()).collect();
+        Self { node, agents }
+    }
+
+    fn of(&self, task: &Task) -> Reach {
+        match task.via {
+            _ if task.node == self.node => Reach::Local,
+            Via::Peer if self.agents.contains(task.node.as_str()) => Reach::Peer,
+            Via::Peer | Via::Snat => Reach::Snat,
+            Via::Routed => Reach::Routed,
         }
     }
-    wanted
+
+    /// The addresses of a service's tasks to which a way must be known, and how each is to be reached.
+    pub fn destinations(&self, service: &Service) -> Vec<(IpAddr, Reach)> {
+        let tasks = if service.ports.is_empty() { &[] } else { service.tasks.as_slice() };
+        let wanted = tasks.iter().map(|task| (task, self.of(task)));
+        // Those of peers are reached by their nodes.
+        let wanted = wanted.filter(|(_, reach)| *reach != Reach::Peer);
+        wanted.flat_map(|(task, reach)| task.addresses.iter().map(move |address| (*address, reach))).collect()
+    }
 }
 
-/// What the tables of this node should mean.
-pub fn desired(view: &View<'_>) -> Desired {
-    let mut refused = Vec::new();
-    let mut services: Vec<DesiredService> = view
-        .cluster
-        .services
-        .iter()
-        .filter(|service| !service.ports.is_empty() || !service.left.is_empty())
-        .map(|service| DesiredService {
+/// Whether there is anything to serve or to show of a service.
+pub(super) fn is_shown(service: &Service) -> bool {
+    !service.ports.is_empty() || !service.left.is_empty()
+}
+
+/// What all services depend on.
+pub(super) struct Scene<'a> {
+    view: &'a View<'a>,
+    reaching: Reaching<'a>,
+    nodes: HashMap<&'a str, &'a DesiredNode>,
+}
+
+impl<'a> Scene<'a> {
+    /// The view, with the nodes as it shows them.
+    pub fn new(view: &'a View<'a>, nodes: &'a [DesiredNode]) -> Self {
+        let reaching = Reaching::new(&view.cluster.nodes, view.node);
+        let nodes = nodes.iter().map(|node| (node.label.name.as_str(), node)).collect();
+        Self { view, reaching, nodes }
+    }
+
+    /// What the tables should mean of a service; what is left out of it is said.
+    pub fn service(&self, service: &Service, said: &mut Vec<String>) -> DesiredService {
+        DesiredService {
             label: ServiceLabel {
                 name: service.name.clone(),
                 tasks: service.tasks.len() as u32,
                 left: Some(service.left.clone()).filter(|left| !left.is_empty()),
                 timers: service.timers.seconds,
             },
-            backends: backends(view, service),
-            ports: ports(view, service, &mut refused),
-        })
-        .collect();
-    services.sort_by(|a, b| a.label.name.cmp(&b.label.name));
-    let nodes = nodes(view, &mut refused);
-    Desired { nodes, services, refused }
+            backends: self.backends(service),
+            ports: ports(self.view, service, said),
+        }
+    }
+
+    fn backends(&self, service: &Service) -> Vec<DesiredBackend> {
+        let targets: BTreeSet<_> = service.ports.iter().map(|port| (port.protocol, port.target)).collect();
+        let mut backends = Vec::new();
+        let direct = service.returns.unwrap_or(self.view.cluster.tunnel.returns) == Return::Direct;
+        for task in &service.tasks {
+            let reach = self.reaching.of(task);
+            for address in &task.addresses {
+                let way = self.way(task, (*address, reach));
+                for (protocol, target) in &targets {
+                    let (mut backend, problem) = backend(task, (*address, reach), *target, &way);
+                    if reach == Reach::Peer && direct {
+                        backend.flags |= RETURN_DIRECT;
+                    }
+                    let label = BackendLabel {
+                        task: task.name.clone(),
+                        node: task.node.clone(),
+                        state: task.state,
+                        protocol: *protocol,
+                        target: *target,
+                        address: *address,
+                        overlay: task.cluster_address().filter(|overlay| overlay != address),
+                        problem,
+                    };
+                    backends.push(DesiredBackend { label, backend, weight: task.weight });
+                }
+            }
+        }
+        backends
+    }
+
+    /// The way to a task's address: by its node, where that has an agent.
+    fn way(&self, task: &Task, (address, reach): (IpAddr, Reach)) -> Result<&Way, String> {
+        if reach == Reach::Peer {
+            let way = self.nodes.get(task.node.as_str()).and_then(|node| node.way.as_ref());
+            let way = way.ok_or_else(|| format!("there is no node {}", task.node))?;
+            return way.as_ref().map(|(_, way)| way).map_err(Clone::clone);
+        }
+        let way = match self.view.ways.get(&(address, reach)) {
+            Some(way) => way.as_ref().map_err(Clone::clone),
+            None => Err("the way to it is not known yet".to_owned()),
+        };
+        if reach == Reach::Snat && task.via == Via::Peer {
+            return way.map_err(|reason| format!("{} has no agent, and by snat {reason}", task.node));
+        }
+        way
+    }
 }
 
 /// Addresses shown of a node; a label has room for so many.
 const NODE_ADDRESSES: usize = 4;
 
-fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
+/// The machines; what two of them claim is said.
+pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
     // Of this node's own addresses nobody else can know better.
     let mut owners: BTreeMap<IpAddr, &str> = view
         .addresses
@@ -201,18 +266,16 @@ fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
         });
         let way = (!this && node.agent).then(|| peer_way(view, node));
         let silent = way.as_ref().and_then(|way| way.as_ref().ok()?.1.silent.clone());
-        let peer = way.as_ref().map(|way| match way {
-            Ok((address, way)) => peer(*address, way),
-            Err(_) => Peer::default(),
-        });
+        let problem = way.as_ref().and_then(|way| way.as_ref().err().cloned()).or(silent);
         let label = NodeLabel {
             name: node.name.clone(),
             addresses: node.addresses.iter().take(NODE_ADDRESSES).copied().collect(),
             this,
             agent: node.agent,
-            problem: way.and_then(Result::err).or(silent),
+            problem,
         };
-        nodes.push(DesiredNode { label, addresses, peer });
+        let way = way.map(|way| way.map(|(address, way)| (address, way.clone())));
+        nodes.push(DesiredNode { label, addresses, way });
     }
     nodes
 }
@@ -251,56 +314,11 @@ fn peer(address: IpAddr, way: &Way) -> Peer {
     }
 }
 
-fn backends(view: &View<'_>, service: &Service) -> Vec<DesiredBackend> {
-    let targets: BTreeSet<_> = service.ports.iter().map(|port| (port.protocol, port.target)).collect();
-    let mut backends = Vec::new();
-    let direct = service.returns.unwrap_or(view.cluster.tunnel.returns) == Return::Direct;
-    for task in &service.tasks {
-        let reach = reach(view.cluster, task, view.node);
-        for address in &task.addresses {
-            let way = way(view, task, (*address, reach));
-            for (protocol, target) in &targets {
-                let (mut backend, problem) = backend(task, (*address, reach), *target, &way);
-                if reach == Reach::Peer && direct {
-                    backend.flags |= RETURN_DIRECT;
-                }
-                let label = BackendLabel {
-                    task: task.name.clone(),
-                    node: task.node.clone(),
-                    state: task.state,
-                    protocol: *protocol,
-                    target: *target,
-                    address: *address,
-                    overlay: task.cluster_address().filter(|overlay| overlay != address),
-                    problem,
-                };
-                backends.push(DesiredBackend { label, backend, weight: task.weight });
-            }
-        }
-    }
-    backends
-}
-
-/// The way to a task's address: by its node, where that has an agent.
-fn way(view: &View<'_>, task: &Task, (address, reach): (IpAddr, Reach)) -> Result<Way, String> {
-    if reach == Reach::Peer {
-        let node = view.cluster.nodes.iter().find(|node| node.name == task.node);
-        let node = node.ok_or_else(|| format!("there is no node {}", task.node))?;
-        return peer_way(view, node).map(|(_, way)| way.clone());
-    }
-    let way = view.ways.get(&(address, reach)).cloned();
-    let way = way.unwrap_or_else(|| Err("the way to it is not known yet".to_owned()));
-    if reach == Reach::Snat && task.via == Via::Peer {
-        return way.map_err(|reason| format!("{} has no agent, and by snat {reason}", task.node));
-    }
-    way
-}
-
 fn backend(
     task: &Task,
     (address, reach): (IpAddr, Reach),
     target: u16,
-    known: &Result<Way, String>,
+    known: &Result<&Way, String>,
 ) -> (Backend, Option<String>) {
     let state = match (known, task.state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
@@ -334,7 +352,7 @@ fn backend(
     }
 }
 
-fn ports(view: &View<'_>, service: &Service, refused: &mut Vec<String>) -> Vec<DesiredPort> {
+fn ports(view: &View<'_>, service: &Service, said: &mut Vec<String>) -> Vec<DesiredPort> {
     let addresses = if service.addresses.is_empty() { view.addresses } else { &service.addresses };
     // A reply is matched against all listeners that lead to its task's port, so there is a bound to them.
     let sharing = |port: &Port| {
@@ -353,7 +371,7 @@ fn ports(view: &View<'_>, service: &Service, refused: &mut Vec<String>) -> Vec<D
             .copied()
             .collect();
         if chosen.len() < addresses.len() {
-            refused.push(format!(
+            said.push(format!(
                 "service {}: port {port} listens on {} of {} addresses: at most {MAX_REPLY_LISTENERS} listeners \
                  of a family can lead to one port of a task; name the addresses to use in the service",
                 service.name,

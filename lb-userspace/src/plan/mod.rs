@@ -1,19 +1,19 @@
 //! From what the cluster should look like to the operations that make the tables say so.
 //!
-//! Pure: no I/O, no clock, neither aya nor tokio. [`desired()`] turns the cluster's state into what the tables
-//! should mean; [`plan()`] gives that numbers, keeping those in use, and orders the changes so that no packet
-//! ever sees half of one.
+//! Pure: no I/O, no clock, neither aya nor tokio. [`desired`] turns the cluster's state into what the tables should mean;
+//! [`assign`] gives that numbers, keeping those in use; [`transition`] orders the changes so that no packet ever sees half
+//! of one. The [`Planner`] remembers what was planned, so that a change costs what changes.
 
 mod assign;
 mod desired;
+mod overlay;
+mod planner;
 mod tables;
 mod transition;
 
-pub use assign::{Limits, plan};
-pub use desired::{
-    Desired, DesiredBackend, DesiredNode, DesiredPort, DesiredService, Reach, View, Way, desired,
-    destinations,
-};
+pub use assign::Limits;
+pub use desired::{Reach, View, Way};
+pub use planner::Planner;
 pub use tables::{
     At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables,
 };

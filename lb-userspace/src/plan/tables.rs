@@ -158,8 +158,8 @@ impl Tables {
     }
 
     /// Does to this copy what applying the operation does to the kernel's.
-    pub fn apply(&mut self, op: &MapOp) {
-        match op.clone() {
+    pub fn apply(&mut self, op: MapOp) {
+        match op {
             MapOp::SetNode(index, label) => {
                 if self.nodes.insert(index, label).is_none() {
                     self.last_node = index;

@@ -1,6 +1,6 @@
 //! Properties of planning: from any state to any state.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use lb_common::backend::{SHARED, State};
 use proptest::prelude::*;
@@ -37,8 +37,8 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
-        let services =
-            services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports)).collect();
+        let services = services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports));
+        let services = services.map(Arc::new).collect();
         ClusterState { nodes, services, ..ClusterState::default() }
     })
 }
@@ -92,15 +92,28 @@ fn way(address: IpAddr) -> Result<Way, String> {
     })
 }
 
-fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
-    let ways = destinations(cluster, "node1").into_iter().map(|(a, r)| ((a, r), way(a))).collect();
+type Ways = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
+
+/// A plan by a planner that remembers, for a cluster seen from its first node.
+fn plan_by(
+    planner: &mut Planner,
+    (cluster, ways): (&ClusterState, impl Fn((IpAddr, Reach)) -> Result<Way, String>),
+    actual: &Tables,
+    limits: &Limits,
+) -> Plan {
+    let ways: Ways = planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
     let view = View { cluster, node: "node1", addresses: &addresses(), ways: &ways };
-    plan(&desired(&view), actual, limits)
+    planner.plan(&view, actual, limits)
+}
+
+/// A plan by one that remembers nothing.
+fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
+    plan_by(&mut Planner::default(), (cluster, |(address, _)| way(address)), actual, limits)
 }
 
 fn apply(tables: &mut Tables, plan: &Plan) -> Result<(), TestCaseError> {
     for (step, op) in plan.ops.iter().enumerate() {
-        tables.apply(op);
+        tables.apply(op.clone());
         let wrong = tables.contradictions();
         prop_assert!(wrong.is_empty(), "after step {step} {op:?}: {wrong:?}");
     }
@@ -124,8 +137,9 @@ proptest! {
     #[test]
     fn any_sequence_of_states_is_planned(states in prop::collection::vec(cluster(), 1..6)) {
         let mut tables = Tables::empty(LIMITS.slots);
+        let mut planner = Planner::default();
         for state in &states {
-            let plan = plan_for(state, &tables, &LIMITS);
+            let plan = plan_by(&mut planner, (state, |(address, _)| way(address)), &tables, &LIMITS);
             prop_assert_eq!(&plan.refused, &Vec::<String>::new());
             apply(&mut tables, &plan)?;
             let mut fresh = Tables::empty(LIMITS.slots);
@@ -140,6 +154,39 @@ proptest! {
             prop_assert_eq!(tables.services.len(), fresh.services.len());
             prop_assert_eq!(tables.ports.len(), fresh.ports.len());
             prop_assert!(plan_for(state, &tables, &LIMITS).ops.is_empty());
+        }
+    }
+
+    /// What a planner remembers changes nothing: through states in which services claim each other's ports and addresses,
+    /// ways come and go and tables are too small, its plans are those of one that remembers nothing.
+    #[test]
+    fn what_is_remembered_changes_nothing(
+        states in prop::collection::vec((cluster(), any::<[u8; 3]>(), any::<bool>()), 1..8),
+        services in 2_u32..8, listeners in 4_u32..32, backends in 4_u32..64, slots in 8_u32..128, nodes in 1_u32..4,
+    ) {
+        let limits = Limits { services, listeners, backends, slots, nodes };
+        let (mut planner, mut tables) = (Planner::default(), Tables::empty(slots));
+        let mut before = ClusterState::default();
+        for (mut state, chance, returns_change) in states {
+            quarrel(&mut state, chance[0]);
+            if returns_change {
+                state.tunnel.returns = crate::cluster::Return::Direct;
+            }
+            state.share(&before);
+            let ways = |to| way_at_times(to, chance[1]);
+            let fresh = plan_by(&mut Planner::default(), (&state, ways), &tables, &limits);
+            let plan = plan_by(&mut planner, (&state, ways), &tables, &limits);
+            prop_assert_eq!(&plan, &fresh);
+            let problems = |tables: &Tables| tables.backends.values().filter(|e| e.label.problem.is_some()).count();
+            // Cut short at times: then all is forgotten.
+            let steps = if chance[2] < 32 { plan.ops.len() / 2 } else { plan.ops.len() };
+            apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![] })?;
+            if steps < plan.ops.len() {
+                planner.forget();
+            } else {
+                prop_assert_eq!(planner.unreached(), problems(&tables));
+            }
+            before = state;
         }
     }
 
@@ -178,11 +225,41 @@ proptest! {
     }
 }
 
+/// Has the services claim each other's ports and addresses, by chance.
+fn quarrel(state: &mut ClusterState, chance: u8) {
+    for index in 1..state.services.len() {
+        let first = state.services[0].clone();
+        let service = state.service_mut(index);
+        if chance & 1 != 0 {
+            service.ports[0].published = first.ports[0].published;
+        }
+        if chance & 2 != 0
+            && let (Some(task), Some(own)) = (service.tasks.first_mut(), first.tasks.first())
+        {
+            task.addresses.clone_from(&own.addresses);
+        }
+    }
+    if chance & 4 != 0 {
+        state.services.reverse();
+    }
+}
+
+/// Ways that come, go and fall silent, by chance.
+fn way_at_times((address, reach): (IpAddr, Reach), chance: u8) -> Result<Way, String> {
+    let way = way(address)?;
+    match (chance % 4, reach) {
+        (1, Reach::Local) => Err("the veth is down".into()),
+        (2, Reach::Peer) => Ok(Way { silent: Some("it sleeps".into()), ..way }),
+        (3, _) => Ok(Way { ifindex: 8, flags: 1, ..way }),
+        _ => Ok(way),
+    }
+}
+
 fn one_service(states: &[TaskState]) -> ClusterState {
     let tasks =
         states.iter().enumerate().map(|(slot, state)| (slot as u8, *state, 1, true, Via::Snat, false));
     let service = build(1, tasks.collect(), vec![(0, Protocol::Tcp, 0)]);
-    ClusterState { services: vec![service], ..ClusterState::default() }
+    ClusterState { services: vec![service.into()], ..ClusterState::default() }
 }
 
 #[test]
@@ -191,7 +268,7 @@ fn a_freed_number_rests_and_comes_back_with_another_generation() {
     let mut tables = Tables::empty(LIMITS.slots);
     let mut go = |states: &[TaskState]| {
         let plan = plan_for(&one_service(states), &tables, &limits);
-        plan.ops.iter().for_each(|op| tables.apply(op));
+        plan.ops.into_iter().for_each(|op| tables.apply(op));
         tables.backends.iter().map(|(i, e)| (*i, e.backend.generation)).collect::<Vec<_>>()
     };
     assert_eq!(go(&[TaskState::Running]), [(0, 1)]);
@@ -204,7 +281,7 @@ fn a_freed_number_rests_and_comes_back_with_another_generation() {
 fn a_draining_task_keeps_its_number_and_leaves_the_slots() {
     let mut tables = Tables::empty(LIMITS.slots);
     for states in [[TaskState::Running; 2], [TaskState::Running, TaskState::Draining]] {
-        plan_for(&one_service(&states), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+        plan_for(&one_service(&states), &tables, &LIMITS).ops.into_iter().for_each(|op| tables.apply(op));
     }
     assert_eq!(tables.backends[&1].backend.state, State::Draining as u8);
     assert!(tables.listeners.values().filter(|l| l.slot_count > 0).all(|l| l.slot_count == 1));
@@ -213,12 +290,13 @@ fn a_draining_task_keeps_its_number_and_leaves_the_slots() {
 #[test]
 fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
     let cluster = one_service(&[TaskState::Running]);
-    let mut tables = Tables::empty(LIMITS.slots);
+    let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut seen = Vec::new();
     for way in [way(addresses()[0]), Err("lost".into()), way(addresses()[0])] {
-        let ways = destinations(&cluster, "node1").into_iter().map(|to| (to, way.clone())).collect();
-        let view = View { cluster: &cluster, node: "node1", addresses: &addresses(), ways: &ways };
-        plan(&desired(&view), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+        plan_by(&mut planner, (&cluster, |_| way.clone()), &tables, &LIMITS)
+            .ops
+            .into_iter()
+            .for_each(|op| tables.apply(op));
         let (index, entry) = tables.backends.first_key_value().unwrap();
         seen.push((*index, entry.backend.generation, entry.backend.state, entry.label.problem.is_some()));
     }
@@ -230,17 +308,17 @@ fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
 fn what_two_services_claim_goes_to_the_first_and_is_said() {
     let mut cluster = one_service(&[TaskState::Running]);
     let twin = |name: &str, port: u16| {
-        let mut service = cluster.services[0].clone();
+        let mut service = Service::clone(&cluster.services[0]);
         service.name = name.into();
         service.ports[0].published = port;
         service.tasks[0].name = format!("{name}.1");
-        service
+        Arc::new(service)
     };
     let (same_port, same_task) = (twin("t1", cluster.services[0].ports[0].published), twin("t2", 999));
     cluster.services.extend([same_port, same_task]);
     let mut tables = Tables::empty(LIMITS.slots);
     let plan = plan_for(&cluster, &tables, &LIMITS);
-    plan.ops.iter().for_each(|op| tables.apply(op));
+    plan.ops.into_iter().for_each(|op| tables.apply(op));
     assert_eq!(tables.services.len(), 1);
     assert!(plan.refused[0].contains("already listens"), "{:?}", plan.refused);
     assert!(plan.refused[1].contains("already the address"), "{:?}", plan.refused);
@@ -250,7 +328,7 @@ fn what_two_services_claim_goes_to_the_first_and_is_said() {
 fn a_task_behind_two_listeners_is_marked_and_knows_both() {
     let cluster = one_service(&[TaskState::Running]);
     let mut tables = Tables::empty(LIMITS.slots);
-    plan_for(&cluster, &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+    plan_for(&cluster, &tables, &LIMITS).ops.into_iter().for_each(|op| tables.apply(op));
     assert_eq!(tables.backends[&0].backend.flags & SHARED, SHARED);
     assert_eq!(tables.replies.values().next().unwrap().sources.len(), 2);
 }
@@ -261,9 +339,10 @@ fn more_listeners_than_a_reply_can_match_are_said() {
     let addresses: Vec<IpAddr> = (1..=9).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
     let ways = BTreeMap::new();
     let view = View { cluster: &cluster, node: "node1", addresses: &addresses, ways: &ways };
-    let desired = desired(&view);
-    assert_eq!(desired.services[0].ports[0].addresses.len(), 8);
-    assert!(desired.refused[0].contains("8 of 9 addresses"), "{:?}", desired.refused);
+    let plan = Planner::default().plan(&view, &Tables::empty(LIMITS.slots), &LIMITS);
+    let listeners = plan.ops.iter().filter(|op| matches!(op, MapOp::SetListener(..)));
+    assert_eq!(listeners.count(), 8);
+    assert!(plan.refused[0].contains("8 of 9 addresses"), "{:?}", plan.refused);
 }
 
 /// Nodes of these numbers, the first of them this one, and a task on each.
@@ -286,14 +365,14 @@ fn nodes(numbers: &[u8]) -> ClusterState {
     };
     ClusterState {
         nodes: numbers.iter().map(node).collect(),
-        services: vec![service],
+        services: vec![service.into()],
         ..ClusterState::default()
     }
 }
 
 fn apply_all(tables: &mut Tables, cluster: &ClusterState) -> Vec<String> {
     let plan = plan_for(cluster, tables, &LIMITS);
-    plan.ops.iter().for_each(|op| tables.apply(op));
+    plan.ops.into_iter().for_each(|op| tables.apply(op));
     plan.refused
 }
 
@@ -332,11 +411,11 @@ fn addresses_that_two_claim_are_said() {
     assert!(refused[0].contains("of both node1 and node2"), "{refused:?}");
     assert_eq!(tables.peer_numbers[&"192.0.2.101".parse().unwrap()], lb_common::tunnel::SELF);
     let mut twins = nodes(&[1]);
-    let mut other = twins.services[0].clone();
+    let mut other = Service::clone(&twins.services[0]);
     (other.name, other.ports[0].published) = ("other".into(), 999);
     (other.tasks[0].name, other.tasks[0].addresses) =
         ("other.1".into(), vec!["172.18.0.99".parse().unwrap()]);
-    twins.services.push(other);
+    twins.services.push(other.into());
     let refused = apply_all(&mut Tables::empty(LIMITS.slots), &twins);
     assert!(refused[0].contains("has the address in the cluster of task"), "{refused:?}");
 }
@@ -344,7 +423,7 @@ fn addresses_that_two_claim_are_said() {
 #[test]
 fn bridges_of_one_range_behind_every_node_are_no_conflict() {
     let mut cluster = nodes(&[1, 2]);
-    let mut other = cluster.services[0].clone();
+    let mut other = Service::clone(&cluster.services[0]);
     (other.name, other.ports[0].published) = ("other".into(), 999);
     for (number, task) in (1..).zip(&mut other.tasks) {
         task.name = format!("other.{number}");
@@ -352,7 +431,7 @@ fn bridges_of_one_range_behind_every_node_are_no_conflict() {
         // On this node what the first service's task has on the other, and the other way round.
         task.addresses = vec![format!("172.18.0.{}", 3 - number).parse().unwrap()];
     }
-    cluster.services.push(other);
+    cluster.services.push(other.into());
     let mut tables = Tables::empty(LIMITS.slots);
     assert_eq!(apply_all(&mut tables, &cluster), Vec::<String>::new());
     assert_eq!(tables.replies.len(), 2);
@@ -362,17 +441,18 @@ fn bridges_of_one_range_behind_every_node_are_no_conflict() {
 #[test]
 fn a_silent_node_keeps_its_flows_and_gets_no_new_ones() {
     let cluster = nodes(&[1, 2]);
-    let mut tables = Tables::empty(LIMITS.slots);
+    let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut states = Vec::new();
     for silent in [None, Some("it sleeps".to_owned()), None] {
         let to_peer = |way: Result<Way, String>| way.map(|way| Way { silent: silent.clone(), ..way });
-        let ways = destinations(&cluster, "node1").into_iter().map(|(address, reach)| {
+        let ways = |(address, reach)| {
             let way = way(address);
-            ((address, reach), if reach == Reach::Peer { to_peer(way) } else { way })
-        });
-        let ways = ways.collect();
-        let view = View { cluster: &cluster, node: "node1", addresses: &addresses(), ways: &ways };
-        plan(&desired(&view), &tables, &LIMITS).ops.iter().for_each(|op| tables.apply(op));
+            if reach == Reach::Peer { to_peer(way) } else { way }
+        };
+        plan_by(&mut planner, (&cluster, ways), &tables, &LIMITS)
+            .ops
+            .into_iter()
+            .for_each(|op| tables.apply(op));
         let (number, entry) = tables.backends.iter().find(|(_, e)| e.label.task == "web.2").unwrap();
         let node = tables.nodes.values().find(|node| node.name == "node2").unwrap();
         assert_eq!(node.problem, silent);

@@ -1,59 +1,95 @@
 //! The order of changes. Applied one by one, no listener ever leads to a slot or a backend that is not valid:
 //! what is new comes before what names it, what goes after what named it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use lb_common::backend::State;
+use lb_common::{
+    backend::State,
+    endpoint::Listener,
+    tunnel::{Peer, TaskKey},
+};
 
-use super::tables::{BackendEntry, MapOp, Tables};
+use super::{
+    overlay::Overlay,
+    tables::{At, BackendEntry, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables},
+};
 
-/// The operations from one state of the tables to the next.
-pub fn transition(actual: &Tables, next: &Tables) -> Vec<MapOp> {
+/// The tables as they are to be.
+pub(super) struct Next<'a> {
+    pub nodes: Overlay<'a, u32, NodeLabel>,
+    pub peers: Overlay<'a, u32, Peer>,
+    pub peer_numbers: Overlay<'a, IpAddr, u32>,
+    pub tasks: Overlay<'a, TaskKey, u32>,
+    pub services: Overlay<'a, u32, ServiceLabel>,
+    pub ports: Overlay<'a, u32, PortLabel>,
+    pub backends: Overlay<'a, u32, BackendEntry>,
+    pub listeners: Overlay<'a, At, Listener>,
+    pub replies: Overlay<'a, At, ReplySet>,
+    pub filter: Overlay<'a, u32, u64>,
+    /// Slots by the start of a range that no listener reads today.
+    pub slots: BTreeMap<u32, Vec<u32>>,
+}
+
+impl<'a> Next<'a> {
+    /// As they are.
+    pub fn new(actual: &'a Tables) -> Self {
+        Self {
+            nodes: Overlay::new(&actual.nodes),
+            peers: Overlay::new(&actual.peers),
+            peer_numbers: Overlay::new(&actual.peer_numbers),
+            tasks: Overlay::new(&actual.tasks),
+            services: Overlay::new(&actual.services),
+            ports: Overlay::new(&actual.ports),
+            backends: Overlay::new(&actual.backends),
+            listeners: Overlay::new(&actual.listeners),
+            replies: Overlay::new(&actual.replies),
+            filter: Overlay::new(&actual.filter),
+            slots: BTreeMap::new(),
+        }
+    }
+}
+
+/// The operations that lead there.
+pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     let mut ops = Vec::new();
+    let (nodes, nodes_gone) = next.nodes.split();
+    let (peers, peers_gone) = next.peers.split();
+    let (peer_numbers, peer_numbers_gone) = next.peer_numbers.split();
+    let (services, services_gone) = next.services.split();
+    let (ports, ports_gone) = next.ports.split();
+    let actual = next.backends.base;
+    let (backends, backends_gone) = next.backends.split();
+    let (tasks, tasks_gone) = next.tasks.split();
+    let (replies, replies_gone) = next.replies.split();
+    let (listeners, listeners_gone) = next.listeners.split();
+    let (before, after) = filter(next.filter);
+    let (demoted, promoted): (Vec<_>, Vec<_>) =
+        backends.into_iter().partition(|(index, entry)| demoted(actual.get(index), entry));
     // Names first: they decide nothing, and a reader never finds a number without one.
-    changed(&actual.nodes, &next.nodes, |i, label| ops.push(MapOp::SetNode(*i, label.clone())));
-    changed(&actual.peers, &next.peers, |i, peer| ops.push(MapOp::SetPeer(*i, *peer)));
-    changed(&actual.peer_numbers, &next.peer_numbers, |ip, i| ops.push(MapOp::SetPeerNumber(*ip, *i)));
-    changed(&actual.services, &next.services, |i, label| ops.push(MapOp::SetService(*i, label.clone())));
-    changed(&actual.ports, &next.ports, |i, label| ops.push(MapOp::SetPort(*i, label.clone())));
+    ops.extend(nodes.into_iter().map(|(i, label)| MapOp::SetNode(i, label)));
+    ops.extend(peers.into_iter().map(|(i, peer)| MapOp::SetPeer(i, peer)));
+    ops.extend(peer_numbers.into_iter().map(|(ip, i)| MapOp::SetPeerNumber(ip, i)));
+    ops.extend(services.into_iter().map(|(i, label)| MapOp::SetService(i, label)));
+    ops.extend(ports.into_iter().map(|(i, label)| MapOp::SetPort(i, label)));
     // Backends that take flows, then what names them: peers, their replies, the ports that lead to them.
-    changed(&actual.backends, &next.backends, |i, entry| {
-        if !demoted(actual.backends.get(i), entry) {
-            ops.push(MapOp::SetBackend(*i, entry.clone()));
-        }
-    });
-    changed(&actual.tasks, &next.tasks, |key, index| ops.push(MapOp::SetTask(*key, *index)));
-    changed(&actual.replies, &next.replies, |at, set| ops.push(MapOp::SetReplies(*at, set.clone())));
-    let mut filter = actual.filter.clone();
-    for (word, bits) in &next.filter {
-        let both = bits | filter.get(word).copied().unwrap_or(0);
-        if filter.insert(*word, both) != Some(both) {
-            ops.push(MapOp::SetFilter(*word, both));
-        }
-    }
-    new_slots(actual, next, &mut ops);
-    changed(&actual.listeners, &next.listeners, |at, listener| ops.push(MapOp::SetListener(*at, *listener)));
+    ops.extend(promoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
+    ops.extend(tasks.into_iter().map(|(key, index)| MapOp::SetTask(key, index)));
+    ops.extend(replies.into_iter().map(|(at, set)| MapOp::SetReplies(at, set)));
+    ops.extend(before);
+    ops.extend(next.slots.into_iter().map(|(base, slots)| MapOp::SetSlots(base, slots)));
+    ops.extend(listeners.into_iter().map(|(at, listener)| MapOp::SetListener(at, listener)));
     // Nothing leads to what goes now.
-    removed(&actual.listeners, &next.listeners, |at| ops.push(MapOp::RemoveListener(*at)));
-    changed(&actual.backends, &next.backends, |i, entry| {
-        if demoted(actual.backends.get(i), entry) {
-            ops.push(MapOp::SetBackend(*i, entry.clone()));
-        }
-    });
-    removed(&actual.replies, &next.replies, |at| ops.push(MapOp::RemoveReplies(*at)));
-    removed(&actual.tasks, &next.tasks, |key| ops.push(MapOp::RemoveTask(*key)));
-    removed(&actual.backends, &next.backends, |i| ops.push(MapOp::FreeBackend(*i)));
-    removed(&actual.peer_numbers, &next.peer_numbers, |ip| ops.push(MapOp::RemovePeerNumber(*ip)));
-    removed(&actual.peers, &next.peers, |i| ops.push(MapOp::RemovePeer(*i)));
-    for (word, bits) in &filter {
-        let wanted = next.filter.get(word).copied().unwrap_or(0);
-        if wanted != *bits {
-            ops.push(MapOp::SetFilter(*word, wanted));
-        }
-    }
-    removed(&actual.ports, &next.ports, |i| ops.push(MapOp::RemovePort(*i)));
-    removed(&actual.services, &next.services, |i| ops.push(MapOp::RemoveService(*i)));
-    removed(&actual.nodes, &next.nodes, |i| ops.push(MapOp::RemoveNode(*i)));
+    ops.extend(listeners_gone.into_iter().map(MapOp::RemoveListener));
+    ops.extend(demoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
+    ops.extend(replies_gone.into_iter().map(MapOp::RemoveReplies));
+    ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));
+    ops.extend(backends_gone.into_iter().map(MapOp::FreeBackend));
+    ops.extend(peer_numbers_gone.into_iter().map(MapOp::RemovePeerNumber));
+    ops.extend(peers_gone.into_iter().map(MapOp::RemovePeer));
+    ops.extend(after);
+    ops.extend(ports_gone.into_iter().map(MapOp::RemovePort));
+    ops.extend(services_gone.into_iter().map(MapOp::RemoveService));
+    ops.extend(nodes_gone.into_iter().map(MapOp::RemoveNode));
     ops
 }
 
@@ -63,39 +99,20 @@ fn demoted(actual: Option<&BackendEntry>, next: &BackendEntry) -> bool {
     actual.is_some_and(|entry| entry.backend.state == active) && next.backend.state != active
 }
 
-/// The slots of ranges that no listener reads today. One range may serve several listeners.
-fn new_slots(actual: &Tables, next: &Tables, ops: &mut Vec<MapOp>) {
-    let reads = actual.listeners.values().filter(|listener| listener.slot_count > 0);
-    let read: BTreeMap<u32, u32> = reads.map(|listener| (listener.slot_base, listener.slot_count)).collect();
-    let mut written = BTreeMap::new();
-    for listener in next.listeners.values() {
-        let same = read.get(&listener.slot_base) == Some(&listener.slot_count)
-            && actual.slots_of(listener) == next.slots_of(listener);
-        if listener.slot_count == 0 || same || written.insert(listener.slot_base, ()).is_some() {
-            continue;
+/// What the filter is to let through as long as both the old and the new listeners are there, and what after that.
+fn filter(next: Overlay<'_, u32, u64>) -> (Vec<MapOp>, Vec<MapOp>) {
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    let actual = next.base;
+    let (set, gone) = next.split();
+    for (word, wanted) in set.into_iter().chain(gone.into_iter().map(|word| (word, 0))) {
+        let bits = actual.get(&word).copied().unwrap_or_default();
+        let both = bits | wanted;
+        if both != bits {
+            before.push(MapOp::SetFilter(word, both));
         }
-        if let Some(slots) = next.slots_of(listener) {
-            ops.push(MapOp::SetSlots(listener.slot_base, slots.to_vec()));
-        }
-    }
-}
-
-fn changed<K: Ord, V: PartialEq>(
-    actual: &BTreeMap<K, V>,
-    next: &BTreeMap<K, V>,
-    mut each: impl FnMut(&K, &V),
-) {
-    for (key, value) in next {
-        if actual.get(key) != Some(value) {
-            each(key, value);
+        if both != wanted {
+            after.push(MapOp::SetFilter(word, wanted));
         }
     }
-}
-
-fn removed<K: Ord, V>(actual: &BTreeMap<K, V>, next: &BTreeMap<K, V>, mut each: impl FnMut(&K)) {
-    for key in actual.keys() {
-        if !next.contains_key(key) {
-            each(key);
-        }
-    }
+    (before, after)
 }

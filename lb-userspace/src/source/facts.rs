@@ -1,10 +1,14 @@
 //! What each agent knows of its own node by itself, and how that completes what the managers know of the cluster.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{ClusterState, TaskState};
+use crate::cluster::{ClusterState, Service, TaskState};
 
 /// As many addresses of a node are taken from its agent.
 const MOST_ADDRESSES: usize = 16;
@@ -33,18 +37,62 @@ pub struct TaskFacts {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
     /// What it said last.
-    pub facts: NodeFacts,
+    pub facts: Arc<NodeFacts>,
     /// Whether it can be heard now.
     pub now: bool,
     /// By which connection.
     pub connection: u64,
 }
 
-/// Completes the cluster by what agents know of their nodes, by name of the node.
-///
-/// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check there
-/// gets no new flows. Without word from its node a task stands as the managers have it.
-pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
+/// Completes the cluster by what agents know of their nodes, and remembers what it made of each service, so that a word of
+/// one node costs what that node has to do with.
+#[derive(Default)]
+pub struct Completion {
+    /// What agents said when it was last asked, by name of the node.
+    facts: BTreeMap<String, Heard>,
+    /// By name: a service as the managers have it, and what became of it.
+    services: HashMap<String, [Arc<Service>; 2]>,
+}
+
+impl Completion {
+    /// Completes the cluster by what agents know, by name of the node.
+    ///
+    /// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check
+    /// there gets no new flows. Without word from its node a task stands as the managers have it.
+    pub fn complete(&mut self, cluster: &mut ClusterState, facts: BTreeMap<String, Heard>) {
+        own_addresses(cluster, &facts);
+        let changed: HashSet<&str> = {
+            let known = self.facts.keys().chain(facts.keys().filter(|name| !self.facts.contains_key(*name)));
+            known.filter(|name| self.facts.get(*name) != facts.get(*name)).map(String::as_str).collect()
+        };
+        let concerned = |service: &Service| {
+            !changed.is_empty() && service.tasks.iter().any(|task| changed.contains(task.node.as_str()))
+        };
+        let mut services = HashMap::with_capacity(cluster.services.len());
+        for service in &mut cluster.services {
+            let (name, known) = match self.services.remove_entry(&service.name) {
+                Some((name, known)) => (name, Some(known)),
+                None => (service.name.clone(), None),
+            };
+            let completed = match known {
+                Some([before, completed]) if Arc::ptr_eq(&before, service) && !concerned(service) => {
+                    completed
+                }
+                known => {
+                    let new = complete(service, &facts);
+                    // What comes to the same is the same.
+                    known.map(|[_, completed]| completed).filter(|known| *known == new).unwrap_or(new)
+                }
+            };
+            let before = std::mem::replace(service, completed.clone());
+            services.insert(name, [before, completed]);
+        }
+        (self.services, self.facts) = (services, facts);
+    }
+}
+
+/// Of its addresses a node knows best.
+fn own_addresses(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
     let known: BTreeMap<IpAddr, String> = cluster
         .nodes
         .iter()
@@ -62,28 +110,35 @@ pub fn complete(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
             node.addresses = addresses;
         }
     }
-    for service in &mut cluster.services {
-        service.tasks.retain_mut(|task| {
-            let Some(heard) = facts.get(&task.node) else {
-                return true;
-            };
-            match heard.facts.tasks.get(&task.name) {
-                Some(known) => {
-                    // One of each family: each is a share of the flows.
-                    let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
-                    let told: Vec<IpAddr> = [of(true), of(false)].into_iter().flatten().copied().collect();
-                    if !told.is_empty() {
-                        task.addresses = told;
-                    }
-                    if known.ailing && heard.now && task.state == TaskState::Running {
-                        task.state = TaskState::Draining;
-                    }
-                    true
-                }
-                None => !(heard.now && heard.facts.complete) || task.state == TaskState::Starting,
-            }
-        });
+}
+
+/// A service, its tasks as their nodes know them.
+fn complete(service: &Arc<Service>, facts: &BTreeMap<String, Heard>) -> Arc<Service> {
+    let mut service = Arc::clone(service);
+    if service.tasks.iter().all(|task| !facts.contains_key(&task.node)) {
+        return service;
     }
+    Arc::make_mut(&mut service).tasks.retain_mut(|task| {
+        let Some(heard) = facts.get(&task.node) else {
+            return true;
+        };
+        match heard.facts.tasks.get(&task.name) {
+            Some(known) => {
+                // One of each family: each is a share of the flows.
+                let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
+                let told: Vec<IpAddr> = [of(true), of(false)].into_iter().flatten().copied().collect();
+                if !told.is_empty() {
+                    task.addresses = told;
+                }
+                if known.ailing && heard.now && task.state == TaskState::Running {
+                    task.state = TaskState::Draining;
+                }
+                true
+            }
+            None => !(heard.now && heard.facts.complete) || task.state == TaskState::Starting,
+        }
+    });
+    service
 }
 
 /// The name of a task: SERVICE.SLOT or SERVICE.NODE as Docker has it, and as much of its identifier as Docker shows, because
@@ -124,7 +179,7 @@ mod tests {
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
         };
-        ClusterState { nodes: vec![node], services: vec![service], ..ClusterState::default() }
+        ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }
     }
 
     fn heard(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, Heard> {
@@ -133,19 +188,19 @@ mod tests {
         let addresses = vec!["192.0.2.1".parse().unwrap()];
         BTreeMap::from([(
             "node1".to_owned(),
-            Heard { facts: NodeFacts { addresses, tasks, complete }, now, connection: 1 },
+            Heard { facts: Arc::new(NodeFacts { addresses, tasks, complete }), now, connection: 1 },
         )])
     }
 
     fn states(mut cluster: ClusterState, facts: &BTreeMap<String, Heard>) -> Vec<(String, TaskState)> {
-        complete(&mut cluster, facts);
+        Completion::default().complete(&mut cluster, facts.clone());
         cluster.services[0].tasks.iter().map(|task| (task.name.clone(), task.state)).collect()
     }
 
     #[test]
     fn what_a_node_says_of_itself_comes_first() {
         let mut state = cluster(vec![task("web.1.a", TaskState::Running)]);
-        complete(&mut state, &heard(&[("web.1.a", false)], true, true));
+        Completion::default().complete(&mut state, heard(&[("web.1.a", false)], true, true));
         let addresses: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "192.0.2.9".parse().unwrap()];
         assert_eq!(state.nodes[0].addresses, addresses);
         let task = &state.services[0].tasks[0];
@@ -159,7 +214,7 @@ mod tests {
         let victim =
             Node { name: "node2".into(), addresses: vec!["192.0.2.1".parse().unwrap()], agent: true };
         state.nodes.push(victim.clone());
-        complete(&mut state, &heard(&[], true, true));
+        Completion::default().complete(&mut state, heard(&[], true, true));
         assert_eq!(state.nodes[0].addresses, ["192.0.2.9".parse::<IpAddr>().unwrap()]);
         assert_eq!(state.nodes[1], victim);
     }
@@ -177,6 +232,36 @@ mod tests {
         assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, false)), all);
         let left = vec![("a".to_owned(), Draining), ("c".to_owned(), Starting)];
         assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, true)), left);
+    }
+
+    /// What is remembered changes nothing, and what nobody spoke of is not made anew.
+    #[test]
+    fn a_word_of_one_node_leaves_the_other_services_what_they_were() {
+        let mut managers = cluster(vec![task("a", TaskState::Running)]);
+        let other = Task { node: "node2".into(), ..task("b", TaskState::Running) };
+        managers.services.push(Arc::new(Service {
+            name: "other".into(),
+            tasks: vec![other],
+            ..Service::clone(&managers.services[0])
+        }));
+        let mut completion = Completion::default();
+        let mut before: Option<ClusterState> = None;
+        let words =
+            [heard(&[("a", false)], true, true), heard(&[("a", true)], true, true), heard(&[], true, true)];
+        for facts in words {
+            let (mut state, mut fresh) = (managers.clone(), managers.clone());
+            completion.complete(&mut state, facts.clone());
+            Completion::default().complete(&mut fresh, facts.clone());
+            assert_eq!(state, fresh);
+            if let Some(before) = before {
+                assert!(Arc::ptr_eq(&state.services[1], &before.services[1]));
+                assert_ne!(state.services[0], before.services[0]);
+            }
+            let mut again = managers.clone();
+            completion.complete(&mut again, facts);
+            assert!(Arc::ptr_eq(&state.services[0], &again.services[0]));
+            before = Some(state);
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -187,7 +188,7 @@ fn parse(text: &str) -> Result<ClusterState, Wrong> {
         for (name, seconds) in &service.timers {
             set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
         }
-        services.push(Service { name, addresses, ports, tasks, returns, timers, left: String::new() });
+        services.push(Arc::new(Service { name, addresses, ports, tasks, returns, timers, left: String::new() }));
     }
     let tunnel = tunnel(&raw.tunnel, &published)?;
     Ok(ClusterState { nodes, services, tunnel, ..ClusterState::default() })

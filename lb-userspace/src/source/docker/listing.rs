@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -101,7 +102,7 @@ impl Listing {
             let mut tasks: Vec<Task> = of.collect();
             // Docker lists in no order; the turn of a rotation should not depend on it.
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
-            services.push(Service {
+            services.push(Arc::new(Service {
                 name: service.spec.name.clone(),
                 addresses: Vec::new(),
                 ports,
@@ -109,7 +110,7 @@ impl Listing {
                 returns: returns(service, &mut notes),
                 timers: timers(service, &mut notes),
                 left,
-            });
+            }));
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
         let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };

@@ -17,10 +17,10 @@ use super::{
     model::Gossip,
 };
 use crate::{
-    cluster::{ClusterState, TaskState},
+    cluster::{ClusterState, Task, TaskState},
     source::{
         Origin, Update,
-        facts::{Heard, NodeFacts, complete, task_name},
+        facts::{Completion, Heard, NodeFacts, task_name},
         peer::{self, Telling, Told},
     },
 };
@@ -53,6 +53,8 @@ pub(super) struct Swarm {
     chosen: Option<String>,
     /// What was last known from elsewhere, for when nobody speaks.
     base: Option<ClusterState>,
+    /// What agents' words made of the services.
+    completion: Completion,
     /// What the nodes tell each other, while there is no other word.
     pub(super) gossip: Option<Gossip>,
     changed: Option<SystemTime>,
@@ -103,6 +105,7 @@ impl Swarm {
             managers: BTreeMap::new(),
             chosen: None,
             base: None,
+            completion: Completion::default(),
             gossip: None,
             changed: None,
             youngest: None,
@@ -152,7 +155,10 @@ impl Swarm {
         }
         match listed {
             Ok(listing) => {
-                let picture = listing.picture(self.settings.tunnel);
+                let mut picture = listing.picture(self.settings.tunnel);
+                if let Some(before) = &self.picture {
+                    picture.cluster.share(&before.cluster);
+                }
                 let notes: BTreeSet<String> = picture.notes.iter().cloned().collect();
                 notes.difference(&self.notes).for_each(|note| log::warn!("{note}"));
                 self.notes = notes;
@@ -172,7 +178,7 @@ impl Swarm {
     pub(super) fn agent_said(&mut self, word: peer::server::Word) -> bool {
         match word {
             peer::server::Word::Facts(node, connection, facts) => {
-                let heard = Heard { facts, now: true, connection };
+                let heard = Heard { facts: Arc::new(facts), now: true, connection };
                 let before = self.heard.insert(node, heard.clone());
                 before.is_none_or(|before| before.facts != heard.facts)
             }
@@ -233,7 +239,7 @@ impl Swarm {
                 return Some(ClusterState { tunnel, ..ClusterState::default() });
             }
         };
-        let own = Heard { facts: self.own.borrow().clone()?, now: true, connection: 0 };
+        let own = Heard { facts: Arc::new(self.own.borrow().clone()?), now: true, connection: 0 };
         let mut state = if manager {
             let picture = self.picture.as_ref()?;
             if self.waits_for_facts(picture) {
@@ -247,13 +253,13 @@ impl Swarm {
             let mut facts: BTreeMap<String, Heard> =
                 others.filter_map(|(id, heard)| Some((name(id)?, heard.clone()))).collect();
             facts.extend(state.this.clone().map(|this| (this, own)));
-            complete(&mut state, &facts);
+            self.completion.complete(&mut state, facts);
             state
         } else {
             let mut state = self.manager_state()?;
             let facts: BTreeMap<String, Heard> =
                 state.this.clone().map(|this| (this, own)).into_iter().collect();
-            complete(&mut state, &facts);
+            self.completion.complete(&mut state, facts);
             // The agents of this node must agree with themselves, whatever a manager's agent was told.
             state.tunnel = self.settings.tunnel;
             state
@@ -373,9 +379,12 @@ fn forget(state: &mut ClusterState, gossip: &Gossip) {
         .filter(|node| node.addresses.iter().any(|address| heard.contains(address)))
         .map(|node| node.name.as_str())
         .collect();
-    for task in state.services.iter_mut().flat_map(|service| &mut service.tasks) {
-        let gone = speaking.contains(task.node.as_str()) && !told.contains(&task.name);
-        if gone && task.state == TaskState::Running {
+    let gone = |task: &Task| {
+        let untold = speaking.contains(task.node.as_str()) && !told.contains(&task.name);
+        untold && task.state == TaskState::Running
+    };
+    for service in state.services.iter_mut().filter(|service| service.tasks.iter().any(gone)) {
+        for task in Arc::make_mut(service).tasks.iter_mut().filter(|task| gone(task)) {
             task.state = TaskState::Draining;
         }
     }
@@ -384,7 +393,7 @@ fn forget(state: &mut ClusterState, gossip: &Gossip) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{Node, Service, Task, Via};
+    use crate::cluster::{Node, Service, Via};
 
     #[test]
     fn without_managers_the_nodes_own_word_counts() {
@@ -415,7 +424,7 @@ mod tests {
         };
         let mut state = ClusterState {
             nodes: vec![node(1), node(2), node(3)],
-            services: vec![service],
+            services: vec![service.into()],
             this: Some("node1".into()),
             ..ClusterState::default()
         };

@@ -87,17 +87,17 @@ struct Changes {
     tunnel: Tunnel,
     /// All of them, if any changed.
     nodes: Option<Vec<Node>>,
-    services: Vec<Service>,
+    services: Vec<Arc<Service>>,
     gone: Vec<String>,
 }
 
 impl Changes {
     /// What leads from one state to the next.
     fn between(before: Option<&ClusterState>, after: &ClusterState) -> Self {
-        let known: BTreeMap<&str, &Service> =
+        let known: BTreeMap<&str, &Arc<Service>> =
             before.into_iter().flat_map(|state| &state.services).map(|s| (s.name.as_str(), s)).collect();
         let names: std::collections::HashSet<&str> = after.services.iter().map(|s| s.name.as_str()).collect();
-        let same = |service: &&Service| known.get(service.name.as_str()) != Some(service);
+        let same = |service: &&Arc<Service>| known.get(service.name.as_str()) != Some(service);
         Self {
             whole: before.is_none(),
             this: after.this.clone(),
@@ -125,7 +125,7 @@ impl Changes {
         if self.services.is_empty() && self.gone.is_empty() {
             return;
         }
-        let mut services: BTreeMap<String, Service> =
+        let mut services: BTreeMap<String, Arc<Service>> =
             std::mem::take(&mut state.services).into_iter().map(|s| (s.name.clone(), s)).collect();
         for name in &self.gone {
             services.remove(name);
@@ -154,7 +154,7 @@ mod tests {
         };
         let node = |name: &&str| Node { name: (*name).into(), addresses: vec![], agent: true };
         ClusterState {
-            services: services.iter().map(service).collect(),
+            services: services.iter().map(service).map(Arc::new).collect(),
             nodes: nodes.iter().map(node).collect(),
             ..ClusterState::default()
         }
