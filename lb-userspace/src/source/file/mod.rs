@@ -1,0 +1,336 @@
+//! The *file* source: a TOML description of the cluster, read again whenever it changes.
+//!
+//! ```toml
+//! [[node]]
+//! name = "node1"
+//! addresses = ["192.0.2.1"]
+//!
+//! [[service]]
+//! name = "web"
+//! ports = ["80:8080"]
+//!
+//! [[service.task]]
+//! name = "web.1"
+//! node = "node1"
+//! addresses = ["172.18.0.3"]
+//! ```
+
+mod parse;
+mod pieces;
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
+use parse::Wrong;
+use pieces::Pieces;
+use tokio::sync::{Notify, mpsc};
+
+use super::Update;
+use crate::cluster::ClusterState;
+
+/// Why a cluster file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It could not be read.
+    #[error("read cluster file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's words.
+        source: std::io::Error,
+    },
+    /// It does not describe a cluster.
+    #[error("{path}:{line}: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Counted from one.
+        line: usize,
+        /// What is wrong there.
+        reason: String,
+    },
+    /// Its folder cannot be watched.
+    #[error("watch cluster file {path}: {source}")]
+    Watch {
+        /// The file.
+        path: PathBuf,
+        /// The watcher's words.
+        source: notify::Error,
+    },
+}
+
+/// Reads a cluster file.
+///
+/// # Errors
+/// The file cannot be read, is not TOML, or contradicts itself; the line is named.
+pub fn read(path: &Path) -> Result<ClusterState, FileError> {
+    Reader::new(path).read()
+}
+
+/// Reads a file again and again; what has not changed in it is neither parsed nor checked again.
+struct Reader {
+    path: PathBuf,
+    pieces: Pieces,
+}
+
+impl Reader {
+    fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), pieces: Pieces::default() }
+    }
+
+    fn read(&mut self) -> Result<ClusterState, FileError> {
+        let path = || self.path.clone();
+        let text =
+            fs::read_to_string(&self.path).map_err(|source| FileError::Read { path: path(), source })?;
+        let line = |at: usize| 1 + text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count();
+        let invalid = |Wrong { at, reason }: Wrong| FileError::Invalid {
+            path: path(),
+            line: line(at.min(text.len())),
+            reason,
+        };
+        if let Some(state) = self.pieces.read(&text) {
+            self.pieces.keep(text);
+            return Ok(state);
+        }
+        parse::parse(&text).map_err(invalid)
+    }
+}
+
+/// Time for a burst of changes (an editor's, a deployment's) to end before the file is read.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// The file is looked at after this time in any case.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Follows a cluster file: sends it once, and again whenever its content changes, by writing or by renaming
+/// another over it. What is renamed is whole, and read at once.
+///
+/// # Errors
+/// The folder cannot be watched. A file that is missing or invalid is an [`Update::Failed`], not an error.
+pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError> {
+    let error = |source| FileError::Watch { path: path.to_owned(), source };
+    let (wake, mut woken) = mpsc::channel::<()>(1);
+    let renamed = Arc::new(Notify::new());
+    let tell = renamed.clone();
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        match event.map(|event| event.kind) {
+            // Reading the file is an event too, and no change.
+            Ok(EventKind::Access(_)) => {}
+            Ok(EventKind::Modify(ModifyKind::Name(_))) => tell.notify_one(),
+            // A full channel means that a reading is due already.
+            _ => drop(wake.try_send(())),
+        }
+    })
+    .map_err(error)?;
+    // The folder, not the file: a rename puts another file under the name.
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    watcher.watch(folder, RecursiveMode::NonRecursive).map_err(error)?;
+    let mut reader = Reader::new(path);
+    tokio::spawn(async move {
+        let _watcher = watcher;
+        let mut last: Option<Result<ClusterState, String>> = None;
+        let mut seen: Option<Stamp> = None;
+        loop {
+            let stamp = Stamp::of(&reader.path);
+            if stamp.is_none() || stamp != seen {
+                // One that was written just now may be written again without looking different.
+                seen = stamp.filter(Stamp::is_settled);
+                let now = reader.read().map_err(|error| error.to_string());
+                if last.as_ref() != Some(&now) {
+                    let update = match &now {
+                        Ok(state) => Update::State(state.clone()),
+                        Err(reason) => Update::Failed(reason.clone()),
+                    };
+                    last = Some(now);
+                    if updates.send(update).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            // What the folder does not tell (a link's target elsewhere, a file system without events) is seen by
+            // looking.
+            tokio::select! {
+                biased;
+                () = renamed.notified() => continue,
+                () = tokio::time::sleep(LOOK) => {}
+                woken = woken.recv() => if woken.is_none() {
+                    return;
+                },
+            }
+            tokio::select! {
+                () = renamed.notified() => {}
+                () = tokio::time::sleep(SETTLE) => {}
+            }
+        }
+    });
+    Ok(())
+}
+
+/// What tells a file from what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    place: (u64, u64),
+    size: u64,
+    modified: SystemTime,
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        let file = fs::metadata(path).ok()?;
+        Some(Self {
+            place: (file.dev(), file.ino()),
+            size: file.size(),
+            modified: file.modified().ok()?,
+            changed: (file.ctime(), file.ctime_nsec()),
+        })
+    }
+
+    /// Whether a later change would show: the clock of files is coarse.
+    fn is_settled(&self) -> bool {
+        self.modified.elapsed().is_ok_and(|age| age > Duration::from_secs(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::{parse::parse, *};
+    use crate::cluster::{Port, Protocol, Return, TaskState, Tunnel, Via};
+
+    const GOOD: &str = r#"
+[[node]]
+name = "node1"
+addresses = ["192.0.2.1", "2001:db8::1"]
+
+[[service]]
+name = "web"
+ports = ["80:8080", "53:5353/udp"]
+
+[[service.task]]
+name = "web.1"
+node = "node1"
+addresses = ["172.18.0.3"]
+state = "draining"
+weight = 3
+"#;
+
+    fn fails(text: &str, line: usize, part: &str) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        let error = read(file.path()).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        assert!(error.contains(&format!(":{line}: ")), "{error}: not line {line}");
+    }
+
+    #[test]
+    fn a_cluster_reads_as_written() {
+        let state = parse(GOOD).ok().unwrap();
+        assert_eq!(state.nodes[0].addresses.len(), 2);
+        let service = &state.services[0];
+        assert_eq!(service.ports[1], Port { protocol: Protocol::Udp, published: 53, target: 5353 });
+        assert_eq!((service.tasks[0].state, service.tasks[0].weight), (TaskState::Draining, 3));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        fails("[[node]\n", 1, "");
+        fails(&GOOD.replace("node = \"node1\"", "node = \"node2\""), 12, "no [[node]] named \"node2\"");
+        fails(&GOOD.replace("53:5353/udp", "53"), 8, "is not a port");
+        fails(&GOOD.replace("53:5353/udp", "80:81"), 8, "already published by \"web\"");
+        fails(&GOOD.replace("172.18.0.3", "172.18.0.300"), 13, "");
+        fails(&GOOD.replace("weight = 3", "weight = 0"), 15, "1 to 100");
+        fails(&GOOD.replace("draining", "sleeping"), 14, "sleeping");
+        fails(&GOOD.replace("weight", "wait"), 15, "wait");
+        fails(&format!("{GOOD}\n[[service]]\nname = \"web\"\nports = []\n"), 18, "already a service");
+        fails(&GOOD.replace("[\"172.18.0.3\"]", "[]"), 13, "needs an address");
+        fails(
+            &GOOD.replace("\"172.18.0.3\"", "\"10.0.0.1\", \"10.0.0.2\""),
+            13,
+            "one address of each family",
+        );
+    }
+
+    #[test]
+    fn the_tunnel_reads_as_written() {
+        let text = GOOD
+            .replace(
+                "[[service]]",
+                "agent = false\n\n[tunnel]\nport = 6082\nreturn = \"direct\"\n\n[[service]]",
+            )
+            .replace("state =", "via = \"routed\"\noverlay = \"10.0.0.3\"\nstate =")
+            .replace("ports =", "return = \"tunnel\"\nports =");
+        let state = parse(&text).ok().unwrap();
+        assert_eq!(state.tunnel, Tunnel { port: 6082, returns: Return::Direct });
+        assert_eq!(state.services[0].returns, Some(Return::Tunnel));
+        assert!(!state.nodes[0].agent);
+        let task = &state.services[0].tasks[0];
+        assert_eq!((task.via, task.cluster_address()), (Via::Routed, "10.0.0.3".parse().ok()));
+        // Without a word: an agent everywhere, answers through the tunnel, a task's own address for its name.
+        let state = parse(GOOD).ok().unwrap();
+        assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
+        assert!(state.nodes[0].agent);
+        let task = &state.services[0].tasks[0];
+        assert_eq!((task.via, task.cluster_address()), (Via::Peer, "172.18.0.3".parse().ok()));
+        fails(&format!("{GOOD}\n[tunnel]\nport = 0\n"), 18, "from 1 to 65535");
+        fails(&format!("{GOOD}\n[tunnel]\nport = 53\n"), 18, "publishes port 53/udp, which is the tunnel's");
+        fails(&GOOD.replace("53:5353/udp", "6081:5353/udp"), 1, "publishes port 6081/udp");
+        fails(&format!("{GOOD}\n[tunnel]\nreturn = \"back\"\n"), 18, "back");
+    }
+
+    #[test]
+    fn timers_are_seconds_by_name() {
+        let with = |timers: &str| {
+            GOOD.replace("[[service.task]]", &format!("[service.timers]\n{timers}\n[[service.task]]"))
+        };
+        let state = parse(&with("established = 900\none_way = 5")).ok().unwrap();
+        assert_eq!(state.services[0].timers.seconds, [30, 900, 120, 0, 5, 300, 0, 0]);
+        let wrong = |timers: &str| parse(&with(timers)).err().map(|wrong| wrong.reason).unwrap_or_default();
+        assert!(wrong("idle = 9").contains("there is no timer"), "{}", wrong("idle = 9"));
+        for seconds in ["2", "1000001"] {
+            assert!(wrong(&format!("closing = {seconds}")).contains("from 3 to 1000000"));
+        }
+    }
+
+    #[test]
+    fn an_empty_file_is_an_empty_cluster() {
+        assert_eq!(parse("").ok().unwrap(), ClusterState::default());
+    }
+
+    #[tokio::test]
+    async fn changes_are_followed_by_writing_and_by_renaming() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cluster.toml");
+        fs::write(&path, GOOD).unwrap();
+        let (sender, mut updates) = mpsc::channel(8);
+        watch(&path, sender).unwrap();
+        let next = async |updates: &mut mpsc::Receiver<Update>| {
+            tokio::time::timeout(Duration::from_secs(10), updates.recv()).await.unwrap().unwrap()
+        };
+        assert!(matches!(next(&mut updates).await, Update::State(state) if state.services.len() == 1));
+        fs::write(&path, "[[service]]\nname = 1\n").unwrap();
+        assert!(matches!(next(&mut updates).await, Update::Failed(reason) if reason.contains(":2: ")));
+        let other = folder.path().join("new");
+        fs::write(&other, "").unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert!(matches!(next(&mut updates).await, Update::State(state) if state.services.is_empty()));
+        let elsewhere = tempfile::tempdir().unwrap();
+        let target = elsewhere.path().join("real.toml");
+        fs::write(&target, "").unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        fs::write(&target, GOOD).unwrap();
+        while !matches!(next(&mut updates).await, Update::State(state) if state.services.len() == 1) {}
+        fs::remove_file(&path).unwrap();
+        assert!(
+            matches!(next(&mut updates).await, Update::Failed(reason) if reason.contains("read cluster file"))
+        );
+    }
+}

@@ -1,0 +1,232 @@
+//! From TOML to a cluster, checked: what contradicts itself is named with its place.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use lb_common::flow::Timers;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawCluster {
+    #[serde(default)]
+    pub(super) node: Vec<Spanned<RawNode>>,
+    pub(super) service: Option<Vec<Spanned<RawService>>>,
+    pub(super) tunnel: Option<RawTunnel>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawTunnel {
+    port: Option<Spanned<u16>>,
+    #[serde(default, rename = "return")]
+    returns: Return,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawNode {
+    name: Spanned<String>,
+    addresses: Vec<IpAddr>,
+    #[serde(default = "yes")]
+    agent: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawService {
+    name: Spanned<String>,
+    #[serde(default)]
+    addresses: Vec<IpAddr>,
+    ports: Vec<Spanned<String>>,
+    #[serde(rename = "return")]
+    returns: Option<Return>,
+    #[serde(default)]
+    timers: BTreeMap<Spanned<String>, u32>,
+    #[serde(default)]
+    task: Vec<Spanned<RawTask>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTask {
+    name: Spanned<String>,
+    node: Spanned<String>,
+    addresses: Spanned<Vec<IpAddr>>,
+    overlay: Option<IpAddr>,
+    #[serde(default)]
+    state: TaskState,
+    weight: Option<Spanned<u16>>,
+    #[serde(default)]
+    via: Via,
+}
+
+/// A mistake and where it stands, in bytes from the start.
+#[derive(Debug)]
+pub(super) struct Wrong {
+    pub(super) at: usize,
+    pub(super) reason: String,
+}
+
+impl Wrong {
+    fn at<T>(spanned: &Spanned<T>, reason: impl Into<String>) -> Self {
+        Self { at: spanned.span().start, reason: reason.into() }
+    }
+}
+
+/// What of a cluster's description must be unique, and whose it is.
+pub(super) type Published<'a> = HashMap<(u8, u16, Option<IpAddr>), &'a str>;
+
+/// The description of a cluster, or of a part of one.
+pub(super) fn raw(text: &str) -> Result<RawCluster, Wrong> {
+    toml::from_str(text).map_err(|error| Wrong {
+        at: error.span().map_or(0, |span| span.start),
+        reason: error.message().to_owned(),
+    })
+}
+
+/// A whole cluster.
+pub(super) fn parse(text: &str) -> Result<ClusterState, Wrong> {
+    let raw = raw(text)?;
+    let mut names = HashMap::new();
+    let nodes = nodes(&raw, &mut names)?;
+    let mut published = HashMap::new();
+    let mut services = Vec::new();
+    let known = nodes.iter().map(|node| node.name.clone()).collect();
+    for raw in raw.service.iter().flatten() {
+        services.push(Arc::new(service(raw.get_ref(), &known, &mut names, &mut published)?));
+    }
+    let tunnel = tunnel(raw.tunnel.as_ref(), &published)?;
+    Ok(ClusterState { nodes, services, tunnel, ..ClusterState::default() })
+}
+
+/// Names that were given, by kind, and where.
+pub(super) type Names<'a> = HashMap<(&'static str, &'a str), usize>;
+
+/// The machines.
+pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Vec<Node>, Wrong> {
+    for node in &raw.node {
+        unique(names, ("node", &node.get_ref().name))?;
+    }
+    let nodes = raw.node.iter().map(|node| Node {
+        name: node.get_ref().name.get_ref().clone(),
+        addresses: node.get_ref().addresses.clone(),
+        agent: node.get_ref().agent,
+    });
+    Ok(nodes.collect())
+}
+
+/// A service; `nodes` are the names of those that there are.
+pub(super) fn service<'a>(
+    raw: &'a RawService,
+    nodes: &HashSet<String>,
+    names: &mut Names<'a>,
+    published: &mut Published<'a>,
+) -> Result<Service, Wrong> {
+    unique(names, ("service", &raw.name))?;
+    let ports = ports(raw, published)?;
+    let mut tasks = Vec::with_capacity(raw.task.len());
+    for raw in &raw.task {
+        unique(names, ("task", &raw.get_ref().name))?;
+        tasks.push(task(raw.get_ref(), nodes)?);
+    }
+    let name = raw.name.get_ref().clone();
+    let (addresses, returns) = (raw.addresses.clone(), raw.returns);
+    let mut timers = Timers::DEFAULT;
+    for (name, seconds) in &raw.timers {
+        set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
+    }
+    Ok(Service { name, addresses, ports, tasks, returns, timers, left: String::new() })
+}
+
+/// The tunnel, whose port nobody may publish.
+pub(super) fn tunnel(raw: Option<&RawTunnel>, published: &Published<'_>) -> Result<Tunnel, Wrong> {
+    let default = Tunnel::default();
+    let wanted = raw.and_then(|raw| raw.port.as_ref());
+    let port = wanted.map_or(default.port, |port| *port.get_ref());
+    let at = wanted.map_or(0, |port| port.span().start);
+    if port == 0 {
+        return Err(Wrong { at, reason: "the tunnel needs a port from 1 to 65535".into() });
+    }
+    let udp = lb_common::net::UDP;
+    if let Some((_, owner)) = published.iter().find(|((protocol, p, _), _)| (*protocol, *p) == (udp, port)) {
+        let reason = format!(
+            "{owner:?} publishes port {port}/udp, which is the tunnel's; choose another by port = … in [tunnel]"
+        );
+        return Err(Wrong { at, reason });
+    }
+    Ok(Tunnel { port, returns: raw.map_or(default.returns, |raw| raw.returns) })
+}
+
+fn unique<'a>(names: &mut Names<'a>, (kind, name): (&'static str, &'a Spanned<String>)) -> Result<(), Wrong> {
+    if name.get_ref().is_empty() {
+        return Err(Wrong::at(name, format!("a {kind} needs a name")));
+    }
+    if name.get_ref().len() > 128 {
+        return Err(Wrong::at(name, format!("the name of a {kind} may have 128 bytes at most")));
+    }
+    match names.insert((kind, name.get_ref()), name.span().start) {
+        None => Ok(()),
+        Some(_) => Err(Wrong::at(name, format!("there is already a {kind} named {:?}", name.get_ref()))),
+    }
+}
+
+fn ports<'a>(service: &'a RawService, published: &mut Published<'a>) -> Result<Vec<Port>, Wrong> {
+    let mut ports = Vec::new();
+    for text in &service.ports {
+        let port: Port = text.get_ref().parse().map_err(|error| Wrong::at(text, format!("{error}")))?;
+        let places: Vec<Option<IpAddr>> = match service.addresses.as_slice() {
+            [] => vec![None],
+            addresses => addresses.iter().copied().map(Some).collect(),
+        };
+        for place in places {
+            let key = (port.protocol.number(), port.published, place);
+            if let Some(owner) = published.insert(key, service.name.get_ref()) {
+                let what =
+                    format!("port {}/{} is already published by {owner:?}", port.published, port.protocol);
+                return Err(Wrong::at(text, what));
+            }
+        }
+        ports.push(port);
+    }
+    Ok(ports)
+}
+
+fn task(raw: &RawTask, nodes: &HashSet<String>) -> Result<Task, Wrong> {
+    if !nodes.contains(raw.node.get_ref()) {
+        return Err(Wrong::at(&raw.node, format!("there is no [[node]] named {:?}", raw.node.get_ref())));
+    }
+    let addresses = raw.addresses.get_ref();
+    if addresses.is_empty() {
+        return Err(Wrong::at(&raw.addresses, "a task needs an address"));
+    }
+    for family in [IpAddr::is_ipv4, IpAddr::is_ipv6] {
+        if addresses.iter().filter(|address| family(address)).count() > 1 {
+            return Err(Wrong::at(&raw.addresses, "a task has at most one address of each family"));
+        }
+    }
+    let weight = match &raw.weight {
+        None => 1,
+        Some(weight) if (1..=100).contains(weight.get_ref()) => *weight.get_ref(),
+        Some(weight) => return Err(Wrong::at(weight, "a weight is a number from 1 to 100")),
+    };
+    Ok(Task {
+        name: raw.name.get_ref().clone(),
+        node: raw.node.get_ref().clone(),
+        addresses: addresses.clone(),
+        overlay: raw.overlay,
+        state: raw.state,
+        weight,
+        via: raw.via,
+    })
+}
