@@ -354,7 +354,7 @@ impl Swarm {
     /// Lets other nodes' agents know, if this node is a manager.
     fn tell_agents(&self, state: &ClusterState, problem: Option<String>) {
         if let (Some(picture), Some(Member { manager: true, .. })) = (&self.picture, self.member()) {
-            let told = Told { cluster: state.clone(), names: picture.names.clone(), problem };
+            let told = Told::new(state.clone(), picture.names.clone(), problem);
             self.telling.send_replace(Some(Arc::new(told)));
         }
     }

@@ -75,7 +75,7 @@ async fn talk(
         bail!("node {} answers there with the role {}, not manager {manager}", other.node, other.role);
     }
     let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(LONGEST));
-    lines.send(serde_json::to_string(&FromAgent::Hello { version: VERSION })?).await?;
+    lines.send(serde_json::to_string(&FromAgent::Hello { version: VERSION, parts: true })?).await?;
     let mut state = ClusterState::default();
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -95,7 +95,11 @@ async fn talk(
                     FromManager::Hello { .. } | FromManager::Ping => continue,
                     FromManager::Problem(problem) => Word::Problem(manager.to_owned(), problem),
                     FromManager::Cluster(changes) => {
+                        let more = changes.more;
                         changes.apply(&mut state);
+                        if more {
+                            continue;
+                        }
                         Word::Cluster(manager.to_owned(), Box::new(state.clone()))
                     }
                 };

@@ -5,16 +5,17 @@
 //! agent ── facts of its node ──► every manager's agent ── the cluster: whole, then what changed ──► agent
 //! ```
 //!
-//! Over TLS with the certificates that every node of a swarm has ([`tls`]); a line of JSON a message.
+//! Over TLS with the certificates that every node of a swarm has ([`tls`]); a line of JSON a message. What is long comes in
+//! parts, to those who say that they take them, so that nobody holds the whole as text and both sides are heard meanwhile.
 
 pub mod client;
 pub mod server;
 pub mod tls;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap, HashSet},
     io::ErrorKind,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -36,14 +37,77 @@ const SILENCE: Duration = Duration::from_secs(5);
 const CONNECT: Duration = Duration::from_secs(3);
 
 /// What a manager's agent has to tell.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Told {
     /// The cluster.
-    pub cluster: ClusterState,
+    cluster: Arc<ClusterState>,
     /// Names of the nodes by identifier, so that each can be told who it is.
-    pub names: BTreeMap<String, String>,
+    names: BTreeMap<String, String>,
     /// Why this may be out of date.
-    pub problem: Option<String>,
+    problem: Option<String>,
+    /// What leads here, by where it begins: most are told the same.
+    tales: Mutex<Vec<(Arc<ClusterState>, Arc<Tale>)>>,
+    /// The whole, as long as somebody is being told it: that is long.
+    whole: Mutex<Weak<Tale>>,
+}
+
+/// What leads from one state to another, as it is told.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tale {
+    /// JSON of [`Changes`] without what differs between those who are told. Only all parts together lead to a state.
+    parts: Vec<String>,
+    /// Whether the two differ.
+    news: bool,
+}
+
+impl Tale {
+    fn new(before: Option<&Arc<ClusterState>>, after: &ClusterState) -> Self {
+        let before = before.map(Arc::as_ref);
+        let parts = Changes::between(before, after).in_parts().into_iter();
+        let parts = parts.map(|part| serde_json::to_string(&part).unwrap_or_default());
+        Self { parts: parts.collect(), news: before != Some(after) }
+    }
+
+    /// The messages for the node of this name.
+    fn lines(&self, this: Option<&str>) -> impl Iterator<Item = String> {
+        let this = serde_json::to_string(&this).unwrap_or_default();
+        let fields = self.parts.iter().filter_map(|part| part.strip_prefix('{'));
+        fields.map(move |fields| format!("{{\"cluster\":{{\"this\":{this},{fields}}}"))
+    }
+}
+
+impl Told {
+    /// What there is to tell: the cluster, names of the nodes by identifier, why it may be out of date.
+    pub fn new(cluster: ClusterState, names: BTreeMap<String, String>, problem: Option<String>) -> Self {
+        Self { cluster: Arc::new(cluster), names, problem, ..Self::default() }
+    }
+
+    /// What leads here from what was told before.
+    fn since(&self, before: Option<&Arc<ClusterState>>) -> Arc<Tale> {
+        let Some(before) = before else {
+            let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+            return whole.upgrade().unwrap_or_else(|| {
+                let tale = Arc::new(Tale::new(None, &self.cluster));
+                *whole = Arc::downgrade(&tale);
+                tale
+            });
+        };
+        let mut tales = self.tales.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, tale)) = tales.iter().find(|(from, _)| Arc::ptr_eq(from, before)) {
+            return tale.clone();
+        }
+        let tale = Arc::new(Tale::new(Some(before), &self.cluster));
+        tales.push((before.clone(), tale.clone()));
+        tale
+    }
+
+    /// The same at once, for an agent that takes no parts.
+    fn at_once(&self, before: Option<&Arc<ClusterState>>) -> Tale {
+        let before = before.map(Arc::as_ref);
+        let changes = Changes::between(before, &self.cluster);
+        let parts = vec![serde_json::to_string(&changes).unwrap_or_default()];
+        Tale { parts, news: before != Some(self.cluster.as_ref()) }
+    }
 }
 
 /// What there is to tell; nothing yet, or no more.
@@ -52,7 +116,12 @@ pub type Telling = Option<Arc<Told>>;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum FromAgent {
-    Hello { version: u32 },
+    Hello {
+        version: u32,
+        /// Whether it takes changes in parts; older agents do not.
+        #[serde(default)]
+        parts: bool,
+    },
     Facts(NodeFacts),
     Ping,
 }
@@ -80,9 +149,14 @@ fn ended(line: Option<Result<String, LinesCodecError>>) -> Result<Option<String>
 /// What changed in the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Changes {
+    /// Written by itself, for it differs between those who are told.
+    #[serde(default, skip_serializing)]
+    this: Option<String>,
     /// Everything before is void.
     whole: bool,
-    this: Option<String>,
+    /// There is more to it: only all parts together lead to a state.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    more: bool,
     changed: Option<SystemTime>,
     tunnel: Tunnel,
     /// All of them, if any changed.
@@ -91,29 +165,68 @@ struct Changes {
     gone: Vec<String>,
 }
 
+/// As many tasks are told of in one part, about: a part is a fraction of a megabyte.
+const TASKS_OF_A_PART: usize = 1_000;
+
 impl Changes {
     /// What leads from one state to the next.
     fn between(before: Option<&ClusterState>, after: &ClusterState) -> Self {
-        let known: BTreeMap<&str, &Arc<Service>> =
-            before.into_iter().flat_map(|state| &state.services).map(|s| (s.name.as_str(), s)).collect();
-        let names: std::collections::HashSet<&str> = after.services.iter().map(|s| s.name.as_str()).collect();
-        let same = |service: &&Arc<Service>| known.get(service.name.as_str()) != Some(service);
+        let known = before.map_or(&[][..], |before| before.services.as_slice());
+        // Those that stand where they stood are hardly worth a look.
+        let stays = |index: usize| match (known.get(index), after.services.get(index)) {
+            (Some(before), Some(after)) => Arc::ptr_eq(before, after),
+            _ => false,
+        };
+        let moved = |services: &[Arc<Service>]| -> Vec<usize> {
+            (0..services.len()).filter(|index| !stays(*index)).collect()
+        };
+        let (old, new) = (moved(known), moved(&after.services));
+        let old: HashMap<&str, &Arc<Service>> =
+            old.into_iter().map(|index| (known[index].name.as_str(), &known[index])).collect();
+        let new: Vec<&Arc<Service>> = new.into_iter().map(|index| &after.services[index]).collect();
+        let names: HashSet<&str> = new.iter().map(|service| service.name.as_str()).collect();
+        let mut gone: Vec<String> =
+            old.keys().filter(|name| !names.contains(**name)).map(|name| (*name).to_owned()).collect();
+        gone.sort();
         Self {
-            whole: before.is_none(),
             this: after.this.clone(),
+            whole: before.is_none(),
+            more: false,
             changed: after.changed,
             tunnel: after.tunnel,
             nodes: before.is_none_or(|before| before.nodes != after.nodes).then(|| after.nodes.clone()),
-            services: after.services.iter().filter(same).cloned().collect(),
-            gone: known
-                .keys()
-                .filter(|name| !names.contains(**name))
-                .map(|name| (*name).to_owned())
+            services: new
+                .into_iter()
+                .filter(|service| old.get(service.name.as_str()) != Some(service))
+                .cloned()
                 .collect(),
+            gone,
         }
     }
 
-    /// Takes a state to the next.
+    /// The same in parts that are not too long.
+    fn in_parts(mut self) -> Vec<Self> {
+        let mut parts = Vec::new();
+        let mut services = std::mem::take(&mut self.services).into_iter().peekable();
+        while let Some(first) = services.next() {
+            let mut tasks = first.tasks.len();
+            let mut part = vec![first];
+            while let Some(next) = services.next_if(|next| tasks + next.tasks.len() <= TASKS_OF_A_PART) {
+                tasks += next.tasks.len();
+                part.push(next);
+            }
+            // The first part says all that there is but once.
+            let rest = Self { whole: false, nodes: None, gone: Vec::new(), ..self.clone() };
+            parts.push(Self { more: true, services: part, ..std::mem::replace(&mut self, rest) });
+        }
+        match parts.last_mut() {
+            Some(last) => last.more = false,
+            None => parts.push(self),
+        }
+        parts
+    }
+
+    /// Takes a state to the next, or, where there is more to it, nearer to that.
     fn apply(self, state: &mut ClusterState) {
         if self.whole {
             *state = ClusterState::default();
@@ -122,16 +235,21 @@ impl Changes {
         if let Some(nodes) = self.nodes {
             state.nodes = nodes;
         }
-        if self.services.is_empty() && self.gone.is_empty() {
-            return;
-        }
-        let mut services: BTreeMap<String, Arc<Service>> =
-            std::mem::take(&mut state.services).into_iter().map(|s| (s.name.clone(), s)).collect();
+        // In order of name.
+        let place = |state: &ClusterState, name: &str| {
+            state.services.binary_search_by(|service| service.name.as_str().cmp(name))
+        };
         for name in &self.gone {
-            services.remove(name);
+            if let Ok(index) = place(state, name) {
+                state.services.remove(index);
+            }
         }
-        services.extend(self.services.into_iter().map(|service| (service.name.clone(), service)));
-        state.services = services.into_values().collect();
+        for service in self.services {
+            match place(state, &service.name) {
+                Ok(index) => state.services[index] = service,
+                Err(index) => state.services.insert(index, service),
+            }
+        }
     }
 }
 
@@ -182,5 +300,52 @@ mod tests {
         }
         let changes = Changes::between(Some(&states[1]), &states[2]);
         assert_eq!((changes.services.len(), changes.gone.len(), changes.nodes), (2, 0, None));
+    }
+
+    #[test]
+    fn a_long_tale_is_told_in_parts_and_each_is_told_its_own_name() {
+        let task = |name: String| crate::cluster::Task {
+            name,
+            node: "node1".into(),
+            addresses: vec![],
+            overlay: None,
+            state: crate::cluster::TaskState::Running,
+            weight: 1,
+            via: crate::cluster::Via::Peer,
+        };
+        let mut state = cluster(&[("a", "80:80"), ("b", "81:81"), ("c", "82:82")], &["node1"]);
+        for index in 0..3 {
+            let tasks = (0..TASKS_OF_A_PART * 2 / 3).map(|number| task(format!("{index}.{number}")));
+            state.service_mut(index).tasks = tasks.collect();
+        }
+        let told = Told::new(state.clone(), BTreeMap::new(), None);
+        let tale = told.since(None);
+        assert_eq!(tale.parts.len(), 3);
+        let mut heard = cluster(&[("z", "90:90")], &[]);
+        for (number, line) in (1..).zip(tale.lines(Some("node \"7\""))) {
+            let FromManager::Cluster(changes) = serde_json::from_str(&line).unwrap() else {
+                panic!("{line}")
+            };
+            assert_eq!(changes.more, number < 3);
+            changes.apply(&mut heard);
+        }
+        assert_eq!(heard, ClusterState { this: Some("node \"7\"".into()), ..state });
+        // Who takes no parts hears the same by one line.
+        let lines: Vec<String> = told.at_once(None).lines(Some("node2")).collect();
+        let [line] = lines.as_slice() else { panic!("{} lines", lines.len()) };
+        let FromManager::Cluster(changes) = serde_json::from_str(line).unwrap() else { panic!("{line}") };
+        let mut at_once = ClusterState::default();
+        changes.apply(&mut at_once);
+        assert_eq!(at_once.services, heard.services);
+        let hello: FromAgent = serde_json::from_str(r#"{"hello":{"version":1}}"#).unwrap();
+        assert!(matches!(hello, FromAgent::Hello { parts: false, .. }));
+        // Told once, whoever asks; and forgotten when nobody is being told.
+        assert!(Arc::ptr_eq(&tale, &told.since(None)));
+        let before = Arc::new(cluster(&[("a", "80:80")], &["node1"]));
+        assert!(Arc::ptr_eq(&told.since(Some(&before)), &told.since(Some(&before))));
+        drop(tale);
+        assert!(told.whole.lock().unwrap().upgrade().is_none());
+        let same = told.since(Some(&told.cluster));
+        assert!(!same.news && same.parts.len() == 1);
     }
 }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use futures::{SinkExt as _, StreamExt as _};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
+    io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -14,7 +15,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::codec::{Framed, LinesCodec};
 
-use super::{CONNECT, Changes, FromAgent, FromManager, PING, SILENCE, Telling, VERSION, ended, tls};
+use super::{CONNECT, FromAgent, FromManager, PING, SILENCE, Tale, Telling, VERSION, ended, tls};
 use crate::{cluster::ClusterState, source::facts::NodeFacts};
 
 /// Connections at once: swarms are smaller.
@@ -131,7 +132,10 @@ async fn converse(
     words: &mpsc::Sender<Word>,
 ) -> Result<()> {
     lines.send(serde_json::to_string(&FromManager::Hello { version: VERSION })?).await?;
-    let mut sent: Option<ClusterState> = None;
+    // What it was told, and by which name.
+    let mut sent: Option<(Arc<ClusterState>, Option<String>)> = None;
+    // Nobody is told anything before he has said what he understands.
+    let mut greeting = None;
     // Whether it was told that what it was told may be out of date.
     let mut doubted = true;
     let mut ping = interval(PING);
@@ -146,13 +150,14 @@ async fn converse(
                 };
                 heard = Instant::now();
                 match serde_json::from_str(&line)? {
-                    FromAgent::Hello { version } if version != VERSION => bail!("it speaks version {version}, this agent {VERSION}"),
-                    FromAgent::Hello { .. } | FromAgent::Ping => {}
+                    FromAgent::Hello { version, .. } if version != VERSION => bail!("it speaks version {version}, this agent {VERSION}"),
+                    FromAgent::Hello { parts, .. } => greeting = Some(parts),
+                    FromAgent::Ping => {}
                     FromAgent::Facts(facts) => words.send(Word::Facts(node.to_owned(), number, facts)).await?,
                 }
                 continue;
             }
-            changed = telling.changed() => {
+            changed = telling.changed(), if greeting.is_some() => {
                 changed?;
                 let told = telling.borrow_and_update().clone();
                 match told {
@@ -164,16 +169,18 @@ async fn converse(
                     // Its certificate may outlive its place in the swarm.
                     Some(told) if !told.names.contains_key(node) => bail!("node {node} is not in the swarm's list"),
                     Some(told) => {
-                        let mut state = told.cluster.clone();
-                        state.this = told.names.get(node).cloned();
+                        let this = told.names.get(node).cloned();
                         // That it is sure again is told by what did not change too.
                         let sure = doubted && told.problem.is_none();
-                        if sure || sent.as_ref() != Some(&state) {
-                            let changes = Changes::between(sent.as_ref(), &state);
-                            sent = Some(state);
-                            let line = serde_json::to_string(&FromManager::Cluster(Box::new(changes)))?;
-                            timeout(SILENCE, lines.send(line)).await??;
+                        let before = sent.as_ref().map(|(state, _)| state);
+                        let tale = match greeting {
+                            Some(true) => told.since(before),
+                            _ => Arc::new(told.at_once(before)),
+                        };
+                        if sure || tale.news || sent.as_ref().is_none_or(|(_, name)| *name != this) {
+                            tell(&mut lines, &tale, this.as_deref()).await?;
                         }
+                        sent = Some((told.cluster.clone(), this));
                         doubted = told.problem.is_some();
                         told.problem.clone().map_or(FromManager::Ping, FromManager::Problem)
                     }
@@ -183,4 +190,19 @@ async fn converse(
         };
         timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;
     }
+}
+
+/// Tells what leads from one state to the next.
+async fn tell(lines: &mut Lines, tale: &Tale, this: Option<&str>) -> Result<()> {
+    for line in tale.lines(this) {
+        // Past the codec, which would keep room for the longest line for as long as the connection stands.
+        let stream = lines.get_mut();
+        let written = async {
+            stream.write_all(line.as_bytes()).await?;
+            stream.write_all(b"\n").await?;
+            stream.flush().await
+        };
+        timeout(SILENCE, written).await??;
+    }
+    Ok(())
 }

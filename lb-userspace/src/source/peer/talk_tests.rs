@@ -81,7 +81,7 @@ impl Pair {
         let cluster =
             ClusterState { tunnel: Tunnel { port: tunnel, ..Tunnel::default() }, ..ClusterState::default() };
         let names = BTreeMap::from([("w1".to_owned(), "node2".to_owned())]);
-        let told = Told { cluster, names, problem: problem.map(str::to_owned) };
+        let told = Told::new(cluster, names, problem.map(str::to_owned));
         self.telling.send_replace(Some(Arc::new(told)));
     }
 
