@@ -1,25 +1,20 @@
 //! The controller of one interface: joins what the source says with what the kernel says, and keeps the tables
 //! true. It owns the order of things; each thing is done elsewhere.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    net::IpAddr,
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::{
     abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
     net::Be16,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cluster::ClusterState,
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
-    net::{self, Changes, Link, Net, Prober, Snapshot, Ways},
-    plan::{MapOp, Planner, Reach, View, Way},
+    net::{self, Changes, Found, Link, Net, Prober, Snapshot, Ways},
+    plan::{MapOp, Planner, Reach, View},
     report::SourceReport,
     source::{Origin, Update},
 };
@@ -57,6 +52,8 @@ pub struct Controller {
     changes: Changes,
     updates: mpsc::Receiver<Update>,
     ways: Ways,
+    /// The network as it was looked at last, unless something has changed in it since.
+    network: Option<Arc<Snapshot>>,
     planner: Planner,
     cluster: Option<ClusterState>,
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
@@ -125,6 +122,7 @@ impl Controller {
             changes,
             updates,
             ways: Ways::default(),
+            network: None,
             planner: Planner::default(),
             cluster,
             prober: None,
@@ -158,7 +156,7 @@ impl Controller {
     /// Follows source and network until `stop` resolves.
     pub async fn run(&mut self, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
-        let mut source_ended = false;
+        let (mut source_ended, mut synced) = (false, Instant::now());
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -171,7 +169,7 @@ impl Controller {
                         continue;
                     }
                 },
-                Some(()) = self.changes.recv() => {}
+                Some(()) = self.changes.recv() => self.network = None,
                 () = silence(self.prober.as_mut()) => {}
                 _ = ticks.tick() => {
                     if let Err(error) = self.look_after_flows() {
@@ -179,11 +177,13 @@ impl Controller {
                     }
                     continue;
                 }
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep_until(synced + pause) => self.network = None,
             }
             if let Err(error) = self.sync().await {
+                self.network = None;
                 self.complain([format!("{error:#}; trying again")].into());
             }
+            synced = Instant::now();
         }
     }
 
@@ -282,7 +282,7 @@ impl Controller {
 
     /// Makes tables and links what source and network say they should be.
     async fn sync(&mut self) -> Result<()> {
-        let snapshot = self.net.snapshot().await?;
+        let snapshot = self.look().await?;
         let Some(uplink) = snapshot.link(&self.settings.interface).cloned() else {
             self.served = None;
             bail!("interface {} is gone; its programs went with it", self.settings.interface);
@@ -305,11 +305,25 @@ impl Controller {
         Ok(())
     }
 
+    /// The network: as it was looked at last, if that tells the way to all that the cluster asks for, else as it is. What
+    /// has just come may not have been there.
+    async fn look(&mut self) -> Result<Arc<Snapshot>> {
+        if let (Some(network), Some(cluster)) = (self.network.clone(), &self.cluster) {
+            let node = self.node(cluster, &network, &mut BTreeSet::new());
+            let wanted = self.planner.destinations(cluster, &node);
+            if self.ways.found(&wanted).is_some() {
+                return Ok(network);
+            }
+        }
+        self.network = None;
+        Ok(Arc::new(self.net.snapshot().await?))
+    }
+
     /// Makes the tables what they should be; whether they were not.
     async fn sync_tables(
         &mut self,
         cluster: &ClusterState,
-        snapshot: &Snapshot,
+        snapshot: &Arc<Snapshot>,
         uplink: &Link,
         complaints: &mut BTreeSet<String>,
     ) -> Result<bool> {
@@ -317,7 +331,7 @@ impl Controller {
         self.open_tunnel(cluster.tunnel.port, uplink.index)?;
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
-        let mut ways = self.ways.find(&self.net, snapshot, uplink.index, &wanted).await;
+        let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;
         let carriers = carriers(&ways, uplink.index);
         self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways);
@@ -339,8 +353,25 @@ impl Controller {
         Ok(changes > 0)
     }
 
+    /// The way to each destination; those that are known stand as long as nothing changes in the network.
+    async fn find_ways(
+        &mut self,
+        snapshot: &Arc<Snapshot>,
+        uplink: u32,
+        wanted: &BTreeSet<(IpAddr, Reach)>,
+    ) -> Found {
+        if self.network.is_some()
+            && let Some(found) = self.ways.found(wanted)
+        {
+            return found;
+        }
+        let found = self.ways.find(&self.net, snapshot, uplink, wanted).await;
+        self.network = Some(snapshot.clone());
+        found
+    }
+
     /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
-    async fn ask_peers(&mut self, ways: &mut BTreeMap<(IpAddr, Reach), Result<Way, String>>) {
+    async fn ask_peers(&mut self, ways: &mut Found) {
         let Some(prober) = &self.prober else {
             return;
         };
@@ -386,12 +417,13 @@ impl Controller {
         snapshot: &Snapshot,
         uplink: u32,
         carriers: &BTreeSet<u32>,
-        ways: &mut BTreeMap<(IpAddr, Reach), Result<Way, String>>,
+        ways: &mut Found,
     ) {
-        for index in carriers {
-            if self.served.is_some() && self.datapath.task_links().contains(index) {
-                continue;
-            }
+        let attached: BTreeSet<u32> = match self.served {
+            Some(_) => self.datapath.task_links().into_iter().collect(),
+            None => BTreeSet::new(),
+        };
+        for index in carriers.difference(&attached) {
             let name = snapshot.links.get(index).map_or("", |link| &link.name);
             let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
                 continue;
@@ -577,7 +609,7 @@ async fn silence(prober: Option<&mut Prober>) {
 }
 
 /// The interfaces by which tasks answer, other than the uplink.
-fn carriers(ways: &BTreeMap<(IpAddr, Reach), Result<Way, String>>, uplink: u32) -> BTreeSet<u32> {
+fn carriers(ways: &Found, uplink: u32) -> BTreeSet<u32> {
     ways.values().flatten().map(|way| way.ifindex).filter(|index| *index != uplink).collect()
 }
 

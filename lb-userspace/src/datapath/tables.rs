@@ -357,7 +357,7 @@ impl TableSet {
             MapOp::RemoveTask(key) => remove(&mut self.tasks, key),
             MapOp::SetService(index, label) => self.set_service(*index, label, false),
             MapOp::RemoveService(index) => self.remove_label(LABEL_SERVICE, *index),
-            MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, label),
+            MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, &json(label)),
             MapOp::RemovePort(index) => self.remove_label(LABEL_PORT, *index),
             MapOp::SetBackend(index, entry) => self.set_backend(*index, entry, false),
             MapOp::FreeBackend(index) => self.free_backend(*index, Backend::default()),
@@ -408,13 +408,12 @@ impl TableSet {
         self.peers.set(number, peer, 0).map_err(|e| DatapathError::map("write", e))
     }
 
-    fn set_label(&mut self, kind: u32, index: u32, label: &impl Serialize) -> Result<(), DatapathError> {
-        let json = serde_json::to_vec(label).unwrap_or_default();
+    fn set_label(&mut self, kind: u32, index: u32, json: &[u8]) -> Result<(), DatapathError> {
         let mut value = Label { length: 0, text: [0; LABEL_BYTES] };
         // Names are bounded where they come in; what is too long all the same is kept nameless.
         if json.len() <= LABEL_BYTES {
             value.length = json.len() as u32;
-            value.text[..json.len()].copy_from_slice(&json);
+            value.text[..json.len()].copy_from_slice(json);
         }
         insert(&mut self.labels, &LabelKey { kind, index }, &value, ("LABELS", "--max-backends"))
     }
@@ -424,18 +423,24 @@ impl TableSet {
     }
 }
 
-/// A label that fits: what is wrong is told as far as there is room.
-fn fitted<T: Serialize + Clone>(label: &T, problem: fn(&mut T) -> &mut Option<String>) -> T {
-    let mut label = label.clone();
-    while serde_json::to_vec(&label).map_or(0, |json| json.len()) > LABEL_BYTES {
-        match problem(&mut label) {
+fn json(label: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(label).unwrap_or_default()
+}
+
+/// A label's text that fits: what is wrong is told as far as there is room.
+fn fitted<T: Serialize + Clone>(label: &T, problem: fn(&mut T) -> &mut Option<String>) -> Vec<u8> {
+    let mut text = json(label);
+    let mut shorter = None;
+    while text.len() > LABEL_BYTES {
+        match problem(shorter.get_or_insert_with(|| label.clone())) {
             Some(problem) if !problem.is_empty() => {
                 problem.truncate(problem.floor_char_boundary(problem.len() - 1))
             }
             _ => break,
         }
+        text = json(&shorter);
     }
-    label
+    text
 }
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");

@@ -35,7 +35,7 @@ use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as
 pub use sandbox::Sandbox;
 use sandbox::Sandboxes;
 use tokio::sync::mpsc;
-pub use ways::Ways;
+pub use ways::{Found, Ways};
 
 /// Why the kernel could not be asked.
 #[derive(Debug, thiserror::Error)]

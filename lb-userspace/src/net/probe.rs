@@ -30,6 +30,10 @@ const NONCE: std::ops::Range<usize> = 16..24;
 const TRIES: u32 = 6;
 /// A node that was not heard yet is asked this often at the start.
 const EAGER: Duration = Duration::from_millis(50);
+/// Nodes that are asked at once, before answers are taken.
+const BURST: usize = 64;
+/// Room for answers that wait for a controller that is busy, in bytes of the kernel's memory: those of thousands of nodes.
+const ROOM: libc::c_int = 8 << 20;
 
 /// What is known of a node.
 #[derive(Clone, Copy, Debug)]
@@ -160,14 +164,16 @@ fn socket(domain: Domain, interface: &str, port: u16) -> io::Result<UdpSocket> {
     socket.bind_device(Some(interface.as_bytes()))?;
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
+    // Beyond what a process may ask for; who may not have it has fewer nodes, or loses some answers.
+    let _ = option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, ROOM);
     // The datapath that answers does not sum up: a sum of zero says so (RFC 768, RFC 6936).
     let any: IpAddr = if domain == Domain::IPV4 {
-        option(&socket, libc::SOL_SOCKET, libc::SO_NO_CHECK)?;
+        option(&socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1)?;
         Ipv4Addr::UNSPECIFIED.into()
     } else {
         socket.set_only_v6(true)?;
-        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_TX)?;
-        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_RX)?;
+        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_TX, 1)?;
+        option(&socket, libc::SOL_UDP, UDP_NO_CHECK6_RX, 1)?;
         Ipv6Addr::UNSPECIFIED.into()
     };
     if socket.bind(&SocketAddr::new(any, port).into()).is_err() {
@@ -182,12 +188,11 @@ const UDP_NO_CHECK6_TX: libc::c_int = 101;
 /// From `linux/udp.h`.
 const UDP_NO_CHECK6_RX: libc::c_int = 102;
 
-fn option(socket: &Socket, level: libc::c_int, name: libc::c_int) -> io::Result<()> {
+fn option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
-    let on: libc::c_int = 1;
     let size = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the option's value is an int that lives through the call.
-    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const on).cast(), size) };
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -217,28 +222,39 @@ async fn ask(
     let interval = shared.timeout / TRIES;
     let request = probe(nonce);
     let (mut first, mut second) = ([0; 256], [0; 256]);
-    let mut asked = Instant::now() - interval;
+    let mut due = Instant::now();
+    // Who is still to be asked in this round.
+    let mut round: Vec<IpAddr> = Vec::new();
     loop {
-        let eager =
-            shared.peers().values().any(|peer| peer.heard.is_none() && peer.asked.elapsed() < interval);
-        let due = asked + if eager { EAGER.min(interval) } else { interval };
         let heard = tokio::select! {
+            // Answers first: they are dropped where they find no room.
+            biased;
             received = v4.recv_from(&mut first) => received.map(|(count, from)| (from, &first[..count])),
             received = receive(v6.as_ref(), &mut second) => {
                 received.map(|(count, from)| (from, &second[..count]))
             }
-            () = shared.followed.notified() => continue,
-            () = tokio::time::sleep_until(due.into()) => {
-                asked = Instant::now();
-                let addresses: Vec<IpAddr> = shared.peers().keys().copied().collect();
-                for address in addresses {
+            () = shared.followed.notified() => {
+                due = due.min(Instant::now() + EAGER);
+                continue;
+            }
+            () = std::future::ready(()), if !round.is_empty() => {
+                for address in round.split_off(round.len().saturating_sub(BURST)) {
                     let socket = if address.is_ipv4() { Some(&v4) } else { v6.as_ref() };
                     if let Some(socket) = socket {
                         // What is not sent is not answered.
                         let _ = socket.send_to(&request, SocketAddr::new(address, port)).await;
                     }
                 }
+                // Others have work too.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            () = tokio::time::sleep_until(due.into()) => {
                 notice(&shared, &changed);
+                let peers = shared.peers();
+                let eager = |peer: &Peer| peer.heard.is_none() && peer.asked.elapsed() < interval;
+                due = Instant::now() + if peers.values().any(eager) { EAGER.min(interval) } else { interval };
+                round = peers.keys().copied().collect();
                 continue;
             }
         };
@@ -249,8 +265,10 @@ async fn ask(
         let answers = bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce;
         if answers && let Some(peer) = shared.peers().get_mut(&from.ip().to_canonical()) {
             peer.heard = Some(Instant::now());
+            if !std::mem::replace(&mut peer.there, true) {
+                let _ = changed.try_send(());
+            }
         }
-        notice(&shared, &changed);
     }
 }
 

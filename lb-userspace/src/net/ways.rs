@@ -19,7 +19,12 @@ pub struct Ways {
     managed: BTreeSet<(u32, IpAddr)>,
     /// Neighbours that the ways of the last search lead by.
     wanted: BTreeSet<(u32, IpAddr)>,
+    /// What the last search has found.
+    found: Found,
 }
+
+/// The way to each destination, or why there is none.
+pub type Found = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
 
 impl Ways {
     /// The way to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
@@ -30,7 +35,7 @@ impl Ways {
         snapshot: &Snapshot,
         uplink: u32,
         destinations: &BTreeSet<(IpAddr, Reach)>,
-    ) -> BTreeMap<(IpAddr, Reach), Result<Way, String>> {
+    ) -> Found {
         let mut ways = BTreeMap::new();
         for (address, reach) in destinations {
             let way = match net.route(*address).await {
@@ -45,7 +50,15 @@ impl Ways {
         }
         self.ports.retain(|address, _| destinations.contains(&(*address, Reach::Local)));
         self.release(net, false).await;
+        self.found.clone_from(&ways);
         ways
+    }
+
+    /// What the last search has found, if it has found a way to all of these: what there was none to may have come up since,
+    /// within a container's namespace without a word.
+    pub fn found(&self, destinations: &BTreeSet<(IpAddr, Reach)>) -> Option<Found> {
+        let found = |to: &(IpAddr, Reach)| Some((*to, Ok(self.found.get(to)?.clone().ok()?)));
+        destinations.iter().map(found).collect()
     }
 
     async fn local(
