@@ -46,6 +46,28 @@ impl Size {
         self.tasks / self.services
     }
 
+    /// The cluster as a file has it; `grown` is a service with one task more than the others.
+    pub fn text(self, grown: Option<u32>) -> String {
+        let mut text = String::with_capacity(self.tasks as usize * 140);
+        for node in 0..self.nodes() {
+            let _ = writeln!(text, "[[node]]\nname = \"node{node}\"\naddresses = [\"{}\"]\n", address(node));
+        }
+        let mut next = 0;
+        for service in 0..self.services {
+            let port = u32::from(FIRST_PORT) + service;
+            let _ = writeln!(text, "[[service]]\nname = \"service-{service}\"\nports = [\"{port}:8080\"]\n");
+            for slot in 0..self.tasks_of_a_service() {
+                task(&mut text, (service, slot), (next % self.nodes(), next / self.nodes()), next);
+                next += 1;
+            }
+            if grown == Some(service) {
+                // Of another node: its own address there is nobody else's business.
+                task(&mut text, (service, self.tasks_of_a_service()), (1, TASKS_OF_A_NODE), self.tasks);
+            }
+        }
+        text
+    }
+
     /// Options of `attach` that give it room.
     pub fn options(self) -> Vec<String> {
         let room = |name: &str, entries: u32| format!("--max-{name}={}", entries.next_power_of_two());
@@ -60,7 +82,8 @@ impl Size {
 
 /// A node among many.
 pub struct Large {
-    size: Size,
+    /// How many.
+    pub size: Size,
     /// The node.
     pub node: Netns,
     others: Netns,
@@ -136,29 +159,6 @@ impl Large {
         let room = self.size.options();
         let room: Vec<&str> = room.iter().map(String::as_str).chain(options.iter().copied()).collect();
         Agent::attach(&self.node, self.folder(), file, &room)
-    }
-
-    /// The cluster as a file has it; `grown` is a service with one task more than the others.
-    pub fn text(&self, grown: Option<u32>) -> String {
-        let size = self.size;
-        let mut text = String::with_capacity(size.tasks as usize * 140);
-        for node in 0..size.nodes() {
-            let _ = writeln!(text, "[[node]]\nname = \"node{node}\"\naddresses = [\"{}\"]\n", address(node));
-        }
-        let mut next = 0;
-        for service in 0..size.services {
-            let port = u32::from(FIRST_PORT) + service;
-            let _ = writeln!(text, "[[service]]\nname = \"service-{service}\"\nports = [\"{port}:8080\"]\n");
-            for slot in 0..size.tasks_of_a_service() {
-                task(&mut text, (service, slot), (next % size.nodes(), next / size.nodes()), next);
-                next += 1;
-            }
-            if grown == Some(service) {
-                // Of another node: its own address there is nobody else's business.
-                task(&mut text, (service, size.tasks_of_a_service()), (1, TASKS_OF_A_NODE), size.tasks);
-            }
-        }
-        text
     }
 
     /// Writes a cluster file under another name, to be put in place by [`Self::put`].

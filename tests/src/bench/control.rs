@@ -22,9 +22,17 @@ use lb_common::{
     flow::{ANSWERED, ESTABLISHED, Flow, FlowKey},
     net::{Be16, TCP, UDP, V4},
 };
-use lb_userspace::datapath::{PinDir, TableSet};
+use lb_userspace::{
+    datapath::{PinDir, TableSet},
+    source::file,
+};
 
-use super::figure::{Figure, Report, Samples, Target};
+use nix::sys::signal::Signal;
+
+use super::{
+    agents,
+    figure::{Figure, Report, Samples, Target},
+};
 use crate::{
     agent::Agent,
     large::{FIRST_PORT, Large, NODE, Size},
@@ -69,6 +77,16 @@ pub fn run(report: &mut Report, options: &Options) {
         let notes = ["one change: the file is replaced by renaming, until the table leads to the new task"];
         let last = Some(size) == sizes.last();
         report.section(&title, &notes, || measure(*size, rounds, (last && !options.quick).then_some(FLOWS)));
+        let title = format!("agents: {} services with {} tasks", size.services, size.tasks);
+        report.section(&title, &["a manager's agent and those that follow it, one thread each side"], || {
+            let folder = tempfile::tempdir().expect("make a folder");
+            let path = folder.path().join("cluster.toml");
+            fs::write(&path, size.text(None)).expect("write the cluster file");
+            let mut cluster = file::read(&path).unwrap_or_else(|error| panic!("{error}"));
+            // As Docker's lists come to agents.
+            cluster.services.sort_by(|a, b| a.name.cmp(&b.name));
+            agents::measure(&cluster, rounds)
+        });
     }
 }
 
@@ -76,7 +94,7 @@ pub fn run(report: &mut Report, options: &Options) {
 fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
     let large = Large::new(size);
     let _others = large.answer();
-    large.write(&large.text(None));
+    large.write(&large.size.text(None));
     let path = large.put();
     let room = flows.map_or(262_144, |flows| flows + flows / 4);
     let start = Instant::now();
@@ -98,15 +116,21 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
         removed.push(ms(change(&large, &listeners, None, service)));
     }
     let after = Memory::of(agent.pid());
+    let kernel = tables(&large);
+    agent.stop(Signal::SIGKILL);
+    let start = Instant::now();
+    let agent = large.attach(&path, &[&format!("--max-flows={room}")]);
+    let adopted = start.elapsed();
     let mut figures = vec![
         figure("start to attached", "ms", [ms(serving)]),
         figure("start to every task in the tables", "ms", [ms(loaded)]).target(Target::AtMost(5_000.0)),
+        figure("start to attached, adopting the tables after a kill", "ms", [ms(adopted)]),
         figure("one task more: file replaced to the table", "ms", added).target(Target::AtMost(50.0)),
         figure("one task fewer: file replaced to the table", "ms", removed).target(Target::AtMost(50.0)),
         figure("controller: resident after loading", "MB", [before.now]).target(Target::AtMost(200.0)),
         figure("controller: resident at most", "MB", [after.most]).target(Target::AtMost(200.0)),
         figure("controller: CPU while nothing changes", "ms/s", [idle]),
-        figure("tables: kernel memory", "MB", [tables(&large)]),
+        figure("tables: kernel memory", "MB", [kernel]),
     ];
     if let Some(flows) = flows {
         figures.extend(walk(&agent, &pins, flows));
@@ -116,7 +140,7 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
 
 /// Replaces the file, and waits until the listener of a service leads to as many tasks as it says.
 fn change(large: &Large, listeners: &Listeners, grown: Option<u32>, service: u32) -> Duration {
-    large.write(&large.text(grown));
+    large.write(&large.size.text(grown));
     let wanted = listeners.usual + u32::from(grown.is_some());
     let start = Instant::now();
     large.put();

@@ -1,5 +1,6 @@
 //! The benches of `cargo xtask bench`: a module measures one thing, beside what it is to be set against, in one run.
 
+mod agents;
 pub mod control;
 mod feeder;
 pub mod figure;
