@@ -8,7 +8,10 @@ use lb_common::{
     abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
     net::Be16,
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     cluster::ClusterState,
@@ -74,7 +77,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_secs(1);
 /// Everything is compared again after this time, in case an event was missed.
 const RESYNC: Duration = Duration::from_secs(30);
-/// Other nodes' datapaths have this time to answer before the tables are filled for the first time.
+/// Neighbours, and other nodes' datapaths, have this time to answer before the tables are filled for the first time.
 const ANSWER: Duration = Duration::from_millis(300);
 
 impl Controller {
@@ -365,8 +368,19 @@ impl Controller {
         {
             return found;
         }
-        let found = self.ways.find(&self.net, snapshot, uplink, wanted).await;
-        self.network = Some(snapshot.clone());
+        let mut network = snapshot.clone();
+        let mut found = self.ways.find(&self.net, &network, uplink, wanted).await;
+        // Neighbours that were asked for just now: tables that are filled without them are filled twice.
+        let deadline = Instant::now() + ANSWER;
+        while self.served.is_none()
+            && found.values().any(Result::is_err)
+            && timeout_at(deadline, self.changes.recv()).await.is_ok_and(|change| change.is_some())
+            && let Ok(latest) = self.net.snapshot().await
+        {
+            network = Arc::new(latest);
+            found = self.ways.find(&self.net, &network, uplink, wanted).await;
+        }
+        self.network = Some(network);
         found
     }
 

@@ -43,7 +43,7 @@ pub struct View<'a> {
     pub node: &'a str,
     /// Addresses of the uplink, the most usual first.
     pub addresses: &'a [IpAddr],
-    /// The way to each of [`destinations`], or why there is none.
+    /// The way to each of [`super::Planner::destinations`], or why there is none.
     pub ways: &'a BTreeMap<(IpAddr, Reach), Result<Way, String>>,
 }
 
