@@ -13,9 +13,21 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Stdio,
+    time::{Duration, Instant},
 };
 
-use crate::{agent::Agent, netns::Netns};
+use aya::maps::{HashMap, Map, MapData, MapError};
+use lb_common::{
+    abi::table,
+    endpoint::{Endpoint, Listener},
+    net::{Be16, TCP, V4},
+};
+use lb_userspace::datapath::PinDir;
+
+use crate::{
+    agent::Agent,
+    netns::{Netns, patience},
+};
 
 /// How large.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,12 +180,61 @@ impl Large {
         path
     }
 
+    /// Replaces the file, and waits until the listener of a service leads to as many tasks as it says; how long that took.
+    pub fn change(&self, listeners: &Listeners, grown: Option<u32>, service: u32) -> Duration {
+        self.write(&self.size.text(grown));
+        let wanted = self.size.tasks_of_a_service() + u32::from(grown.is_some());
+        let start = Instant::now();
+        self.put();
+        while listeners.slots(service) != wanted {
+            assert!(start.elapsed() < patience(CHANGE), "a change does not reach the tables");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        start.elapsed()
+    }
+
     /// Puts what was written in place, whole.
     pub fn put(&self) -> PathBuf {
         let path = self.folder().join("cluster.toml");
         fs::rename(self.folder().join("cluster.toml.new"), &path).expect("rename the cluster file");
         path
     }
+}
+
+/// As long as a change may take.
+const CHANGE: Duration = Duration::from_secs(30);
+
+/// The table of listeners, as the programs see it.
+pub struct Listeners(HashMap<MapData, Endpoint<V4>, Listener>);
+
+impl Listeners {
+    /// Opens what is pinned.
+    pub fn open(pins: &PinDir) -> Self {
+        Self(open(pins, table::LISTENERS4))
+    }
+
+    /// To how many tasks the listener of a service leads.
+    pub fn slots(&self, service: u32) -> u32 {
+        let port = Be16::new(FIRST_PORT + service as u16);
+        self.0.get(&Endpoint::new(V4::from(NODE), port, TCP), 0).map_or(0, |listener| listener.slot_count)
+    }
+
+    /// Waits until every service has its listener, and that leads to all its tasks.
+    pub fn complete(&self, size: Size, limit: Duration) {
+        let start = Instant::now();
+        for service in 0..size.services {
+            while self.slots(service) != size.tasks_of_a_service() {
+                assert!(start.elapsed() < patience(limit), "service {service} is not loaded");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+/// Opens a table.
+pub fn open<T: TryFrom<Map, Error = MapError>>(pins: &PinDir, name: &str) -> T {
+    let map = MapData::from_pin(pins.table(name)).and_then(Map::from_map_data).and_then(T::try_from);
+    map.unwrap_or_else(|error| panic!("open {name}: {error}"))
 }
 
 fn task(text: &mut String, (service, slot): (u32, u32), (node, n): (u32, u32), number: u32) {

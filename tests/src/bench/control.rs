@@ -13,12 +13,11 @@ use std::{
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData},
+    maps::{Array, HashMap, MapData},
 };
 use lb_common::{
     abi::table,
     backend::Backend,
-    endpoint::{Endpoint, Listener},
     flow::{ANSWERED, ESTABLISHED, Flow, FlowKey},
     net::{Be16, TCP, UDP, V4},
 };
@@ -35,7 +34,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    large::{FIRST_PORT, Large, NODE, Size},
+    large::{FIRST_PORT, Large, Listeners, NODE, Size, open},
 };
 
 /// The sizes that issue 6 names, and two below.
@@ -44,6 +43,9 @@ pub const SIZES: [Size; 3] = [
     Size { services: 1_000, tasks: 10_000 },
     Size { services: 10_000, tasks: 100_000 },
 ];
+
+/// How long loading may take.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Flows in the table while the walk through it is measured.
 pub const FLOWS: u32 = 1_000_000;
@@ -101,8 +103,8 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
     let agent = large.attach(&path, &[&format!("--max-flows={room}")]);
     let serving = start.elapsed();
     let pins = large.node.enter(|| PinDir::of("eth1").expect("the pins"));
-    let listeners = Listeners { table: open(&pins, table::LISTENERS4), usual: size.tasks_of_a_service() };
-    listeners.complete(size);
+    let listeners = Listeners::open(&pins);
+    listeners.complete(size, PATIENCE);
     let loaded = start.elapsed();
     // What a start leaves behind settles: neighbours, probes.
     settle(&agent);
@@ -112,8 +114,8 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
     for round in 0..rounds {
         // Spread over the file, its beginning and end among them.
         let service = (round as u64 * u64::from(size.services - 1) / (rounds.max(2) - 1) as u64) as u32;
-        added.push(ms(change(&large, &listeners, Some(service), service)));
-        removed.push(ms(change(&large, &listeners, None, service)));
+        added.push(ms(large.change(&listeners, Some(service), service)));
+        removed.push(ms(large.change(&listeners, None, service)));
     }
     let after = Memory::of(agent.pid());
     let kernel = tables(&large);
@@ -136,50 +138,6 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
         figures.extend(walk(&agent, &pins, flows));
     }
     figures
-}
-
-/// Replaces the file, and waits until the listener of a service leads to as many tasks as it says.
-fn change(large: &Large, listeners: &Listeners, grown: Option<u32>, service: u32) -> Duration {
-    large.write(&large.size.text(grown));
-    let wanted = listeners.usual + u32::from(grown.is_some());
-    let start = Instant::now();
-    large.put();
-    while listeners.slots(service) != wanted {
-        assert!(start.elapsed() < Duration::from_secs(60), "a change does not reach the tables");
-        std::thread::sleep(Duration::from_micros(200));
-    }
-    start.elapsed()
-}
-
-/// The table of listeners, as the programs see it.
-struct Listeners {
-    table: HashMap<MapData, Endpoint<V4>, Listener>,
-    /// Tasks of each service.
-    usual: u32,
-}
-
-impl Listeners {
-    fn slots(&self, service: u32) -> u32 {
-        let port = Be16::new(FIRST_PORT + service as u16);
-        let listener = self.table.get(&Endpoint::new(V4::from(NODE), port, TCP), 0);
-        listener.map_or(0, |listener| listener.slot_count)
-    }
-
-    /// Waits until every service has its listener, and that leads to all its tasks.
-    fn complete(&self, size: Size) {
-        let start = Instant::now();
-        for service in 0..size.services {
-            while self.slots(service) != self.usual {
-                assert!(start.elapsed() < Duration::from_secs(120), "service {service} is not loaded");
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-    }
-}
-
-fn open<T: TryFrom<Map, Error = aya::maps::MapError>>(pins: &PinDir, name: &str) -> T {
-    let map = MapData::from_pin(pins.table(name)).and_then(Map::from_map_data).and_then(T::try_from);
-    map.unwrap_or_else(|error| panic!("open {name}: {error}"))
 }
 
 /// Resident memory of a process in MB.
