@@ -15,7 +15,12 @@ mod shape;
 mod sweep;
 mod tables;
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    panic::resume_unwind,
+    path::Path,
+    thread,
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -216,15 +221,25 @@ impl Datapath {
             loader.map_pin_path(name, pins.table(name));
         }
         let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
-        // The kernel's verifier speaks here.
-        for name in program::ALL {
-            Self::load_program(&mut ebpf, name)?;
-        }
+        Self::verify(&mut ebpf)?;
         Ok(Programs(ebpf))
     }
 
-    fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
-        let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+    /// Has the kernel verify all programs and take them. That takes it seconds: each has a thread of its own.
+    fn verify(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
+        let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
+        thread::scope(|scope| {
+            let mut verified = Vec::new();
+            for name in program::ALL {
+                let program = programs.remove(name).ok_or(DatapathError::NoProgram(name))?;
+                verified.push(scope.spawn(move || Self::load_program(name, program)));
+            }
+            let ended = verified.into_iter().map(|thread| thread.join());
+            ended.map(|loaded| loaded.unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        })
+    }
+
+    fn load_program(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {
         let loaded = match name {
             program::UPLINK_XDP | program::CLOCK => <&mut Xdp>::try_from(program).and_then(Xdp::load),
             _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
