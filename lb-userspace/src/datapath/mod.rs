@@ -234,8 +234,8 @@ impl Datapath {
                 let program = programs.remove(name).ok_or(DatapathError::NoProgram(name))?;
                 verified.push(scope.spawn(move || Self::load_program(name, program)));
             }
-            let ended = verified.into_iter().map(|thread| thread.join());
-            ended.map(|loaded| loaded.unwrap_or_else(|panic| resume_unwind(panic))).collect()
+            let mut ended = verified.into_iter().map(|thread| thread.join());
+            ended.try_for_each(|loaded| loaded.unwrap_or_else(|panic| resume_unwind(panic)))
         })
     }
 
