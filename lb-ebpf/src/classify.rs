@@ -301,7 +301,8 @@ fn half_open_answer<A: Family>(
         }
         let listener = &replies.sources[index];
         set_request(packet, listener);
-        let Some(known) = A::half_open(&packet.flow_key) else {
+        // Another CPU may have moved it meanwhile, see `track::half_open`.
+        let Some(known) = A::late_flow(&packet.flow_key) else {
             continue;
         };
         if is_answer(known, replies.backend, &mut late) {

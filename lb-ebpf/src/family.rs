@@ -86,6 +86,13 @@ pub trait Family: Address + Back {
         Self::flow(key).or_else(|| Self::half_open(key))
     }
 
+    /// The flow with this five-tuple that was not among the established ones a moment ago: it may have been moved there
+    /// since.
+    #[inline(always)]
+    fn late_flow(key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+        Self::half_open(key).or_else(|| Self::flow(key))
+    }
+
     /// Takes a flow out of the tables; of several CPUs that try, one succeeds.
     #[inline(always)]
     fn delete_flow(key: &FlowKey<Self>) -> Result<(), i32> {

@@ -83,15 +83,22 @@ pub fn half_open<F: Frame, A: Family>(
 
 #[inline(never)]
 fn in_half_open<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, replies: bool) -> i32 {
-    let Some(known) = A::half_open(&packet.key) else {
-        return encode(Ok(Known::No));
+    let (known, moved) = match A::half_open(&packet.key) {
+        Some(known) => (known, false),
+        // A SYN does not follow what establishes its flow.
+        None if packet.opens() => return encode(Ok(Known::No)),
+        // Between the looks into the two tables another CPU may have moved the flow from this one to the other.
+        None => match A::flow(&packet.key) {
+            Some(known) => (known, true),
+            None => return encode(Ok(Known::No)),
+        },
     };
     if !replies && goes_to_another(packet, known) {
         return encode(Ok(Known::No));
     }
     let entries = if replies { Entries::Replies } else { Entries::All };
     let done = usable(frame, packet, known, entries);
-    if done == Ok(Known::Yes) && packet.flow.established() {
+    if done == Ok(Known::Yes) && packet.flow.established() && !moved {
         establish(packet);
     }
     encode(done)
