@@ -163,6 +163,12 @@ pub struct Attach {
     /// Room for slots: eligible tasks by weight, at least twice the sum over all ports [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub max_slots: Option<u32>,
+    /// Room for nodes of the cluster [default: 4095]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_534))]
+    pub max_nodes: Option<u32>,
+    /// Room for datagrams in fragments that are followed at once, of each family [default: 8192]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub max_fragments: Option<u32>,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

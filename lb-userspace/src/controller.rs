@@ -16,6 +16,7 @@ use tokio::{
 use crate::{
     cluster::ClusterState,
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
+    limits::Watch,
     net::{self, Changes, Found, Link, Net, Prober, Snapshot, Ways},
     plan::{MapOp, Planner, Reach, View},
     report::SourceReport,
@@ -65,10 +66,14 @@ pub struct Controller {
     report: SourceReport,
     /// Interface index the uplink's programs were attached to in this life.
     served: Option<u32>,
+    /// Interfaces of tasks on which a former controller's program runs yet.
+    behind: BTreeSet<u32>,
     /// What was last complained about, so that it is said once.
     complaints: BTreeSet<String>,
     /// Whether the flood guard was on when it was last looked at.
     flooded: bool,
+    /// Limits that the datapath has run into.
+    watch: Watch,
 }
 
 /// A destination without a way is looked for again after this time, though nothing was heard of it.
@@ -100,7 +105,7 @@ impl Controller {
                     settings.interface
                 );
                 let names: Vec<String> = snapshot.links.values().map(|link| link.name.clone()).collect();
-                datapath::replace(&settings.interface, &names)?;
+                datapath::replace(&settings.interface, &settings.sizes, &names)?;
                 open()?
             }
             opened => opened?,
@@ -112,10 +117,7 @@ impl Controller {
                 log::warn!("{}: {error:#}; the adopted tables stand", settings.interface);
                 None
             }
-            (Err(error), false) => {
-                datapath.remove(&[]);
-                return Err(error);
-            }
+            (Err(error), false) => return Err(error),
         };
         let adopted = datapath.adopted();
         let mut controller = Self {
@@ -131,8 +133,10 @@ impl Controller {
             prober: None,
             report,
             served: None,
+            behind: BTreeSet::new(),
             complaints: BTreeSet::new(),
             flooded: false,
+            watch: Watch::default(),
         };
         controller.keep_report();
         let interface = controller.settings.interface.clone();
@@ -144,13 +148,11 @@ impl Controller {
             FlowLog::Off => Ok(()),
         };
         let started = match logged {
-            Ok(()) => controller.sync().await,
+            Ok(()) => controller.sync().await.and_then(|()| Ok(controller.datapath.commit()?)),
             Err(error) => Err(error),
         };
         if let Err(error) = started {
-            if !adopted {
-                controller.remove().await;
-            }
+            controller.give_up().await;
             return Err(error.context(format!("attach to {interface}")));
         }
         Ok(controller)
@@ -239,15 +241,21 @@ impl Controller {
     /// the flood guard takes over and lets go.
     fn look_after_flows(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
-        if let Some(sweep) = self.datapath.sweep()?
-            && sweep.removed > 0
-        {
-            log::debug!("{}: {} of {} flows had ended", self.settings.interface, sweep.removed, sweep.seen);
+        let interface = &self.settings.interface;
+        if let Some(sweep) = self.datapath.sweep()? {
+            if sweep.removed > 0 {
+                log::debug!("{interface}: {} of {} flows had ended", sweep.removed, sweep.seen);
+            }
+            for full in sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
+                log::warn!("{interface}: {full}");
+            }
+        }
+        for full in self.watch.counters(|outcome| self.datapath.outcome(outcome).ok()) {
+            log::warn!("{interface}: {full}");
         }
         let guard = self.datapath.guard()?;
         if guard.on != self.flooded {
             self.flooded = guard.on;
-            let interface = &self.settings.interface;
             if guard.on {
                 log::warn!(
                     "{interface}: more than {} new flows a second on a CPU: until there are fewer they are placed by \
@@ -262,6 +270,18 @@ impl Controller {
             }
         }
         Ok(())
+    }
+
+    /// Leaves things as they were found.
+    async fn give_up(&mut self) {
+        if !self.datapath.adopted() {
+            self.ways.release(&self.net, true).await;
+        }
+        let qdiscs = self.datapath.roll_back();
+        let links = self.net.snapshot().await.map(|snapshot| snapshot.links).unwrap_or_default();
+        for (index, _) in links.iter().filter(|(_, link)| qdiscs.contains(&link.name)) {
+            self.net.drop_empty_clsact(*index).await;
+        }
     }
 
     /// Takes the datapath away, and lets go of what was asked of the kernel.
@@ -280,7 +300,7 @@ impl Controller {
 
     /// Whether a task that should be offered cannot be reached yet.
     fn pending(&self) -> bool {
-        self.served.is_none() || self.planner.unreached() > 0
+        self.served.is_none() || !self.behind.is_empty() || self.planner.unreached() > 0
     }
 
     /// Makes tables and links what source and network say they should be.
@@ -290,6 +310,12 @@ impl Controller {
             self.served = None;
             bail!("interface {} is gone; its programs went with it", self.settings.interface);
         };
+        let serve = self.served != Some(uplink.index);
+        // What runs there is given its programs before anything else is touched: if they are refused, nothing was.
+        let adopt = serve && self.datapath.attached().is_some_and(|(index, _)| index == uplink.index);
+        if adopt {
+            self.attach(&snapshot, &uplink)?;
+        }
         let mut complaints = BTreeSet::new();
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();
@@ -300,10 +326,10 @@ impl Controller {
             }
             self.keep_report();
         }
-        if self.served != Some(uplink.index) {
+        if serve && !adopt {
             self.attach(&snapshot, &uplink)?;
-            self.served = Some(uplink.index);
         }
+        self.served = Some(uplink.index);
         self.complain(complaints);
         Ok(())
     }
@@ -337,7 +363,7 @@ impl Controller {
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;
         let carriers = carriers(&ways, uplink.index);
-        self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways);
+        complaints.extend(self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways));
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
         let limits = self.datapath.limits()?;
         let plan = self.planner.plan(&view, self.datapath.tables(), &limits);
@@ -425,29 +451,39 @@ impl Controller {
     }
 
     /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
-    /// answers would go astray is not offered.
+    /// answers would go astray is not offered. What is to be said of programs that could not be swapped.
     fn attach_carriers(
         &mut self,
         snapshot: &Snapshot,
         uplink: u32,
         carriers: &BTreeSet<u32>,
         ways: &mut Found,
-    ) {
+    ) -> Vec<String> {
+        let behind = std::mem::take(&mut self.behind);
         let attached: BTreeSet<u32> = match self.served {
-            Some(_) => self.datapath.task_links().into_iter().collect(),
+            Some(_) => {
+                self.datapath.task_links().into_iter().filter(|index| !behind.contains(index)).collect()
+            }
             None => BTreeSet::new(),
         };
+        let mut stay = Vec::new();
         for index in carriers.difference(&attached) {
             let name = snapshot.links.get(index).map_or("", |link| &link.name);
             let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
                 continue;
             };
+            if self.datapath.carries(*index) {
+                self.behind.insert(*index);
+                stay.push(format!("the former program serves on {name}: {problem}; trying again"));
+                continue;
+            }
             for way in ways.values_mut() {
                 if way.as_ref().is_ok_and(|way| way.ifindex == *index) {
                     *way = Err(format!("attach to {name}: {problem}"));
                 }
             }
         }
+        stay
     }
 
     /// Applies operations in their order. What a failure leaves is planned anew from what the tables say.
@@ -500,7 +536,6 @@ impl Controller {
             // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
             None => vec![Mode::Native, Mode::Tc],
         };
-        let before = self.datapath.attached();
         let mut problems = Vec::new();
         for mode in modes {
             let done = hidden_tags(snapshot, uplink, mode)
@@ -514,14 +549,6 @@ impl Controller {
                 }
                 Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
             }
-        }
-        // What served before a failed change of mode goes on serving.
-        if let Some((index, mode)) = before
-            && index == uplink.index
-            && self.datapath.attached() != before
-            && let Err(problem) = self.attach_in(uplink, mode)
-        {
-            problems.push(format!("back to {}: {problem}", name(mode)));
         }
         Err(anyhow!("{}", problems.join("; ")))
     }

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod cmd;
 pub mod controller;
 pub mod datapath;
+pub mod limits;
 pub mod net;
 pub mod plan;
 pub mod report;

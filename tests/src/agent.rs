@@ -83,6 +83,11 @@ impl<'a> Agent<'a> {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.running.is_running()
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.running.pid().as_raw()

@@ -154,6 +154,7 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
         listeners: Some(256),
         backends: Some(256),
         slots: Some(1024),
+        ..Sizes::default()
     };
     with_lab_of(sizes, services, test);
 }

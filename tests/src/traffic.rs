@@ -74,7 +74,9 @@ impl Load {
                     let mut errors = Vec::new();
                     while !stop.load(Ordering::Relaxed) && done.fetch_add(1, Ordering::Relaxed) < limit {
                         if let Err(error) = get(&client, SocketAddr::new(to, 80), "/") {
-                            failed.fetch_add(1, Ordering::Relaxed);
+                            if failed.fetch_add(1, Ordering::Relaxed) == 0 {
+                                println!("the first request that failed: {error}");
+                            }
                             errors.push(error);
                         }
                     }

@@ -14,7 +14,7 @@ use crate::{
     cli::{Attach, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings},
-    datapath::{self, FlowLog, PinDir, Sizes},
+    datapath::{FlowLog, PinDir, Sizes},
     source::{Origin, Update, docker, file},
 };
 
@@ -31,10 +31,8 @@ pub async fn run(arguments: Attach) -> Result<()> {
     });
     let started = tokio::select! {
         started = start(&arguments) => started,
-        _ = stopped.wait_for(|stopped| *stopped) => {
-            arguments.iface.iter().for_each(|interface| datapath::remove_unattached(interface));
-            return Ok(());
-        }
+        // What was begun is undone as it is dropped.
+        _ = stopped.wait_for(|stopped| *stopped) => return Ok(()),
     };
     let mut controllers = started?;
     // What passes XDP does not pass the host's packet filter: an operator should hear it.
@@ -98,6 +96,8 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
             listeners: arguments.max_listeners,
             backends: arguments.max_backends,
             slots: arguments.max_slots,
+            nodes: arguments.max_nodes,
+            fragments: arguments.max_fragments,
         },
         snat_ports: arguments.snat_ports,
         flow_log: if arguments.log_flows { FlowLog::On } else { FlowLog::Off },

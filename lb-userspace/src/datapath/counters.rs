@@ -52,6 +52,11 @@ fn sum<T: Pod>(
 }
 
 impl TableSet {
+    /// Packets that came to an outcome.
+    pub(super) fn outcome(&self, outcome: Outcome) -> Result<u64, DatapathError> {
+        sum(&self.outcomes, outcome as u32, 0, |a, b| a + b)
+    }
+
     /// The counters of what `tables` names.
     ///
     /// # Errors
@@ -59,7 +64,7 @@ impl TableSet {
     pub fn counters(&self, tables: &Tables) -> Result<Counters, DatapathError> {
         let mut counters = Counters::default();
         for outcome in Outcome::ALL {
-            let packets = sum(&self.outcomes, *outcome as u32, 0, |a, b| a + b)?;
+            let packets = self.outcome(*outcome)?;
             counters.outcomes.push(OutcomeCount { outcome: *outcome, packets });
         }
         for index in tables.services.keys() {

@@ -109,6 +109,9 @@ pub enum DatapathError {
         /// The kernel's words.
         cause: io::Error,
     },
+    /// A test wants it so.
+    #[error("{0}, by a fail point")]
+    Fault(io::Error),
     /// The programs' log.
     #[error("read the programs' log: {0}")]
     Log(String),

@@ -1,5 +1,7 @@
 //! Attaching programs: XDP by links, TC by TCX links or, on kernels before 6.6, by clsact filters.
 
+use std::{io, path::Path};
+
 use aya::programs::{
     LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
     links::{FdLink, LinkError, PinnedLink},
@@ -9,6 +11,8 @@ use lb_common::abi::Mode;
 
 use super::{
     error::{chain, errno},
+    fault,
+    journal::{Journal, Step},
     pin::{self, PinDir},
 };
 
@@ -47,6 +51,12 @@ impl From<LinkError> for AttachProblem {
     }
 }
 
+impl From<io::Error> for AttachProblem {
+    fn from(error: io::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// Our place among the filters of a clsact qdisc: early, and the same at every attach to an uplink, so that a
 /// filter of a former controller is found and replaced, and one of another uplink's left alone.
 const PRIORITY: u16 = 1;
@@ -55,28 +65,63 @@ fn handle(uplink: u32) -> TcHandle {
     TcHandle::new(0x6c62, uplink as u16)
 }
 
-/// Attaches XDP, or swaps the program where our link is attached already in this mode.
+/// Where a TC program goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Name of the interface.
+    pub(super) interface: String,
+    /// Name of the link's pin.
+    pub(super) link: String,
+    /// Interface index of the uplink.
+    pub(super) uplink: u32,
+    /// Name of the program.
+    pub(super) program: &'static str,
+}
+
+/// Attaches XDP, or swaps the program where our link is attached already in this mode. `there` says what is known of it.
 pub(super) fn attach_xdp(
+    (pins, journal): (&PinDir, &mut Journal),
+    program: &mut Xdp,
+    ifindex: u32,
+    mode: Mode,
+    there: Option<(u32, Mode)>,
+) -> Result<(), AttachProblem> {
+    let path = pins.link(pin::XDP);
+    if there == Some((ifindex, mode)) && path.exists() {
+        fault::point("swap the XDP program")?;
+        match swap_xdp(&path, program) {
+            Ok(()) => {
+                journal.note(Step::XdpSwapped);
+                return Ok(());
+            }
+            // What runs stays, unless its interface is gone.
+            Err(error) if errno(&error) != Some(libc::ENOLINK) => return Err(explain_xdp(&error)),
+            Err(error) => log::debug!("the pinned XDP link leads nowhere: {}", chain(&error)),
+        }
+    }
+    detach_xdp((pins, journal), there);
+    fault::point("attach XDP")?;
+    link_xdp(pins, program, ifindex, mode)?;
+    journal.note(Step::Linked(pin::XDP.into()));
+    Ok(())
+}
+
+/// Swaps the program of the XDP link that is pinned there.
+pub(super) fn swap_xdp(path: &Path, program: &mut Xdp) -> Result<(), ProgramError> {
+    let link = FdLink::from(PinnedLink::from_pin(path).map_err(unusable)?);
+    let id = program.attach_to_link(link.try_into().map_err(unusable)?)?;
+    // Only the descriptor is dropped: the pin keeps the link.
+    let _: FdLink = program.take_link(id)?.try_into().map_err(unusable)?;
+    Ok(())
+}
+
+/// Makes the XDP link of an interface.
+pub(super) fn link_xdp(
     pins: &PinDir,
     program: &mut Xdp,
     ifindex: u32,
     mode: Mode,
-    same_mode: bool,
 ) -> Result<(), AttachProblem> {
-    let path = pins.link(pin::XDP);
-    if let (true, Ok(old)) = (same_mode, PinnedLink::from_pin(&path)) {
-        let swapped = FdLink::from(old).try_into().map_err(AttachProblem::from).and_then(|link| {
-            let id = program.attach_to_link(link)?;
-            // Only the descriptor is dropped: the pin keeps the link.
-            let _: FdLink = program.take_link(id)?.try_into()?;
-            Ok(())
-        });
-        match swapped {
-            Ok(()) => return Ok(()),
-            Err(problem) => log::debug!("the pinned XDP link is of no use: {problem}"),
-        }
-    }
-    pins.remove(&path);
     let flags = if mode == Mode::Native { XdpMode::Driver } else { XdpMode::Skb };
     let id = program.attach_to_if_index(ifindex, flags).map_err(|error| explain_xdp(&error))?;
     // A link that is not a descriptor (netlink) cannot outlive this process: dropping it detaches.
@@ -85,8 +130,21 @@ pub(super) fn attach_xdp(
             "the kernel attaches XDP by netlink only, which cannot be pinned (Linux 5.9 can)".into(),
         )
     })?;
-    link.pin(&path).map_err(|error| AttachProblem(chain(&error)))?;
+    keep(pins, link, pin::XDP)
+}
+
+/// Pins a new link; one that is not pinned detaches.
+fn keep(pins: &PinDir, link: FdLink, name: &str) -> Result<(), AttachProblem> {
+    fault::point("pin a link")?;
+    link.pin(pins.link(name)).map_err(|error| AttachProblem(chain(&error)))?;
     Ok(())
+}
+
+fn unusable(error: LinkError) -> ProgramError {
+    match error {
+        LinkError::SyscallError(error) => error.into(),
+        error => ProgramError::IOError(io::Error::other(chain(&error))),
+    }
 }
 
 fn explain_xdp(error: &ProgramError) -> AttachProblem {
@@ -107,63 +165,92 @@ fn explain_xdp(error: &ProgramError) -> AttachProblem {
 }
 
 /// Removes the XDP link; the kernel detaches the program with its last reference.
-pub(super) fn detach_xdp(pins: &PinDir) {
-    pins.remove(&pins.link(pin::XDP));
+pub(super) fn detach_xdp((pins, journal): (&PinDir, &mut Journal), there: Option<(u32, Mode)>) {
+    let path = pins.link(pin::XDP);
+    if path.exists() {
+        pins.remove(&path);
+        if let Some((ifindex, mode)) = there {
+            journal.note(Step::XdpUnlinked(ifindex, mode));
+        }
+    }
 }
 
 /// Attaches a program to TC ingress, or swaps it where our link or filter is already.
 pub(super) fn attach_tc(
-    pins: &PinDir,
+    (pins, journal): (&PinDir, &mut Journal),
     program: &mut SchedClassifier,
-    interface: &str,
-    name: &str,
-    uplink: u32,
+    place: Place,
     tcx: bool,
 ) -> Result<TcHook, AttachProblem> {
-    let path = pins.link(name);
-    if let Ok(old) = PinnedLink::from_pin(&path) {
-        let swapped = FdLink::from(old).try_into().map_err(AttachProblem::from).and_then(|link| {
-            let id = program.attach_to_link(link)?;
-            let _: FdLink = program.take_link(id)?.try_into()?;
-            Ok(())
-        });
-        match swapped {
-            Ok(()) => return Ok(TcHook::Tcx),
-            Err(problem) => log::debug!("the pinned TC link {name} is of no use: {problem}"),
+    let path = pins.link(&place.link);
+    if path.exists() {
+        fault::point("swap a TC program")?;
+        match swap_tc(&path, program) {
+            Ok(()) => {
+                journal.note(Step::TcSwapped(place));
+                return Ok(TcHook::Tcx);
+            }
+            // What runs stays, unless its interface is gone.
+            Err(error) if errno(&error) != Some(libc::ENOLINK) => return Err(error.into()),
+            Err(error) => log::debug!("the pinned TC link {} leads nowhere: {}", place.link, chain(&error)),
         }
         pins.remove(&path);
     }
+    fault::point("attach TC")?;
     if tcx {
         // First among its like: what others do with a packet of ours would be undone or missed.
         let tcx = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(interface, TcAttachType::Ingress, tcx)?;
+        let id = program.attach_with_options(&place.interface, TcAttachType::Ingress, tcx)?;
         let link: FdLink = program.take_link(id)?.try_into()?;
-        link.pin(&path).map_err(|error| AttachProblem(chain(&error)))?;
+        keep(pins, link, &place.link)?;
+        journal.note(Step::Linked(place.link));
         return Ok(TcHook::Tcx);
     }
-    attach_clsact(program, interface, uplink)?;
+    attach_clsact(journal, program, place)?;
     Ok(TcHook::Clsact)
 }
 
-fn attach_clsact(program: &mut SchedClassifier, interface: &str, uplink: u32) -> Result<(), AttachProblem> {
-    match tc::qdisc_add_clsact(interface) {
-        Ok(()) | Err(tc::TcError::AlreadyAttached) => {}
+/// Swaps the program of the TC link that is pinned there.
+pub(super) fn swap_tc(path: &Path, program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    let link = FdLink::from(PinnedLink::from_pin(path).map_err(unusable)?);
+    let id = program.attach_to_link(link.try_into().map_err(unusable)?)?;
+    let _: FdLink = program.take_link(id)?.try_into().map_err(unusable)?;
+    Ok(())
+}
+
+fn attach_clsact(
+    journal: &mut Journal,
+    program: &mut SchedClassifier,
+    place: Place,
+) -> Result<(), AttachProblem> {
+    match tc::qdisc_add_clsact(&place.interface) {
+        Ok(()) => journal.note(Step::Qdisc(place.interface.clone())),
+        Err(tc::TcError::AlreadyAttached) => {}
         Err(error) if errno(&error) == Some(libc::EEXIST) => {}
         Err(error) => return Err(AttachProblem(format!("add the clsact qdisc: {}", chain(&error)))),
     }
-    let there =
-        SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, handle(uplink), None)
-            .map_err(|error| AttachProblem(error.to_string()))?;
     // Replace the filter of a former controller, else make one.
-    let id = match program.attach_to_link(there) {
-        Ok(id) => id,
-        Err(_) => program.attach_with_options(
-            interface,
-            TcAttachType::Ingress,
-            TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: handle(uplink), classid: None }),
-        )?,
-    };
+    if swap_filter(program, &place).is_ok() {
+        journal.note(Step::TcSwapped(place));
+        return Ok(());
+    }
+    fault::point("attach a filter")?;
+    let options = NlOptions { priority: PRIORITY, handle: handle(place.uplink), classid: None };
+    let options = TcAttachOptions::Netlink(options);
+    let id = program.attach_with_options(&place.interface, TcAttachType::Ingress, options)?;
     // The filter stays by itself; dropping the link would remove it.
+    std::mem::forget(program.take_link(id)?);
+    journal.note(Step::Filtered(place));
+    Ok(())
+}
+
+/// Swaps the program of our filter at this place, if there is one.
+pub(super) fn swap_filter(program: &mut SchedClassifier, place: &Place) -> Result<(), AttachProblem> {
+    let uplink = handle(place.uplink);
+    let there =
+        SchedClassifierLink::attached(&place.interface, TcAttachType::Ingress, PRIORITY, uplink, None)
+            .map_err(|error| AttachProblem(error.to_string()))?;
+    let id = program.attach_to_link(there)?;
     std::mem::forget(program.take_link(id)?);
     Ok(())
 }
@@ -178,14 +265,14 @@ pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, uplink: u32)
     }
 }
 
-fn detach_clsact(interface: &str, uplink: u32) {
+pub(super) fn detach_clsact(interface: &str, uplink: u32) {
     // An interface without the filter, or without the qdisc, has nothing to remove; a link detaches when dropped.
     let _ = SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, handle(uplink), None);
 }
 
 /// Removes every link, and every filter of this uplink on the interfaces named.
 pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
-    detach_xdp(pins);
+    pins.remove(&pins.link(pin::XDP));
     for interface in interfaces {
         detach_clsact(interface, uplink);
     }

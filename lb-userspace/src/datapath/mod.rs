@@ -6,7 +6,9 @@
 mod batch;
 mod counters;
 mod error;
+mod fault;
 mod features;
+mod journal;
 mod links;
 mod memory;
 mod object;
@@ -30,11 +32,14 @@ use aya::{
 pub use counters::{Counters, OutcomeCount};
 pub use error::DatapathError;
 pub use features::{Features, release};
+use journal::Journal;
 use lb_common::{
     abi::{ABI_VERSION, Config, Mode, XDP_FRAGS, program, table},
     backend::Backend,
     guard::HOLD_SECONDS,
+    outcome::Outcome,
 };
+use links::Place;
 pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces};
@@ -65,6 +70,10 @@ pub struct Sizes {
     pub backends: Option<u32>,
     /// Slots.
     pub slots: Option<u32>,
+    /// Nodes of the cluster.
+    pub nodes: Option<u32>,
+    /// Datagrams in fragments, of each family.
+    pub fragments: Option<u32>,
 }
 
 /// Whether the programs tell of each new flow; the value is the level they log at.
@@ -95,6 +104,9 @@ pub struct GuardState {
 pub struct Programs(Ebpf);
 
 /// The datapath of one interface, in the hands of its controller.
+///
+/// What is done between [`Self::open`] and [`Self::commit`] is done as a whole: dropped before, it is undone, and what
+/// was there runs on as it was.
 pub struct Datapath {
     pins: PinDir,
     _lock: Lock,
@@ -104,6 +116,12 @@ pub struct Datapath {
     tables: Tables,
     config: Config,
     adopted: bool,
+    /// What was done to links and filters, and can be undone.
+    journal: Journal,
+    /// The interfaces that were given a clsact qdisc by what was undone.
+    qdiscs: Vec<String>,
+    /// The surroundings as they were found; none once there is no way back.
+    found: Option<Config>,
     /// Interface and mode of the uplink's links, as far as they are known to be there.
     attached: Option<(u32, Mode)>,
     hook: TcHook,
@@ -125,56 +143,87 @@ impl Datapath {
         }
         let features = Features::find()?;
         let pins = PinDir::of(interface)?;
-        let fresh = pins.create()?;
-        let lock = pins.lock()?;
-        let opened = Self::open_locked(&pins, sizes, log, features);
-        match opened {
-            Ok((ebpf, set, adopted)) => {
-                let tables = set.read()?;
-                let config = set.config()?;
-                let attached = Mode::try_from(config.mode).ok().map(|mode| (config.uplink, mode));
-                Ok(Self {
-                    pins,
-                    _lock: lock,
-                    ebpf,
-                    set,
-                    tables,
-                    config,
-                    adopted,
-                    attached,
-                    hook: TcHook::Tcx,
-                    features,
-                    filtered: BTreeSet::new(),
-                    sweeper: None,
-                })
+        let lock = pins.hold()?;
+        let adopted = Self::check_pins(&pins, sizes)?;
+        let opened = Self::open_tables(&pins, sizes, log, features, adopted);
+        let (Programs(ebpf), set, tables, config) = opened.inspect_err(|_| {
+            if !adopted {
+                pins.remove_all();
             }
-            Err(error) => {
-                if fresh {
-                    pins.remove_all();
-                }
-                Err(error)
-            }
-        }
+        })?;
+        Ok(Self {
+            attached: Mode::try_from(config.mode).ok().map(|mode| (config.uplink, mode)),
+            pins,
+            _lock: lock,
+            ebpf,
+            set,
+            tables,
+            config,
+            adopted,
+            journal: Journal::default(),
+            qdiscs: Vec::new(),
+            found: Some(config),
+            hook: TcHook::Tcx,
+            features,
+            filtered: BTreeSet::new(),
+            sweeper: None,
+        })
     }
 
-    fn open_locked(
+    fn open_tables(
         pins: &PinDir,
         sizes: &Sizes,
         log: FlowLog,
         features: Features,
-    ) -> Result<(Ebpf, TableSet, bool), DatapathError> {
-        let adopted = Self::check_pins(pins, sizes)?;
-        let Programs(mut ebpf) = Self::load(pins, sizes, log, features)?;
-        for name in program::ALL {
-            let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
-            pins.replace(&pins.program(name), |path| program.pin(path))?;
-        }
+        adopted: bool,
+    ) -> Result<(Programs, TableSet, Tables, Config), DatapathError> {
+        let programs = Self::load(Some(pins), sizes, log, features)?;
         let mut set = TableSet::open(pins)?;
         if !adopted {
+            fault::point("say that the tables are whole").map_err(DatapathError::Fault)?;
             // From here on the tables are whole: what is cut short now is adopted by the next attach.
             set.set_config(Config { abi_version: ABI_VERSION, ..Config::default() })?;
         }
-        Ok((ebpf, set, adopted))
+        let (tables, config) = (set.read()?, set.config()?);
+        Ok((programs, set, tables, config))
+    }
+
+    /// Makes what was done final: the programs that run now are those that the next controller may have to put back.
+    ///
+    /// # Errors
+    /// They cannot be pinned; nothing is final.
+    pub fn commit(&mut self) -> Result<(), DatapathError> {
+        for name in program::ALL {
+            fault::point("pin a program").map_err(DatapathError::Fault)?;
+            let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+            self.pins.replace(&self.pins.next_program(name), |path| program.pin(path))?;
+        }
+        for name in program::ALL {
+            self.pins.rename(&self.pins.next_program(name), &self.pins.program(name))?;
+        }
+        self.journal.clear();
+        self.found = None;
+        Ok(())
+    }
+
+    /// Undoes what was done since [`Self::open`], if it is not final. The interfaces that were given a clsact qdisc.
+    pub fn roll_back(&mut self) -> Vec<String> {
+        let Some(found) = self.found.take() else {
+            return Vec::new();
+        };
+        self.qdiscs.extend(self.journal.undo(&self.pins, 0));
+        let qdiscs = std::mem::take(&mut self.qdiscs);
+        if !self.adopted {
+            self.pins.remove_all();
+            return qdiscs;
+        }
+        for name in program::ALL {
+            self.pins.remove(&self.pins.next_program(name));
+        }
+        if let Err(error) = self.set.set_config(found) {
+            log::warn!("put the surroundings back: {error}");
+        }
+        qdiscs
     }
 
     /// Whether a whole set of tables is pinned, of this version and these sizes. The kernel hands out a pinned
@@ -200,8 +249,9 @@ impl Datapath {
         Ok(true)
     }
 
+    /// Loads the programs, on the pinned tables or on new ones of their own.
     fn load(
-        pins: &PinDir,
+        pins: Option<&PinDir>,
         sizes: &Sizes,
         log: FlowLog,
         features: Features,
@@ -218,9 +268,13 @@ impl Datapath {
             }
         }
         for name in table::ALL {
-            loader.map_pin_path(name, pins.table(name));
+            if let Some(pins) = pins {
+                loader.map_pin_path(name, pins.table(name));
+            }
         }
+        fault::point("make the tables").map_err(DatapathError::Fault)?;
         let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
+        fault::point("load the programs").map_err(DatapathError::Fault)?;
         Self::verify(&mut ebpf)?;
         Ok(Programs(ebpf))
     }
@@ -252,7 +306,7 @@ impl Datapath {
     /// # Errors
     /// The kernel refuses them.
     pub fn load_programs(&self, log: FlowLog) -> Result<Programs, DatapathError> {
-        Self::load(&self.pins, &Sizes::default(), log, self.features)
+        Self::load(Some(&self.pins), &Sizes::default(), log, self.features)
     }
 
     /// Takes other programs in hand, and gives back those that were. What runs is swapped where it is attached next.
@@ -341,34 +395,64 @@ impl Datapath {
     /// Attaches the programs of the uplink in this mode, or swaps them where they are attached already.
     ///
     /// # Errors
-    /// The kernel refuses; nothing of this mode stays attached.
+    /// The kernel refuses; another mode may be tried, or what was done is undone with the rest.
     pub fn attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
+        let mark = self.journal.mark();
+        let done = self.try_attach_uplink(interface, ifindex, mode);
+        self.conclude(mark, done)?;
+        self.attached = Some((ifindex, mode));
+        Ok(())
+    }
+
+    fn try_attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
         let tc = classifier(&mut self.ebpf, program::UPLINK_TC)?;
-        self.hook = links::attach_tc(&self.pins, tc, interface, pin::UPLINK_TC, ifindex, self.features.tcx)?;
+        let place = Place {
+            interface: interface.to_owned(),
+            link: pin::UPLINK_TC.to_owned(),
+            uplink: ifindex,
+            program: program::UPLINK_TC,
+        };
+        let journal = &mut self.journal;
+        self.hook = links::attach_tc((&self.pins, journal), tc, place, self.features.tcx)?;
         if mode == Mode::Tc {
-            links::detach_xdp(&self.pins);
-            self.attached = Some((ifindex, mode));
+            links::detach_xdp((&self.pins, journal), self.attached);
             return Ok(());
         }
         let xdp = self.ebpf.program_mut(program::UPLINK_XDP).ok_or(ProgramError::NotLoaded)?;
-        let same = self.attached == Some((ifindex, mode));
-        links::attach_xdp(&self.pins, xdp.try_into()?, ifindex, mode, same)?;
-        self.attached = Some((ifindex, mode));
-        Ok(())
+        links::attach_xdp((&self.pins, journal), xdp.try_into()?, ifindex, mode, self.attached)
     }
 
     /// Attaches the program that turns replies around to an interface that tasks answer by.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses; what was attached before is attached as it was.
     pub fn attach_task(&mut self, interface: &str, ifindex: u32, uplink: u32) -> Result<(), AttachProblem> {
+        let mark = self.journal.mark();
+        let place = Place {
+            interface: interface.to_owned(),
+            link: pin::task_link(ifindex),
+            uplink,
+            program: program::TASK_TC,
+        };
         let program = classifier(&mut self.ebpf, program::TASK_TC)?;
-        let (name, tcx) = (pin::task_link(ifindex), self.features.tcx);
-        let hook = links::attach_tc(&self.pins, program, interface, &name, uplink, tcx)?;
-        if hook == TcHook::Clsact {
+        let tcx = self.features.tcx;
+        let done = links::attach_tc((&self.pins, &mut self.journal), program, place, tcx);
+        if self.conclude(mark, done)? == TcHook::Clsact {
             self.filtered.insert(ifindex);
         }
         Ok(())
+    }
+
+    /// Undoes what failed. Before [`Self::commit`] it is undone with the rest, or taken up by another mode: a link that goes
+    /// is gone only a moment later, and until then its program cannot be attached again.
+    fn conclude<T>(&mut self, mark: usize, done: Result<T, AttachProblem>) -> Result<T, AttachProblem> {
+        if self.found.is_none() {
+            if done.is_err() {
+                self.qdiscs.extend(self.journal.undo(&self.pins, mark));
+            }
+            self.journal.clear();
+        }
+        done
     }
 
     /// Detaches it again; an interface that is gone has taken the link with it.
@@ -383,13 +467,21 @@ impl Datapath {
         self.pins.task_links().into_iter().chain(self.filtered.iter().copied()).collect()
     }
 
+    /// Whether a former controller's program turns replies around on this interface: one that cannot be swapped serves on.
+    pub fn carries(&self, ifindex: u32) -> bool {
+        // A filter has no pin. Where backends lead, there is one.
+        let leads = || self.tables.backends.values().any(|entry| entry.backend.ifindex == ifindex);
+        self.task_links().contains(&ifindex) || self.adopted && !self.features.tcx && leads()
+    }
+
     /// How the TC programs are attached.
     pub fn tc_hook(&self) -> TcHook {
         self.hook
     }
 
     /// Takes everything away: links first, so that no program runs on tables that go.
-    pub fn remove(self, interfaces: &[String]) {
+    pub fn remove(mut self, interfaces: &[String]) {
+        self.found = None;
         remove(&self.pins, interfaces);
     }
 
@@ -459,11 +551,20 @@ impl Datapath {
             return Ok(None);
         }
         let resting = std::mem::take(&mut sweeper.resting);
-        let done = sweeper.done();
+        let mut done = sweeper.done();
+        done.fills.extend(self.set.fragments(now, jiffies_per_second)?);
         for index in resting.difference(&done.named) {
             self.tables.resting.remove(index);
         }
         Ok(Some(done))
+    }
+
+    /// Packets that came to an outcome.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn outcome(&self, outcome: Outcome) -> Result<u64, DatapathError> {
+        self.set.outcome(outcome)
     }
 
     /// Tells the programs that the controller is there.
@@ -491,6 +592,12 @@ impl Datapath {
     }
 }
 
+impl Drop for Datapath {
+    fn drop(&mut self) {
+        self.roll_back();
+    }
+}
+
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, ProgramError> {
     ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
 }
@@ -503,24 +610,17 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
     pins.remove_all();
 }
 
-/// Removes a datapath that nobody controls, whatever its version.
+/// Removes a datapath that nobody controls, whatever its version, once it is known that one of these sizes can be loaded
+/// in its place.
 ///
 /// # Errors
-/// Another controller holds it, or there is no bpffs.
-pub fn replace(interface: &str, interfaces: &[String]) -> Result<(), DatapathError> {
+/// Another controller holds it, there is no bpffs, or the kernel refuses the new one; then the old one runs on.
+pub fn replace(interface: &str, sizes: &Sizes, interfaces: &[String]) -> Result<(), DatapathError> {
     let pins = PinDir::of(interface)?;
-    let _lock = pins.lock()?;
+    let _lock = pins.hold()?;
+    drop(Datapath::load(None, sizes, FlowLog::Off, Features::find()?)?);
     remove(&pins, interfaces);
     Ok(())
-}
-
-/// Removes what a start that was cut short has left: tables to which nothing is attached.
-pub fn remove_unattached(interface: &str) {
-    if let Ok(pins) = PinDir::of(interface)
-        && !pins.has_links()
-    {
-        pins.remove_all();
-    }
 }
 
 /// Whether a file system at `path` is bpffs.

@@ -47,7 +47,16 @@ pub struct PinDir {
 /// Keeps other controllers out; a crash releases it.
 #[derive(Debug)]
 pub struct Lock {
-    _directory: Flock<fs::File>,
+    directory: Flock<fs::File>,
+}
+
+impl Lock {
+    /// Whether the directory that is there now is the one that is locked.
+    fn is_of(&self, path: &Path) -> bool {
+        let place = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let (locked, there) = (self.directory.metadata().map(place), fs::metadata(path).map(place));
+        matches!((locked, there), (Ok(locked), Ok(there)) if locked == there)
+    }
 }
 
 impl PinDir {
@@ -70,18 +79,28 @@ impl PinDir {
         self.table(lb_common::abi::table::CONFIG).exists()
     }
 
-    /// Makes the directory; true if it was not there.
-    pub(super) fn create(&self) -> Result<bool, DatapathError> {
-        let fresh = !self.path.exists();
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.path)
-            .map_err(|error| DatapathError::pin("create", &self.path, error))?;
-        Ok(fresh)
+    /// Makes the directory, if need be, and takes its lock.
+    ///
+    /// # Errors
+    /// Another controller holds it.
+    pub(super) fn hold(&self) -> Result<Lock, DatapathError> {
+        loop {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&self.path)
+                .map_err(|error| DatapathError::pin("create", &self.path, error))?;
+            match self.lock() {
+                // Whoever removes a datapath removes its directory: a lock of what is no more keeps nobody out.
+                Ok(lock) if lock.is_of(&self.path) => return Ok(lock),
+                Ok(_) => {}
+                Err(DatapathError::Pin { cause, .. }) if cause.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
-    /// Takes the lock.
+    /// Takes the lock of a directory that is there.
     ///
     /// # Errors
     /// Another controller holds it.
@@ -90,7 +109,7 @@ impl PinDir {
             fs::File::open(&self.path).map_err(|error| DatapathError::pin("open", &self.path, error))?;
         let place = directory.metadata().map(|meta| (meta.dev(), meta.ino())).unwrap_or_default();
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(directory) => Ok(Lock { _directory: directory }),
+            Ok(directory) => Ok(Lock { directory }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 Err(DatapathError::Held { interface: self.interface.clone(), pid: holder(place) })
             }
@@ -112,6 +131,11 @@ impl PinDir {
     /// Pin of a program.
     pub fn program(&self, name: &str) -> PathBuf {
         self.path.join(format!("program-{name}"))
+    }
+
+    /// Pin of a program that is to take its place.
+    pub(super) fn next_program(&self, name: &str) -> PathBuf {
+        self.path.join(format!("next-program-{name}"))
     }
 
     /// Pin of a link.
@@ -157,11 +181,16 @@ impl PinDir {
             .map_err(|error| DatapathError::pin("pin", path, io::Error::other(super::error::chain(&error))))
     }
 
+    /// Gives a pin another name; what has that goes.
+    pub(super) fn rename(&self, from: &Path, to: &Path) -> Result<(), DatapathError> {
+        fs::rename(from, to).map_err(|error| DatapathError::pin("rename", from, error))
+    }
+
     /// Removes every pin and the directory, links first.
     pub(super) fn remove_all(&self) {
         let mut pins: Vec<PathBuf> =
             fs::read_dir(&self.path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-        // "link-…" sorts before "program-…" and "table-…".
+        // "link-…" sorts before "next-program-…", "program-…" and "table-…".
         pins.sort();
         for pin in pins {
             self.remove(&pin);

@@ -17,8 +17,8 @@ use lb_common::{
 
 use super::{DatapathError, Sizes};
 
-/// Nodes whose names there is always room for.
-const NODES: u32 = 4096;
+/// Addresses of a node that there is room for, on average.
+const NODE_ADDRESSES: u32 = 4;
 
 /// The shape a pinned table must have.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +42,8 @@ impl Shape {
         fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Shape {
             Shape { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
         }
+        // Zero is no node's number.
+        let nodes = sizes.nodes.map(|nodes| nodes + 1);
         vec![
             shape::<u32, Config>(table::CONFIG, Array, Some(1)),
             shape::<u32, u64>(table::FILTER, Array, Some(FILTER_WORDS as u32)),
@@ -60,11 +62,11 @@ impl Shape {
             shape::<u32, Guard>(table::GUARD, Array, Some(1)),
             shape::<u32, Rate>(table::RATES, PerCpuArray, Some(1)),
             shape::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
-            shape::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, None),
-            shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, None),
-            shape::<u32, Peer>(table::PEERS, Array, None),
-            shape::<u32, Path>(table::PEER_PATHS, Array, None),
-            shape::<Wide, u32>(table::PEER_NUMBERS, Hash, None),
+            shape::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, sizes.fragments),
+            shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
+            shape::<u32, Peer>(table::PEERS, Array, nodes),
+            shape::<u32, Path>(table::PEER_PATHS, Array, nodes),
+            shape::<Wide, u32>(table::PEER_NUMBERS, Hash, nodes.map(|nodes| nodes * NODE_ADDRESSES)),
             shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
@@ -96,10 +98,11 @@ impl Shape {
 
 /// Backends, services, ports and nodes all have labels, and there is one of the controller's.
 fn labels(sizes: &Sizes) -> Option<u32> {
-    let Sizes { backends, services, listeners, .. } = *sizes;
+    let Sizes { backends, services, listeners, nodes, .. } = *sizes;
     // Nothing asked for is the object's own number.
-    backends.or(services).or(listeners)?;
+    backends.or(services).or(listeners).or(nodes)?;
     let backends = backends.unwrap_or(size::BACKENDS as u32);
     let services = services.unwrap_or(size::SERVICES as u32);
-    Some(backends + services + listeners.unwrap_or(size::LISTENERS as u32) + NODES + 1)
+    let nodes = nodes.unwrap_or(size::NODES as u32);
+    Some(backends + services + listeners.unwrap_or(size::LISTENERS as u32) + nodes + 1)
 }

@@ -13,11 +13,12 @@ use lb_common::{
     abi::table,
     backend::{Backend, State},
     flow::{Flow, FlowKey, Phase, REPLY, REQUEST, Timers, elapsed},
+    fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
     net::{Address, TCP, V4, V6},
 };
 
 use super::{DatapathError, PinDir, TableSet, batch::Batches};
-use crate::plan::Tables;
+use crate::{limits::Fill, plan::Tables};
 
 /// Entries looked at in one slice.
 const SLICE: usize = 32_768;
@@ -60,8 +61,21 @@ impl Clock<'_> {
 
 /// One table and how far the walk has come.
 struct Walk<A> {
+    name: &'static str,
+    /// Entries there is room for, and those that were alive.
+    room: u64,
+    left: u64,
     flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
     batches: Batches<FlowKey<A>, Flow<A>>,
+}
+
+/// Entries of a table that are in use when the least recently used begin to go: each CPU keeps some free, at most 128
+/// (`LOCAL_FREE_TARGET` of the kernel's `bpf_lru_list.c`).
+fn room(map: &MapData) -> Result<u64, DatapathError> {
+    let info = map.info().map_err(|error| DatapathError::map("inspect", error))?;
+    let entries = u64::from(info.max_entries());
+    let cpus = aya::util::nr_cpus().map_err(|(what, source)| DatapathError::pin("read", what, source))?;
+    Ok(entries - (128 * cpus as u64).min(entries / 2))
 }
 
 fn map(pins: &PinDir, name: &str) -> Result<MapData, DatapathError> {
@@ -73,15 +87,18 @@ where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
 {
-    fn new(pins: &PinDir, name: &str) -> Result<Self, DatapathError> {
+    fn new(pins: &PinDir, name: &'static str) -> Result<Self, DatapathError> {
         let flows = Map::from_map_data(map(pins, name)?).and_then(HashMap::try_from);
         let flows = flows.map_err(|error| DatapathError::map("open", error))?;
-        Ok(Self { flows, batches: Batches::new(map(pins, name)?) })
+        let map = map(pins, name)?;
+        let room = room(&map)?;
+        Ok(Self { name, room, left: 0, flows, batches: Batches::new(map) })
     }
 
     /// Looks at the next entries, takes out those that have ended; how many were looked at, none when the walk has ended.
     fn go_on(&mut self, clock: Clock<'_>, done: &mut Sweep) -> Result<Option<usize>, DatapathError> {
         let Some(entries) = self.batches.next()? else {
+            done.fills.push(Fill { table: self.name, entries: self.left, room: self.room });
             return Ok(None);
         };
         let mut seen = 0;
@@ -92,6 +109,7 @@ where
                 ended.push(key);
             } else {
                 done.named.insert(flow.backend);
+                self.left += 1;
             }
         }
         for key in ended {
@@ -115,6 +133,8 @@ pub struct Sweep {
     pub removed: u64,
     /// The backends that those left name.
     pub named: BTreeSet<u32>,
+    /// How full the tables are.
+    pub fills: Vec<Fill>,
 }
 
 /// A walk that is under way.
@@ -168,6 +188,23 @@ impl Sweeper {
 }
 
 impl TableSet {
+    /// How full the tables of fragments are: of those that came lately, and are followed yet.
+    pub(super) fn fragments(&self, now: u32, jiffies_per_second: u32) -> Result<[Fill; 2], DatapathError> {
+        let lived = FRAGMENT_SECONDS * jiffies_per_second;
+        let fresh = |ports: &Ports| elapsed(ports.seen, now) < lived;
+        let mut v4 = Batches::<FragmentKey<V4>, Ports>::new(map(self.pins(), table::FRAGMENTS4)?);
+        let mut v6 = Batches::<FragmentKey<V6>, Ports>::new(map(self.pins(), table::FRAGMENTS6)?);
+        let mut counts = [0, 0];
+        while let Some(entries) = v4.next()? {
+            counts[0] += entries.filter(|(_, ports)| fresh(ports)).count() as u64;
+        }
+        while let Some(entries) = v6.next()? {
+            counts[1] += entries.filter(|(_, ports)| fresh(ports)).count() as u64;
+        }
+        let fill = |name, entries| Ok(Fill { table: name, entries, room: room(&map(self.pins(), name)?)? });
+        Ok([fill(table::FRAGMENTS4, counts[0])?, fill(table::FRAGMENTS6, counts[1])?])
+    }
+
     /// Open flows by backend: connections and exchanges that have neither ended nor lost their task.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use lb_common::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{DatapathError, PinDir, error::errno};
+use super::{DatapathError, PinDir, error::errno, fault};
 use crate::{
     cluster::Protocol,
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
@@ -147,7 +147,7 @@ impl TableSet {
     }
 
     pub(super) fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
-        self.config.set(0, config, 0).map_err(|e| DatapathError::map("write", e))
+        write(&mut self.config, 0, config)
     }
 
     pub(super) fn limits(&self) -> Result<Limits, DatapathError> {
@@ -299,7 +299,9 @@ impl TableSet {
         Ok(())
     }
 
-    /// Writes a backend; its counters start anew if it is a new one.
+    /// Writes a backend; its counters start anew if it is a new one. The name comes last and goes first: of what is cut
+    /// short between the two the next controller finds a backend without a name, which it frees, never a name that
+    /// nobody removes.
     pub(super) fn set_backend(
         &mut self,
         index: u32,
@@ -309,14 +311,14 @@ impl TableSet {
         if new {
             zero(&mut self.backend_stats, index)?;
         }
-        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, |label| &mut label.problem))?;
-        self.backends.set(index, entry.backend, 0).map_err(|e| DatapathError::map("write", e))
+        write(&mut self.backends, index, entry.backend)?;
+        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, |label| &mut label.problem))
     }
 
     /// Frees a backend.
     pub(super) fn free_backend(&mut self, index: u32, free: Backend) -> Result<(), DatapathError> {
-        self.backends.set(index, free, 0).map_err(|e| DatapathError::map("write", e))?;
-        self.remove_label(LABEL_BACKEND, index)
+        self.remove_label(LABEL_BACKEND, index)?;
+        write(&mut self.backends, index, free)
     }
 
     /// Names a service; its counters start anew if it is a new one.
@@ -330,7 +332,7 @@ impl TableSet {
             zero(&mut self.service_stats, index)?;
         }
         let timers = Timers { seconds: label.timers };
-        self.timers.set(index, timers, 0).map_err(|e| DatapathError::map("write", e))?;
+        write(&mut self.timers, index, timers)?;
         self.set_label(LABEL_SERVICE, index, &fitted(label, |label| &mut label.left))
     }
 
@@ -346,10 +348,10 @@ impl TableSet {
                 self.set_peer(*number, Peer::default())?;
                 // Another node that is given the number has another path.
                 let unknown = Path::default();
-                self.peer_paths.set(*number, unknown, 0).map_err(|e| DatapathError::map("write", e))
+                write(&mut self.peer_paths, *number, unknown)
             }
             MapOp::SetPeerNumber(address, number) => {
-                let table = ("PEER_NUMBERS", "the number of nodes that the datapath is built for");
+                let table = ("PEER_NUMBERS", "--max-nodes");
                 insert(&mut self.peer_numbers, &mapped(*address), number, table)
             }
             MapOp::RemovePeerNumber(address) => remove(&mut self.peer_numbers, &mapped(*address)),
@@ -363,13 +365,11 @@ impl TableSet {
             MapOp::FreeBackend(index) => self.free_backend(*index, Backend::default()),
             MapOp::SetSlots(base, slots) => {
                 for (slot, index) in (*base..).zip(slots) {
-                    self.slots.set(slot, *index, 0).map_err(|e| DatapathError::map("write", e))?;
+                    write(&mut self.slots, slot, *index)?;
                 }
                 Ok(())
             }
-            MapOp::SetFilter(word, bits) => {
-                self.filter.set(*word, *bits, 0).map_err(|e| DatapathError::map("write", e))
-            }
+            MapOp::SetFilter(word, bits) => write(&mut self.filter, *word, *bits),
             MapOp::SetListener(at, listener) => match at.address {
                 IpAddr::V4(a) => {
                     insert(&mut self.listeners4, &endpoint(V4::from(a), at), listener, LISTENERS)
@@ -401,21 +401,17 @@ impl TableSet {
 
     /// Keeps what the controller says of its source.
     pub(super) fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
-        self.set_label(LABEL_SOURCE, 0, &fitted(report, |report| &mut report.problem))
+        let value = label(&fitted(report, |report| &mut report.problem));
+        let key = LabelKey { kind: LABEL_SOURCE, index: 0 };
+        put(&mut self.labels, &key, &value, LABELS)
     }
 
     fn set_peer(&mut self, number: u32, peer: Peer) -> Result<(), DatapathError> {
-        self.peers.set(number, peer, 0).map_err(|e| DatapathError::map("write", e))
+        write(&mut self.peers, number, peer)
     }
 
     fn set_label(&mut self, kind: u32, index: u32, json: &[u8]) -> Result<(), DatapathError> {
-        let mut value = Label { length: 0, text: [0; LABEL_BYTES] };
-        // Names are bounded where they come in; what is too long all the same is kept nameless.
-        if json.len() <= LABEL_BYTES {
-            value.length = json.len() as u32;
-            value.text[..json.len()].copy_from_slice(json);
-        }
-        insert(&mut self.labels, &LabelKey { kind, index }, &value, ("LABELS", "--max-backends"))
+        insert(&mut self.labels, &LabelKey { kind, index }, &label(json), LABELS)
     }
 
     fn remove_label(&mut self, kind: u32, index: u32) -> Result<(), DatapathError> {
@@ -425,6 +421,16 @@ impl TableSet {
 
 fn json(label: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(label).unwrap_or_default()
+}
+
+/// A label as the table has it. Names are bounded where they come in; what is too long all the same is kept nameless.
+fn label(json: &[u8]) -> Label {
+    let mut value = Label { length: 0, text: [0; LABEL_BYTES] };
+    if json.len() <= LABEL_BYTES {
+        value.length = json.len() as u32;
+        value.text[..json.len()].copy_from_slice(json);
+    }
+    value
 }
 
 /// A label's text that fits: what is wrong is told as far as there is room.
@@ -445,8 +451,25 @@ fn fitted<T: Serialize + Clone>(label: &T, problem: fn(&mut T) -> &mut Option<St
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");
 const REPLIES: (&str, &str) = ("REPLIES", "--max-backends");
+const LABELS: (&str, &str) = ("LABELS", "--max-backends");
+
+/// Every change that a plan makes goes through this, [`insert`] or [`remove`].
+fn write<T: Pod>(map: &mut Array<MapData, T>, index: u32, value: T) -> Result<(), DatapathError> {
+    fault::point("write an entry").map_err(DatapathError::Fault)?;
+    map.set(index, value, 0).map_err(|e| DatapathError::map("write", e))
+}
 
 fn insert<K: Pod, V: Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    key: &K,
+    value: &V,
+    table: (&'static str, &'static str),
+) -> Result<(), DatapathError> {
+    fault::point("insert an entry").map_err(DatapathError::Fault)?;
+    put(map, key, value, table)
+}
+
+fn put<K: Pod, V: Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: &K,
     value: &V,
@@ -459,6 +482,7 @@ fn insert<K: Pod, V: Pod>(
 }
 
 fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), DatapathError> {
+    fault::point("remove an entry").map_err(DatapathError::Fault)?;
     match map.remove(key) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),

@@ -119,7 +119,9 @@ impl<'a> Draft<'a> {
             let name = &node.label.name;
             let Some(number) = known.get(name).copied().or_else(|| numbers.next()) else {
                 let room = self.limits.nodes;
-                refused.push(format!("node {name} is left out: there is room for {room} nodes"));
+                refused.push(format!(
+                    "node {name} is left out: there is room for {room} nodes; attach again with a higher --max-nodes"
+                ));
                 continue;
             };
             self.nodes.insert(name.clone(), number);

@@ -108,6 +108,7 @@ fn sizes(flows: u32) -> Sizes {
         listeners: Some(16_384),
         backends: Some(256),
         slots: Some(1024),
+        ..Sizes::default()
     }
 }
 

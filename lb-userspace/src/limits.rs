@@ -1,0 +1,118 @@
+//! Limits that the datapath has run into, in words with the setting to raise: said when it begins, and again only after
+//! it was over for a while. What a plan has no room for the planner says itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lb_common::{abi::table, outcome::Outcome};
+
+/// How full a table of the datapath is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Its name.
+    pub table: &'static str,
+    /// Entries that are alive.
+    pub entries: u64,
+    /// Entries there is room for before the least recently used go.
+    pub room: u64,
+}
+
+/// Limits that packets run into, by the outcome that counts them.
+const COUNTED: [(Outcome, &str); 2] = [
+    (
+        Outcome::SnatPortsExhausted,
+        "no source port is free for a new flow to a task that is reached by snat; attach again with a wider --snat-ports",
+    ),
+    (
+        Outcome::FlowTableFull,
+        "the kernel had no room for the entry of a new flow; attach again with --replace-state and a higher \
+         --max-half-open",
+    ),
+];
+
+/// A limit that was not run into for so many looks is no longer one.
+const QUIET: u32 = 60;
+
+/// What was said, and is still so.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// By outcome: how many packets there were, and for how many looks no more came.
+    counted: BTreeMap<Outcome, (u64, u32)>,
+    /// The tables that are full.
+    full: BTreeSet<&'static str>,
+}
+
+impl Watch {
+    /// Looks at the counters, about once a second; what is to be said.
+    pub fn counters(&mut self, packets: impl Fn(Outcome) -> Option<u64>) -> Vec<&'static str> {
+        let mut said = Vec::new();
+        for (outcome, words) in COUNTED {
+            let Some(now) = packets(outcome) else { continue };
+            // What was counted before this controller came is not news.
+            let (before, quiet) = self.counted.entry(outcome).or_insert((now, QUIET));
+            if now == *before {
+                *quiet = quiet.saturating_add(1);
+                continue;
+            }
+            if *quiet >= QUIET {
+                said.push(words);
+            }
+            (*before, *quiet) = (now, 0);
+        }
+        said
+    }
+
+    /// Looks at how full a table is; what is to be said.
+    pub fn fill(&mut self, fill: Fill) -> Option<String> {
+        let Fill { table, entries, room } = fill;
+        if entries < room - room / 4 {
+            self.full.remove(table);
+        }
+        if entries < room - room / 16 || !self.full.insert(table) {
+            return None;
+        }
+        let (what, setting) = setting(table);
+        Some(format!(
+            "the table of {what} ({table}) is full, with {entries}: those that were silent for longest give way to new \
+             ones; attach again with --replace-state and a higher {setting}"
+        ))
+    }
+}
+
+/// What a table holds, and the setting that says how much.
+fn setting(name: &str) -> (&'static str, &'static str) {
+    match name {
+        table::HALF_OPEN4 | table::HALF_OPEN6 => ("flows that are not established", "--max-half-open"),
+        table::FRAGMENTS4 | table::FRAGMENTS6 => ("fragmented datagrams", "--max-fragments"),
+        _ => ("flows", "--max-flows"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_that_grows_is_said_once_until_it_was_quiet() {
+        let mut watch = Watch::default();
+        let mut look = |packets: u64| {
+            let count = |outcome| (outcome == Outcome::SnatPortsExhausted).then_some(packets);
+            watch.counters(count).len()
+        };
+        assert_eq!([7, 7, 8, 9, 9, 100].map(&mut look), [0, 0, 1, 0, 0, 0]);
+        for _ in 0..QUIET {
+            assert_eq!(look(100), 0);
+        }
+        assert_eq!([101, 102].map(&mut look), [1, 0]);
+    }
+
+    #[test]
+    fn a_table_that_is_full_is_said_once_until_there_is_room() {
+        let mut watch = Watch::default();
+        let mut look = |entries| watch.fill(Fill { table: table::FLOWS4, entries, room: 1_000 });
+        assert_eq!(look(800), None);
+        assert!(look(950).is_some_and(|said| said.contains("with 950") && said.contains("--max-flows")));
+        assert_eq!([1_000, 800, 950].map(&mut look), [None, None, None]);
+        assert_eq!(look(700), None);
+        assert!(look(990).is_some());
+    }
+}
