@@ -1,11 +1,11 @@
 //! The common case in one go: a packet that changes nothing but when its flow was seen and how far it has come, and one
 //! that is none of ours.
 //!
-//! The stages are functions of their own, for the verifier's sake; each call costs some eight nanoseconds where the kernel
-//! guards returns against speculation, and they make as many calls as a packet's whole way has work. Nearly every packet
-//! asks for none of what they can do. So it is looked for first, without a call but those of the helpers, from their own
-//! pieces. What is unusual in any way is left to them as it came: nothing here may end otherwise than there, which a test
-//! holds by running both ([`STAGES_ONLY`]).
+//! The stages are functions of their own, for the verifier's sake, and each call costs some eight nanoseconds where the kernel
+//! guards returns against speculation: as much as reading all headers. Nearly every packet asks for none of what they can
+//! do. So [`read`] looks for it first, and [`forward`] sends it on, made of the stages' own pieces and without a call but those
+//! of the helpers. What is unusual in any way is left to the stages as it came: nothing here may end otherwise than there,
+//! which a test holds by running both ([`STAGES_ONLY`]).
 
 use lb_common::{
     abi::{Config, PARTIAL_CHECKSUMS, STAGES_ONLY, XDP_GENERIC, XDP_TRANSMITS},
