@@ -313,10 +313,9 @@ impl<'a> Bench<'a> {
         let none = if kind == Kind::Tc { floor::NOTHING } else { floor::PASS };
         let program = if kind == Kind::Tc { &self.tc } else { &self.xdp };
         let program = program.try_clone().expect("a file descriptor");
-        let mut samples = vec![];
-        let counted = self.lab.counters().of(frames.outcome);
+        let (mut samples, mut disturbed) = (vec![], 0);
         self.feeder.set(&frames.bytes, &frames.clients);
-        for _ in 0..self.rounds {
+        while samples.len() < self.rounds {
             before(self);
             let pass = self.floor(kind, none, runs);
             let mut undoing = 0.0;
@@ -327,12 +326,15 @@ impl<'a> Bench<'a> {
                 undoing += (self.floor(kind, floor::NOTE, runs) - pass) / 2.0;
             }
             self.feeder.feed_to(kind, &program).expect("go on with the program");
-            let (cost, _) = self.feeder.run(kind, runs);
-            samples.push(cost - pass - undoing);
+            let ((cost, _), counted) = self.lab.counting(|_| self.feeder.run(kind, runs));
+            if counted == BTreeMap::from([(frames.outcome, u64::from(runs))]) {
+                samples.push(cost - pass - undoing);
+                continue;
+            }
+            // A round that is held up for a second meets next hops that are due; more than a few are no accident.
+            disturbed += 1;
+            assert!(disturbed <= 5, "packets that should end as {}: {counted:?}", frames.outcome.name());
         }
-        let counted = self.lab.counters().of(frames.outcome) - counted;
-        let expected = runs as u64 * self.rounds as u64;
-        assert_eq!(counted, expected, "packets that ended as {}", frames.outcome.name());
         Samples::new(samples)
     }
 
