@@ -549,9 +549,9 @@ fn a_hundred_services_at_once() {
             let services = listed["services"].as_array().cloned().unwrap_or_default();
             services.iter().filter(|service| service["active_tasks"] == 1).count() == usize::from(SERVICES)
         });
+        // Docker calls a container running before its server listens, and there is no other task to ask.
         for number in 0..SERVICES {
-            let answer = swarm.ask_often(node, 1000 + number, 1);
-            assert_eq!(by_task(&answer).len(), 1);
+            within(PATIENCE, &format!("s{number} answers"), || swarm.ask(node, 1000 + number).is_ok());
         }
     }
 }
