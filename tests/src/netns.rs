@@ -181,7 +181,7 @@ pub fn patience(time: Duration) -> Duration {
 
 /// Waits until something is so, half a minute at most: on a busy machine the verifier alone takes many seconds.
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
-    within(Duration::from_secs(10), what, holds);
+    within(Duration::from_secs(30), what, holds);
 }
 
 /// Waits until something is so, for as long as it may take on a busy machine.
@@ -189,6 +189,18 @@ pub fn within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience(limit);
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The same for what says why it is not so yet: the last reason is told where the wait was in vain.
+pub fn succeeds<T>(limit: Duration, what: &str, mut attempt: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + patience(limit);
+    loop {
+        match attempt() {
+            Ok(value) => return value,
+            Err(error) => assert!(Instant::now() < deadline, "waited in vain: {what}: {error}"),
+        }
         thread::sleep(Duration::from_millis(20));
     }
 }

@@ -46,26 +46,21 @@ struct Trade {
     server: Option<JoinHandle<()>>,
 }
 
-/// Says that there are no more rounds.
-const END: u64 = u64::MAX;
 /// How long a message may take on a machine that is flooded.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Trade {
     fn open(cluster: &Cluster, task: usize, to: SocketAddr, connections: usize) -> Self {
         let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("0.0.0.0:8080").expect("listen"));
+        // One thread a connection: they are not accepted in the order in which they were opened.
         let server = cluster.tasks[task].netns.spawn(move || {
-            let mut streams: Vec<TcpStream> =
-                (0..connections).map(|_| listener.accept().expect("a client").0).collect();
-            loop {
-                for stream in &mut streams {
-                    let mut message = [0; 8];
-                    if stream.read_exact(&mut message).is_err() || message == END.to_be_bytes() {
-                        return;
-                    }
-                    stream.write_all(&message).expect("answer");
+            std::thread::scope(|scope| {
+                for _ in 0..connections {
+                    let stream = listener.accept().expect("a client").0;
+                    let builder = std::thread::Builder::new().stack_size(64 << 10);
+                    builder.spawn_scoped(scope, || echo_messages(stream)).expect("start a thread");
                 }
-            }
+            });
         });
         let clients = cluster.client.enter(|| {
             let connect = |_| {
@@ -78,24 +73,24 @@ impl Trade {
         Self { clients, server: Some(server) }
     }
 
-    /// A message and its echo on each connection; how many failed.
-    fn round(&mut self, number: u64) -> usize {
-        let mut failed = 0;
-        for stream in &mut self.clients {
-            let message = number.to_be_bytes();
+    /// A message and its echo on each connection; which failed, and how.
+    fn round(&mut self, number: u64) -> Vec<String> {
+        let message = number.to_be_bytes();
+        let trade = |(connection, stream): (usize, &mut TcpStream)| {
             let mut answer = [0; 8];
             let done = stream.write_all(&message).and_then(|()| stream.read_exact(&mut answer));
-            failed += usize::from(done.is_err() || answer != message);
-        }
-        failed
+            match done {
+                Ok(()) if answer == message => None,
+                Ok(()) => Some(format!("connection {connection}: {answer:?} in answer to {message:?}")),
+                Err(error) => Some(format!("connection {connection}: {error}")),
+            }
+        };
+        self.clients.iter_mut().enumerate().filter_map(trade).collect()
     }
 }
 
 impl Drop for Trade {
     fn drop(&mut self) {
-        if let Some(first) = self.clients.first_mut() {
-            let _ = first.write_all(&END.to_be_bytes());
-        }
         self.clients.clear();
         if let Some(server) = self.server.take() {
             let _ = server.join();
@@ -103,9 +98,18 @@ impl Drop for Trade {
     }
 }
 
+/// Sends back each message until its sender ends.
+fn echo_messages(mut stream: TcpStream) {
+    let mut message = [0; 8];
+    while stream.read_exact(&mut message).is_ok() {
+        stream.write_all(&message).expect("answer");
+    }
+}
+
 /// A thousand connections through a node whose uplink is flooded meanwhile; the datapath's counters afterwards.
 fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str]) -> serde_json::Value {
     const CONNECTIONS: usize = 1_000;
+    const NONE: [&str; 0] = [];
     let mut cluster = Cluster::new(1);
     cluster.receive_xdp();
     let task = cluster.add_task("web.1", 0);
@@ -115,7 +119,7 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
     let node = &cluster.nodes[0];
     let to = SocketAddr::new(node.v4().into(), 80);
     let mut trade = Trade::open(&cluster, task, to, CONNECTIONS);
-    assert_eq!(trade.round(0), 0, "before the flood");
+    assert_eq!(trade.round(0), NONE, "before the flood");
     let flood = Flood { transport, to: (node.v4(), port), mac: mac(&node.netns), frames };
     let over = Arc::new(AtomicBool::new(false));
     let took = std::thread::scope(|scope| {
@@ -127,13 +131,13 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
         let mut rounds = 0;
         while !over.load(Ordering::Relaxed) {
             rounds += 1;
-            assert_eq!(trade.round(rounds), 0, "in round {rounds} of the flood");
+            assert_eq!(trade.round(rounds), NONE, "in round {rounds} of the flood");
         }
         assert!(rounds > 0);
         println!("{rounds} rounds of {CONNECTIONS} messages during the flood");
         sender.join().expect("the flood")
     });
-    assert_eq!(trade.round(u64::MAX - 1), 0, "after the flood");
+    assert_eq!(trade.round(u64::MAX), NONE, "after the flood");
     let status = json(&node.netns, &["status"]);
     println!("{frames} frames of {transport:?} in {took:?}, {arguments:?}: {}", status["flood_guard"]);
     let open = json(&node.netns, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();

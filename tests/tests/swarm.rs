@@ -10,7 +10,7 @@ use std::{
 
 use lb_tests::{
     agent::{self, Agent, json, text},
-    netns::within,
+    netns::{succeeds, within},
     swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
     traffic::Load,
 };
@@ -551,7 +551,15 @@ fn a_hundred_services_at_once() {
         });
         // Docker calls a container running before its server listens, and there is no other task to ask.
         for number in 0..SERVICES {
-            within(PATIENCE, &format!("s{number} answers"), || swarm.ask(node, 1000 + number).is_ok());
+            let service = format!("s{number}");
+            let what = format!("{service} answers through {}", node.name);
+            succeeds(PATIENCE, &what, || {
+                swarm.ask(node, 1000 + number).map_err(|error| {
+                    let ours = text(&node.netns, &["service", "ps", &service]);
+                    let theirs = manager.docker(&["service", "ps", "--no-trunc", &service]);
+                    format!("{error}\n{ours}\n{theirs}")
+                })
+            });
         }
     }
 }
