@@ -584,8 +584,11 @@ impl Ranges {
         }
     }
 
-    /// A listener leads there no longer; until the plan is applied it still reads.
+    /// A listener leads there no longer; until the plan is applied it still reads. One without slots leads nowhere.
     fn leave(&mut self, listener: &Listener) {
+        if listener.slot_count == 0 {
+            return;
+        }
         if let Some(range) = self.used.get_mut(&listener.slot_base) {
             range.listeners = range.listeners.saturating_sub(1);
             self.left.push(listener.slot_base);

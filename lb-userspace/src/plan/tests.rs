@@ -161,19 +161,22 @@ proptest! {
     /// ways come and go and tables are too small, its plans are those of one that remembers nothing.
     #[test]
     fn what_is_remembered_changes_nothing(
-        states in prop::collection::vec((cluster(), any::<[u8; 3]>(), any::<bool>()), 1..8),
+        states in prop::collection::vec((cluster(), any::<[u8; 3]>(), stir()), 1..12),
         services in 2_u32..8, listeners in 4_u32..32, backends in 4_u32..64, slots in 8_u32..128, nodes in 1_u32..4,
     ) {
         let limits = Limits { services, listeners, backends, slots, nodes };
         let (mut planner, mut tables) = (Planner::default(), Tables::empty(slots));
         let mut before = ClusterState::default();
-        for (mut state, chance, returns_change) in states {
-            quarrel(&mut state, chance[0]);
-            if returns_change {
+        for (mut state, chance, stir) in states {
+            if stir.quarrel {
+                quarrel(&mut state, chance[0]);
+            }
+            if stir.returns {
                 state.tunnel.returns = crate::cluster::Return::Direct;
             }
+            keep(&mut state, &before, &stir);
             state.share(&before);
-            let ways = |to| way_at_times(to, chance[1]);
+            let ways = |to| way_at_times(to, if stir.ways { chance[1] } else { 0 });
             let fresh = plan_by(&mut Planner::default(), (&state, ways), &tables, &limits);
             let plan = plan_by(&mut planner, (&state, ways), &tables, &limits);
             prop_assert_eq!(&plan, &fresh);
@@ -222,6 +225,37 @@ proptest! {
         let mut fresh = Tables::empty(LIMITS.slots);
         apply(&mut fresh, &plan_for(&to, &Tables::empty(LIMITS.slots), &LIMITS))?;
         prop_assert_eq!(meaning(&tables), meaning(&fresh));
+    }
+}
+
+/// What is other than before in a state: most changes concern few services, and little else.
+#[derive(Debug)]
+struct Stir {
+    services: u8,
+    nodes: bool,
+    quarrel: bool,
+    returns: bool,
+    ways: bool,
+}
+
+fn stir() -> impl Strategy<Value = Stir> {
+    let seldom = || prop::bool::weighted(0.15);
+    let services = (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
+    (services, seldom(), seldom(), seldom(), seldom())
+        .prop_map(|(services, nodes, quarrel, returns, ways)| Stir { services, nodes, quarrel, returns, ways })
+}
+
+/// Leaves what is not stirred as it was.
+fn keep(state: &mut ClusterState, before: &ClusterState, stir: &Stir) {
+    if !stir.nodes && !before.nodes.is_empty() {
+        state.nodes.clone_from(&before.nodes);
+    }
+    for (index, service) in state.services.iter_mut().enumerate() {
+        if stir.services & (1 << index) == 0
+            && let Some(known) = before.services.iter().find(|known| known.name == service.name)
+        {
+            service.clone_from(known);
+        }
     }
 }
 
