@@ -241,8 +241,9 @@ struct Stir {
 fn stir() -> impl Strategy<Value = Stir> {
     let seldom = || prop::bool::weighted(0.15);
     let services = (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
-    (services, seldom(), seldom(), seldom(), seldom())
-        .prop_map(|(services, nodes, quarrel, returns, ways)| Stir { services, nodes, quarrel, returns, ways })
+    (services, seldom(), seldom(), seldom(), seldom()).prop_map(
+        |(services, nodes, quarrel, returns, ways)| Stir { services, nodes, quarrel, returns, ways },
+    )
 }
 
 /// Leaves what is not stirred as it was.
