@@ -11,5 +11,6 @@ pub mod lab;
 pub mod large;
 pub mod netns;
 pub mod packet;
+pub mod stack;
 pub mod swarm;
 pub mod traffic;

@@ -8,6 +8,7 @@ use lb_tests::{
     cluster::Cluster,
     kernel::{COUNTED_MEMORY, version},
     lab::with_lab,
+    stack,
 };
 
 /// The programs whose figures these are.
@@ -25,6 +26,9 @@ const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
 /// Bytes of the translated programs, nearly the same everywhere.
 const BYTES: [u32; 3] = [165_000, 174_000, 81_000];
 
+/// Bytes of the stack, of the 512 that a chain of calls may use.
+const STACK: [u32; 3] = [0, 0, 0];
+
 /// How far a figure may grow before somebody must look.
 const SLACK_PERCENT: u32 = 10;
 
@@ -35,8 +39,10 @@ fn programs_stay_within_their_budgets() {
     let verified = listed.map_or(worst, |(_, figures)| *figures);
     with_lab(vec![], |lab| {
         let facts = lab.datapath().programs().expect("facts");
+        let object = std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object");
+        let stacks = stack::depths(&std::fs::read(object).expect("the object"));
         let (major, minor) = version();
-        println!("Linux {major}.{minor}: {facts:#?}");
+        println!("Linux {major}.{minor}: {facts:#?}\nbytes of stack: {stacks:?}");
         for (index, name) in PROGRAMS.iter().enumerate() {
             let program = facts.iter().find(|program| program.name == *name).expect("the program");
             let within = |figure: u32, budget: u32| figure <= budget + budget * SLACK_PERCENT / 100;
@@ -46,6 +52,8 @@ fn programs_stay_within_their_budgets() {
                 "{program:?}: verified {instructions} before"
             );
             assert!(within(program.translated_bytes, bytes), "{program:?}: {bytes} bytes before");
+            let (stack, before) = (stacks[*name], STACK[index]);
+            assert!(within(stack, before), "{name}: {stack} bytes of stack, {before} before");
         }
     });
 }

@@ -67,7 +67,7 @@ fn build_package(package: &str) -> Result<PathBuf> {
     let object = folder.join(TARGET).join("release").join(package);
     refuse_panics(&object)?;
     let bytes = fs::metadata(&object).with_context(|| format!("read {}", object.display()))?.len();
-    println!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
+    eprintln!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
     Ok(object)
 }
 
@@ -98,7 +98,7 @@ fn verify(object: &Path) -> Result<()> {
         }
         .with_context(|| format!("load program {name}"))?;
         let info = program.info()?;
-        println!(
+        eprintln!(
             "  {name:<11} {:>7} instructions verified, {:>6} bytes, {:>6} as machine code",
             info.verified_instruction_count().unwrap_or_default(),
             info.size_translated().unwrap_or_default(),
@@ -133,7 +133,7 @@ pub fn build_agent() -> Result<PathBuf> {
     let object = build()?;
     exec(cargo().env("LB_EBPF_OBJECT", object).args(["build", "--release", "--package", "lb-userspace"]))?;
     let agent = target().join("release/lb-userspace");
-    println!("{}", agent.strip_prefix(root()).unwrap_or(&agent).display());
+    eprintln!("{}", agent.strip_prefix(root()).unwrap_or(&agent).display());
     Ok(agent)
 }
 

@@ -75,7 +75,7 @@ pub fn as_root(program: impl AsRef<Path>) -> Command {
         command.env("PATH", path);
         return command;
     }
-    println!("(root is needed for this step: {})", program.as_ref().display());
+    eprintln!("(root is needed for this step: {})", program.as_ref().display());
     let mut command = Command::new("sudo");
     command.arg("--preserve-env=RUST_LOG,RUST_BACKTRACE").arg(program.as_ref());
     command

@@ -63,7 +63,7 @@ pub fn setup() -> Result<()> {
     test_tools()?;
     components()?;
     deny()?;
-    println!("setup: everything is there");
+    eprintln!("setup: everything is there");
     Ok(())
 }
 
@@ -253,7 +253,7 @@ DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@
 "#;
 
 fn apt(packages: &[&str]) -> Result<()> {
-    println!("setup: installing {}", packages.join(" "));
+    eprintln!("setup: installing {}", packages.join(" "));
     if !has_candidate(packages[0]) {
         bail!("apt has no package {}; check /etc/apt/sources.list", packages[0]);
     }

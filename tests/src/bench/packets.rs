@@ -89,7 +89,9 @@ fn large(report: &mut Report, rounds: usize) {
         &ports,
         vec![task("many.1", false, Via::Routed, &["10.9.0.9", "fd09::9"])],
     ));
-    with_lab_of(sizes(1_310_720), services, |lab| {
+    // A backend and a slot for each listener of both families.
+    let sizes = Sizes { backends: Some(32_768), slots: Some(32_768), ..sizes(1_310_720) };
+    with_lab_of(sizes, services, |lab| {
         let mut bench = Bench::new(lab, rounds);
         report.section("ns a packet of an established flow, 1,048,576 flows", &[], || {
             bench.established(&[1_048_576])
