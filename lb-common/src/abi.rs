@@ -3,7 +3,7 @@
 use crate::{net::Be16, pod};
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -33,6 +33,10 @@ pub mod table {
     pub const HALF_OPEN4: &str = "HALF_OPEN4";
     /// The same, IPv6.
     pub const HALF_OPEN6: &str = "HALF_OPEN6";
+    /// Where answers go that have lost their flow, IPv4.
+    pub const ORIGINS4: &str = "ORIGINS4";
+    /// Where answers go that have lost their flow, IPv6.
+    pub const ORIGINS6: &str = "ORIGINS6";
     /// [`crate::flow::Timers`] by service.
     pub const TIMERS: &str = "TIMERS";
     /// [`crate::guard::Guard`], one entry.
@@ -63,7 +67,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 27] = [
+    pub const ALL: [&str; 29] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -77,6 +81,8 @@ pub mod table {
         FLOWS6,
         HALF_OPEN4,
         HALF_OPEN6,
+        ORIGINS4,
+        ORIGINS6,
         TIMERS,
         GUARD,
         RATES,

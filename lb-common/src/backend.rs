@@ -72,6 +72,8 @@ pub const RETURN_DIRECT: u8 = 4;
 
 /// A single listener leads to this backend, so that its answers tell by themselves where they go.
 pub const SINGLE: u8 = 8;
+/// That listener places flows by hash: answers that have no entry are turned around all the same.
+pub const CONSISTENT: u8 = 16;
 
 /// One entry of the backend array: what of a backend may change while flows name it.
 ///
@@ -105,7 +107,7 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`].
+    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`CONSISTENT`].
     pub flags: u8,
 }
 

@@ -42,7 +42,12 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
+    /// [`CONSISTENT`] or nothing.
+    pub flags: u32,
 }
+
+/// New flows of a listener are placed by a hash of their five-tuple, so that one whose entry is lost is found again.
+pub const CONSISTENT: u32 = 1;
 
 /// How many listeners may lead to one port of one task.
 ///
@@ -78,7 +83,7 @@ pub struct Replies<A> {
 const _: () = {
     assert!(size_of::<Endpoint<V4>>() == 8 && align_of::<Endpoint<V4>>() == 4);
     assert!(size_of::<Endpoint<V6>>() == 20 && align_of::<Endpoint<V6>>() == 4);
-    assert!(size_of::<Listener>() == 16);
+    assert!(size_of::<Listener>() == 20);
     assert!(size_of::<Replies<V4>>() == 8 + 8 * MAX_REPLY_LISTENERS);
     assert!(size_of::<Replies<V6>>() == 8 + 20 * MAX_REPLY_LISTENERS);
 };

@@ -200,6 +200,27 @@ pub struct Flow<A> {
     pub task_next: u32,
 }
 
+/// Where the answers of a connection go whose entry is lost: kept beside the flows of services with consistent placement,
+/// keyed by an answer's five-tuple, from when the connection was established.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Origin<A> {
+    /// The listener that the client used, network order.
+    pub listener: A,
+    /// Its port.
+    pub port: Be16,
+    /// [`Flow::peer`].
+    pub peer: u16,
+    /// [`Flow::backend`].
+    pub backend: u32,
+    /// [`Flow::generation`].
+    pub generation: u32,
+    /// [`Flow::role`].
+    pub role: u8,
+    /// Zero.
+    pub _pad: [u8; 3],
+}
+
 /// What is said of a packet's place in its connection (RFC 9293, 3.4); all in host order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Segment {
@@ -468,10 +489,11 @@ const _: () = {
     assert!(size_of::<Rewrite<V4>>() == 16 && size_of::<Rewrite<V6>>() == 40);
     // With the kernel's own part an IPv4 entry is two cache lines, of which the value is one.
     assert!(size_of::<Flow<V4>>() == 64 && size_of::<Flow<V6>>() == 88);
+    assert!(size_of::<Origin<V4>>() == 20 && size_of::<Origin<V6>>() == 32);
     assert!(size_of::<Timers>() == 32);
 };
 
-pod!(FlowKey<V4>, FlowKey<V6>, Flow<V4>, Flow<V6>, Timers);
+pod!(FlowKey<V4>, FlowKey<V6>, Flow<V4>, Flow<V6>, Origin<V4>, Origin<V6>, Timers);
 
 #[cfg(test)]
 mod tests {

@@ -16,7 +16,7 @@ use crate::{
     flow::{self, Found, Way},
     fragment,
     frame::Frame,
-    guard,
+    heal,
     maps::{BACKENDS, FILTER, TASKS},
     packet::{Arrival, FIRST, LATER, NOBODY, Packet},
     track::{self, Entries, Known, Sender},
@@ -154,9 +154,18 @@ fn reply<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found
         Err(Outcome::NotOurs | Outcome::LateAnswer) => {}
         done => return done,
     }
-    match track::half_open(frame, packet, Entries::Replies)? {
-        Known::Yes => found(packet),
-        _ => done,
+    if track::half_open(frame, packet, Entries::Replies)? == Known::Yes {
+        return found(packet);
+    }
+    if let Err(Outcome::LateAnswer) = done {
+        return done;
+    }
+    match track::decode(heal::lost(frame, packet))? {
+        Known::Yes => {
+            let backend = BACKENDS.get(packet.flow.backend).ok_or(Outcome::BackendGone)?;
+            Ok(Found { backend, way: Way::Client })
+        }
+        _ => Err(Outcome::NotOurs),
     }
 }
 
@@ -283,7 +292,7 @@ fn answer<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Foun
     }
     match track::decode(half_open_answer(packet, replies, backend))? {
         Known::No if late => Err(Outcome::LateAnswer),
-        Known::No if !guard::answers(packet, replies) => Err(Outcome::NotOurs),
+        Known::No if !heal::answers(packet, replies) => Err(Outcome::NotOurs),
         _ => Ok(Found { backend, way: Way::Client }),
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     frame::Frame,
     maps::{
         FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, HALF_OPEN4, HALF_OPEN6, HalfOpen,
-        LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable,
+        LISTENERS4, LISTENERS6, Listeners, ORIGINS4, ORIGINS6, Origins, REPLIES4, REPLIES6, ReplyTable,
     },
     packet::Packet,
     parse::{IPV4, IPV6, ipv4, ipv6},
@@ -28,6 +28,8 @@ pub trait Family: Address + Back {
 
     /// Its flows that are not established yet.
     const HALF_OPEN: &'static HalfOpen<Self>;
+    /// Where answers go that have lost their flow.
+    const ORIGINS: &'static Origins<Self>;
 
     /// Its listeners.
     const LISTENERS: &'static Listeners<Self>;
@@ -123,6 +125,7 @@ impl Family for V4 {
     const NUMBER: u8 = AF_INET;
     const FLOWS: &'static Flows<Self> = &FLOWS4;
     const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN4;
+    const ORIGINS: &'static Origins<Self> = &ORIGINS4;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS4;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES4;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS4;
@@ -183,6 +186,7 @@ impl Family for V6 {
     const NUMBER: u8 = AF_INET6;
     const FLOWS: &'static Flows<Self> = &FLOWS6;
     const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN6;
+    const ORIGINS: &'static Origins<Self> = &ORIGINS6;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS6;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS6;

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_log_ebpf::debug;
 use lb_common::{
     backend::{Backend, Kind, SHARED},
-    endpoint::Listener,
+    endpoint::{CONSISTENT, Listener},
     flow::{CLIENT_FIN, FIN, OTHERS, REPLY_BY_PEER, REPLY_DIRECT, REQUEST, RESET, RETRY, RST},
     outcome::Outcome,
     tunnel::RETURN_DIRECT,
@@ -14,10 +14,11 @@ use crate::{
     classify, count,
     family::Family,
     frame::Frame,
-    guard, neighbour,
+    guard, heal, neighbour,
     packet::{Arrival, NOBODY, Packet, mac},
     parse::Ethernet,
-    select, snat,
+    select::{self, By},
+    snat,
     track::{self, Sender},
 };
 
@@ -47,7 +48,7 @@ pub fn open<F: Frame, A: Family>(
     packet: &mut Packet<A>,
     listener: &Listener,
 ) -> Result<Found, Outcome> {
-    let goes_on = !packet.may_open() && guard::goes_on(packet);
+    let goes_on = !packet.may_open() && heal::goes_on(packet, listener);
     if !packet.may_open() && !goes_on {
         return Err(Outcome::NoFlow);
     }
@@ -70,12 +71,18 @@ fn make<F: Frame, A: Family>(
     goes_on: bool,
 ) -> Result<(), Outcome> {
     let guarded = goes_on || guard::takes_over();
-    let (index, backend) = select::backend(packet, listener, guarded)?;
+    let by = match listener.flags & CONSISTENT {
+        _ if guarded => By::HashAlone,
+        0 => By::Turn,
+        _ => By::Hash,
+    };
+    let (index, backend) = select::backend(packet, listener, by)?;
     draft(frame, packet, index, backend)?;
     if goes_on {
         let segment = packet.segment();
         packet.flow.client_next = segment.end();
         packet.flow.task_next = segment.acknowledgment;
+        packet.flow.state |= ended(packet.flags);
     } else if guarded && guard::needs_no_entry(backend) {
         guard::placed();
         count::new_flow(listener.service, index);
@@ -159,6 +166,16 @@ fn draft<F: Frame, A: Family>(
     Ok(())
 }
 
+/// What a client's packet says of the end of a connection that has no entry: a late one does not bring it back to life.
+#[inline(always)]
+fn ended(flags: u8) -> u8 {
+    match flags {
+        flags if flags & RST != 0 => RESET,
+        flags if flags & FIN != 0 => CLIENT_FIN,
+        _ => 0,
+    }
+}
+
 /// Sees to it that the answers to a packet that a peer sent to a task of this node go back to where the client sent it:
 /// refreshes their entry, or makes it from any packet of the flow, so that a lost one heals.
 #[inline(never)]
@@ -203,12 +220,7 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     }
     let now = neighbour::jiffies() as u32;
     let segment = packet.segment();
-    // A late end of a connection whose entry is gone does not bring it back to life.
-    let state = match packet.flags {
-        flags if flags & RST != 0 => RESET,
-        flags if flags & FIN != 0 => CLIENT_FIN,
-        _ => 0,
-    };
+    let state = ended(packet.flags);
     let Packet { key, reply, reply_key, .. } = packet;
     reply.rewrite.set(reply_key, (&key.destination, key.destination_port), (&key.source, key.source_port));
     reply.backend = index;

@@ -25,6 +25,7 @@ mod forward;
 mod fragment;
 mod frame;
 mod guard;
+mod heal;
 mod icmp;
 mod maps;
 mod neighbour;

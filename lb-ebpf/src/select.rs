@@ -1,4 +1,4 @@
-//! Choosing a task: exact round robin over a listener's slots, one atomic add a new flow.
+//! Choosing a task: exact round robin over a listener's slots, one atomic add a new flow, or by a hash of the flow.
 
 use lb_common::{
     backend::{Backend, SHARED, State},
@@ -16,14 +16,25 @@ use crate::{
 /// Slots looked at for one flow: the tables change one entry at a time, and a task may take no twin.
 const TRIES: u64 = 4;
 
-/// The next backend of the listener that can take this flow, or `by_hash` that of its five-tuple.
+/// How a backend is chosen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    /// The next one that can take the flow.
+    Turn,
+    /// That of the flow's five-tuple, or the next that can take it.
+    Hash,
+    /// That of the flow's five-tuple, as it was chosen before: nothing else is looked at.
+    HashAlone,
+}
+
+/// The backend of the listener that takes this flow.
 #[inline(always)]
 pub fn backend<A: Family>(
     packet: &mut Packet<A>,
     listener: &Listener,
-    by_hash: bool,
+    by: By,
 ) -> Result<(u32, &'static Backend), Outcome> {
-    match choose(packet, listener, by_hash) {
+    match choose(packet, listener, by != By::Turn, by == By::HashAlone) {
         COLLIDES => Err(Outcome::SourceCollision),
         index => BACKENDS.get(index).map(|backend| (index, backend)).ok_or(Outcome::NoBackend),
     }
@@ -34,7 +45,7 @@ const COLLIDES: u32 = NOBODY - 1;
 
 /// Its index, [`NOBODY`] or [`COLLIDES`]. A function of its own, for the verifier's sake: its many ways end in one.
 #[inline(never)]
-fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool) -> u32 {
+fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool, alone: bool) -> u32 {
     let Some(cursor) = CURSORS.get_ptr_mut(listener.cursor) else {
         return NOBODY;
     };
@@ -43,7 +54,11 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool)
     }
     // What is said if nobody takes it.
     let mut choice = NOBODY;
-    let hash = packet.key.hash() as u64;
+    let mut hash = packet.key.hash() as u64;
+    // A SYN that is sent again tries others; what goes on finds the first again.
+    if !alone {
+        hash += packet.retries as u64 * TRIES;
+    }
     for attempt in 0..TRIES {
         let turn = if by_hash { hash + attempt } else { take_turn(cursor) };
         let slot = listener.slot_base + (turn % listener.slot_count as u64) as u32;
@@ -57,7 +72,7 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool)
         if backend.service != listener.service || backend.state != State::Active as u8 {
             continue;
         }
-        if !by_hash
+        if !alone
             && backend.flags & SHARED != 0
             && (collides(packet, backend, index) || serves_by_peer(packet, backend, index))
         {

@@ -14,6 +14,7 @@ use lb_common::{
 use crate::{
     family::Family,
     frame::Frame,
+    heal,
     maps::{self, BACKENDS, TIMERS},
     neighbour::{self, jiffies},
     packet::{ERROR, LATER, Packet, WHOLE},
@@ -260,6 +261,7 @@ pub fn establish<A: Family>(packet: &mut Packet<A>) {
 pub fn move_over<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) {
     if A::FLOWS.insert(key, flow, BPF_ANY as u64).is_ok() {
         let _ = A::HALF_OPEN.remove(key);
+        let _ = heal::keep(key, flow);
     }
 }
 

@@ -69,6 +69,18 @@ pub enum Return {
     Direct,
 }
 
+/// How the task of a new flow is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// Each task in turn.
+    #[default]
+    RoundRobin,
+    /// By a hash of addresses and ports that changes little when tasks come and go: a connection whose entry in the table
+    /// of flows is lost goes on with its task.
+    Consistent,
+}
+
 /// A machine of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
@@ -93,6 +105,9 @@ pub struct Service {
     pub tasks: Vec<Task>,
     /// How answers travel; `None` is the cluster's way.
     pub returns: Option<Return>,
+    /// How new flows find their tasks.
+    #[serde(default)]
+    pub placement: Placement,
     /// Published ports that are shown but left to Swarm, as users read them.
     pub left: String,
     /// After which silence its flows have ended.

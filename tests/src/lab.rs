@@ -76,7 +76,8 @@ impl PartialEq for FlowState {
     }
 }
 
-fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
+/// A table of flows of the datapath of this namespace's `eth1`.
+pub fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
@@ -133,6 +134,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         ports,
         tasks,
         returns: None,
+        placement: lb_userspace::cluster::Placement::default(),
         left: String::new(),
         timers: Timers::DEFAULT,
     }
@@ -153,7 +155,7 @@ pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
         services: Some(64),
         listeners: Some(256),
         backends: Some(256),
-        slots: Some(1024),
+        slots: Some(8_192),
         ..Sizes::default()
     };
     with_lab_of(sizes, services, test);

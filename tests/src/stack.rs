@@ -48,8 +48,10 @@ impl Frames {
         let target = |at: usize, call: &bpf_insn| {
             at.checked_add_signed(call.imm as isize + 1).expect("a call into the program")
         };
-        let is_call = |instruction: &bpf_insn| instruction.code == CALL && instruction.src_reg() == OWN_FUNCTION;
-        let mut functions: BTreeMap<usize, (u32, BTreeSet<usize>)> = BTreeMap::from([(0, Default::default())]);
+        let is_call =
+            |instruction: &bpf_insn| instruction.code == CALL && instruction.src_reg() == OWN_FUNCTION;
+        let mut functions: BTreeMap<usize, (u32, BTreeSet<usize>)> =
+            BTreeMap::from([(0, Default::default())]);
         for (at, call) in instructions.iter().enumerate().filter(|(_, instruction)| is_call(instruction)) {
             functions.entry(target(at, call)).or_default();
         }
@@ -63,7 +65,9 @@ impl Frames {
                 LOAD if instruction.src_reg() == FRAME => instruction.off.into(),
                 STORE | STORE_VALUE if instruction.dst_reg() == FRAME => instruction.off.into(),
                 // A pointer into the frame is made by a copy of the frame pointer and an addition to it.
-                _ if instruction.code == ADD_VALUE && pointers.contains(&instruction.dst_reg()) => instruction.imm,
+                _ if instruction.code == ADD_VALUE && pointers.contains(&instruction.dst_reg()) => {
+                    instruction.imm
+                }
                 _ => 0,
             };
             *bytes = (*bytes).max(offset.min(0).unsigned_abs());

@@ -8,11 +8,11 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{HOP_MAC, Lab, REDIRECT, TASK_MAC, TX, ip, service, task, with_lab},
+    lab::{HOP_MAC, Lab, REDIRECT, TASK_MAC, TX, UNSPEC, ip, service, task, with_lab},
     netns::eventually,
     packet::{ACK, FIN, Flags, NODE_MAC, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
 };
-use lb_userspace::cluster::{Return, Service, TaskState, Via};
+use lb_userspace::cluster::{Placement, Return, Service, TaskState, Via};
 
 const CLIENT: &str = "198.51.100.7";
 const LISTENER: &str = "192.0.2.1";
@@ -352,6 +352,81 @@ fn an_evicted_entry_is_one_named_reason() {
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
         assert_eq!(lab.evict(table::HALF_OPEN4, |_| true), 1);
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
+    });
+}
+
+/// Two local tasks behind a listener that places flows by hash.
+fn placed_by_hash() -> Vec<Service> {
+    let mut services = services();
+    services.truncate(1);
+    services[0].placement = Placement::Consistent;
+    services
+}
+
+#[test]
+fn a_flow_that_was_placed_by_hash_goes_on_without_its_entry() {
+    with_lab(placed_by_hash(), |lab| {
+        let mut tasks = BTreeMap::<u8, u32>::new();
+        for port in 41_000..41_040 {
+            let task = establish(lab, port);
+            *tasks.entry(task).or_default() += 1;
+            let name = format!("web.{task}");
+            assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REQUEST), 1);
+            assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), name, "the entry is made again");
+            // It moves as a new one does.
+            let data = answer(ACK, task, 8080, port).at(TASK_FIRST + 1, FIRST + 1);
+            assert_eq!(lab.task_tc(&data.bytes()).action, REDIRECT);
+            lab.delivered_to(&segment(ACK, port, 80, 0));
+            assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED]);
+            lab.forget_flows();
+            assert_eq!(lab.delivered_to(&segment(FIN, port, 80, 0)), name);
+            assert_eq!(states(lab, table::HALF_OPEN4, port), [CLIENT_FIN]);
+            lab.forget_flows();
+            assert_eq!(lab.delivered_to(&segment(RST, port, 80, 0)), name);
+            assert_eq!(states(lab, table::HALF_OPEN4, port), [RESET]);
+            lab.forget_flows();
+        }
+        assert!(tasks.len() == 2 && tasks.values().all(|count| *count >= 8), "hashes spread: {tasks:?}");
+    });
+}
+
+#[test]
+fn a_syn_that_was_placed_by_hash_and_is_sent_again_tries_others() {
+    with_lab(placed_by_hash(), |lab| {
+        // A quarter of no second is over at once.
+        lab.configure(|config| config.jiffies_per_second = 0);
+        for port in 41_200..41_220 {
+            let syn = request(SYN, port, 80).at(FIRST, 0);
+            let first = lab.delivered_to(&syn);
+            assert!((0..3).any(|_| lab.delivered_to(&syn) != first), "port {port}");
+        }
+    });
+}
+
+#[test]
+fn an_answer_finds_its_way_without_its_entry() {
+    with_lab(placed_by_hash(), |lab| {
+        let task = establish(lab, 41_100);
+        let data = answer(ACK, task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
+        lab.forget_flows();
+        for _ in 0..2 {
+            let (verdict, counted) = lab.counting(|lab| lab.task_tc(&data.bytes()));
+            assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+            assert_checksums(&verdict.frame);
+            // Source address and port, behind Ethernet.
+            assert_eq!((&verdict.frame[26..30], &verdict.frame[34..36]), (&[192, 0, 2, 1][..], &[0, 80][..]));
+        }
+        // A SYN's answer belongs to no connection that was established, and another task never had it.
+        let first = answer(SYN_ACK, task, 8080, 41_100).at(TASK_FIRST, FIRST + 1);
+        let other = answer(ACK, 3 - task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
+        for packet in [first, other] {
+            assert_eq!(lab.task_tc(&packet.bytes()).action, UNSPEC);
+        }
+        // A task that is gone answers nobody, whoever has its number now.
+        let tasks = lab.cluster().services[0].tasks.clone();
+        lab.update(|cluster| cluster.service_mut(0).tasks.clear());
+        lab.update(|cluster| cluster.service_mut(0).tasks = tasks);
+        assert_eq!(lab.task_tc(&data.bytes()).action, UNSPEC);
     });
 }
 

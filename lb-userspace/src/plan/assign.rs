@@ -6,8 +6,8 @@ use std::{
 };
 
 use lb_common::{
-    backend::{Kind, SHARED, SINGLE, State},
-    endpoint::Listener,
+    backend::{self, Kind, SHARED, SINGLE, State},
+    endpoint::{self, Listener},
     filter::{Side, position},
     net::Be16,
     tunnel::{SELF, TaskKey, mapped},
@@ -20,7 +20,7 @@ use super::{
     transition::Next,
 };
 use crate::{
-    cluster::{Port, Protocol},
+    cluster::{Placement, Port, Protocol},
     slots,
 };
 
@@ -185,7 +185,7 @@ impl<'a> Draft<'a> {
             ports.push(self.port(number, port, (service, before), &backends)?);
         }
         self.conflicts(&backends, &ports)?;
-        Ok(self.commit(number, &service.label, backends, ports))
+        Ok(self.commit(number, service, backends, ports))
     }
 
     /// The backends of a service with their numbers.
@@ -312,7 +312,7 @@ impl<'a> Draft<'a> {
             if addresses.is_empty() {
                 continue;
             }
-            let eligible: Vec<(u32, u16)> = backends
+            let eligible: Vec<(u32, u16, &str)> = backends
                 .iter()
                 .zip(&service.backends)
                 .filter(|((_, entry), _)| {
@@ -320,10 +320,15 @@ impl<'a> Draft<'a> {
                         && (entry.label.protocol, entry.label.target) == (port.protocol, port.target)
                         && entry.label.address.is_ipv4() == v4
                 })
-                .map(|((index, _), wanted)| (*index, wanted.weight))
+                .map(|((index, entry), wanted)| (*index, wanted.weight, entry.label.task.as_str()))
                 .collect();
-            let weights: Vec<u16> = eligible.iter().map(|(_, weight)| *weight).collect();
-            let slots: Vec<u32> = slots::order(&weights).into_iter().map(|i| eligible[i].0).collect();
+            let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
+            let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
+            let (order, flags) = match service.placement {
+                Placement::RoundRobin => (slots::order(&weights), 0),
+                Placement::Consistent => (slots::consistent(&names, &weights), endpoint::CONSISTENT),
+            };
+            let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
             let at = |address: &IpAddr| at(port, *address);
             let slot_count = slots.len() as u32;
             let slot_base = match self.stands(&slots, addresses.iter().map(at)) {
@@ -335,7 +340,7 @@ impl<'a> Draft<'a> {
                     base
                 }
             };
-            let listener = Listener { service: number, slot_base, slot_count, cursor };
+            let listener = Listener { service: number, slot_base, slot_count, cursor, flags };
             listeners.extend(addresses.iter().map(|address| (at(address), listener)));
         }
         Ok(PlannedPort { cursor, label, listeners, ranges })
@@ -354,12 +359,12 @@ impl<'a> Draft<'a> {
     fn commit(
         &mut self,
         number: u32,
-        label: &ServiceLabel,
+        service: &DesiredService,
         backends: Vec<(u32, BackendEntry)>,
         ports: Vec<PlannedPort>,
     ) -> Held {
         let mut held = Held { number: Some(number), ..Held::default() };
-        self.next.services.set(number, label.clone());
+        self.next.services.set(number, service.label.clone());
         for (index, mut entry) in backends {
             // Every listener of the task's family that leads to its port.
             let sources: Vec<(IpAddr, u16)> = ports
@@ -378,6 +383,9 @@ impl<'a> Draft<'a> {
                 }
                 if sources.len() == 1 {
                     entry.backend.flags |= SINGLE;
+                }
+                if local && service.placement == Placement::Consistent {
+                    entry.backend.flags |= backend::CONSISTENT;
                 }
                 let at = endpoint(&entry);
                 // A task that goes may have handed its address to one that comes.

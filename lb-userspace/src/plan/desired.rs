@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
-use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Via};
+use crate::cluster::{ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via};
 
 /// The way from this node to a task, as the kernel's tables have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +100,8 @@ pub struct DesiredService {
     pub backends: Vec<DesiredBackend>,
     /// Published ports and where they listen.
     pub ports: Vec<DesiredPort>,
+    /// How new flows find their tasks.
+    pub placement: Placement,
 }
 
 /// One port of one task; service number, generation and the sharing flag are not known yet.
@@ -187,6 +189,7 @@ impl<'a> Scene<'a> {
             },
             backends: self.backends(service),
             ports: ports(self.view, service, said),
+            placement: service.placement,
         }
     }
 

@@ -71,6 +71,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
             .collect(),
         tasks: seen.into_values().collect(),
         returns: None,
+        placement: crate::cluster::Placement::default(),
         left: String::new(),
         timers: lb_common::flow::Timers::DEFAULT,
     }

@@ -176,6 +176,7 @@ mod tests {
             ports: vec![],
             tasks,
             returns: None,
+            placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
         };

@@ -12,14 +12,16 @@ use lb_common::flow::Timers;
 use super::model::{self, Gossip};
 use crate::{
     cluster::{
-        ClusterState, Node, Port, Protocol, Return, Service, Task, TaskState, TimerError, Tunnel, Via,
-        set_timer,
+        ClusterState, Node, Placement, Port, Protocol, Return, Service, Task, TaskState, TimerError, Tunnel,
+        Via, set_timer,
     },
     source::facts::task_name,
 };
 
 /// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
+/// Service label: how new flows find their tasks, `round-robin` or `consistent`.
+pub const PLACEMENT_LABEL: &str = "lb.placement";
 /// Service label, with a timer's name after it: the silence in seconds after which its flows have ended.
 pub const TIMER_LABEL: &str = "lb.timers.";
 
@@ -108,6 +110,7 @@ impl Listing {
                 ports,
                 tasks,
                 returns: returns(service, &mut notes),
+                placement: placement(service, &mut notes),
                 timers: timers(service, &mut notes),
                 left,
             }));
@@ -240,6 +243,20 @@ fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> 
             let name = &service.spec.name;
             notes.push(format!("service {name}: label {RETURN_LABEL}={other} is neither tunnel nor direct"));
             None
+        }
+    }
+}
+
+fn placement(service: &model::Service, notes: &mut Vec<String>) -> Placement {
+    match service.spec.labels.get(PLACEMENT_LABEL).map(String::as_str) {
+        None | Some("round-robin") => Placement::RoundRobin,
+        Some("consistent") => Placement::Consistent,
+        Some(other) => {
+            let name = &service.spec.name;
+            notes.push(format!(
+                "service {name}: label {PLACEMENT_LABEL}={other} is neither round-robin nor consistent"
+            ));
+            Placement::RoundRobin
         }
     }
 }

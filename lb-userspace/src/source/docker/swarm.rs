@@ -419,6 +419,7 @@ mod tests {
             ports: vec![],
             tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
             returns: None,
+            placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
         };

@@ -10,7 +10,9 @@ use lb_common::flow::Timers;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::cluster::{ClusterState, Node, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer};
+use crate::cluster::{
+    ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer,
+};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,6 +53,8 @@ pub(super) struct RawService {
     ports: Vec<Spanned<String>>,
     #[serde(rename = "return")]
     returns: Option<Return>,
+    #[serde(default)]
+    placement: Placement,
     #[serde(default)]
     timers: BTreeMap<Spanned<String>, u32>,
     #[serde(default)]
@@ -141,12 +145,12 @@ pub(super) fn service<'a>(
         tasks.push(task(raw.get_ref(), nodes)?);
     }
     let name = raw.name.get_ref().clone();
-    let (addresses, returns) = (raw.addresses.clone(), raw.returns);
+    let (addresses, returns, placement) = (raw.addresses.clone(), raw.returns, raw.placement);
     let mut timers = Timers::DEFAULT;
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
-    Ok(Service { name, addresses, ports, tasks, returns, timers, left: String::new() })
+    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, left: String::new() })
 }
 
 /// The tunnel, whose port nobody may publish.

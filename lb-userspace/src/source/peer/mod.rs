@@ -267,6 +267,7 @@ mod tests {
             ports: vec![port.parse().unwrap()],
             tasks: vec![],
             returns: None,
+            placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
         };

@@ -1,0 +1,207 @@
+//! Consistent placement: connections go on though their entries in the tables of flows are taken away. Two nodes, real
+//! sockets and kernels on every side.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    sync::atomic::{AtomicU64, Ordering},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use aya::Pod;
+use lb_common::{
+    abi::table,
+    flow::{Flow, FlowKey},
+    net::{V4, V6},
+};
+use lb_tests::{
+    agent::{Agent, active_tasks, outcome},
+    cluster::{Cluster, Node, Reach, Task},
+    lab::flow_table,
+    netns::eventually,
+};
+
+/// How long an answer may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+const CONNECTIONS: usize = 10;
+/// Bytes of a transfer between two losses.
+const PART: usize = 256 << 10;
+
+/// A task that tells each connection its number, and then sends as many bytes as it is asked for.
+struct Server {
+    listener: TcpListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(task: &Task, number: u8) -> Self {
+        let listener = task.netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+        let socket = listener.try_clone().expect("the same socket");
+        let thread = task.netns.spawn(move || {
+            std::thread::scope(|scope| {
+                while let Ok((stream, _)) = socket.accept() {
+                    scope.spawn(move || serve(stream, number));
+                }
+            });
+        });
+        Self { listener, thread: Some(thread) }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Wakes the thread that accepts.
+        let _ = nix::sys::socket::shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(mut stream: TcpStream, number: u8) {
+    let mut wanted = [0; 4];
+    let mut ready = stream.write_all(&[number]);
+    while ready.is_ok() && stream.read_exact(&mut wanted).is_ok() {
+        ready = stream.write_all(&pattern(u32::from_be_bytes(wanted)));
+    }
+}
+
+fn pattern(bytes: u32) -> Vec<u8> {
+    (0..bytes).map(|number| (number % 251) as u8).collect()
+}
+
+/// A client's connection.
+struct Connection {
+    stream: TcpStream,
+    task: u8,
+}
+
+impl Connection {
+    fn open(to: SocketAddr) -> Self {
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
+        stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+        let mut number = [0];
+        stream.read_exact(&mut number).expect("the task's number");
+        Self { stream, task: number[0] }
+    }
+
+    /// Asks for so many bytes and checks them; `between` is done after each part of them.
+    fn ask(&mut self, bytes: u32, mut between: impl FnMut()) {
+        let to = self.stream.peer_addr();
+        self.stream.write_all(&bytes.to_be_bytes()).unwrap_or_else(|error| panic!("ask {to:?}: {error}"));
+        let mut answer = vec![0; bytes as usize];
+        for part in answer.chunks_mut(PART) {
+            self.stream.read_exact(part).unwrap_or_else(|error| panic!("answer of {to:?}: {error}"));
+            between();
+        }
+        assert!(answer == pattern(bytes), "{to:?} answers what it was asked for");
+    }
+}
+
+/// Two nodes with two tasks each behind a service with consistent placement.
+fn cluster() -> Cluster {
+    let mut cluster = Cluster::new(2);
+    cluster.reach = Reach { peers: true, ..Reach::default() };
+    cluster.receive_xdp();
+    for slot in 0..4 {
+        cluster.add_task(&format!("web.{slot}"), slot % 2);
+    }
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let text = cluster.file("\"80:8080\"", &tasks);
+    cluster.write(&text.replace("name = \"web\"\n", "name = \"web\"\nplacement = \"consistent\"\n"));
+    cluster
+}
+
+fn attach(cluster: &Cluster) -> Vec<Agent<'_>> {
+    let path = cluster.folder().join("cluster.toml");
+    let nodes = cluster.nodes.iter();
+    let agents = nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    for node in &cluster.nodes {
+        eventually("all tasks are offered", || active_tasks(&node.netns, "web") == 4);
+    }
+    agents
+}
+
+fn servers(cluster: &Cluster) -> Vec<Server> {
+    (1..).zip(&cluster.tasks).map(|(number, task)| Server::start(task, number)).collect()
+}
+
+/// Some connections to each address of each node.
+fn connect(cluster: &Cluster, each: usize) -> Vec<Connection> {
+    let addresses = (0..cluster.nodes.len()).flat_map(|node| cluster.addresses(node));
+    let targets = addresses.flat_map(|address| std::iter::repeat_n(SocketAddr::new(address, 80), each));
+    cluster.client.enter(|| targets.map(Connection::open).collect())
+}
+
+/// Takes each entry out of a table in turn, and has `trade` look after each; how many there were.
+fn take<A: 'static>(name: &str, trade: &mut (impl FnMut() + Send)) -> usize
+where
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut flows = flow_table::<A>(name);
+    let keys: Vec<FlowKey<A>> = flows.keys().flatten().collect();
+    // It may have moved to the other table meanwhile.
+    keys.iter().filter(|key| flows.remove(key).is_ok()).map(|_| trade()).count()
+}
+
+/// Takes each entry of a node in turn.
+fn take_each(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
+    let entries = [
+        node.netns.enter(|| take::<V4>(table::FLOWS4, trade)),
+        node.netns.enter(|| take::<V4>(table::HALF_OPEN4, trade)),
+        node.netns.enter(|| take::<V6>(table::FLOWS6, trade)),
+        node.netns.enter(|| take::<V6>(table::HALF_OPEN6, trade)),
+    ];
+    entries.iter().sum()
+}
+
+#[test]
+fn connections_go_on_whichever_entry_is_taken_away() {
+    let cluster = cluster();
+    let _servers = servers(&cluster);
+    let _agents = attach(&cluster);
+    let mut connections = connect(&cluster, CONNECTIONS);
+    for some in connections.chunks(CONNECTIONS) {
+        let tasks: BTreeSet<u8> = some.iter().map(|connection| connection.task).collect();
+        assert!(tasks.len() > 1, "hashes spread: {tasks:?}");
+    }
+    let mut trade = || connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
+    trade();
+    for node in &cluster.nodes {
+        let taken = take_each(node, &mut trade);
+        // Each connection has one at the node that its client used.
+        assert!(taken >= 2 * CONNECTIONS, "{taken} entries at {}", node.name);
+    }
+    // All of all nodes at once.
+    for _ in 0..3 {
+        let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
+        assert!(taken >= 4 * CONNECTIONS, "{taken} entries");
+        trade();
+    }
+    for node in &cluster.nodes {
+        assert_eq!(outcome(&node.netns, "no_flow"), 0);
+    }
+}
+
+#[test]
+fn transfers_go_on_while_entries_are_taken_away() {
+    let cluster = cluster();
+    let _servers = servers(&cluster);
+    let _agents = attach(&cluster);
+    let taken = AtomicU64::new(0);
+    let take_all = || {
+        let entries: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
+        taken.fetch_add(entries as u64, Ordering::Relaxed);
+    };
+    std::thread::scope(|scope| {
+        let connections = connect(&cluster, 2);
+        let transfer = |mut connection: Connection| scope.spawn(move || connection.ask(4 << 20, take_all));
+        connections.into_iter().map(transfer).for_each(drop);
+    });
+    println!("{} entries were taken away", taken.load(Ordering::Relaxed));
+    assert!(taken.load(Ordering::Relaxed) > 50);
+}
