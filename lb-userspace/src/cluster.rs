@@ -81,6 +81,24 @@ pub enum Placement {
     Consistent,
 }
 
+/// What becomes of an established TCP flow whose timer has run out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Idle {
+    /// It is forgotten: neither end hears of it before it sends something.
+    #[default]
+    Forget,
+    /// Both ends are told by a RST, so that neither keeps a connection that leads nowhere.
+    Reset,
+}
+
+impl Idle {
+    /// Whether it is what stands where nothing is set.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A machine of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
@@ -113,6 +131,9 @@ pub struct Service {
     /// After which silence its flows have ended.
     #[serde(default, with = "seconds")]
     pub timers: Timers,
+    /// What becomes of its established TCP flows that have ended so.
+    #[serde(default)]
+    pub idle: Idle,
 }
 
 /// Timers as they travel between nodes.

@@ -13,7 +13,7 @@ use lb_common::{
     tunnel::DEFAULT_PORT,
 };
 use lb_userspace::{
-    cluster::{ClusterState, Node, Service, Task, TaskState, Via},
+    cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
     datapath::{Counters, Datapath, FlowLog, PinDir, Sizes},
     plan::{Planner, Reach, View, Way},
 };
@@ -137,6 +137,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         placement: lb_userspace::cluster::Placement::default(),
         left: String::new(),
         timers: Timers::DEFAULT,
+        idle: Idle::Forget,
     }
 }
 

@@ -186,6 +186,7 @@ impl<'a> Scene<'a> {
                 tasks: service.tasks.len() as u32,
                 left: Some(service.left.clone()).filter(|left| !left.is_empty()),
                 timers: service.timers.seconds,
+                idle: service.idle,
             },
             backends: self.backends(service),
             ports: ports(self.view, service, said),

@@ -12,7 +12,7 @@ use lb_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Protocol, TaskState};
+use crate::cluster::{Idle, Protocol, TaskState};
 
 /// An address, protocol and port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,6 +37,9 @@ pub struct ServiceLabel {
     pub left: Option<String>,
     /// [`lb_common::flow::Timers`].
     pub timers: [u32; 8],
+    /// What becomes of established TCP flows that have ended by silence. Left out by agents before it was there.
+    #[serde(default, skip_serializing_if = "Idle::is_default")]
+    pub idle: Idle,
 }
 
 /// What a cursor stands for: a published port.

@@ -6,7 +6,7 @@ use lb_common::backend::{SHARED, State};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::{ClusterState, Node, Port, Protocol, Service, Task, TaskState, Via};
+use crate::cluster::{ClusterState, Idle, Node, Port, Protocol, Service, Task, TaskState, Via};
 
 const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 256, nodes: 8 };
 
@@ -74,6 +74,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         placement: crate::cluster::Placement::default(),
         left: String::new(),
         timers: lb_common::flow::Timers::DEFAULT,
+        idle: Idle::Forget,
     }
 }
 
@@ -472,6 +473,16 @@ fn bridges_of_one_range_behind_every_node_are_no_conflict() {
     assert_eq!(apply_all(&mut tables, &cluster), Vec::<String>::new());
     assert_eq!(tables.replies.len(), 2);
     assert_eq!(tables.services.len(), 2);
+}
+
+#[test]
+fn a_label_of_an_agent_that_knew_no_idle_connections_means_what_it_meant() {
+    let before = r#"{"name":"web","tasks":1,"timers":[30,7440,120,0,60,300,0,0]}"#;
+    let label: ServiceLabel = serde_json::from_str(before).unwrap();
+    assert_eq!((label.idle, serde_json::to_string(&label).unwrap().as_str()), (Idle::Forget, before));
+    let asks = ServiceLabel { idle: Idle::Reset, ..label };
+    let text = serde_json::to_string(&asks).unwrap();
+    assert_eq!(serde_json::from_str::<ServiceLabel>(&text).unwrap(), asks);
 }
 
 #[test]

@@ -179,6 +179,7 @@ mod tests {
             placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
+            idle: crate::cluster::Idle::Forget,
         };
         ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }
     }

@@ -12,8 +12,8 @@ use lb_common::flow::Timers;
 use super::model::{self, Gossip};
 use crate::{
     cluster::{
-        ClusterState, Node, Placement, Port, Protocol, Return, Service, Task, TaskState, TimerError, Tunnel,
-        Via, set_timer,
+        ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, Task, TaskState, TimerError,
+        Tunnel, Via, set_timer,
     },
     source::facts::task_name,
 };
@@ -24,6 +24,8 @@ pub const RETURN_LABEL: &str = "lb.return";
 pub const PLACEMENT_LABEL: &str = "lb.placement";
 /// Service label, with a timer's name after it: the silence in seconds after which its flows have ended.
 pub const TIMER_LABEL: &str = "lb.timers.";
+/// Service label: what becomes of its established TCP flows that have ended by silence, `forget` or `reset`.
+pub const IDLE_LABEL: &str = "lb.idle";
 
 /// The lists of a manager at one moment.
 #[derive(Clone, Debug, Default)]
@@ -112,6 +114,7 @@ impl Listing {
                 returns: returns(service, &mut notes),
                 placement: placement(service, &mut notes),
                 timers: timers(service, &mut notes),
+                idle: idle(service, &mut notes),
                 left,
             }));
         }
@@ -275,6 +278,18 @@ fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
     timers
 }
 
+fn idle(service: &model::Service, notes: &mut Vec<String>) -> Idle {
+    match service.spec.labels.get(IDLE_LABEL).map(String::as_str) {
+        None | Some("forget") => Idle::Forget,
+        Some("reset") => Idle::Reset,
+        Some(other) => {
+            let name = &service.spec.name;
+            notes.push(format!("service {name}: label {IDLE_LABEL}={other} is neither forget nor reset"));
+            Idle::Forget
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use lb_common::flow::Phase;
@@ -346,6 +361,22 @@ mod tests {
         assert_eq!((seconds[Phase::Established as usize], seconds[Phase::HalfOpen as usize]), (900, 30));
         let said = "service web: label lb.timers.idle=9: there is no timer \"idle\"";
         assert!(picture.notes.iter().any(|note| note.starts_with(said)), "{:?}", picture.notes);
+    }
+
+    #[test]
+    fn what_becomes_of_idle_connections_is_set_by_a_label() {
+        let idle = |value: &str| {
+            let mut listing = listing();
+            listing.services[0].spec.labels.insert(IDLE_LABEL.into(), value.into());
+            let picture = listing.picture(Tunnel::default());
+            let note = picture.notes.into_iter().find(|note| note.contains(IDLE_LABEL));
+            (picture.cluster.services[1].idle, note)
+        };
+        assert_eq!(listing().picture(Tunnel::default()).cluster.services[1].idle, Idle::Forget);
+        assert_eq!(idle("forget"), (Idle::Forget, None));
+        assert_eq!(idle("reset"), (Idle::Reset, None));
+        let said = "service web: label lb.idle=kill is neither forget nor reset".to_owned();
+        assert_eq!(idle("kill"), (Idle::Forget, Some(said)));
     }
 
     #[test]

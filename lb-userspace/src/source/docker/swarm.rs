@@ -422,6 +422,7 @@ mod tests {
             placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
+            idle: crate::cluster::Idle::Forget,
         };
         let mut state = ClusterState {
             nodes: vec![node(1), node(2), node(3)],

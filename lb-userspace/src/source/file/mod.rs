@@ -203,7 +203,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::{parse::parse, *};
-    use crate::cluster::{Port, Protocol, Return, TaskState, Tunnel, Via};
+    use crate::cluster::{Idle, Port, Protocol, Return, TaskState, Tunnel, Via};
 
     const GOOD: &str = r#"
 [[node]]
@@ -297,6 +297,16 @@ weight = 3
         for seconds in ["2", "1000001"] {
             assert!(wrong(&format!("closing = {seconds}")).contains("from 3 to 1000000"));
         }
+    }
+
+    #[test]
+    fn idle_connections_are_forgotten_unless_they_are_to_be_reset() {
+        let with = |idle: &str| GOOD.replace("ports =", &format!("idle = \"{idle}\"\nports ="));
+        let idle = |text: &str| parse(text).ok().map(|state| state.services[0].idle);
+        assert_eq!(idle(GOOD), Some(Idle::Forget));
+        assert_eq!(idle(&with("forget")), Some(Idle::Forget));
+        assert_eq!(idle(&with("reset")), Some(Idle::Reset));
+        fails(&with("drop"), 8, "drop");
     }
 
     #[test]

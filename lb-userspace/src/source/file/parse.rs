@@ -11,7 +11,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::cluster::{
-    ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer,
+    ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer,
 };
 
 #[derive(Deserialize)]
@@ -55,6 +55,8 @@ pub(super) struct RawService {
     returns: Option<Return>,
     #[serde(default)]
     placement: Placement,
+    #[serde(default)]
+    idle: Idle,
     #[serde(default)]
     timers: BTreeMap<Spanned<String>, u32>,
     #[serde(default)]
@@ -145,12 +147,13 @@ pub(super) fn service<'a>(
         tasks.push(task(raw.get_ref(), nodes)?);
     }
     let name = raw.name.get_ref().clone();
-    let (addresses, returns, placement) = (raw.addresses.clone(), raw.returns, raw.placement);
+    let (addresses, returns) = (raw.addresses.clone(), raw.returns);
+    let (placement, idle) = (raw.placement, raw.idle);
     let mut timers = Timers::DEFAULT;
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
-    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, left: String::new() })
+    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, idle, left: String::new() })
 }
 
 /// The tunnel, whose port nobody may publish.

@@ -231,7 +231,7 @@ mod tests {
         "[[service]]\nname = \"a\"\nports = [\"80:80\"]\n",
         "[[service]] # b\nname = \"b\"\nports = [\"81:80\", \"7000:53/udp\"]\n",
         "[[service]]\nname = \"c\"\nports = [\n\"80:80\"]\n",
-        "[[service]]\nname = \"d\"\nports = []\n[service.timers]\nclosing = 9\n",
+        "[[service]]\nname = \"d\"\nports = []\nidle = \"reset\"\n[service.timers]\nclosing = 9\n",
         "[[service.task]]\nname = \"t1\"\nnode = \"n1\"\naddresses = [\"10.0.0.1\"]\n",
         "[[service.task]]\nname = \"t2\"\nnode = \"n1\"\naddresses = [\"10.0.0.2\"]\n",
         "[[service.task]]\nname = \"t3\"\nnode = \"n2\"\naddresses = [\"10.0.0.3\"]\n",

@@ -270,6 +270,7 @@ mod tests {
             placement: crate::cluster::Placement::default(),
             left: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
+            idle: crate::cluster::Idle::Forget,
         };
         let node = |name: &&str| Node { name: (*name).into(), addresses: vec![], agent: true };
         ClusterState {
