@@ -1,7 +1,7 @@
 //! The controller of one interface: joins what the source says with what the kernel says, and keeps the tables
 //! true. It owns the order of things; each thing is done elsewhere.
 
-use std::{collections::BTreeSet, fs, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fs, io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::{
@@ -14,10 +14,10 @@ use tokio::{
 };
 
 use crate::{
-    cluster::ClusterState,
+    cluster::{ClusterState, Idle},
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
     limits::Watch,
-    net::{self, Changes, Found, Link, Net, Prober, Snapshot, Ways},
+    net::{self, Changes, Found, Link, Net, Prober, Reset, Resetter, Snapshot, Ways},
     plan::{MapOp, Planner, Reach, View},
     report::SourceReport,
     source::{Origin, Update},
@@ -62,6 +62,8 @@ pub struct Controller {
     cluster: Option<ClusterState>,
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
+    /// Tells the ends of idle connections; none before a service asks for it, or where the kernel refuses.
+    resetter: Option<Resetter>,
     /// What is said of the source, for the verbs.
     report: SourceReport,
     /// Interface index the uplink's programs were attached to in this life.
@@ -131,6 +133,7 @@ impl Controller {
             planner: Planner::default(),
             cluster,
             prober: None,
+            resetter: None,
             report,
             served: None,
             behind: BTreeSet::new(),
@@ -241,10 +244,19 @@ impl Controller {
     /// the flood guard takes over and lets go.
     fn look_after_flows(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
+        let mut resets = Vec::new();
+        let swept = self.datapath.sweep(&mut resets);
+        // Their flows are gone, whatever became of the walk.
+        self.reset(&resets);
         let interface = &self.settings.interface;
-        if let Some(sweep) = self.datapath.sweep()? {
+        if let Some(sweep) = swept? {
             if sweep.removed > 0 {
-                log::debug!("{interface}: {} of {} flows had ended", sweep.removed, sweep.seen);
+                log::debug!(
+                    "{interface}: {} of {} flows had ended, {} resets for idle ones",
+                    sweep.removed,
+                    sweep.seen,
+                    sweep.resets
+                );
             }
             for full in sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
                 log::warn!("{interface}: {full}");
@@ -270,6 +282,47 @@ impl Controller {
             }
         }
         Ok(())
+    }
+
+    /// Tells ends of idle connections that those are gone. Who cannot be told finds out by itself, as where nobody is told.
+    fn reset(&self, resets: &[Reset]) {
+        let Some(resetter) = self.resetter.as_ref().filter(|_| !resets.is_empty()) else {
+            return;
+        };
+        let interface = &self.settings.interface;
+        let done = resetter.send(resets);
+        log::debug!("{interface}: sent {} resets to ends of idle connections", done.sent);
+        if let Some(error) = done.error {
+            log::debug!("{interface}: {} more could not be sent: {error}", done.failed);
+        }
+    }
+
+    /// Sees to it that resets can be sent if a service asks for them; what is to be said where they cannot.
+    fn open_resetter(&mut self) -> Option<String> {
+        if self.resetter.is_some() {
+            return None;
+        }
+        let services = self.datapath.tables().services.values();
+        let mut asking = services.filter(|label| label.idle == Idle::Reset).map(|label| &label.name);
+        let first = asking.next()?;
+        let error = match Resetter::open() {
+            Ok(resetter) => {
+                self.resetter = Some(resetter);
+                return None;
+            }
+            Err(error) => error,
+        };
+        let others = match asking.count() {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        let needs = match error.kind() {
+            ErrorKind::PermissionDenied => "; the agent needs the capability CAP_NET_RAW for it",
+            _ => "",
+        };
+        Some(format!(
+            "service {first}{others}: idle connections are forgotten, not reset: open a raw socket: {error}{needs}"
+        ))
     }
 
     /// Leaves things as they were found.
@@ -330,6 +383,7 @@ impl Controller {
             self.attach(&snapshot, &uplink)?;
         }
         self.served = Some(uplink.index);
+        complaints.extend(self.open_resetter());
         self.complain(complaints);
         Ok(())
     }

@@ -14,7 +14,8 @@ use lb_common::{
 };
 use lb_userspace::{
     cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
-    datapath::{Counters, Datapath, FlowLog, PinDir, Sizes},
+    datapath::{Counters, Datapath, FlowLog, PinDir, Sizes, Sweep},
+    net::Reset,
     plan::{Planner, Reach, View, Way},
 };
 
@@ -331,6 +332,16 @@ impl Lab {
     /// The IPv4 entries of a flow table.
     pub fn flows(&self, table: &str) -> Vec<(FlowKey<V4>, Flow<V4>)> {
         flow_table(table).iter().flatten().collect()
+    }
+
+    /// Walks once through all flows; what came of it, and the resets that the controller would send.
+    pub fn sweep(&mut self) -> (Sweep, Vec<Reset>) {
+        let mut resets = Vec::new();
+        loop {
+            if let Some(sweep) = self.datapath_mut().sweep(&mut resets).expect("walk through the flows") {
+                return (sweep, resets);
+            }
+        }
     }
 
     /// Forgets every flow.

@@ -343,6 +343,38 @@ fn a_flow_silent_for_longer_than_its_timer_has_ended() {
 }
 
 #[test]
+fn where_ends_are_to_be_told_the_walk_alone_ends_an_idle_flow() {
+    let mut services = services();
+    lb_userspace::cluster::set_timer(&mut services[0].timers, "established", 150).expect("a timer");
+    services[0].idle = lb_userspace::cluster::Idle::Reset;
+    with_lab(services, |lab| {
+        let to = establish(lab, 40_015);
+        // Two jiffies a second: three hundred in all.
+        lab.configure(|config| config.jiffies_per_second = 2);
+        let run_out = |lab: &Lab| {
+            eventually("its timer has run out", || {
+                // Not asked about: that would be a sign of life.
+                let [(_, flow)] = lab.flows(table::FLOWS4)[..] else { panic!("one established flow") };
+                lab.jiffies().wrapping_sub(flow.seen) > 300
+            });
+        };
+        run_out(lab);
+        // A packet that comes before the walk brings it back to life.
+        assert_eq!(lab.delivered_to(&segment(ACK, 40_015, 80, 0)), format!("web.{to}"));
+        let (sweep, resets) = lab.sweep();
+        assert_eq!((sweep.removed, sweep.resets, resets), (0, 0, vec![]));
+        run_out(lab);
+        let (sweep, resets) = lab.sweep();
+        assert_eq!((sweep.removed, sweep.resets, lab.flows(table::FLOWS4)), (1, 2, vec![]));
+        let numbers: Vec<_> = resets.iter().map(|reset| (reset.sequence, reset.acknowledgment)).collect();
+        assert_eq!(numbers, [(TASK_FIRST + 1, FIRST + 1), (FIRST + 1, TASK_FIRST + 1)]);
+        assert_eq!((resets[0].from.port(), resets[0].to.port()), (80, 40_015));
+        assert_eq!((resets[1].from, resets[1].to.port()), (resets[0].to, 8080));
+        assert_eq!(resets[1].to.ip(), ip(&format!("172.18.0.1{to}")));
+    });
+}
+
+#[test]
 fn an_evicted_entry_is_one_named_reason() {
     with_lab(services(), |lab| {
         establish(lab, 40_010);

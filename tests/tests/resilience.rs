@@ -2,7 +2,7 @@
 //! kernels on every side.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
@@ -14,7 +14,7 @@ use std::{
 
 use lb_tests::{
     agent::{Agent, active_tasks, json, outcome, text, verb},
-    cluster::{Cluster, Task},
+    cluster::{Cluster, Reach, Task},
     flood::Flood,
     netns::{Netns, eventually},
     packet::{SYN, Transport},
@@ -267,7 +267,7 @@ fn clients_of_a_task_that_is_gone_are_told_at_once() {
                 client.set_read_timeout(Some(Duration::from_secs(10))).expect("set a time limit");
                 client.write_all(b"anybody there?").expect("send");
                 let told = client.read(&mut [0; 1]).map_err(|error| error.kind());
-                assert_eq!(told, Err(std::io::ErrorKind::ConnectionReset), "{mode} {address}");
+                assert_eq!(told, Err(ErrorKind::ConnectionReset), "{mode} {address}");
             }
             assert!(outcome(node, "reset") - resets >= CLIENTS as u64);
             drop(servers);
@@ -392,4 +392,152 @@ fn what_has_ended_is_swept_out_and_numbers_are_given_again() {
     let open = || json(node, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();
     eventually("none is left", || open() == Some(0));
     drop(agent);
+}
+
+/// A cluster file in which the last task serves with established connections ended by three seconds of silence, and what
+/// else is said of the service.
+fn with_short_silence(cluster: &Cluster, setting: &str) -> String {
+    let task = cluster.tasks.last().expect("a task");
+    let said = format!("{setting}\n[service.timers]\nestablished = 3\n[[service.task]]");
+    cluster.file("\"80:8080\"", &[(task, "running")]).replacen("[[service.task]]", &said, 1)
+}
+
+/// The last task's server.
+fn listen(cluster: &Cluster) -> TcpListener {
+    let task = &cluster.tasks.last().expect("a task").netns;
+    task.enter(|| TcpListener::bind("[::]:8080").expect("listen"))
+}
+
+/// Both ends of a connection through an address that has carried a message each way.
+fn talk(cluster: &Cluster, listener: &TcpListener, to: IpAddr) -> [TcpStream; 2] {
+    let to = SocketAddr::new(to, 80);
+    let mut client = cluster.client.enter(|| TcpStream::connect_timeout(&to, PATIENCE).expect("connect"));
+    let (mut server, _) = listener.accept().expect("a client");
+    for stream in [&client, &server] {
+        stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+    }
+    let mut message = [0; 4];
+    client.write_all(b"ping").expect("send");
+    server.read_exact(&mut message).expect("the client's message");
+    server.write_all(b"pong").expect("answer");
+    client.read_exact(&mut message).expect("the task's answer");
+    [client, server]
+}
+
+/// What an end of a connection hears next.
+fn hears(mut stream: &TcpStream) -> Result<usize, ErrorKind> {
+    stream.read(&mut [0; 1]).map_err(|error| error.kind())
+}
+
+/// Open flows of all tasks.
+fn open_flows(node: &Netns) -> u64 {
+    let shown = json(node, &["service", "ps", "web"]);
+    let tasks = shown["tasks"].as_array().expect("tasks");
+    tasks.iter().map(|task| task["open_flows"].as_u64().expect("a number")).sum()
+}
+
+/// A connection through each of the first node's addresses; its ends.
+fn talk_by_each_family(cluster: &Cluster, listener: &TcpListener) -> [[TcpStream; 2]; 2] {
+    cluster.addresses(0).map(|to| talk(cluster, listener, to))
+}
+
+/// Both ends of connections hear that those are gone, of either family.
+fn are_reset(connections: &[[TcpStream; 2]; 2], what: &str) {
+    for (family, ends) in ["IPv4", "IPv6"].iter().zip(connections) {
+        let heard = ends.each_ref().map(hears);
+        assert_eq!(heard, [Err(ErrorKind::ConnectionReset); 2], "client and task, {family}, {what}");
+    }
+}
+
+/// Connections go, and neither end hears of it.
+fn are_forgotten_in_silence(cluster: &Cluster) {
+    let connections = talk_by_each_family(cluster, &listen(cluster));
+    let node = &cluster.nodes[0].netns;
+    assert_eq!(open_flows(node), 2);
+    eventually("they are forgotten", || open_flows(node) == 0);
+    for end in connections.iter().flatten() {
+        end.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
+        assert_eq!(hears(end), Err(ErrorKind::WouldBlock), "{end:?}");
+    }
+}
+
+#[test]
+fn an_idle_connection_to_a_task_of_the_node_is_reset_at_both_ends_if_so_asked() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_task("web.1", 0);
+    cluster.write(&with_short_silence(&cluster, "idle = \"reset\""));
+    let node = &cluster.nodes[0].netns;
+    let listener = listen(&cluster);
+    for mode in ["native", "tc"] {
+        let agent = attach(&cluster, &["--mode", mode]);
+        let connections = talk_by_each_family(&cluster, &listener);
+        assert_eq!(open_flows(node), 2, "{mode}");
+        are_reset(&connections, mode);
+        assert_eq!(open_flows(node), 0, "{mode}");
+        assert_eq!(outcome(node, "no_flow"), 0, "nobody had anything to say to a reset");
+        drop(agent);
+    }
+}
+
+#[test]
+fn an_idle_connection_to_another_node_is_reset_at_both_ends_if_so_asked() {
+    for reach in [
+        Reach { peers: true, ..Reach::default() },
+        Reach { peers: true, direct: true, ..Reach::default() },
+        Reach { peers: true, outer_v6: true, ..Reach::default() },
+        // From an address of the node.
+        Reach::default(),
+    ] {
+        let mut cluster = Cluster::new(2);
+        cluster.reach = reach;
+        cluster.receive_xdp();
+        cluster.add_task("web.1", 1);
+        let path = cluster.write(&with_short_silence(&cluster, "idle = \"reset\""));
+        let nodes = if reach.peers { &cluster.nodes[..] } else { &cluster.nodes[..1] };
+        let agents: Vec<Agent<'_>> =
+            nodes.iter().map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+        for node in nodes {
+            eventually("the task is offered", || active_tasks(&node.netns, "web") == 1);
+        }
+        are_reset(&talk_by_each_family(&cluster, &listen(&cluster)), &format!("{reach:?}"));
+        for node in nodes {
+            eventually("none is left", || open_flows(&node.netns) == 0);
+            assert_eq!(
+                outcome(&node.netns, "no_flow"),
+                0,
+                "nobody had anything to say to a reset: {reach:?}"
+            );
+        }
+        drop(agents);
+    }
+}
+
+#[test]
+fn an_idle_connection_is_forgotten_in_silence_otherwise() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_task("web.1", 0);
+    cluster.write(&with_short_silence(&cluster, ""));
+    let agent = attach(&cluster, &[]);
+    are_forgotten_in_silence(&cluster);
+    assert!(!agent.log().contains("CAP_NET_RAW"), "nobody asked: {}", agent.log());
+}
+
+#[test]
+fn without_raw_sockets_idle_connections_are_forgotten_and_one_warning_says_so() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_task("web.1", 0);
+    let path = cluster.write(&with_short_silence(&cluster, "idle = \"reset\""));
+    let node = &cluster.nodes[0].netns;
+    let under = ["setpriv", "--bounding-set=-net_raw", "--inh-caps=-all", "--"];
+    let arguments = ["--cluster", path.to_str().expect("a plain path")];
+    let agent = Agent::start_under(node, cluster.folder(), &under, &arguments, &[]);
+    eventually("the task is offered", || active_tasks(node, "web") == 1);
+    are_forgotten_in_silence(&cluster);
+    let log = agent.log();
+    let said = "eth1: service web: idle connections are forgotten, not reset: open a raw socket: Operation not permitted \
+                (os error 1); the agent needs the capability CAP_NET_RAW";
+    assert_eq!(log.matches(said).count(), 1, "{log}");
 }

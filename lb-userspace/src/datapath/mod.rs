@@ -8,6 +8,7 @@ mod counters;
 mod error;
 mod fault;
 mod features;
+mod idle;
 mod journal;
 mod links;
 mod memory;
@@ -51,6 +52,7 @@ pub use tables::TableSet;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    net::Reset,
     plan::{Limits, MapOp, Tables},
     report::SourceReport,
 };
@@ -535,18 +537,19 @@ impl Datapath {
     }
 
     /// Goes on for a slice with a walk through the tables of flows, which takes out those that have ended. At its end it
-    /// tells what it came to; the numbers of backends that no flow names any more are then free to be given again.
+    /// tells what it came to; the numbers of backends that no flow names any more are then free to be given again. The
+    /// resets for idle connections that were taken out go to `resets`, whatever else fails.
     ///
     /// # Errors
     /// The kernel refuses a read; the next call begins anew.
-    pub fn sweep(&mut self) -> Result<Option<Sweep>, DatapathError> {
+    pub fn sweep(&mut self, resets: &mut Vec<Reset>) -> Result<Option<Sweep>, DatapathError> {
         let now = self.now()?;
         let mut sweeper = match self.sweeper.take() {
             Some(sweeper) => sweeper,
             None => Sweeper::new(&self.pins, self.tables.resting.clone())?,
         };
         let jiffies_per_second = self.config.jiffies_per_second;
-        if !sweeper.go_on(Clock { tables: &self.tables, now, jiffies_per_second })? {
+        if !sweeper.go_on(Clock { tables: &self.tables, now, jiffies_per_second }, resets)? {
             self.sweeper = Some(sweeper);
             return Ok(None);
         }

@@ -1,7 +1,8 @@
 //! Going over the tables of flows: taking out what has ended, counting what is open.
 //!
 //! The datapath checks a flow's timer only when a packet of it comes. Those of which none comes any more go here, a slice
-//! at a time, so that a table of millions keeps nobody waiting.
+//! at a time, so that a table of millions keeps nobody waiting. Who is to be told of a connection's end is said to the
+//! caller: nothing is sent here.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,8 +18,8 @@ use lb_common::{
     net::{Address, TCP, V4, V6},
 };
 
-use super::{DatapathError, PinDir, TableSet, batch::Batches};
-use crate::{limits::Fill, plan::Tables};
+use super::{DatapathError, PinDir, TableSet, batch::Batches, idle};
+use crate::{cluster::Idle, limits::Fill, net::Reset, plan::Tables};
 
 /// Entries looked at in one slice.
 const SLICE: usize = 32_768;
@@ -55,6 +56,23 @@ impl Clock<'_> {
                 let timers = label.map_or(Timers::DEFAULT, |label| Timers { seconds: label.timers });
                 flow.expired(tcp, self.now, &timers, self.jiffies_per_second)
             }
+        }
+    }
+
+    /// The resets for a flow that has ended, if its service asks for them. Who closes, or has lost its task, is told by
+    /// others.
+    fn resets<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Vec<Reset> {
+        if key.protocol != TCP || flow.phase(true) != Phase::Established {
+            return Vec::new();
+        }
+        let Some(backend) = self.backend(flow) else {
+            return Vec::new();
+        };
+        let label = self.tables.services.get(&backend.service);
+        if label.is_some_and(|label| label.idle == Idle::Reset) {
+            idle::resets(key, flow, backend)
+        } else {
+            Vec::new()
         }
     }
 }
@@ -96,7 +114,12 @@ where
     }
 
     /// Looks at the next entries, takes out those that have ended; how many were looked at, none when the walk has ended.
-    fn go_on(&mut self, clock: Clock<'_>, done: &mut Sweep) -> Result<Option<usize>, DatapathError> {
+    fn go_on(
+        &mut self,
+        clock: Clock<'_>,
+        done: &mut Sweep,
+        resets: &mut Vec<Reset>,
+    ) -> Result<Option<usize>, DatapathError> {
         let Some(entries) = self.batches.next()? else {
             done.fills.push(Fill { table: self.name, entries: self.left, room: self.room });
             return Ok(None);
@@ -117,6 +140,9 @@ where
             let Ok(flow) = self.flows.get(&key, 0) else { continue };
             if clock.has_ended(&key, &flow) && self.flows.remove(&key).is_ok() {
                 done.removed += 1;
+                let told = clock.resets(&key, &flow);
+                done.resets += told.len() as u64;
+                resets.extend(told);
             }
         }
         done.seen += seen as u64;
@@ -131,6 +157,8 @@ pub struct Sweep {
     pub seen: u64,
     /// Entries taken out, because they had ended.
     pub removed: u64,
+    /// Resets for ends of those that were idle connections.
+    pub resets: u64,
     /// The backends that those left name.
     pub named: BTreeSet<u32>,
     /// How full the tables are.
@@ -158,18 +186,19 @@ impl Sweeper {
         })
     }
 
-    /// Goes on for a slice; true when all tables are done.
-    pub(super) fn go_on(&mut self, clock: Clock<'_>) -> Result<bool, DatapathError> {
+    /// Goes on for a slice; true when all tables are done. To `resets` goes what is to be sent for flows that were taken out,
+    /// also before an error.
+    pub(super) fn go_on(&mut self, clock: Clock<'_>, resets: &mut Vec<Reset>) -> Result<bool, DatapathError> {
         let mut left = SLICE;
         while left > 0 {
             let seen = if let Some(walk) = self.v4.last_mut() {
-                let seen = walk.go_on(clock, &mut self.done)?;
+                let seen = walk.go_on(clock, &mut self.done, resets)?;
                 if seen.is_none() {
                     self.v4.pop();
                 }
                 seen
             } else if let Some(walk) = self.v6.last_mut() {
-                let seen = walk.go_on(clock, &mut self.done)?;
+                let seen = walk.go_on(clock, &mut self.done, resets)?;
                 if seen.is_none() {
                     self.v6.pop();
                 }

@@ -13,7 +13,7 @@ use lb_common::{
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
-    flow::Timers,
+    flow::{Phase, Timers},
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats},
@@ -23,7 +23,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{DatapathError, PinDir, error::errno, fault};
 use crate::{
-    cluster::Protocol,
+    cluster::{Idle, Protocol},
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
     report::SourceReport,
 };
@@ -331,8 +331,7 @@ impl TableSet {
         if new {
             zero(&mut self.service_stats, index)?;
         }
-        let timers = Timers { seconds: label.timers };
-        write(&mut self.timers, index, timers)?;
+        write(&mut self.timers, index, timers(label))?;
         self.set_label(LABEL_SERVICE, index, &fitted(label, |label| &mut label.left))
     }
 
@@ -417,6 +416,16 @@ impl TableSet {
     fn remove_label(&mut self, kind: u32, index: u32) -> Result<(), DatapathError> {
         remove(&mut self.labels, &LabelKey { kind, index })
     }
+}
+
+/// A service's timers as the programs have them. They forget a flow that has ended with the next packet of it, and tell
+/// nobody: where the ends of an idle connection are to be told, only the walk may find it, which goes by the label.
+fn timers(label: &ServiceLabel) -> Timers {
+    let mut timers = Timers { seconds: label.timers };
+    if label.idle == Idle::Reset {
+        timers.seconds[Phase::Established as usize] = Timers::MOST;
+    }
+    timers
 }
 
 fn json(label: &impl Serialize) -> Vec<u8> {

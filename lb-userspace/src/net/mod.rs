@@ -6,6 +6,7 @@
 mod device;
 mod netdev;
 mod probe;
+mod reset;
 mod sandbox;
 mod ways;
 
@@ -31,6 +32,7 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
 };
 pub use probe::Prober;
+pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
 pub use sandbox::Sandbox;
 use sandbox::Sandboxes;
