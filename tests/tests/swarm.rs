@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    io::Read as _,
+    net::{IpAddr, SocketAddr, TcpStream},
     path::Path,
     process::Command,
     time::Duration,
@@ -565,7 +566,7 @@ fn a_hundred_services_at_once() {
 }
 
 /// The powers that packaging gives the agent, as `setpriv` takes them.
-const POWERS: &str = "-all,+bpf,+net_admin,+perfmon";
+const POWERS: &str = "-all,+bpf,+net_admin,+net_raw,+perfmon";
 
 #[test]
 fn the_unit_is_in_order_and_its_powers_suffice() {
@@ -599,6 +600,40 @@ fn the_unit_is_in_order_and_its_powers_suffice() {
     let _agents = start();
     serves(&swarm, "web", 4);
     swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 4));
+    idle_connections_are_reset(&swarm);
+}
+
+/// Connections on which nobody speaks, two through each node to two tasks, are reset at both ends.
+fn idle_connections_are_reset(swarm: &Swarm) {
+    let labels = ["--label", "lb.idle=reset", "--label", "lb.timers.established=3"];
+    create(&swarm.nodes[0], "quiet", 2, "81:8080", &labels, &[]);
+    serves(swarm, "quiet", 2);
+    swarm.nodes.iter().for_each(|node| rotates(swarm, node, 81, 2));
+    let connect = |node: &Node| {
+        let to = SocketAddr::new(node.address(), 81);
+        swarm.client.enter(|| TcpStream::connect_timeout(&to, PATIENCE).expect("connect"))
+    };
+    let connections: Vec<_> = swarm.nodes.iter().flat_map(|node| [connect(node), connect(node)]).collect();
+    // Sockets of tasks that have a client.
+    let established = || -> usize {
+        let containers = swarm.nodes.iter().flat_map(|node| {
+            containers(node, "quiet").into_iter().map(move |container| {
+                let tables = ["exec", &container, "cat", "/proc/net/tcp", "/proc/net/tcp6"];
+                node.docker(&tables)
+                    .lines()
+                    .filter(|line| line.split_whitespace().nth(3) == Some("01"))
+                    .count()
+            })
+        });
+        containers.sum()
+    };
+    assert_eq!(established(), connections.len());
+    for mut connection in connections {
+        connection.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+        let heard = connection.read(&mut [0; 1]).map_err(|error| error.kind());
+        assert_eq!(heard, Err(std::io::ErrorKind::ConnectionReset), "{connection:?}");
+    }
+    within(Duration::from_secs(10), "the tasks have been told too", || established() == 0);
 }
 
 #[test]
@@ -614,7 +649,7 @@ fn the_agent_runs_as_a_global_service() {
             .replace("/var/run/docker.sock:", &format!("{}:", socket.trim_start_matches("unix://")))
             .replace("/var/lib/docker/", &format!("{}/", root.display()))
             // This Docker is older than 23.
-            .replace("[BPF, NET_ADMIN, PERFMON]", "[NET_ADMIN, SYS_ADMIN]")
+            .replace("[BPF, NET_ADMIN, NET_RAW, PERFMON]", "[NET_ADMIN, NET_RAW, SYS_ADMIN]")
             .replace(
                 "mode: global",
                 &format!("mode: global\n      placement: {{constraints: [node.hostname == {}]}}", node.name),
