@@ -71,6 +71,10 @@ fn make<F: Frame, A: Family>(
     goes_on: bool,
 ) -> Result<(), Outcome> {
     let guarded = goes_on || guard::takes_over();
+    if guarded {
+        // What goes on has to find the same task without an entry that says how often it was sent.
+        packet.retries = 0;
+    }
     let by = match listener.flags & CONSISTENT {
         _ if guarded => By::HashAlone,
         0 => By::Turn,
@@ -206,6 +210,7 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
                 // SAFETY: as above.
                 unsafe { packet.reply.copy_from(known) };
                 track::move_over(&packet.reply_key, &packet.reply);
+                let _ = heal::keep_by_peer(packet);
             }
             return 0;
         }

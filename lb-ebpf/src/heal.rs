@@ -52,31 +52,51 @@ pub fn answers<A: Family>(packet: &mut Packet<A>, replies: &Replies<A>) -> bool 
     true
 }
 
-/// Keeps where the answers of a connection go that has just been established, `flow` being its entry. Where round robin
-/// chooses a task nothing is kept: what its client sends next could not be placed again.
+/// Notes where the answers of a connection through this node go, which has just been established. Where round robin chooses a
+/// task nothing is noted: what its client sends next could not be placed again.
 #[inline(never)]
-pub fn keep<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> i32 {
-    let Some(backend) = BACKENDS.get(flow.backend) else {
-        return 0;
-    };
-    if backend.flags & backend::CONSISTENT == 0 || key.protocol != TCP {
+pub fn keep<A: Family>(packet: &mut Packet<A>) -> i32 {
+    let Packet { key, flow, reply_key, origin, .. } = packet;
+    if key.protocol != TCP || !is_healed(flow.backend) {
         return 0;
     }
-    let (listener, port) = if flow.role == REQUEST {
-        (key.destination, key.destination_port)
-    } else {
-        (flow.rewrite.source, flow.rewrite.source_port)
-    };
-    let Flow { peer, backend, generation, role, .. } = *flow;
-    let origin = Origin { listener, port, peer, backend, generation, role, _pad: [0; 3] };
-    let kept = if flow.role == REQUEST {
-        let task = (flow.rewrite.destination, flow.rewrite.destination_port);
-        let answer = FlowKey::new(task.0, key.source, task.1, key.source_port, key.protocol);
-        A::ORIGINS.insert(&answer, &origin, BPF_ANY as u64)
-    } else {
-        A::ORIGINS.insert(key, &origin, BPF_ANY as u64)
-    };
-    kept.map_or(-1, |()| 0)
+    reply_key.source = flow.rewrite.destination;
+    reply_key.destination = key.source;
+    reply_key.source_port = flow.rewrite.destination_port;
+    reply_key.destination_port = key.source_port;
+    reply_key.protocol = key.protocol;
+    reply_key._pad = 0;
+    reply_key._pad2 = 0;
+    origin.listener = key.destination;
+    origin.port = key.destination_port;
+    note(reply_key, flow, origin)
+}
+
+/// The same of a connection that comes through a peer: [`Packet::reply`] is its entry.
+#[inline(never)]
+pub fn keep_by_peer<A: Family>(packet: &mut Packet<A>) -> i32 {
+    let Packet { reply, reply_key, origin, .. } = packet;
+    if reply_key.protocol != TCP || !is_healed(reply.backend) {
+        return 0;
+    }
+    origin.listener = reply.rewrite.source;
+    origin.port = reply.rewrite.source_port;
+    note(reply_key, reply, origin)
+}
+
+#[inline(always)]
+fn is_healed(backend: u32) -> bool {
+    BACKENDS.get(backend).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0)
+}
+
+#[inline(always)]
+fn note<A: Family>(answer: &FlowKey<A>, flow: &Flow<A>, origin: &mut Origin<A>) -> i32 {
+    origin.peer = flow.peer;
+    origin.backend = flow.backend;
+    origin.generation = flow.generation;
+    origin.role = flow.role;
+    origin._pad = [0; 3];
+    A::ORIGINS.insert(answer, origin, BPF_ANY as u64).map_or(-1, |()| 0)
 }
 
 /// Finds where an answer goes whose connection has lost its entry; [`Packet::flow`] is then what the entry was. That of a peer

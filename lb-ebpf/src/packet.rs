@@ -1,7 +1,7 @@
 //! What the parser learned about a packet, passed through the stages.
 
 use lb_common::{
-    flow::{ACK, FIN, Flow, FlowKey, RST, SYN, Segment, Tags},
+    flow::{ACK, FIN, Flow, FlowKey, Origin, RST, SYN, Segment, Tags},
     net::{TCP, V4, V6},
     tunnel::TaskKey,
 };
@@ -77,6 +77,8 @@ pub struct Packet<A> {
     pub reply: Flow<A>,
     /// Its key.
     pub reply_key: FlowKey<A>,
+    /// What is noted beside an entry that is being made.
+    pub origin: Origin<A>,
 }
 
 impl<A> Packet<A> {

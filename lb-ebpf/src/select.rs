@@ -54,13 +54,13 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
     }
     // What is said if nobody takes it.
     let mut choice = NOBODY;
-    let mut hash = packet.key.hash() as u64;
-    // A SYN that is sent again tries others; what goes on finds the first again.
-    if !alone {
-        hash += packet.retries as u64 * TRIES;
-    }
     for attempt in 0..TRIES {
-        let turn = if by_hash { hash + attempt } else { take_turn(cursor) };
+        // A SYN that is sent again tries others.
+        let turn = if by_hash {
+            packet.key.hash() as u64 + packet.retries as u64 * TRIES + attempt
+        } else {
+            take_turn(cursor)
+        };
         let slot = listener.slot_base + (turn % listener.slot_count as u64) as u32;
         let Some(&index) = SLOTS.get(slot) else {
             continue;

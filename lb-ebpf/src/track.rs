@@ -253,6 +253,7 @@ fn is_one_sided<A>(flow: &Flow<A>, backend: &Backend) -> bool {
 #[inline(always)]
 pub fn establish<A: Family>(packet: &mut Packet<A>) {
     move_over(&packet.key, &packet.flow);
+    let _ = heal::keep(packet);
     snat::establish(packet);
 }
 
@@ -261,7 +262,6 @@ pub fn establish<A: Family>(packet: &mut Packet<A>) {
 pub fn move_over<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) {
     if A::FLOWS.insert(key, flow, BPF_ANY as u64).is_ok() {
         let _ = A::HALF_OPEN.remove(key);
-        let _ = heal::keep(key, flow);
     }
 }
 

@@ -6,7 +6,8 @@ use aya_obj::{Object, generated::bpf_insn};
 
 /// The frame pointer.
 const FRAME: u8 = 10;
-/// A frame takes a multiple of so many bytes (`check_max_stack_depth` in the kernel's verifier).
+/// A frame takes a multiple of so many bytes (`check_max_stack_depth` in the kernel's verifier; of 16 since Linux 6.8, where
+/// programs are compiled).
 const ROUNDED: u32 = 32;
 
 // Classes and operations of instructions (RFC 9669).
@@ -20,11 +21,11 @@ const CALL: u8 = 0x85;
 /// What a call's source register says where it calls a function of the program.
 const OWN_FUNCTION: u8 = 1;
 
-/// Bytes of stack of each program of an object: of the deepest chain of calls, frames rounded as the kernel does.
+/// The frames of the deepest chain of calls of each program of an object, in bytes, rounded as the kernel does.
 ///
 /// # Panics
 /// The object is none.
-pub fn depths(object: &[u8]) -> BTreeMap<String, u32> {
+pub fn frames(object: &[u8]) -> BTreeMap<String, Vec<u32>> {
     let mut object = Object::parse(object).expect("an object");
     let sections: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
     object.relocate_calls(&sections).expect("its calls");
@@ -32,7 +33,7 @@ pub fn depths(object: &[u8]) -> BTreeMap<String, u32> {
     programs
         .map(|(name, program)| {
             let function = &object.functions[&program.function_key()];
-            (name.clone(), Frames::of(&function.instructions).depth(0))
+            (name.clone(), Frames::of(&function.instructions).deepest(0))
         })
         .collect()
 }
@@ -79,10 +80,12 @@ impl Frames {
         Self { functions }
     }
 
-    /// Of a function and what it calls; there is no recursion in BPF.
-    fn depth(&self, function: usize) -> u32 {
+    /// Those of a function and what it calls; there is no recursion in BPF.
+    fn deepest(&self, function: usize) -> Vec<u32> {
         let (bytes, calls) = &self.functions[&function];
-        let below = calls.iter().map(|called| self.depth(*called)).max().unwrap_or_default();
-        (*bytes).max(1).next_multiple_of(ROUNDED) + below
+        let below =
+            calls.iter().map(|called| self.deepest(*called)).max_by_key(|chain| chain.iter().sum::<u32>());
+        let own = (*bytes).max(1).next_multiple_of(ROUNDED);
+        [own].into_iter().chain(below.unwrap_or_default()).collect()
     }
 }

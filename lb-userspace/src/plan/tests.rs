@@ -342,6 +342,36 @@ fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
 }
 
 #[test]
+fn consistent_placement_changes_few_slots_when_a_task_goes() {
+    let mut cluster = one_service(&[TaskState::Running; 5]);
+    cluster.service_mut(0).placement = crate::cluster::Placement::Consistent;
+    let limits = Limits { slots: 8_192, ..LIMITS };
+    let mut tables = Tables::empty(limits.slots);
+    let mut slots = Vec::new();
+    for gone in [None, Some(2)] {
+        if let Some(gone) = gone {
+            cluster.service_mut(0).tasks.remove(gone);
+        }
+        let plan = plan_for(&cluster, &tables, &limits);
+        assert_eq!(plan.refused, Vec::<String>::new());
+        apply(&mut tables, &plan).unwrap();
+        let listener = tables.listeners.values().find(|listener| listener.slot_count > 0).unwrap();
+        assert_eq!(listener.flags, lb_common::endpoint::CONSISTENT);
+        let names = |index: &u32| tables.backends[index].label.task.clone();
+        slots.push(tables.slots_of(listener).unwrap().iter().map(names).collect::<Vec<_>>());
+        let local = tables.backends.values().find(|entry| entry.label.task == "s1.0").unwrap();
+        assert_ne!(local.backend.flags & lb_common::backend::CONSISTENT, 0);
+    }
+    let moved = slots[0].iter().zip(&slots[1]).filter(|(before, after)| *before != "s1.2" && before != after);
+    assert!(moved.count() * 20 < slots[0].len());
+    // Back in turn, with as few slots as tasks.
+    cluster.service_mut(0).placement = crate::cluster::Placement::RoundRobin;
+    let plan = plan_for(&cluster, &tables, &limits);
+    apply(&mut tables, &plan).unwrap();
+    assert!(tables.listeners.values().all(|listener| listener.flags == 0 && listener.slot_count <= 4));
+}
+
+#[test]
 fn what_two_services_claim_goes_to_the_first_and_is_said() {
     let mut cluster = one_service(&[TaskState::Running]);
     let twin = |name: &str, port: u16| {

@@ -355,6 +355,22 @@ mod tests {
     }
 
     #[test]
+    fn placement_is_set_by_a_label() {
+        let placement = |value: &str| {
+            let service: model::Service = serde_json::from_value(serde_json::json!({
+                "ID": "s1", "Spec": {"Name": "web", "Labels": {PLACEMENT_LABEL: value}}
+            }))
+            .unwrap();
+            let mut notes = Vec::new();
+            (placement(&service, &mut notes), notes.pop())
+        };
+        assert_eq!(placement("round-robin"), (Placement::RoundRobin, None));
+        assert_eq!(placement("consistent"), (Placement::Consistent, None));
+        let said = "service web: label lb.placement=sticky is neither round-robin nor consistent";
+        assert_eq!(placement("sticky"), (Placement::RoundRobin, Some(said.to_owned())));
+    }
+
+    #[test]
     fn timers_are_set_by_labels_and_unknown_ones_are_named() {
         let picture = listing().picture(Tunnel::default());
         let seconds = picture.cluster.services[1].timers.seconds;

@@ -203,7 +203,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::{parse::parse, *};
-    use crate::cluster::{Idle, Port, Protocol, Return, TaskState, Tunnel, Via};
+    use crate::cluster::{Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
 
     const GOOD: &str = r#"
 [[node]]
@@ -266,16 +266,19 @@ weight = 3
                 "agent = false\n\n[tunnel]\nport = 6082\nreturn = \"direct\"\n\n[[service]]",
             )
             .replace("state =", "via = \"routed\"\noverlay = \"10.0.0.3\"\nstate =")
-            .replace("ports =", "return = \"tunnel\"\nports =");
+            .replace("ports =", "return = \"tunnel\"\nplacement = \"consistent\"\nports =");
         let state = parse(&text).ok().unwrap();
         assert_eq!(state.tunnel, Tunnel { port: 6082, returns: Return::Direct });
         assert_eq!(state.services[0].returns, Some(Return::Tunnel));
+        assert_eq!(state.services[0].placement, Placement::Consistent);
         assert!(!state.nodes[0].agent);
         let task = &state.services[0].tasks[0];
         assert_eq!((task.via, task.cluster_address()), (Via::Routed, "10.0.0.3".parse().ok()));
         // Without a word: an agent everywhere, answers through the tunnel, a task's own address for its name.
         let state = parse(GOOD).ok().unwrap();
         assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
+        assert_eq!(state.services[0].placement, Placement::RoundRobin);
+        fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 9, "unknown variant `sticky`");
         assert!(state.nodes[0].agent);
         let task = &state.services[0].tasks[0];
         assert_eq!((task.via, task.cluster_address()), (Via::Peer, "172.18.0.3".parse().ok()));
