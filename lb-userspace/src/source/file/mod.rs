@@ -278,7 +278,7 @@ weight = 3
         let state = parse(GOOD).ok().unwrap();
         assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
         assert_eq!(state.services[0].placement, Placement::RoundRobin);
-        fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 9, "unknown variant `sticky`");
+        fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 8, "unknown variant `sticky`");
         assert!(state.nodes[0].agent);
         let task = &state.services[0].tasks[0];
         assert_eq!((task.via, task.cluster_address()), (Via::Peer, "172.18.0.3".parse().ok()));
