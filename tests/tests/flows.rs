@@ -1,6 +1,9 @@
 //! What flows go through, packet by packet: states, failover, timers, eviction, a task that is gone.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU16, Ordering},
+};
 
 use lb_common::{
     abi::{TC_ALONE, table},
@@ -459,6 +462,43 @@ fn an_answer_finds_its_way_without_its_entry() {
         lab.update(|cluster| cluster.service_mut(0).tasks.clear());
         lab.update(|cluster| cluster.service_mut(0).tasks = tasks);
         assert_eq!(lab.task_tc(&data.bytes()).action, UNSPEC);
+    });
+}
+
+#[test]
+fn what_two_cpus_take_at_once_finds_its_flow_on_its_way_to_the_established_ones() {
+    const PORTS: std::ops::Range<u16> = 10_000..30_000;
+    with_lab(services(), |lab| {
+        let (taken, done) = (AtomicU16::new(0), AtomicU16::new(0));
+        let wait_for = |counter: &AtomicU16, port| {
+            while counter.load(Ordering::Acquire) != port {
+                std::thread::yield_now();
+            }
+        };
+        let ((), counted) = lab.counting(|lab| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for port in PORTS {
+                        let data = segment(ACK, port, 83, 0).with(|p| p.payload = b"GET".to_vec()).bytes();
+                        wait_for(&taken, port);
+                        lab.xdp(&data);
+                        done.store(port, Ordering::Release);
+                    }
+                });
+                for port in PORTS {
+                    lab.xdp(&request(SYN, port, 83).at(FIRST, 0).bytes());
+                    lab.task_tc(&answer(SYN_ACK, 3, 8083, port).at(TASK_FIRST, FIRST + 1).bytes());
+                    let ack = segment(ACK, port, 83, 0).bytes();
+                    taken.store(port, Ordering::Release);
+                    // Now earlier, now later than the other.
+                    (0..port % 128).for_each(|_| std::hint::spin_loop());
+                    lab.xdp(&ack);
+                    wait_for(&done, port);
+                }
+            });
+        });
+        let flows = PORTS.len() as u64;
+        assert_eq!(counted, BTreeMap::from([(Outcome::Local, 3 * flows), (Outcome::Reply, flows)]));
     });
 }
 

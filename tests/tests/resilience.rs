@@ -4,12 +4,13 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lb_tests::{
@@ -43,6 +44,7 @@ fn mac(netns: &Netns) -> [u8; 6] {
 /// Connections that are open and trade a message now and then, in the order in which they were opened.
 struct Trade {
     clients: Vec<TcpStream>,
+    listener: TcpListener,
     server: Option<JoinHandle<()>>,
 }
 
@@ -53,24 +55,18 @@ impl Trade {
     fn open(cluster: &Cluster, task: usize, to: SocketAddr, connections: usize) -> Self {
         let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("0.0.0.0:8080").expect("listen"));
         // One thread a connection: they are not accepted in the order in which they were opened.
+        let socket = listener.try_clone().expect("the same socket");
         let server = cluster.tasks[task].netns.spawn(move || {
             std::thread::scope(|scope| {
-                for _ in 0..connections {
-                    let stream = listener.accept().expect("a client").0;
+                while let Ok((stream, _)) = socket.accept() {
                     let builder = std::thread::Builder::new().stack_size(64 << 10);
                     builder.spawn_scoped(scope, || echo_messages(stream)).expect("start a thread");
                 }
             });
         });
-        let clients = cluster.client.enter(|| {
-            let connect = |_| {
-                let stream = TcpStream::connect_timeout(&to, PATIENCE).expect("connect");
-                stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
-                stream
-            };
-            (0..connections).map(connect).collect()
-        });
-        Self { clients, server: Some(server) }
+        let connect = |_| connect(to).expect("connect");
+        let clients = cluster.client.enter(|| (0..connections).map(connect).collect());
+        Self { clients, listener, server: Some(server) }
     }
 
     /// A message and its echo on each connection; which failed, and how.
@@ -92,10 +88,37 @@ impl Trade {
 impl Drop for Trade {
     fn drop(&mut self) {
         self.clients.clear();
+        // Wakes the thread that accepts.
+        let _ = nix::sys::socket::shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         if let Some(server) = self.server.take() {
             let _ = server.join();
         }
     }
+}
+
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Opens connections for one message each, one after another until it is over; how long each took, or why it failed.
+fn newcomers(client: &Netns, to: SocketAddr, over: &AtomicBool) -> Vec<Result<Duration, String>> {
+    let visit = || {
+        let start = Instant::now();
+        let mut stream = connect(to)?;
+        let mut answer = [0; 8];
+        stream.write_all(&answer)?;
+        stream.read_exact(&mut answer)?;
+        Ok::<_, std::io::Error>(start.elapsed())
+    };
+    let mut visits = Vec::new();
+    client.enter(|| {
+        while !over.load(Ordering::Relaxed) {
+            visits.push(visit().map_err(|error| error.to_string()));
+        }
+    });
+    visits
 }
 
 /// Sends back each message until its sender ends.
@@ -128,6 +151,7 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
             over.store(true, Ordering::Relaxed);
             took
         });
+        let visitor = scope.spawn(|| newcomers(&cluster.client, to, &over));
         let mut rounds = 0;
         while !over.load(Ordering::Relaxed) {
             rounds += 1;
@@ -135,6 +159,17 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
         }
         assert!(rounds > 0);
         println!("{rounds} rounds of {CONNECTIONS} messages during the flood");
+        let mut visits: Vec<Duration> = visitor
+            .join()
+            .expect("the visits")
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .expect("all come through");
+        visits.sort_unstable();
+        let (Some(median), Some(worst)) = (visits.get(visits.len() / 2), visits.last()) else {
+            panic!("nobody came during the flood");
+        };
+        println!("{} new connections meanwhile, {median:?} each, {worst:?} at worst", visits.len());
         sender.join().expect("the flood")
     });
     assert_eq!(trade.round(u64::MAX), NONE, "after the flood");

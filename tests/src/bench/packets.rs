@@ -44,7 +44,7 @@ pub struct Options {
 
 /// Measures all of it.
 pub fn run(report: &mut Report, options: &Options) {
-    let rounds = if options.quick { 15 } else { 51 };
+    let rounds = if options.quick { 15 } else { 31 };
     let most = if options.quick { 4_096 } else { 65_536 };
     let counts: Vec<u32> = [1, 4_096, 65_536].into_iter().filter(|&count| count <= most).collect();
     with_lab_of(sizes(262_144), services(), |lab| {
@@ -82,15 +82,17 @@ pub fn run(report: &mut Report, options: &Options) {
 /// With a million flows, and with as many listeners as a large cluster has.
 fn large(report: &mut Report, rounds: usize) {
     let mut services = services();
-    let ports: Vec<String> = (10_000..20_000).map(|port| format!("{port}:{port}")).collect();
-    let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
-    services.push(service(
-        "many",
-        &ports,
-        vec![task("many.1", false, Via::Routed, &["10.9.0.9", "fd09::9"])],
-    ));
+    // A service for each, as clusters have them, whose tasks listen where tasks usually do.
+    services.extend((10_000_u16..20_000).map(|port| {
+        let [high, low] = port.to_be_bytes();
+        let addresses = [format!("10.10.{high}.{low}"), format!("fd0a::{port}")];
+        let task =
+            task(&format!("many{port}.1"), false, Via::Routed, &addresses.each_ref().map(String::as_str));
+        service(&format!("many{port}"), &[&format!("{port}:8080")], vec![task])
+    }));
     // A backend and a slot for each listener of both families.
-    let sizes = Sizes { backends: Some(32_768), slots: Some(32_768), ..sizes(1_310_720) };
+    let sizes =
+        Sizes { services: Some(16_384), backends: Some(32_768), slots: Some(32_768), ..sizes(1_310_720) };
     with_lab_of(sizes, services, |lab| {
         let mut bench = Bench::new(lab, rounds);
         report.section("ns a packet of an established flow, 1,048,576 flows", &[], || {
