@@ -85,7 +85,7 @@ fn large(report: &mut Report, rounds: usize) {
     // A service for each, as clusters have them, whose tasks listen where tasks usually do.
     services.extend((10_000_u16..20_000).map(|port| {
         let [high, low] = port.to_be_bytes();
-        let addresses = [format!("10.10.{high}.{low}"), format!("fd0a::{port}")];
+        let addresses = [format!("10.10.{high}.{low}"), format!("fd0a::{port:x}")];
         let task =
             task(&format!("many{port}.1"), false, Via::Routed, &addresses.each_ref().map(String::as_str));
         service(&format!("many{port}"), &[&format!("{port}:8080")], vec![task])
