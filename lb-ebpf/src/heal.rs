@@ -108,8 +108,9 @@ pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
         return none;
     }
     let Packet { key, flow, .. } = packet;
+    let key: &FlowKey<A> = key;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let Some(origin) = (unsafe { A::ORIGINS.get(&*key) }) else {
+    let Some(origin) = (unsafe { A::ORIGINS.get(key) }) else {
         return none;
     };
     let Some(backend) = BACKENDS.get(origin.backend) else {
@@ -132,8 +133,9 @@ pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
     let segment = packet.segment();
     packet.flow.client_next = segment.acknowledgment;
     packet.flow.task_next = segment.end();
-    if packet.flow.role != REQUEST {
-        let _ = A::FLOWS.insert(&packet.key, &packet.flow, BPF_ANY as u64);
+    let Packet { key, flow, .. } = packet;
+    if flow.role != REQUEST {
+        let _ = A::FLOWS.insert(key, flow, BPF_ANY as u64);
     }
     track::encode(Ok(Known::Yes))
 }
