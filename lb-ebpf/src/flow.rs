@@ -70,10 +70,13 @@ fn make<F: Frame, A: Family>(
     listener: &Listener,
     goes_on: bool,
 ) -> Result<(), Outcome> {
-    let guarded = goes_on || guard::takes_over();
+    // What goes on behind the guard was counted when it was placed.
+    let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
+    let guarded = goes_on || too_many;
     if guarded {
-        // What goes on has to find the same task without an entry that says how often it was sent.
+        // What goes on has to find the same task without an entry that says who was asked before.
         packet.retries = 0;
+        packet.avoid = NOBODY;
     }
     let by = match listener.flags & CONSISTENT {
         _ if guarded => By::HashAlone,
@@ -81,6 +84,10 @@ fn make<F: Frame, A: Family>(
         _ => By::Hash,
     };
     let (index, backend) = select::backend(packet, listener, by)?;
+    // Its port is known to its entry alone.
+    if goes_on && backend.kind == Kind::Snat as u8 {
+        return Err(Outcome::NoFlow);
+    }
     draft(frame, packet, index, backend)?;
     if goes_on {
         let segment = packet.segment();
@@ -202,11 +209,13 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
             && flow.rewrite.source_port == key.destination_port
             && flow.generation == backend.generation;
         if same && !(opens && flow.closing()) {
-            if flow.peer != arrival.peer as u16 || flow.role != role {
+            let moved = flow.peer != arrival.peer as u16 || flow.role != role;
+            if moved {
                 flow.peer = arrival.peer as u16;
                 flow.role = role;
             }
-            if track::note(flow, packet, Sender::Client, false) && flow.established() {
+            let changed = track::note(flow, packet, Sender::Client, false);
+            if (changed || moved) && flow.established() {
                 // SAFETY: as above.
                 unsafe { packet.reply.copy_from(known) };
                 track::move_over(&packet.reply_key, &packet.reply);

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::BPF_ANY;
 use lb_common::{
     backend::{self, State},
     endpoint::{self, Listener, Replies},
-    flow::{ANSWERED, ESTABLISHED, Flow, FlowKey, Origin, REQUEST, SYN},
+    flow::{ANSWERED, ESTABLISHED, FIN, Flow, FlowKey, Origin, REQUEST, RESET, RST, SYN, TASK_FIN},
     net::TCP,
 };
 
@@ -107,8 +107,7 @@ pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
     if !packet.is_tcp() || packet.form != WHOLE || packet.flags & SYN != 0 || packet.hops <= 1 {
         return none;
     }
-    let Packet { key, flow, .. } = packet;
-    let key: &FlowKey<A> = key;
+    let Packet { key, .. } = packet;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     let Some(origin) = (unsafe { A::ORIGINS.get(key) }) else {
         return none;
@@ -121,12 +120,19 @@ pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
         return none;
     }
     let now = jiffies() as u32;
+    let ended = match packet.flags {
+        flags if flags & RST != 0 => RESET,
+        flags if flags & FIN != 0 => TASK_FIN,
+        _ => 0,
+    };
+    let Packet { key, flow, .. } = packet;
     flow.rewrite.set(key, (&origin.listener, origin.port), (&key.destination, key.destination_port));
     flow.backend = origin.backend;
     flow.generation = origin.generation;
     flow.peer = origin.peer;
     flow.role = origin.role;
-    flow.state = ANSWERED | ESTABLISHED;
+    // A late end does not bring a connection back to life.
+    flow.state = ANSWERED | ESTABLISHED | ended;
     flow.seen = now;
     flow.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
     flow.forget_hop();
@@ -134,7 +140,7 @@ pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
     packet.flow.client_next = segment.acknowledgment;
     packet.flow.task_next = segment.end();
     let Packet { key, flow, .. } = packet;
-    if flow.role != REQUEST {
+    if flow.role != REQUEST && ended & RESET == 0 {
         let _ = A::FLOWS.insert(key, flow, BPF_ANY as u64);
     }
     track::encode(Ok(Known::Yes))

@@ -160,7 +160,8 @@ pub struct Attach {
     /// Room for backends: ports of tasks, by family [default: 65536]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub max_backends: Option<u32>,
-    /// Room for slots: eligible tasks by weight, at least twice the sum over all ports [default: 262144]
+    /// Room for slots: eligible tasks by weight, or 1,021 or 16,381 with consistent placement; at least twice the sum over
+    /// all ports [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub max_slots: Option<u32>,
     /// Room for nodes of the cluster [default: 4095]

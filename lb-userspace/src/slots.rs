@@ -30,12 +30,14 @@ pub fn order(weights: &[u16]) -> Vec<usize> {
 }
 
 /// Numbers of slots for consistent placement, primes. The share of a task is right to a hundredth as long as there are a
-/// hundred slots for each; from one number to the next all flows move.
-const TABLES: [usize; 3] = [1_021, 16_381, 131_071];
+/// hundred slots for each; from one number to the other nearly all flows would be placed anew.
+const TABLES: [usize; 2] = [1_021, 16_381];
 const SLOTS_OF_A_TASK: usize = 100;
 
 /// A table in which task `i` stands `weights[i] / sum` of all times, and in which nearly all slots stay what they were when
 /// a task comes or goes. The tasks are known by their names.
+///
+/// The order in which they are given does not matter as long as it is that of their names.
 ///
 /// The method is Maglev's (Eisenbud et al., NSDI 2016, 3.4): each task prefers the slots in an order of its own, and in turn
 /// takes the first of them that is free; one of less weight misses turns.
@@ -47,7 +49,8 @@ pub fn consistent(names: &[&str], weights: &[u16]) -> Vec<usize> {
     let size = TABLES.into_iter().find(|size| *size >= names.len() * SLOTS_OF_A_TASK);
     let size = size.unwrap_or(TABLES[TABLES.len() - 1]);
     let mut tasks: Vec<Preference> = names.iter().map(|name| Preference::new(name, size)).collect();
-    let mut credit = vec![0; names.len()];
+    // Whatever its weight, each gets a slot in the first turn.
+    let mut credit: Vec<u32> = weights.iter().map(|weight| u32::from(heaviest - weight)).collect();
     let mut table = vec![usize::MAX; size];
     let mut free = size;
     while free > 0 {
@@ -137,6 +140,7 @@ mod tests {
             let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
             assert!(most - least <= 1, "{count}: {least} to {most} of {}", table.len());
         }
+        assert!(shares(&consistent(&names[..2], &[1, 60_000]), 2).iter().all(|share| *share > 0));
         let table = consistent(&names[..3], &[1, 2, 5]);
         let wanted = [1, 2, 5].map(|weight| weight * table.len() / 8);
         let close = |(share, wanted): (&usize, &usize)| share.abs_diff(*wanted) <= 2;

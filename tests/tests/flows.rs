@@ -451,6 +451,11 @@ fn an_answer_finds_its_way_without_its_entry() {
             // Source address and port, behind Ethernet.
             assert_eq!((&verdict.frame[26..30], &verdict.frame[34..36]), (&[192, 0, 2, 1][..], &[0, 80][..]));
         }
+        // Late ends pass too.
+        for end in [FIN, RST] {
+            let end = answer(end, task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
+            assert_eq!(lab.task_tc(&end.bytes()).action, REDIRECT);
+        }
         // A SYN's answer belongs to no connection that was established, and another task never had it.
         let first = answer(SYN_ACK, task, 8080, 41_100).at(TASK_FIRST, FIRST + 1);
         let other = answer(ACK, 3 - task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);

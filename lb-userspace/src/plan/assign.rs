@@ -312,7 +312,7 @@ impl<'a> Draft<'a> {
             if addresses.is_empty() {
                 continue;
             }
-            let eligible: Vec<(u32, u16, &str)> = backends
+            let mut eligible: Vec<(u32, u16, &str)> = backends
                 .iter()
                 .zip(&service.backends)
                 .filter(|((_, entry), _)| {
@@ -322,6 +322,9 @@ impl<'a> Draft<'a> {
                 })
                 .map(|((index, entry), wanted)| (*index, wanted.weight, entry.label.task.as_str()))
                 .collect();
+            if service.placement == Placement::Consistent {
+                eligible.sort_unstable_by_key(|(_, _, name)| *name);
+            }
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
             let (order, flags) = match service.placement {
