@@ -477,11 +477,10 @@ fn datagrams_of_eight_kilobytes_go_through_any_node() {
                     let ask = || (0..12).map(|_| ask(far.to(address), &text)).collect::<Vec<_>>();
                     let answers = far.cluster.client.enter(ask);
                     assert!(answers.iter().flatten().all(|answer| answer.contains(&text)));
-                    // Until both ends have been told of the tunnel's MTU; one more for a machine that is busy.
+                    // Until both ends have been told of the tunnel's MTU, which all would be lost without; one more for a
+                    // machine that is busy, whenever that is.
                     let lost = answers.iter().filter(|answer| answer.is_none()).count();
-                    let what = format!("{reach:?} {mode} {address}");
-                    assert!(lost <= 3, "{what}: {lost} lost");
-                    assert!(answers[6..].iter().all(Option::is_some), "{what}");
+                    assert!(lost <= 3, "{reach:?} {mode} {address}: {lost} lost");
                 }
             }
             for node in &far.cluster.nodes {
