@@ -59,6 +59,8 @@ impl Trade {
         let server = cluster.tasks[task].netns.spawn(move || {
             std::thread::scope(|scope| {
                 while let Ok((stream, _)) = socket.accept() {
+                    // A client that was lost in a flood never says that it ends.
+                    stream.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
                     let builder = std::thread::Builder::new().stack_size(64 << 10);
                     builder.spawn_scoped(scope, || echo_messages(stream)).expect("start a thread");
                 }
@@ -107,6 +109,7 @@ fn newcomers(client: &Netns, to: SocketAddr, over: &AtomicBool) -> Vec<Result<Du
     let visit = || {
         let start = Instant::now();
         let mut stream = connect(to)?;
+        stream.set_read_timeout(Some(PATIENCE / 3))?;
         let mut answer = [0; 8];
         stream.write_all(&answer)?;
         stream.read_exact(&mut answer)?;
@@ -139,6 +142,7 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
     let file = cluster.file("\"80:8080\", \"53:5353/udp\"", &[(&cluster.tasks[task], "running")]);
     cluster.write(&file);
     let agent = attach(&cluster, arguments);
+    let guarded = !arguments.contains(&"0");
     let node = &cluster.nodes[0];
     let to = SocketAddr::new(node.v4().into(), 80);
     let mut trade = Trade::open(&cluster, task, to, CONNECTIONS);
@@ -159,17 +163,17 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
         }
         assert!(rounds > 0);
         println!("{rounds} rounds of {CONNECTIONS} messages during the flood");
-        let mut visits: Vec<Duration> = visitor
-            .join()
-            .expect("the visits")
-            .into_iter()
-            .collect::<Result<_, _>>()
-            .expect("all come through");
+        let (visits, failed): (Vec<_>, Vec<_>) =
+            visitor.join().expect("the visits").into_iter().partition(Result::is_ok);
+        let mut visits: Vec<Duration> = visits.into_iter().flatten().collect();
         visits.sort_unstable();
-        let (Some(median), Some(worst)) = (visits.get(visits.len() / 2), visits.last()) else {
-            panic!("nobody came during the flood");
-        };
-        println!("{} new connections meanwhile, {median:?} each, {worst:?} at worst", visits.len());
+        let (median, worst) = (visits.get(visits.len() / 2), visits.last());
+        println!(
+            "{} new connections meanwhile, {median:?} each, {worst:?} at worst; {failed:?}",
+            visits.len()
+        );
+        // Without the guard whoever comes may be evicted before the task has answered.
+        assert!(!guarded || !visits.is_empty() && failed.is_empty(), "{failed:?}");
         sender.join().expect("the flood")
     });
     assert_eq!(trade.round(u64::MAX), NONE, "after the flood");
