@@ -77,15 +77,22 @@ impl PartialEq for FlowState {
     }
 }
 
-/// A table of flows of the datapath of this namespace's `eth1`.
-pub fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
+/// A table of the datapath of this namespace's `eth1` that is keyed by five-tuples.
+pub fn table_by_flow<A, V: aya::Pod>(table: &str) -> HashMap<MapData, FlowKey<A>, V>
+where
+    FlowKey<A>: aya::Pod,
+{
+    let pin = PinDir::of("eth1").expect("the pins").table(table);
+    let map = Map::from_map_data(MapData::from_pin(pin).expect("the table")).expect("a table");
+    map.try_into().expect("a hash table")
+}
+
+fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
 {
-    let pin = PinDir::of("eth1").expect("the pins").table(table);
-    let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
-    map.try_into().expect("flows")
+    table_by_flow(table)
 }
 
 fn fill<A>(table: &str, flows: &FlowMap<A>)

@@ -14,13 +14,13 @@ use std::{
 use aya::Pod;
 use lb_common::{
     abi::table,
-    flow::{Flow, FlowKey},
+    flow::{Flow, FlowKey, Origin},
     net::{V4, V6},
 };
 use lb_tests::{
     agent::{Agent, active_tasks, outcome},
     cluster::{Cluster, Node, Reach, Task},
-    lab::flow_table,
+    lab::table_by_flow,
     netns::eventually,
 };
 
@@ -137,26 +137,31 @@ fn connect(cluster: &Cluster, each: usize) -> Vec<Connection> {
 }
 
 /// Takes each entry out of a table in turn, and has `trade` look after each; how many there were.
-fn take<A: 'static>(name: &str, trade: &mut (impl FnMut() + Send)) -> usize
+fn take<A: 'static, V: Pod>(name: &str, trade: &mut impl FnMut()) -> usize
 where
     FlowKey<A>: Pod,
-    Flow<A>: Pod,
 {
-    let mut flows = flow_table::<A>(name);
-    let keys: Vec<FlowKey<A>> = flows.keys().flatten().collect();
+    let mut entries = table_by_flow::<A, V>(name);
+    let keys: Vec<FlowKey<A>> = entries.keys().flatten().collect();
     // It may have moved to the other table meanwhile.
-    keys.iter().filter(|key| flows.remove(key).is_ok()).map(|_| trade()).count()
+    keys.iter().filter(|key| entries.remove(key).is_ok()).map(|_| trade()).count()
 }
 
-/// Takes each entry of a node in turn.
+/// Takes each flow of a node in turn.
 fn take_each(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
     let entries = [
-        node.netns.enter(|| take::<V4>(table::FLOWS4, trade)),
-        node.netns.enter(|| take::<V4>(table::HALF_OPEN4, trade)),
-        node.netns.enter(|| take::<V6>(table::FLOWS6, trade)),
-        node.netns.enter(|| take::<V6>(table::HALF_OPEN6, trade)),
+        node.netns.enter(|| take::<V4, Flow<V4>>(table::FLOWS4, trade)),
+        node.netns.enter(|| take::<V4, Flow<V4>>(table::HALF_OPEN4, trade)),
+        node.netns.enter(|| take::<V6, Flow<V6>>(table::FLOWS6, trade)),
+        node.netns.enter(|| take::<V6, Flow<V6>>(table::HALF_OPEN6, trade)),
     ];
     entries.iter().sum()
+}
+
+/// Takes each note of where answers go in turn.
+fn take_notes(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
+    node.netns.enter(|| take::<V4, Origin<V4>>(table::ORIGINS4, trade))
+        + node.netns.enter(|| take::<V6, Origin<V6>>(table::ORIGINS6, trade))
 }
 
 #[test]
@@ -176,6 +181,9 @@ fn connections_go_on_whichever_entry_is_taken_away() {
         // Each connection has one at the node that its client used.
         assert!(taken >= 2 * CONNECTIONS, "{taken} entries at {}", node.name);
     }
+    // A note is made where the task is.
+    let notes: usize = cluster.nodes.iter().map(|node| take_notes(node, &mut trade)).sum();
+    assert!(notes >= 4 * CONNECTIONS, "{notes} notes");
     // All of all nodes at once.
     for _ in 0..3 {
         let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
