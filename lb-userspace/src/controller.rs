@@ -293,7 +293,11 @@ impl Controller {
         let done = resetter.send(resets);
         log::debug!("{interface}: sent {} resets to ends of idle connections", done.sent);
         if let Some(error) = done.error {
-            log::debug!("{interface}: {} more could not be sent: {error}", done.failed);
+            log::warn!(
+                "{interface}: {} ends of idle connections could not be told by a reset: {error}; they find out when they \
+                 send something. Is there a route to them, and does the packet filter let the node's own packets out?",
+                done.failed
+            );
         }
     }
 
