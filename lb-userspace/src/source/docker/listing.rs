@@ -238,30 +238,33 @@ fn ports(service: &model::Service, tunnel: u16, notes: &mut Vec<String>) -> (Vec
     (served, left.join(", "))
 }
 
-fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> {
-    match service.spec.labels.get(RETURN_LABEL)?.as_str() {
-        "tunnel" => Some(Return::Tunnel),
-        "direct" => Some(Return::Direct),
-        other => {
-            let name = &service.spec.name;
-            notes.push(format!("service {name}: label {RETURN_LABEL}={other} is neither tunnel nor direct"));
-            None
-        }
+/// What a label that chooses between two says; `None` where there is none, or it is neither, which is noted.
+fn choice<T: Copy>(
+    service: &model::Service,
+    label: &str,
+    choices: [(&str, T); 2],
+    notes: &mut Vec<String>,
+) -> Option<T> {
+    let value = service.spec.labels.get(label)?;
+    let chosen = choices.iter().find(|(name, _)| name == value).map(|(_, choice)| *choice);
+    if chosen.is_none() {
+        let (name, [(one, _), (other, _)]) = (&service.spec.name, choices);
+        notes.push(format!("service {name}: label {label}={value} is neither {one} nor {other}"));
     }
+    chosen
+}
+
+fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> {
+    choice(service, RETURN_LABEL, [("tunnel", Return::Tunnel), ("direct", Return::Direct)], notes)
 }
 
 fn placement(service: &model::Service, notes: &mut Vec<String>) -> Placement {
-    match service.spec.labels.get(PLACEMENT_LABEL).map(String::as_str) {
-        None | Some("round-robin") => Placement::RoundRobin,
-        Some("consistent") => Placement::Consistent,
-        Some(other) => {
-            let name = &service.spec.name;
-            notes.push(format!(
-                "service {name}: label {PLACEMENT_LABEL}={other} is neither round-robin nor consistent"
-            ));
-            Placement::RoundRobin
-        }
-    }
+    let choices = [("round-robin", Placement::RoundRobin), ("consistent", Placement::Consistent)];
+    choice(service, PLACEMENT_LABEL, choices, notes).unwrap_or_default()
+}
+
+fn idle(service: &model::Service, notes: &mut Vec<String>) -> Idle {
+    choice(service, IDLE_LABEL, [("forget", Idle::Forget), ("reset", Idle::Reset)], notes).unwrap_or_default()
 }
 
 fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
@@ -276,18 +279,6 @@ fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
         }
     }
     timers
-}
-
-fn idle(service: &model::Service, notes: &mut Vec<String>) -> Idle {
-    match service.spec.labels.get(IDLE_LABEL).map(String::as_str) {
-        None | Some("forget") => Idle::Forget,
-        Some("reset") => Idle::Reset,
-        Some(other) => {
-            let name = &service.spec.name;
-            notes.push(format!("service {name}: label {IDLE_LABEL}={other} is neither forget nor reset"));
-            Idle::Forget
-        }
-    }
 }
 
 #[cfg(test)]
