@@ -1,21 +1,21 @@
 //! Giving numbers to what is desired: those in use are kept, freed ones rest as long as possible.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     net::IpAddr,
 };
 
 use lb_common::{
     backend::{self, Kind, SHARED, SINGLE, State},
     endpoint::{self, Listener},
-    filter::{Side, position},
     net::Be16,
     tunnel::{SELF, TaskKey, mapped},
 };
 
 use super::{
+    books::{Books, family, listener_mark, source_mark},
     desired::{DesiredNode, DesiredPort, DesiredService},
-    overlay::Overlay,
+    numbers::Numbers,
     tables::{At, BackendEntry, BackendLabel, PortLabel, ReplySet, ServiceLabel, Tables},
     transition::Next,
 };
@@ -442,39 +442,8 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// What the tables hold beside the services' own.
-#[derive(Debug, Default)]
-pub(super) struct Books {
-    ranges: Ranges,
-    marks: Marks,
-    /// Listeners of each family: those that are there, and those that come. New ones are set before old ones go: the
-    /// tables hold both for a moment.
-    listeners: [usize; 2],
-}
-
-impl Books {
-    /// Those of the tables as they are.
-    pub fn of(actual: &Tables) -> Self {
-        let mut books = Self::default();
-        for (at, listener) in &actual.listeners {
-            books.listeners[family(at)] += 1;
-            books.ranges.join(listener);
-            books.marks.add(listener_mark(at));
-        }
-        actual.backends.values().filter_map(source_mark).for_each(|mark| books.marks.add(mark));
-        // Bits that nobody asks for may be left of a plan that was cut short.
-        books.marks.touched.extend(actual.filter.keys());
-        books
-    }
-}
-
 fn at(port: Port, address: IpAddr) -> At {
     At { address, protocol: port.protocol, port: port.published }
-}
-
-/// Index of an address family's count.
-fn family(at: &At) -> usize {
-    usize::from(at.address.is_ipv6())
 }
 
 struct PlannedPort {
@@ -487,18 +456,6 @@ struct PlannedPort {
 
 fn full(what: &str) -> Refusal {
     Refusal::Full(format!("the table of {what} is full; attach again with a higher --max-{what}"))
-}
-
-/// The bit of the filter by which a listener's packets pass.
-fn listener_mark(at: &At) -> (u32, u64) {
-    position(Side::Destination, at.protocol.number(), Be16::new(at.port))
-}
-
-/// Replies come from the tasks' ports, to wherever they go; those of peers' tasks come through the tunnel.
-fn source_mark(entry: &BackendEntry) -> Option<(u32, u64)> {
-    let label = &entry.label;
-    (entry.backend.kind != Kind::Peer as u8)
-        .then(|| position(Side::Source, label.protocol.number(), Be16::new(label.target)))
 }
 
 /// Whether a backend's answers come to this node by themselves, from its own address.
@@ -527,159 +484,4 @@ fn identity(label: &BackendLabel, kind: u8) -> Identity<'_> {
     let peer = kind == Kind::Peer as u8;
     let address = label.overlay.filter(|_| peer).unwrap_or(label.address);
     (&label.task, label.protocol, label.target, (address, label.address.is_ipv4()), kind)
-}
-
-/// Free numbers of a table.
-struct Numbers<'a, V> {
-    taken: &'a BTreeMap<u32, V>,
-    /// Given only when there are no others: what still names them knows by the generation that they are another's.
-    resting: Option<&'a BTreeSet<u32>>,
-    given: BTreeSet<u32>,
-    /// The lowest.
-    first: u32,
-    limit: u32,
-    cursor: u32,
-}
-
-impl<'a, V> Numbers<'a, V> {
-    /// Those below `limit` that are not taken, looked for from `cursor` on.
-    fn new(taken: &'a BTreeMap<u32, V>, limit: u32, cursor: u32, resting: Option<&'a BTreeSet<u32>>) -> Self {
-        Self { taken, resting, given: BTreeSet::new(), first: 0, limit, cursor }
-    }
-
-    fn next(&mut self) -> Option<u32> {
-        let used = (self.first as usize) + self.taken.len() + self.given.len();
-        let room = (self.limit as usize).saturating_sub(used);
-        if room <= self.resting.map_or(0, BTreeSet::len) {
-            if room == 0 {
-                return None;
-            }
-            self.resting = None;
-        }
-        let free = |number: &u32| {
-            !self.taken.contains_key(number)
-                && !self.given.contains(number)
-                && !self.resting.is_some_and(|resting| resting.contains(number))
-        };
-        let start = self.cursor.clamp(self.first, self.limit);
-        let number = (start..self.limit).chain(self.first..start).find(free)?;
-        self.given.insert(number);
-        self.cursor = number + 1;
-        Some(number)
-    }
-}
-
-/// Ranges of the slot table, by their start: what a listener reads today is not written.
-#[derive(Debug, Default)]
-struct Ranges {
-    used: BTreeMap<u32, Range>,
-    /// Those that may have no listener any more once the plan is applied.
-    left: Vec<u32>,
-    cursor: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Range {
-    count: u32,
-    /// Listeners that lead there.
-    listeners: u32,
-}
-
-impl Ranges {
-    /// A listener leads there.
-    fn join(&mut self, listener: &Listener) {
-        if listener.slot_count > 0 {
-            let range = self.used.entry(listener.slot_base).or_default();
-            range.listeners += 1;
-            range.count = range.count.max(listener.slot_count);
-        }
-    }
-
-    /// A listener leads there no longer; until the plan is applied it still reads. One without slots leads nowhere.
-    fn leave(&mut self, listener: &Listener) {
-        if listener.slot_count == 0 {
-            return;
-        }
-        if let Some(range) = self.used.get_mut(&listener.slot_base) {
-            range.listeners = range.listeners.saturating_sub(1);
-            self.left.push(listener.slot_base);
-        }
-    }
-
-    /// Forgets the ranges that nobody reads once the plan is applied.
-    fn settle(&mut self) {
-        for base in self.left.drain(..) {
-            if self.used.get(&base).is_some_and(|range| range.listeners == 0) {
-                self.used.remove(&base);
-            }
-        }
-    }
-
-    /// The next ranges are looked for behind the last one.
-    fn rewind(&mut self) {
-        self.cursor =
-            self.used.iter().next_back().map_or(0, |(base, range)| base.saturating_add(range.count));
-    }
-
-    /// A free range, looked for behind the last one taken and then from the start.
-    fn take(&mut self, count: u32, limit: u32) -> Option<u32> {
-        let base = self.fit(self.cursor, count, limit).or_else(|| self.fit(0, count, limit))?;
-        self.used.insert(base, Range { count, listeners: 0 });
-        // Its service may yet be left out.
-        self.left.push(base);
-        self.cursor = base + count;
-        Some(base)
-    }
-
-    fn fit(&self, from: u32, count: u32, limit: u32) -> Option<u32> {
-        let mut base = from;
-        if let Some((before, taken)) = self.used.range(..from).next_back() {
-            base = base.max(before + taken.count);
-        }
-        for (next, taken) in self.used.range(from..) {
-            if base.checked_add(count)? <= *next {
-                break;
-            }
-            base = base.max(next + taken.count);
-        }
-        (base.checked_add(count)? <= limit).then_some(base)
-    }
-}
-
-/// The bits of the port filter, and how many listeners and backends ask for each.
-#[derive(Debug, Default)]
-struct Marks {
-    wanted: HashMap<(u32, u64), u32>,
-    /// Words that may have changed.
-    touched: BTreeSet<u32>,
-}
-
-impl Marks {
-    /// Somebody asks for a bit.
-    fn add(&mut self, mark: (u32, u64)) {
-        *self.wanted.entry(mark).or_default() += 1;
-        self.touched.insert(mark.0);
-    }
-
-    /// Somebody no longer does.
-    fn remove(&mut self, mark: (u32, u64)) {
-        if let Entry::Occupied(mut wanted) = self.wanted.entry(mark) {
-            *wanted.get_mut() -= 1;
-            if *wanted.get() == 0 {
-                wanted.remove();
-            }
-            self.touched.insert(mark.0);
-        }
-    }
-
-    fn write(&mut self, filter: &mut Overlay<'_, u32, u64>) {
-        for word in std::mem::take(&mut self.touched) {
-            let wanted =
-                (0..u64::BITS).map(|bit| 1 << bit).filter(|bit| self.wanted.contains_key(&(word, *bit)));
-            match wanted.fold(0, |bits, bit| bits | bit) {
-                0 => filter.remove(word),
-                bits => filter.set(word, bits),
-            }
-        }
-    }
 }

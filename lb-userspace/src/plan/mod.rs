@@ -5,7 +5,9 @@
 //! of one. The [`Planner`] remembers what was planned, so that a change costs what changes.
 
 mod assign;
+mod books;
 mod desired;
+mod numbers;
 mod overlay;
 mod planner;
 mod tables;

@@ -12,7 +12,8 @@ use std::{
 
 use super::{
     Plan,
-    assign::{Books, Draft, Held, Limits, Refusal},
+    assign::{Draft, Held, Limits, Refusal},
+    books::Books,
     desired::{self, DesiredNode, Reach, Reaching, Scene, View, Way, is_shown},
     tables::Tables,
     transition::transition,
