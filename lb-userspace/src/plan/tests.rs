@@ -6,9 +6,10 @@ use lb_common::backend::{SHARED, State};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::{ClusterState, Idle, Node, Port, Protocol, Service, Task, TaskState, Via};
+use crate::cluster::{ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via};
 
-const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 256, nodes: 8 };
+// Slots for two generations of consistent placement of all.
+const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 65_536, nodes: 8 };
 
 fn addresses() -> Vec<IpAddr> {
     vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
@@ -26,7 +27,9 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         any::<bool>(),
     );
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
-    let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3));
+    let placement = prop_oneof![7 => Just(Placement::RoundRobin), 1 => Just(Placement::Consistent)];
+    let idle = prop_oneof![3 => Just(Idle::Forget), 1 => Just(Idle::Reset)];
+    let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), (placement, idle));
     // A third node comes and goes, and the second one's agent.
     let others = (any::<bool>(), any::<bool>());
     (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(|(services, (agent, third))| {
@@ -37,7 +40,11 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
-        let services = services.into_iter().map(|(number, (tasks, ports))| build(number, tasks, ports));
+        let services = services.into_iter().map(|(number, (tasks, ports, (placement, idle)))| Service {
+            placement,
+            idle,
+            ..build(number, tasks, ports)
+        });
         let services = services.map(Arc::new).collect();
         ClusterState { nodes, services, ..ClusterState::default() }
     })
@@ -71,7 +78,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
             .collect(),
         tasks: seen.into_values().collect(),
         returns: None,
-        placement: crate::cluster::Placement::default(),
+        placement: Placement::default(),
         left: String::new(),
         timers: lb_common::flow::Timers::DEFAULT,
         idle: Idle::Forget,
@@ -344,7 +351,7 @@ fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
 #[test]
 fn consistent_placement_changes_few_slots_when_a_task_goes() {
     let mut cluster = one_service(&[TaskState::Running; 5]);
-    cluster.service_mut(0).placement = crate::cluster::Placement::Consistent;
+    cluster.service_mut(0).placement = Placement::Consistent;
     let limits = Limits { slots: 8_192, ..LIMITS };
     let mut tables = Tables::empty(limits.slots);
     let mut slots = Vec::new();
@@ -365,7 +372,7 @@ fn consistent_placement_changes_few_slots_when_a_task_goes() {
     let moved = slots[0].iter().zip(&slots[1]).filter(|(before, after)| *before != "s1.2" && before != after);
     assert!(moved.count() * 20 < slots[0].len());
     // Back in turn, with as few slots as tasks.
-    cluster.service_mut(0).placement = crate::cluster::Placement::RoundRobin;
+    cluster.service_mut(0).placement = Placement::RoundRobin;
     let plan = plan_for(&cluster, &tables, &limits);
     apply(&mut tables, &plan).unwrap();
     assert!(tables.listeners.values().all(|listener| listener.flags == 0 && listener.slot_count <= 4));
