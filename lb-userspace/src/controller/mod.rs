@@ -1,11 +1,15 @@
 //! The controller of one interface: joins what the source says with what the kernel says, and keeps the tables
 //! true. It owns the order of things; each thing is done elsewhere.
 
-use std::{collections::BTreeSet, fs, io::ErrorKind, net::IpAddr, sync::Arc, time::Duration};
+mod attach;
+mod flows;
+
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+pub use attach::name;
 use lb_common::{
-    abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS},
+    abi::{Config, Mode},
     net::Be16,
 };
 use tokio::{
@@ -14,10 +18,10 @@ use tokio::{
 };
 
 use crate::{
-    cluster::{ClusterState, Idle},
+    cluster::ClusterState,
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
     limits::Watch,
-    net::{self, Changes, Found, Link, Net, Prober, Reset, Resetter, Snapshot, Ways},
+    net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
     plan::{MapOp, Planner, Reach, View},
     report::SourceReport,
     source::{Origin, Update},
@@ -240,95 +244,6 @@ impl Controller {
         }
     }
 
-    /// What is due once a second: tells the programs that somebody is there, takes flows out that have ended, and says when
-    /// the flood guard takes over and lets go.
-    fn look_after_flows(&mut self) -> Result<(), DatapathError> {
-        self.datapath.beat()?;
-        let mut resets = Vec::new();
-        let swept = self.datapath.sweep(&mut resets);
-        // Their flows are gone, whatever became of the walk.
-        self.reset(&resets);
-        let interface = &self.settings.interface;
-        if let Some(sweep) = swept? {
-            if sweep.removed > 0 {
-                log::debug!(
-                    "{interface}: {} of {} flows had ended, {} resets for idle ones",
-                    sweep.removed,
-                    sweep.seen,
-                    sweep.resets
-                );
-            }
-            for full in sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
-                log::warn!("{interface}: {full}");
-            }
-        }
-        for full in self.watch.counters(|outcome| self.datapath.outcome(outcome).ok()) {
-            log::warn!("{interface}: {full}");
-        }
-        let guard = self.datapath.guard()?;
-        if guard.on != self.flooded {
-            self.flooded = guard.on;
-            if guard.on {
-                log::warn!(
-                    "{interface}: more than {} new flows a second on a CPU: until there are fewer they are placed by \
-                     hash, and leave no entry before the client goes on",
-                    self.settings.flood_rate
-                );
-            } else {
-                log::warn!(
-                    "{interface}: the flood is over; {} flows were placed by hash so far",
-                    guard.placed
-                );
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells ends of idle connections that those are gone. Who cannot be told finds out by itself, as where nobody is told.
-    fn reset(&self, resets: &[Reset]) {
-        let Some(resetter) = self.resetter.as_ref().filter(|_| !resets.is_empty()) else {
-            return;
-        };
-        let interface = &self.settings.interface;
-        let done = resetter.send(resets);
-        log::debug!("{interface}: sent {} resets to ends of idle connections", done.sent);
-        if let Some(error) = done.error {
-            log::warn!(
-                "{interface}: {} ends of idle connections could not be told by a reset: {error}; they find out when they \
-                 send something. Is there a route to them, and does the packet filter let the node's own packets out?",
-                done.failed
-            );
-        }
-    }
-
-    /// Sees to it that resets can be sent if a service asks for them; what is to be said where they cannot.
-    fn open_resetter(&mut self) -> Option<String> {
-        if self.resetter.is_some() {
-            return None;
-        }
-        let services = self.datapath.tables().services.values();
-        let mut asking = services.filter(|label| label.idle == Idle::Reset).map(|label| &label.name);
-        let first = asking.next()?;
-        let error = match Resetter::open() {
-            Ok(resetter) => {
-                self.resetter = Some(resetter);
-                return None;
-            }
-            Err(error) => error,
-        };
-        let others = match asking.count() {
-            0 => String::new(),
-            count => format!(" and {count} more"),
-        };
-        let needs = match error.kind() {
-            ErrorKind::PermissionDenied => "; the agent needs the capability CAP_NET_RAW for it",
-            _ => "",
-        };
-        Some(format!(
-            "service {first}{others}: idle connections are forgotten, not reset: open a raw socket: {error}{needs}"
-        ))
-    }
-
     /// Leaves things as they were found.
     async fn give_up(&mut self) {
         if !self.datapath.adopted() {
@@ -508,42 +423,6 @@ impl Controller {
         Ok(())
     }
 
-    /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
-    /// answers would go astray is not offered. What is to be said of programs that could not be swapped.
-    fn attach_carriers(
-        &mut self,
-        snapshot: &Snapshot,
-        uplink: u32,
-        carriers: &BTreeSet<u32>,
-        ways: &mut Found,
-    ) -> Vec<String> {
-        let behind = std::mem::take(&mut self.behind);
-        let attached: BTreeSet<u32> = match self.served {
-            Some(_) => {
-                self.datapath.task_links().into_iter().filter(|index| !behind.contains(index)).collect()
-            }
-            None => BTreeSet::new(),
-        };
-        let mut stay = Vec::new();
-        for index in carriers.difference(&attached) {
-            let name = snapshot.links.get(index).map_or("", |link| &link.name);
-            let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
-                continue;
-            };
-            if self.datapath.carries(*index) {
-                self.behind.insert(*index);
-                stay.push(format!("the former program serves on {name}: {problem}; trying again"));
-                continue;
-            }
-            for way in ways.values_mut() {
-                if way.as_ref().is_ok_and(|way| way.ifindex == *index) {
-                    *way = Err(format!("attach to {name}: {problem}"));
-                }
-            }
-        }
-        stay
-    }
-
     /// Applies operations in their order. What a failure leaves is planned anew from what the tables say.
     fn apply(&mut self, ops: Vec<MapOp>) -> Result<()> {
         let applied = ops.into_iter().try_for_each(|op| self.datapath.apply(op));
@@ -585,67 +464,6 @@ impl Controller {
                 String::new()
             }
         }
-    }
-
-    /// Attaches the uplink's programs: native XDP, else TC alone, or only what was asked for.
-    fn attach(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<()> {
-        let modes = match self.settings.mode {
-            Some(mode) => vec![mode],
-            // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
-            None => vec![Mode::Native, Mode::Tc],
-        };
-        let mut problems = Vec::new();
-        for mode in modes {
-            let done = hidden_tags(snapshot, uplink, mode)
-                .and_then(|()| self.attach_in(uplink, mode).map_err(|error| error.to_string()));
-            match done {
-                Ok(()) => {
-                    let hook = self.datapath.tc_hook();
-                    let since = problems.iter().map(|p| format!("; not {p}")).collect::<String>();
-                    log::info!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
-                    return Ok(());
-                }
-                Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
-            }
-        }
-        Err(anyhow!("{}", problems.join("; ")))
-    }
-
-    fn attach_in(&mut self, uplink: &Link, mode: Mode) -> Result<()> {
-        let device = net::device(&uplink.name).ok();
-        let partial = device.as_ref().is_none_or(net::Device::passes_partial_checksums);
-        let before = self.datapath.config();
-        let mut config = Config {
-            uplink: uplink.index,
-            snat_ports: self.settings.snat_ports,
-            host_ports: host_ports(),
-            tunnel_port: before.tunnel_port,
-            jiffies_per_second: jiffies_per_second(),
-            mode: mode as u32,
-            flood_rate: self.settings.flood_rate,
-            stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
-            ..Config::default()
-        };
-        config.flags |= if partial { PARTIAL_CHECKSUMS } else { 0 };
-        config.flags |= match mode {
-            Mode::Native => 0,
-            Mode::Generic => XDP_GENERIC,
-            Mode::Tc => TC_ALONE,
-        };
-        // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
-        // nobody at work.
-        self.datapath.beat()?;
-        let there = self.datapath.attached() == Some((uplink.index, mode));
-        let meanwhile = if there { config.flags } else { config.flags | TC_ALONE };
-        self.datapath.set_config(Config { flags: meanwhile, ..config })?;
-        if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
-            self.datapath.set_config(before)?;
-            bail!("{problem}");
-        }
-        let veth = device.is_some_and(|device| device.driver == "veth");
-        config.flags |= transmission(uplink.index, mode, veth);
-        self.datapath.set_config(config)?;
-        Ok(())
     }
 
     /// Says what is wrong, once for as long as it is.
@@ -710,66 +528,4 @@ async fn silence(prober: Option<&mut Prober>) {
 /// The interfaces by which tasks answer, other than the uplink.
 fn carriers(ways: &Found, uplink: u32) -> BTreeSet<u32> {
     ways.values().flatten().map(|way| way.ifindex).filter(|index| *index != uplink).collect()
-}
-
-/// XDP cannot see tags that the device takes out of the frames; TC can.
-fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), String> {
-    let above: Vec<&str> = snapshot
-        .links
-        .values()
-        .filter(|link| link.kind == "vlan" && link.lower == Some(uplink.index) && !link.lower_elsewhere)
-        .map(|link| link.name.as_str())
-        .collect();
-    if mode == Mode::Tc
-        || above.is_empty()
-        || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags)
-    {
-        return Ok(());
-    }
-    Err(format!(
-        "{0} takes VLAN tags out of the frames before XDP sees them, and {1} sits on it; turn that off with \
-         `ethtool -K {0} rxvlan off`, or attach with --mode tc",
-        uplink.name,
-        above.join(", ")
-    ))
-}
-
-/// How XDP sends frames back out of the uplink. A veth delivers what XDP sends only if its peer polls for it.
-fn transmission(ifindex: u32, mode: Mode, veth: bool) -> u32 {
-    const NDO_XMIT: u64 = 4;
-    match mode {
-        // Merged frames would not fit, and their sums are unfinished: TC sends what generic XDP decides.
-        Mode::Tc | Mode::Generic => 0,
-        Mode::Native if !veth => XDP_TRANSMITS,
-        Mode::Native => match net::xdp_features(ifindex) {
-            Some(features) if features & NDO_XMIT != 0 => XDP_TRANSMITS | XDP_REDIRECTS,
-            _ => 0,
-        },
-    }
-}
-
-/// The name of a mode in sentences.
-pub fn name(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Native => "native XDP",
-        Mode::Generic => "generic XDP",
-        Mode::Tc => "TC alone",
-    }
-}
-
-/// The rate of the kernel's tick: its coarse clocks advance once a tick.
-fn jiffies_per_second() -> u32 {
-    let resolution = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
-    let nanoseconds = resolution.map_or(4_000_000, |time| time.tv_nsec());
-    (1_000_000_000 / nanoseconds.max(1)) as u32
-}
-
-/// The host's ephemeral ports.
-fn host_ports() -> [u16; 2] {
-    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let mut numbers = text.split_whitespace().filter_map(|number| number.parse().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(low), Some(high)) => [low, high],
-        _ => [32768, 60999],
-    }
 }

@@ -1,0 +1,171 @@
+//! Putting the programs where packets come in: the uplink, in the best way that works, and the interfaces by which tasks
+//! answer.
+
+use std::{collections::BTreeSet, fs};
+
+use anyhow::{Result, anyhow, bail};
+use lb_common::abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS};
+
+use super::Controller;
+use crate::net::{self, Found, Link, Snapshot};
+
+impl Controller {
+    /// Attaches the uplink's programs: native XDP, else TC alone, or only what was asked for.
+    pub(super) fn attach(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<()> {
+        let modes = match self.settings.mode {
+            Some(mode) => vec![mode],
+            // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
+            None => vec![Mode::Native, Mode::Tc],
+        };
+        let mut problems = Vec::new();
+        for mode in modes {
+            let done = hidden_tags(snapshot, uplink, mode)
+                .and_then(|()| self.attach_in(uplink, mode).map_err(|error| error.to_string()));
+            match done {
+                Ok(()) => {
+                    let hook = self.datapath.tc_hook();
+                    let since = problems.iter().map(|p| format!("; not {p}")).collect::<String>();
+                    log::info!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
+                    return Ok(());
+                }
+                Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
+            }
+        }
+        Err(anyhow!("{}", problems.join("; ")))
+    }
+
+    fn attach_in(&mut self, uplink: &Link, mode: Mode) -> Result<()> {
+        let device = net::device(&uplink.name).ok();
+        let partial = device.as_ref().is_none_or(net::Device::passes_partial_checksums);
+        let before = self.datapath.config();
+        let mut config = Config {
+            uplink: uplink.index,
+            snat_ports: self.settings.snat_ports,
+            host_ports: host_ports(),
+            tunnel_port: before.tunnel_port,
+            jiffies_per_second: jiffies_per_second(),
+            mode: mode as u32,
+            flood_rate: self.settings.flood_rate,
+            stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
+            ..Config::default()
+        };
+        config.flags |= if partial { PARTIAL_CHECKSUMS } else { 0 };
+        config.flags |= match mode {
+            Mode::Native => 0,
+            Mode::Generic => XDP_GENERIC,
+            Mode::Tc => TC_ALONE,
+        };
+        // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
+        // nobody at work.
+        self.datapath.beat()?;
+        let there = self.datapath.attached() == Some((uplink.index, mode));
+        let meanwhile = if there { config.flags } else { config.flags | TC_ALONE };
+        self.datapath.set_config(Config { flags: meanwhile, ..config })?;
+        if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
+            self.datapath.set_config(before)?;
+            bail!("{problem}");
+        }
+        let veth = device.is_some_and(|device| device.driver == "veth");
+        config.flags |= transmission(uplink.index, mode, veth);
+        self.datapath.set_config(config)?;
+        Ok(())
+    }
+
+    /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
+    /// answers would go astray is not offered. What is to be said of programs that could not be swapped.
+    pub(super) fn attach_carriers(
+        &mut self,
+        snapshot: &Snapshot,
+        uplink: u32,
+        carriers: &BTreeSet<u32>,
+        ways: &mut Found,
+    ) -> Vec<String> {
+        let behind = std::mem::take(&mut self.behind);
+        let attached: BTreeSet<u32> = match self.served {
+            Some(_) => {
+                self.datapath.task_links().into_iter().filter(|index| !behind.contains(index)).collect()
+            }
+            None => BTreeSet::new(),
+        };
+        let mut stay = Vec::new();
+        for index in carriers.difference(&attached) {
+            let name = snapshot.links.get(index).map_or("", |link| &link.name);
+            let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
+                continue;
+            };
+            if self.datapath.carries(*index) {
+                self.behind.insert(*index);
+                stay.push(format!("the former program serves on {name}: {problem}; trying again"));
+                continue;
+            }
+            for way in ways.values_mut() {
+                if way.as_ref().is_ok_and(|way| way.ifindex == *index) {
+                    *way = Err(format!("attach to {name}: {problem}"));
+                }
+            }
+        }
+        stay
+    }
+}
+
+/// XDP cannot see tags that the device takes out of the frames; TC can.
+fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), String> {
+    let above: Vec<&str> = snapshot
+        .links
+        .values()
+        .filter(|link| link.kind == "vlan" && link.lower == Some(uplink.index) && !link.lower_elsewhere)
+        .map(|link| link.name.as_str())
+        .collect();
+    if mode == Mode::Tc
+        || above.is_empty()
+        || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags)
+    {
+        return Ok(());
+    }
+    Err(format!(
+        "{0} takes VLAN tags out of the frames before XDP sees them, and {1} sits on it; turn that off with \
+         `ethtool -K {0} rxvlan off`, or attach with --mode tc",
+        uplink.name,
+        above.join(", ")
+    ))
+}
+
+/// How XDP sends frames back out of the uplink. A veth delivers what XDP sends only if its peer polls for it.
+fn transmission(ifindex: u32, mode: Mode, veth: bool) -> u32 {
+    const NDO_XMIT: u64 = 4;
+    match mode {
+        // Merged frames would not fit, and their sums are unfinished: TC sends what generic XDP decides.
+        Mode::Tc | Mode::Generic => 0,
+        Mode::Native if !veth => XDP_TRANSMITS,
+        Mode::Native => match net::xdp_features(ifindex) {
+            Some(features) if features & NDO_XMIT != 0 => XDP_TRANSMITS | XDP_REDIRECTS,
+            _ => 0,
+        },
+    }
+}
+
+/// The name of a mode in sentences.
+pub fn name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Native => "native XDP",
+        Mode::Generic => "generic XDP",
+        Mode::Tc => "TC alone",
+    }
+}
+
+/// The rate of the kernel's tick: its coarse clocks advance once a tick.
+fn jiffies_per_second() -> u32 {
+    let resolution = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    let nanoseconds = resolution.map_or(4_000_000, |time| time.tv_nsec());
+    (1_000_000_000 / nanoseconds.max(1)) as u32
+}
+
+/// The host's ephemeral ports.
+fn host_ports() -> [u16; 2] {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut numbers = text.split_whitespace().filter_map(|number| number.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(low), Some(high)) => [low, high],
+        _ => [32768, 60999],
+    }
+}
