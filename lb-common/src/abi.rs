@@ -3,7 +3,7 @@
 use crate::{net::Be16, pod};
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -33,10 +33,10 @@ pub mod table {
     pub const HALF_OPEN4: &str = "HALF_OPEN4";
     /// The same, IPv6.
     pub const HALF_OPEN6: &str = "HALF_OPEN6";
-    /// Where answers go that have lost their flow, IPv4.
-    pub const ORIGINS4: &str = "ORIGINS4";
-    /// Where answers go that have lost their flow, IPv6.
-    pub const ORIGINS6: &str = "ORIGINS6";
+    /// [`crate::flow::Spare`] by five-tuple, IPv4.
+    pub const SPARES4: &str = "SPARES4";
+    /// Spares, IPv6.
+    pub const SPARES6: &str = "SPARES6";
     /// [`crate::flow::Timers`] by service.
     pub const TIMERS: &str = "TIMERS";
     /// [`crate::guard::Guard`], one entry.
@@ -81,8 +81,8 @@ pub mod table {
         FLOWS6,
         HALF_OPEN4,
         HALF_OPEN6,
-        ORIGINS4,
-        ORIGINS6,
+        SPARES4,
+        SPARES6,
         TIMERS,
         GUARD,
         RATES,
@@ -251,6 +251,8 @@ pub mod size {
     pub const FLOWS: usize = 262_144;
     /// Flows of each family that are not established yet.
     pub const HALF_OPEN: usize = 65_536;
+    /// Spares of each family: a connection has two at most.
+    pub const SPARES: usize = 131_072;
     /// Listeners of each family.
     pub const LISTENERS: usize = 16_384;
     /// Services.

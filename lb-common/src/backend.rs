@@ -72,7 +72,7 @@ pub const RETURN_DIRECT: u8 = 4;
 
 /// A single listener leads to this backend, so that its answers tell by themselves where they go.
 pub const SINGLE: u8 = 8;
-/// Its service places flows by hash: where the answers of its connections go is noted beside their entries.
+/// Its service places flows by hash: its connections have spares, [`crate::flow::Spare`].
 pub const CONSISTENT: u8 = 16;
 
 /// One entry of the backend array: what of a backend may change while flows name it.

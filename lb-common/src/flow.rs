@@ -108,6 +108,9 @@ pub const REPLY_BY_PEER: u8 = 2;
 /// The same for replies that go straight to the client.
 pub const REPLY_DIRECT: u8 = 3;
 
+/// Of a [`Spare`] alone: the answers of a flow that has one entry, by which its requests are found.
+pub const ANSWER: u8 = 4;
+
 /// The client sent FIN.
 pub const CLIENT_FIN: u8 = 1;
 /// The task sent FIN.
@@ -200,25 +203,29 @@ pub struct Flow<A> {
     pub task_next: u32,
 }
 
-/// Where the answers of a connection go whose entry is lost: kept beside the flows of services with consistent placement,
-/// keyed by an answer's five-tuple, from when the connection was established.
+/// What a lost entry is made of again: kept beside the entries of services with consistent placement, by the five-tuple of
+/// the packets that it is for.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Origin<A> {
-    /// The listener that the client used, network order.
-    pub listener: A,
-    /// Its port.
-    pub port: Be16,
-    /// [`Flow::peer`].
-    pub peer: u16,
+pub struct Spare<A> {
+    /// [`Rewrite::source`].
+    pub source: A,
+    /// [`Rewrite::destination`].
+    pub destination: A,
+    /// [`Rewrite::source_port`].
+    pub source_port: Be16,
+    /// [`Rewrite::destination_port`].
+    pub destination_port: Be16,
     /// [`Flow::backend`].
     pub backend: u32,
     /// [`Flow::generation`].
     pub generation: u32,
-    /// [`Flow::role`].
+    /// [`Flow::peer`].
+    pub peer: u16,
+    /// [`Flow::role`], or [`ANSWER`].
     pub role: u8,
     /// Zero.
-    pub _pad: [u8; 3],
+    pub _pad: u8,
 }
 
 /// What is said of a packet's place in its connection (RFC 9293, 3.4); all in host order.
@@ -489,11 +496,11 @@ const _: () = {
     assert!(size_of::<Rewrite<V4>>() == 16 && size_of::<Rewrite<V6>>() == 40);
     // With the kernel's own part an IPv4 entry is two cache lines, of which the value is one.
     assert!(size_of::<Flow<V4>>() == 64 && size_of::<Flow<V6>>() == 88);
-    assert!(size_of::<Origin<V4>>() == 20 && size_of::<Origin<V6>>() == 32);
+    assert!(size_of::<Spare<V4>>() == 24 && size_of::<Spare<V6>>() == 48);
     assert!(size_of::<Timers>() == 32);
 };
 
-pod!(FlowKey<V4>, FlowKey<V6>, Flow<V4>, Flow<V6>, Origin<V4>, Origin<V6>, Timers);
+pod!(FlowKey<V4>, FlowKey<V6>, Flow<V4>, Flow<V6>, Spare<V4>, Spare<V6>, Timers);
 
 #[cfg(test)]
 mod tests {

@@ -28,6 +28,8 @@ pub struct ServiceStats {
     pub flows: u64,
     /// New flows given to none, passed to the host.
     pub refused: u64,
+    /// Flows whose entry was lost and is there again (consistent placement).
+    pub healed: u64,
 }
 
 impl BackendStats {
@@ -49,7 +51,11 @@ impl ServiceStats {
     /// The sum of both.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self { flows: self.flows + other.flows, refused: self.refused + other.refused }
+        Self {
+            flows: self.flows + other.flows,
+            refused: self.refused + other.refused,
+            healed: self.healed + other.healed,
+        }
     }
 }
 

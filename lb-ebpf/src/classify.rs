@@ -3,7 +3,7 @@
 use lb_common::{
     backend::{Backend, Kind, State},
     checksum::Delta,
-    endpoint::{Endpoint, MAX_REPLY_LISTENERS, Replies, ReplySource},
+    endpoint::{CONSISTENT, Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
     filter::{Side, position},
     flow::{Flow, REQUEST},
     net::Be16,
@@ -63,8 +63,7 @@ pub fn uplink<F: Frame, A: Family>(
             Err(outcome) => return Err(outcome),
         }
     }
-    let scope = if asks { scope } else { Scope::Flows };
-    let found = owner(frame, packet, scope, entries, otherwise)?;
+    let found = owner(frame, packet, (scope, asks), entries, otherwise)?;
     remembered(packet, found)
 }
 
@@ -83,12 +82,12 @@ fn remembered<A: Family>(packet: &Packet<A>, found: Found) -> Result<Found, Outc
     Ok(found)
 }
 
-/// What packets of a client belong to, or else.
+/// What a packet belongs to that answers none of this node's own flows, or else; `asks` says whether it may be to a listener.
 #[inline(always)]
 fn owner<F: Frame, A: Family>(
     frame: &F,
     packet: &mut Packet<A>,
-    scope: Scope,
+    (scope, asks): (Scope, bool),
     entries: Entries,
     otherwise: Outcome,
 ) -> Result<Found, Outcome> {
@@ -111,10 +110,17 @@ fn owner<F: Frame, A: Family>(
     }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
-    match A::listener(&endpoint) {
-        Some(listener) => flow::open(frame, packet, &listener),
-        None => Err(otherwise),
+    let listener = if asks { A::listener(&endpoint) } else { None };
+    let (known, listener) = match listener {
+        Some(listener) => (true, listener),
+        None => (false, Listener::default()),
+    };
+    // An answer reaches no listener.
+    let lost = if known { listener.flags & CONSISTENT != 0 } else { otherwise == Outcome::NotOurs };
+    if lost && track::decode(heal::lost(frame, packet))? == Known::Yes {
+        return found(packet);
     }
+    if known { flow::open(frame, packet, &listener) } else { Err(otherwise) }
 }
 
 /// What was found of the packet's flow, for the later stages.
@@ -161,10 +167,7 @@ fn reply<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found
         return done;
     }
     match track::decode(heal::lost(frame, packet))? {
-        Known::Yes => {
-            let backend = BACKENDS.get(packet.flow.backend).ok_or(Outcome::BackendGone)?;
-            Ok(Found { backend, way: Way::Client })
-        }
+        Known::Yes => found(packet),
         _ => Err(Outcome::NotOurs),
     }
 }

@@ -57,6 +57,15 @@ pub fn failover(backend: u32) {
     }
 }
 
+/// Counts a flow of a service whose entry was lost and is there again.
+#[inline(always)]
+pub fn healed(service: u32) {
+    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        // SAFETY: as above.
+        unsafe { (*stats).healed += 1 };
+    }
+}
+
 /// Counts a new flow that no backend took.
 #[inline(always)]
 pub fn refused(service: u32) {

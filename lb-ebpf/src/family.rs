@@ -11,7 +11,7 @@ use crate::{
     frame::Frame,
     maps::{
         FLOWS4, FLOWS6, FRAGMENTS4, FRAGMENTS6, Flows, Fragments, HALF_OPEN4, HALF_OPEN6, HalfOpen,
-        LISTENERS4, LISTENERS6, Listeners, ORIGINS4, ORIGINS6, Origins, REPLIES4, REPLIES6, ReplyTable,
+        LISTENERS4, LISTENERS6, Listeners, REPLIES4, REPLIES6, ReplyTable, SPARES4, SPARES6, Spares,
     },
     packet::Packet,
     parse::{IPV4, IPV6, ipv4, ipv6},
@@ -28,8 +28,9 @@ pub trait Family: Address + Back {
 
     /// Its flows that are not established yet.
     const HALF_OPEN: &'static HalfOpen<Self>;
-    /// Where answers go that have lost their flow.
-    const ORIGINS: &'static Origins<Self>;
+
+    /// What lost entries are made of again.
+    const SPARES: &'static Spares<Self>;
 
     /// Its listeners.
     const LISTENERS: &'static Listeners<Self>;
@@ -125,7 +126,7 @@ impl Family for V4 {
     const NUMBER: u8 = AF_INET;
     const FLOWS: &'static Flows<Self> = &FLOWS4;
     const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN4;
-    const ORIGINS: &'static Origins<Self> = &ORIGINS4;
+    const SPARES: &'static Spares<Self> = &SPARES4;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS4;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES4;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS4;
@@ -186,7 +187,7 @@ impl Family for V6 {
     const NUMBER: u8 = AF_INET6;
     const FLOWS: &'static Flows<Self> = &FLOWS6;
     const HALF_OPEN: &'static HalfOpen<Self> = &HALF_OPEN6;
-    const ORIGINS: &'static Origins<Self> = &ORIGINS6;
+    const SPARES: &'static Spares<Self> = &SPARES6;
     const LISTENERS: &'static Listeners<Self> = &LISTENERS6;
     const REPLIES: &'static ReplyTable<Self> = &REPLIES6;
     const FRAGMENTS: &'static Fragments<Self> = &FRAGMENTS6;

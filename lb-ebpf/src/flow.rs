@@ -84,11 +84,14 @@ fn make<F: Frame, A: Family>(
         _ => By::Hash,
     };
     let (index, backend) = select::backend(packet, listener, by)?;
-    // Its port is known to its entry alone.
+    // Its port was known to its entry and its spare alone.
     if goes_on && backend.kind == Kind::Snat as u8 {
         return Err(Outcome::NoFlow);
     }
     draft(frame, packet, index, backend)?;
+    if !goes_on && listener.flags & CONSISTENT != 0 {
+        heal::forget(packet);
+    }
     if goes_on {
         let segment = packet.segment();
         packet.flow.client_next = segment.end();
@@ -105,6 +108,9 @@ fn make<F: Frame, A: Family>(
     if snat {
         snat::reserve(packet, backend)?;
     }
+    if !goes_on && (snat || packet.behind) {
+        let _ = heal::keep(packet);
+    }
     let Packet { key, flow, .. } = packet;
     match A::HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64) {
         Ok(()) => {
@@ -112,6 +118,8 @@ fn make<F: Frame, A: Family>(
             // What goes on was counted when it was placed.
             if !goes_on {
                 count::new_flow(listener.service, index);
+            } else if listener.flags & CONSISTENT != 0 {
+                count::healed(listener.service);
             }
             if packet.avoid != NOBODY && packet.avoid != index {
                 count::failover(packet.avoid);

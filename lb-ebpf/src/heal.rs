@@ -1,22 +1,28 @@
-//! Flows without an entry: what the guard placed without one, or what a listener with consistent placement has lost. A hash
-//! of the five-tuple says which task a connection has. Where its answers go is said by the task's only listener, or by a
-//! note that is kept beside the entry: of the two, one may be lost.
+//! Flows without an entry: what the guard placed without one, or what a listener with consistent placement has lost. Such a
+//! listener's connections have a spare of each entry, in tables of their own: of the two, one may be lost. Without either, a
+//! hash of the five-tuple says which task a connection has.
 
 use aya_ebpf::bindings::BPF_ANY;
 use lb_common::{
-    backend::{self, State},
+    backend::{self, Kind, State},
     endpoint::{self, Listener, Replies},
-    flow::{ANSWERED, ESTABLISHED, FIN, Flow, FlowKey, Origin, REQUEST, RESET, RST, SYN, TASK_FIN},
+    flow::{
+        ANSWER, ANSWERED, CLIENT_FIN, ESTABLISHED, FIN, Flow, FlowKey, REPLY, REQUEST, RESET, RST, SYN,
+        Spare, TASK_FIN,
+    },
     net::TCP,
+    outcome::Outcome,
 };
 
 use crate::{
+    count,
     family::Family,
     frame::Frame,
     guard,
     maps::BACKENDS,
     neighbour::{self, jiffies},
-    packet::{Packet, WHOLE},
+    packet::{Packet, WHOLE, mac},
+    parse::Ethernet,
     track::{self, Known},
 };
 
@@ -24,13 +30,16 @@ use crate::{
 /// SYN; where connections are placed by hash it may be any but a SYN, for the task's own kernel knows them.
 #[inline(always)]
 pub fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
-    if !packet.is_tcp() || packet.form != WHOLE {
-        return false;
-    }
     if listener.flags & endpoint::CONSISTENT != 0 {
-        return packet.flags & SYN == 0;
+        return may_be_lost(packet);
     }
-    packet.acknowledges() && guard::lingers()
+    packet.is_tcp() && packet.form == WHOLE && packet.acknowledges() && guard::lingers()
+}
+
+/// Whether the packet may be of a connection whose entry is lost.
+#[inline(always)]
+fn may_be_lost<A>(packet: &Packet<A>) -> bool {
+    packet.is_tcp() && packet.form == WHOLE && packet.flags & SYN == 0
 }
 
 /// Turns an answer around whose flow the guard placed without an entry: the first of a connection, or any datagram. A single
@@ -52,96 +61,153 @@ pub fn answers<A: Family>(packet: &mut Packet<A>, replies: &Replies<A>) -> bool 
     true
 }
 
-/// Notes where the answers of a connection through this node go, which has just been established. Where round robin chooses a
-/// task nothing is noted: what its client sends next could not be placed again.
+/// Keeps spares of the packet's entry and of what travels the other way: of a connection that is established, and from its
+/// start of one that the hash alone would not find again, which leaves with another port or goes to a task that is not the
+/// first of its hash. Where round robin chooses a task nothing is kept: what is evicted there is over.
 #[inline(never)]
 pub fn keep<A: Family>(packet: &mut Packet<A>) -> i32 {
-    let Packet { key, flow, reply_key, origin, .. } = packet;
-    if key.protocol != TCP || !is_healed(flow.backend) {
+    let Packet { key, flow, reply_key, spare, .. } = packet;
+    let Some(backend) = BACKENDS.get(flow.backend) else {
+        return 0;
+    };
+    if key.protocol != TCP || backend.flags & backend::CONSISTENT == 0 {
         return 0;
     }
-    reply_key.source = flow.rewrite.destination;
-    reply_key.destination = key.source;
-    reply_key.source_port = flow.rewrite.destination_port;
-    reply_key.destination_port = key.source_port;
-    reply_key.protocol = key.protocol;
-    reply_key._pad = 0;
-    reply_key._pad2 = 0;
-    origin.listener = key.destination;
-    origin.port = key.destination_port;
-    note(reply_key, flow, origin)
+    spare_of(key, flow, spare);
+    let other = match flow.role {
+        // What a peer answers finds its way without an entry.
+        REQUEST if backend.kind == Kind::Peer as u8 => return 0,
+        REQUEST if backend.kind == Kind::Snat as u8 => REPLY,
+        REQUEST => ANSWER,
+        REPLY => REQUEST,
+        _ => return 0,
+    };
+    set_twin(flow, key.protocol, reply_key);
+    spare.source = key.destination;
+    spare.source_port = key.destination_port;
+    spare.destination = key.source;
+    spare.destination_port = key.source_port;
+    spare.role = other;
+    A::SPARES.insert(reply_key, spare, BPF_ANY as u64).map_or(-1, |()| 0)
 }
 
-/// The same of a connection that comes through a peer: [`Packet::reply`] is its entry.
+/// The same of a connection that comes through a peer: [`Packet::reply`] is its only entry here.
 #[inline(never)]
 pub fn keep_by_peer<A: Family>(packet: &mut Packet<A>) -> i32 {
-    let Packet { reply, reply_key, origin, .. } = packet;
-    if reply_key.protocol != TCP || !is_healed(reply.backend) {
-        return 0;
+    let Packet { reply, reply_key, spare, .. } = packet;
+    let consistent =
+        BACKENDS.get(reply.backend).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0);
+    if reply_key.protocol == TCP && consistent {
+        spare_of(reply_key, reply, spare);
     }
-    origin.listener = reply.rewrite.source;
-    origin.port = reply.rewrite.source_port;
-    note(reply_key, reply, origin)
+    0
 }
 
 #[inline(always)]
-fn is_healed(backend: u32) -> bool {
-    BACKENDS.get(backend).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0)
+fn spare_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, spare: &mut Spare<A>) {
+    spare.source = flow.rewrite.source;
+    spare.destination = flow.rewrite.destination;
+    spare.source_port = flow.rewrite.source_port;
+    spare.destination_port = flow.rewrite.destination_port;
+    spare.backend = flow.backend;
+    spare.generation = flow.generation;
+    spare.peer = flow.peer;
+    spare.role = flow.role;
+    spare._pad = 0;
+    let _ = A::SPARES.insert(key, spare, BPF_ANY as u64);
 }
 
+/// The key of what travels the other way: what leaves by the one entry comes back by the other.
 #[inline(always)]
-fn note<A: Family>(answer: &FlowKey<A>, flow: &Flow<A>, origin: &mut Origin<A>) -> i32 {
-    origin.peer = flow.peer;
-    origin.backend = flow.backend;
-    origin.generation = flow.generation;
-    origin.role = flow.role;
-    origin._pad = [0; 3];
-    A::ORIGINS.insert(answer, origin, BPF_ANY as u64).map_or(-1, |()| 0)
+pub fn set_twin<A: Family>(flow: &Flow<A>, protocol: u8, key: &mut FlowKey<A>) {
+    key.source = flow.rewrite.destination;
+    key.destination = flow.rewrite.source;
+    key.source_port = flow.rewrite.destination_port;
+    key.destination_port = flow.rewrite.source_port;
+    key.protocol = protocol;
+    key._pad = 0;
+    key._pad2 = 0;
 }
 
-/// Finds where an answer goes whose connection has lost its entry; [`Packet::flow`] is then what the entry was. That of a peer
-/// is made again; one of this node by what its client sends next. A function of its own, see [`track::encode`].
+/// Takes away the spare that an earlier connection of the packet's five-tuple has left.
+#[inline(always)]
+pub fn forget<A: Family>(packet: &Packet<A>) {
+    let key = &packet.key;
+    if key.protocol == TCP {
+        let _ = A::SPARES.remove(key);
+    }
+}
+
+/// Makes the packet's entry again of its spare; [`Packet::flow`] is then what it was. A function of its own, see
+/// [`track::encode`].
 #[inline(never)]
 pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
-    let none = track::encode(Ok(Known::No));
-    if !packet.is_tcp() || packet.form != WHOLE || packet.flags & SYN != 0 || packet.hops <= 1 {
-        return none;
+    track::encode(from_spare(frame, packet))
+}
+
+#[inline(always)]
+fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Known, Outcome> {
+    if !may_be_lost(packet) {
+        return Ok(Known::No);
     }
-    let Packet { key, .. } = packet;
+    let key = &packet.key;
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let Some(origin) = (unsafe { A::ORIGINS.get(key) }) else {
-        return none;
+    let Some(spare) = (unsafe { A::SPARES.get(key) }) else {
+        return Ok(Known::No);
     };
-    let Some(backend) = BACKENDS.get(origin.backend) else {
-        return none;
+    let Some(backend) = BACKENDS.get(spare.backend) else {
+        return Ok(Known::No);
     };
-    let gone = backend.generation != origin.generation || backend.state == State::Free as u8;
-    if gone || !track::is_from(frame, backend) {
-        return none;
+    let asks = spare.role == REQUEST;
+    let gone = backend.generation != spare.generation || backend.state == State::Free as u8;
+    if gone || !asks && !track::is_from(frame, backend) {
+        return Ok(Known::No);
     }
+    if asks && !backend.forwards() {
+        return Err(Outcome::BackendUnreachable);
+    }
+    if packet.hops <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    let Packet { key, flow, .. } = packet;
+    let source = (&spare.source, spare.source_port);
+    flow.rewrite.set(key, source, (&spare.destination, spare.destination_port));
+    flow.backend = spare.backend;
+    flow.generation = spare.generation;
+    flow.peer = spare.peer;
+    flow.role = spare.role;
     let now = jiffies() as u32;
+    flow.seen = now;
+    let snat = backend.kind == Kind::Snat as u8;
+    // Due at once: the next hop to the client, or a look after snat's other entry.
+    flow.hop_seen = if asks && !snat { now } else { now.wrapping_sub(neighbour::LIFETIME) };
+    flow.forget_hop();
+    // A late end does not bring a connection back to life.
     let ended = match packet.flags {
         flags if flags & RST != 0 => RESET,
-        flags if flags & FIN != 0 => TASK_FIN,
-        _ => 0,
+        flags if flags & FIN == 0 => 0,
+        _ if asks => CLIENT_FIN,
+        _ => TASK_FIN,
     };
-    let Packet { key, flow, .. } = packet;
-    flow.rewrite.set(key, (&origin.listener, origin.port), (&key.destination, key.destination_port));
-    flow.backend = origin.backend;
-    flow.generation = origin.generation;
-    flow.peer = origin.peer;
-    flow.role = origin.role;
-    // A late end does not bring a connection back to life.
     flow.state = ANSWERED | ESTABLISHED | ended;
-    flow.seen = now;
-    flow.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
-    flow.forget_hop();
+    let service = backend.service;
     let segment = packet.segment();
-    packet.flow.client_next = segment.acknowledgment;
-    packet.flow.task_next = segment.end();
     let Packet { key, flow, .. } = packet;
-    if flow.role != REQUEST && ended & RESET == 0 {
-        let _ = A::FLOWS.insert(key, flow, BPF_ANY as u64);
+    if asks {
+        let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
+        // SAFETY: `at` checked the bounds.
+        unsafe {
+            flow.client_mac = mac((*ethernet).source);
+            flow.node_mac = mac((*ethernet).destination);
+        }
+        flow.tags = packet.tags;
+        (flow.client_next, flow.task_next) = (segment.end(), segment.acknowledgment);
+    } else {
+        (flow.client_next, flow.task_next) = (segment.acknowledgment, segment.end());
     }
-    track::encode(Ok(Known::Yes))
+    // A flow whose entry is that of its requests gets it by what its client sends next.
+    if flow.role != ANSWER && ended & RESET == 0 && A::FLOWS.insert(key, flow, BPF_ANY as u64).is_ok() {
+        count::healed(service);
+    }
+    Ok(Known::Yes)
 }

@@ -10,7 +10,7 @@ use lb_common::{
     backend::Backend,
     endpoint::{Endpoint, Listener, Replies},
     filter::FILTER_WORDS,
-    flow::{Flow, FlowKey, Origin, Timers, elapsed},
+    flow::{Flow, FlowKey, Spare, Timers, elapsed},
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
     net::{V4, V6, Wide},
@@ -31,8 +31,8 @@ pub type ReplyTable<A> = HashMap<Endpoint<A>, Replies<A>, { size::BACKENDS }, ON
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::FLOWS }>;
 /// Flows of one family that are not established.
 pub type HalfOpen<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::HALF_OPEN }>;
-/// Where answers go that have lost their flow.
-pub type Origins<A> = LruHashMap<FlowKey<A>, Origin<A>, { size::HALF_OPEN }>;
+/// What lost entries of one family are made of again.
+pub type Spares<A> = LruHashMap<FlowKey<A>, Spare<A>, { size::SPARES }>;
 /// Fragmented datagrams of one family.
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, Ports, { size::FRAGMENTS }>;
 
@@ -76,10 +76,10 @@ pub static HALF_OPEN4: HalfOpen<V4> = LruHashMap::new();
 pub static HALF_OPEN6: HalfOpen<V6> = LruHashMap::new();
 
 #[btf_map]
-pub static ORIGINS4: Origins<V4> = LruHashMap::new();
+pub static SPARES4: Spares<V4> = LruHashMap::new();
 
 #[btf_map]
-pub static ORIGINS6: Origins<V6> = LruHashMap::new();
+pub static SPARES6: Spares<V6> = LruHashMap::new();
 
 #[btf_map]
 pub static TIMERS: Array<Timers, { size::SERVICES }> = Array::new();

@@ -1,7 +1,7 @@
 //! What the parser learned about a packet, passed through the stages.
 
 use lb_common::{
-    flow::{ACK, FIN, Flow, FlowKey, Origin, RST, SYN, Segment, Tags},
+    flow::{ACK, FIN, Flow, FlowKey, RST, SYN, Segment, Spare, Tags},
     net::{TCP, V4, V6},
     tunnel::TaskKey,
 };
@@ -71,14 +71,16 @@ pub struct Packet<A> {
     pub avoid: u32,
     /// How many tasks the flow that is being made was given to before.
     pub retries: u8,
+    /// Whether that flow goes to another task than the first of its hash.
+    pub behind: bool,
     /// The key of the flow's entry, where that is not the packet's own five-tuple.
     pub flow_key: FlowKey<A>,
     /// The entry for that flow's replies being made (snat).
     pub reply: Flow<A>,
     /// Its key.
     pub reply_key: FlowKey<A>,
-    /// What is noted beside an entry that is being made.
-    pub origin: Origin<A>,
+    /// The spare of an entry that is being kept.
+    pub spare: Spare<A>,
 }
 
 impl<A> Packet<A> {

@@ -12,7 +12,7 @@ use lb_common::{
     outcome::Outcome,
 };
 
-use crate::{family::Family, maps, packet::Packet, track};
+use crate::{family::Family, heal, maps, packet::Packet, track};
 
 /// Ports tried for one flow. With nine tenths of a range in use, all fail once in thirty flows.
 const TRIES: usize = 32;
@@ -148,23 +148,10 @@ fn answer<A: Family>(request: &FlowKey<A>, flow: &Flow<A>, reply: &mut Flow<A>, 
     reply.task_next = flow.task_next;
 }
 
-/// The key of the other entry of a flow, from either: what leaves by the one comes back by the other.
-#[inline(always)]
-fn twin<A: Family>(packet: &mut Packet<A>) {
-    let Packet { key, flow, reply_key, .. } = packet;
-    reply_key.source = flow.rewrite.destination;
-    reply_key.destination = flow.rewrite.source;
-    reply_key.source_port = flow.rewrite.destination_port;
-    reply_key.destination_port = flow.rewrite.source_port;
-    reply_key.protocol = key.protocol;
-    reply_key._pad = 0;
-    reply_key._pad2 = 0;
-}
-
 /// Tells the other entry of the packet's flow what became of its state: each sees the packets of one side alone.
 #[inline(never)]
 pub fn tell<A: Family>(packet: &mut Packet<A>) -> i32 {
-    twin(packet);
+    heal::set_twin(&packet.flow, packet.key.protocol, &mut packet.reply_key);
     if let Some(there) = A::any_flow(&packet.reply_key) {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
         let there = unsafe { &mut *there };
@@ -181,7 +168,7 @@ pub fn tell<A: Family>(packet: &mut Packet<A>) -> i32 {
 /// Moves the entry for replies of an established flow to where the flow is, if it has one.
 #[inline(never)]
 pub fn establish<A: Family>(packet: &mut Packet<A>) -> i32 {
-    twin(packet);
+    heal::set_twin(&packet.flow, packet.key.protocol, &mut packet.reply_key);
     if let Some(there) = A::half_open(&packet.reply_key) {
         // SAFETY: as above.
         unsafe { packet.reply.copy_from(there) };

@@ -200,6 +200,7 @@ pub fn usable<F: Frame, A: Family>(
     }
     let sender = if flow.is_reply() { Sender::Task } else { Sender::Client };
     let mut tells = note(flow, packet, sender, is_one_sided(flow, backend));
+    let mut keeps = false;
     if backend.kind == Kind::Snat as u8 && flow.role == REQUEST {
         let now = jiffies() as u32;
         if neighbour::is_due(flow.hop_seen, now) {
@@ -208,6 +209,7 @@ pub fn usable<F: Frame, A: Family>(
                 let _ = A::delete_flow(&packet.key);
                 return Err(Outcome::BackendGone);
             }
+            keeps = flow.established();
         }
     } else if backend.kind != Kind::Snat as u8 {
         tells = false;
@@ -216,6 +218,9 @@ pub fn usable<F: Frame, A: Family>(
     unsafe { packet.flow.copy_from(known) };
     if tells {
         snat::tell(packet);
+    }
+    if keeps {
+        let _ = heal::keep(packet);
     }
     if sender == Sender::Task && is_refusal(packet) {
         return Err(Outcome::TaskRefused);

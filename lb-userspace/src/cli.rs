@@ -151,6 +151,10 @@ pub struct Attach {
     /// Room for flows of each family that are not established yet [default: 65536]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
     pub max_half_open: Option<u32>,
+    /// Room for what lost entries are made of again, of each family: up to two a connection with consistent placement
+    /// [default: 131072]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
+    pub max_spares: Option<u32>,
     /// Room for services [default: 16384]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub max_services: Option<u32>,

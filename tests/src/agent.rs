@@ -134,14 +134,19 @@ pub fn json(netns: &Netns, arguments: &[&str]) -> Value {
 
 /// Tasks of a service that take new flows, as `service ls` has it.
 pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
+    of_service(netns, service, "active_tasks")
+}
+
+/// Flows of a service that were lost and are there again, as `service ls` has it.
+pub fn healed_flows(netns: &Netns, service: &str) -> u64 {
+    of_service(netns, service, "healed_flows")
+}
+
+fn of_service(netns: &Netns, service: &str, figure: &str) -> u64 {
     let output = verb(netns, &["service", "ls", "-o", "json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let services = document["interfaces"][0]["services"].as_array().cloned().unwrap_or_default();
-    services
-        .iter()
-        .find(|s| s["name"] == service)
-        .and_then(|s| s["active_tasks"].as_u64())
-        .unwrap_or_default()
+    services.iter().find(|s| s["name"] == service).and_then(|s| s[figure].as_u64()).unwrap_or_default()
 }
 
 /// The tasks of a service that take new flows, as `service ps` has it.

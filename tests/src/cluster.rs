@@ -72,7 +72,7 @@ pub const DISTANT4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
 pub const DISTANT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 10);
 
 /// How nodes reach each other's tasks, as the cluster file says it.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
     /// Whether all nodes have agents; else tasks of other nodes are reached by snat.
     pub peers: bool,

@@ -7,7 +7,7 @@ use aya::maps::{HashMap, Map, MapData};
 use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
 use lb_common::{
     abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
-    flow::{Flow, FlowKey, REPLY, Timers},
+    flow::{Flow, FlowKey, REPLY, Spare, Timers},
     net::{Be16, V4, V6},
     outcome::Outcome,
     tunnel::DEFAULT_PORT,
@@ -354,6 +354,21 @@ impl Lab {
     /// Forgets every flow.
     pub fn forget_flows(&self) {
         self.each_family(Change::Forget);
+    }
+
+    /// Forgets every spare; how many there were.
+    pub fn forget_spares(&self) -> usize {
+        fn forget<A: 'static>(table: &str) -> usize
+        where
+            FlowKey<A>: aya::Pod,
+            Spare<A>: aya::Pod,
+        {
+            let mut spares = table_by_flow::<A, Spare<A>>(table);
+            let keys: Vec<_> = spares.keys().flatten().collect();
+            keys.iter().for_each(|key| spares.remove(key).expect("an entry"));
+            keys.len()
+        }
+        forget::<V4>(table::SPARES4) + forget::<V6>(table::SPARES6)
     }
 
     /// What is known of all flows.

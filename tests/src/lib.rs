@@ -13,4 +13,5 @@ pub mod netns;
 pub mod packet;
 pub mod stack;
 pub mod swarm;
+pub mod talk;
 pub mod traffic;

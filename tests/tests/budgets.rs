@@ -19,7 +19,7 @@ const PROGRAMS: [&str; 3] = [program::UPLINK_XDP, program::UPLINK_TC, program::T
 const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
     ((6, 1), [552_000, 635_000, 144_000]),
     ((6, 12), [566_000, 627_000, 134_000]),
-    ((6, 18), [526_000, 577_000, 138_000]),
+    ((6, 18), [606_000, 608_000, 141_000]),
     ((7, 2), [615_000, 605_000, 139_000]),
 ];
 
@@ -84,7 +84,7 @@ fn tables_stay_within_their_memory() {
     assert!(per_cpu / cpus <= 4 << 20, "{per_cpu} bytes of counters on {cpus} CPUs");
     let rest: u64 = tables.values().sum::<u64>() - per_cpu;
     // Older kernels count tables that grow on demand as if they were full.
-    let most = if version() >= COUNTED_MEMORY { 140 } else { 175 };
+    let most = if version() >= COUNTED_MEMORY { 155 } else { 190 };
     assert!(rest <= most << 20, "{rest} bytes of tables");
     let flows = tables[table::FLOWS4] + tables[table::FLOWS6];
     assert!(flows <= 90 << 20, "{flows} bytes of flows");

@@ -11,73 +11,16 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{HOP_MAC, Lab, REDIRECT, TASK_MAC, TX, UNSPEC, ip, service, task, with_lab},
+    lab::{Lab, REDIRECT, TX, ip, service, task, with_lab},
     netns::eventually,
-    packet::{ACK, FIN, Flags, NODE_MAC, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
+    packet::{ACK, FIN, Flags, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
+    talk::{
+        FIRST, LISTENER, TASK_FIRST, answer, establish, far_answer, request, segment, services, slot, states,
+    },
 };
-use lb_userspace::cluster::{Placement, Return, Service, TaskState, Via};
-
-const CLIENT: &str = "198.51.100.7";
-const LISTENER: &str = "192.0.2.1";
-/// What a client's packets have for their first sequence number, and a task's.
-const FIRST: u32 = 1_000;
-const TASK_FIRST: u32 = 7_000;
-
-fn request(transport: Transport, port: u16, to: u16) -> Packet {
-    Packet::new(transport, (ip(CLIENT), port), (ip(LISTENER), to))
-}
-
-/// A client's segment without payload.
-fn segment(transport: Transport, port: u16, to: u16, ahead: u32) -> Packet {
-    request(transport, port, to).at(FIRST + 1 + ahead, TASK_FIRST + 1)
-}
-
-/// An answer of a task by its veth.
-fn answer(transport: Transport, slot: u8, target: u16, port: u16) -> Packet {
-    let from = ip(&format!("172.18.0.1{slot}"));
-    Packet::new(transport, (from, target), (ip(CLIENT), port)).with(|p| p.macs = (TASK_MAC, NODE_MAC))
-}
-
-/// An answer of a routed or snat task, by the uplink.
-fn far_answer(transport: Transport, from: &str, target: u16, to: (&str, u16)) -> Packet {
-    Packet::new(transport, (ip(from), target), (ip(to.0), to.1)).with(|p| p.macs = (HOP_MAC, NODE_MAC))
-}
-
-/// Two local tasks, a routed one and one by snat.
-fn services() -> Vec<Service> {
-    let local = |slot: u8| task(&format!("web.{slot}"), true, Via::Snat, &[&format!("172.18.0.1{slot}")]);
-    vec![
-        service("web", &["80:8080", "53:5353/udp"], vec![local(1), local(2)]),
-        service("routed", &["81:8081"], vec![task("routed.1", false, Via::Routed, &["10.9.0.1"])]),
-        service("snat", &["82:8082"], vec![task("snat.1", false, Via::Snat, &["10.9.0.2"])]),
-        service("lone", &["83:8083"], vec![task("lone.1", true, Via::Snat, &["172.18.0.13"])]),
-    ]
-}
-
-/// The number of a task of web by its name.
-fn slot(name: &str) -> u8 {
-    name.strip_prefix("web.").and_then(|slot| slot.parse().ok()).expect("a task of web")
-}
-
-/// A handshake with one of the web's tasks; which one.
-fn establish(lab: &Lab, port: u16) -> u8 {
-    let to = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
-    let taken = answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, FIRST + 1);
-    assert_eq!(lab.task_tc(&taken.bytes()).action, REDIRECT);
-    assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), format!("web.{to}"));
-    to
-}
+use lb_userspace::cluster::{Return, TaskState, Via};
 
 const NONE: [u8; 0] = [];
-
-/// The states of the entries of a table by the client's port.
-fn states(lab: &Lab, table: &str, port: u16) -> Vec<u8> {
-    const KEPT: u8 = CLIENT_FIN | TASK_FIN | RESET | ANSWERED | ESTABLISHED;
-    let of_port = |key: &lb_common::flow::FlowKey<_>| {
-        key.source_port.get() == port || key.destination_port.get() == port
-    };
-    lab.flows(table).iter().filter(|(key, _)| of_port(key)).map(|(_, flow)| flow.state & KEPT).collect()
-}
 
 #[test]
 fn a_flow_is_half_open_until_its_client_goes_on() {
@@ -387,86 +330,6 @@ fn an_evicted_entry_is_one_named_reason() {
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
         assert_eq!(lab.evict(table::HALF_OPEN4, |_| true), 1);
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
-    });
-}
-
-/// Two local tasks behind a listener that places flows by hash.
-fn placed_by_hash() -> Vec<Service> {
-    let mut services = services();
-    services.truncate(1);
-    services[0].placement = Placement::Consistent;
-    services
-}
-
-#[test]
-fn a_flow_that_was_placed_by_hash_goes_on_without_its_entry() {
-    with_lab(placed_by_hash(), |lab| {
-        let mut tasks = BTreeMap::<u8, u32>::new();
-        for port in 41_000..41_040 {
-            let task = establish(lab, port);
-            *tasks.entry(task).or_default() += 1;
-            let name = format!("web.{task}");
-            assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REQUEST), 1);
-            assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), name, "the entry is made again");
-            // It moves as a new one does.
-            let data = answer(ACK, task, 8080, port).at(TASK_FIRST + 1, FIRST + 1);
-            assert_eq!(lab.task_tc(&data.bytes()).action, REDIRECT);
-            lab.delivered_to(&segment(ACK, port, 80, 0));
-            assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED]);
-            lab.forget_flows();
-            assert_eq!(lab.delivered_to(&segment(FIN, port, 80, 0)), name);
-            assert_eq!(states(lab, table::HALF_OPEN4, port), [CLIENT_FIN]);
-            lab.forget_flows();
-            assert_eq!(lab.delivered_to(&segment(RST, port, 80, 0)), name);
-            assert_eq!(states(lab, table::HALF_OPEN4, port), [RESET]);
-            lab.forget_flows();
-        }
-        assert!(tasks.len() == 2 && tasks.values().all(|count| *count >= 8), "hashes spread: {tasks:?}");
-    });
-}
-
-#[test]
-fn a_syn_that_was_placed_by_hash_and_is_sent_again_tries_others() {
-    with_lab(placed_by_hash(), |lab| {
-        // A quarter of no second is over at once.
-        lab.configure(|config| config.jiffies_per_second = 0);
-        for port in 41_200..41_220 {
-            let syn = request(SYN, port, 80).at(FIRST, 0);
-            let first = lab.delivered_to(&syn);
-            assert!((0..3).any(|_| lab.delivered_to(&syn) != first), "port {port}");
-        }
-    });
-}
-
-#[test]
-fn an_answer_finds_its_way_without_its_entry() {
-    with_lab(placed_by_hash(), |lab| {
-        let task = establish(lab, 41_100);
-        let data = answer(ACK, task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
-        lab.forget_flows();
-        for _ in 0..2 {
-            let (verdict, counted) = lab.counting(|lab| lab.task_tc(&data.bytes()));
-            assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
-            assert_checksums(&verdict.frame);
-            // Source address and port, behind Ethernet.
-            assert_eq!((&verdict.frame[26..30], &verdict.frame[34..36]), (&[192, 0, 2, 1][..], &[0, 80][..]));
-        }
-        // Late ends pass too.
-        for end in [FIN, RST] {
-            let end = answer(end, task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
-            assert_eq!(lab.task_tc(&end.bytes()).action, REDIRECT);
-        }
-        // A SYN's answer belongs to no connection that was established, and another task never had it.
-        let first = answer(SYN_ACK, task, 8080, 41_100).at(TASK_FIRST, FIRST + 1);
-        let other = answer(ACK, 3 - task, 8080, 41_100).at(TASK_FIRST + 1, FIRST + 1);
-        for packet in [first, other] {
-            assert_eq!(lab.task_tc(&packet.bytes()).action, UNSPEC);
-        }
-        // A task that is gone answers nobody, whoever has its number now.
-        let tasks = lab.cluster().services[0].tasks.clone();
-        lab.update(|cluster| cluster.service_mut(0).tasks.clear());
-        lab.update(|cluster| cluster.service_mut(0).tasks = tasks);
-        assert_eq!(lab.task_tc(&data.bytes()).action, UNSPEC);
     });
 }
 

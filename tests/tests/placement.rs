@@ -14,11 +14,11 @@ use std::{
 use aya::Pod;
 use lb_common::{
     abi::table,
-    flow::{Flow, FlowKey, Origin},
+    flow::{Flow, FlowKey, Spare},
     net::{V4, V6},
 };
 use lb_tests::{
-    agent::{Agent, active_tasks, outcome},
+    agent::{Agent, active_tasks, healed_flows, outcome},
     cluster::{Cluster, Node, Reach, Task},
     lab::table_by_flow,
     netns::eventually,
@@ -101,18 +101,28 @@ impl Connection {
     }
 }
 
+/// How the nodes reach each other's tasks.
+const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
+const DIRECT: Reach = Reach { direct: true, ..PEERS };
+const SNAT: Reach = Reach { peers: false, ..PEERS };
+
 /// Two nodes with two tasks each behind a service with consistent placement.
-fn cluster() -> Cluster {
+fn cluster(reach: Reach) -> Cluster {
     let mut cluster = Cluster::new(2);
-    cluster.reach = Reach { peers: true, ..Reach::default() };
+    cluster.reach = reach;
     cluster.receive_xdp();
     for slot in 0..4 {
         cluster.add_task(&format!("web.{slot}"), slot % 2);
     }
-    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    offer(&cluster, "running");
+    cluster
+}
+
+/// Says of all tasks that they are in this state.
+fn offer(cluster: &Cluster, state: &str) {
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, state)).collect();
     let text = cluster.file("\"80:8080\"", &tasks);
     cluster.write(&text.replace("name = \"web\"\n", "name = \"web\"\nplacement = \"consistent\"\n"));
-    cluster
 }
 
 fn attach(cluster: &Cluster) -> Vec<Agent<'_>> {
@@ -158,15 +168,23 @@ fn take_each(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
     entries.iter().sum()
 }
 
-/// Takes each note of where answers go in turn.
-fn take_notes(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
-    node.netns.enter(|| take::<V4, Origin<V4>>(table::ORIGINS4, trade))
-        + node.netns.enter(|| take::<V6, Origin<V6>>(table::ORIGINS6, trade))
+/// Takes each spare of a node in turn.
+fn take_spares(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
+    node.netns.enter(|| take::<V4, Spare<V4>>(table::SPARES4, trade))
+        + node.netns.enter(|| take::<V6, Spare<V6>>(table::SPARES6, trade))
 }
 
-#[test]
-fn connections_go_on_whichever_entry_is_taken_away() {
-    let cluster = cluster();
+/// How many a node has.
+fn spares_of(node: &Node) -> usize {
+    node.netns.enter(|| {
+        table_by_flow::<V4, Spare<V4>>(table::SPARES4).keys().count()
+            + table_by_flow::<V6, Spare<V6>>(table::SPARES6).keys().count()
+    })
+}
+
+/// Connections to tasks of all nodes, of which every entry and every spare is taken away.
+fn all_go_on(reach: Reach) {
+    let cluster = cluster(reach);
     let _servers = servers(&cluster);
     let _agents = attach(&cluster);
     let mut connections = connect(&cluster, CONNECTIONS);
@@ -174,6 +192,12 @@ fn connections_go_on_whichever_entry_is_taken_away() {
         let tasks: BTreeSet<u8> = some.iter().map(|connection| connection.task).collect();
         assert!(tasks.len() > 1, "hashes spread: {tasks:?}");
     }
+    // Through a node to tasks of the other one.
+    let far = (0..).zip(&connections).filter(|(number, connection)| {
+        let node = number / (2 * CONNECTIONS);
+        usize::from(connection.task - 1) % 2 != node
+    });
+    let far = far.count();
     let mut trade = || connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
     trade();
     for node in &cluster.nodes {
@@ -181,13 +205,27 @@ fn connections_go_on_whichever_entry_is_taken_away() {
         // Each connection has one at the node that its client used.
         assert!(taken >= 2 * CONNECTIONS, "{taken} entries at {}", node.name);
     }
-    // A note is made where the task is.
-    let notes: usize = cluster.nodes.iter().map(|node| take_notes(node, &mut trade)).sum();
-    assert!(notes >= 4 * CONNECTIONS, "{notes} notes");
-    // All of all nodes at once.
     for _ in 0..3 {
         let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
-        assert!(taken >= 4 * CONNECTIONS, "{taken} entries");
+        assert!(taken >= 4 * CONNECTIONS, "{taken} entries, all at once");
+        trade();
+    }
+    let healed: u64 = cluster.nodes.iter().map(|node| healed_flows(&node.netns, "web")).sum();
+    assert!(healed >= 16 * CONNECTIONS as u64, "{healed} flows healed");
+    // One for each direction, wherever it passes.
+    let spares: usize = cluster.nodes.iter().map(|node| take_spares(node, &mut trade)).sum();
+    assert!(spares >= 8 * CONNECTIONS, "{spares} spares");
+    if reach == SNAT {
+        // Its ports are nowhere else: what is busy gets its spares again.
+        eventually("spares are kept anew", || {
+            trade();
+            cluster.nodes.iter().map(spares_of).sum::<usize>() >= 2 * far
+        });
+    }
+    for _ in 0..3 {
+        cluster.nodes.iter().for_each(|node| {
+            take_each(node, &mut || ());
+        });
         trade();
     }
     for node in &cluster.nodes {
@@ -196,8 +234,42 @@ fn connections_go_on_whichever_entry_is_taken_away() {
 }
 
 #[test]
+fn connections_go_on_whichever_entry_is_taken_away() {
+    all_go_on(PEERS);
+}
+
+#[test]
+fn they_go_on_where_answers_go_straight_to_the_client() {
+    all_go_on(DIRECT);
+}
+
+#[test]
+fn they_go_on_where_they_leave_with_an_address_of_the_node() {
+    all_go_on(SNAT);
+}
+
+#[test]
+fn connections_of_draining_tasks_go_on() {
+    for reach in [PEERS, SNAT] {
+        let cluster = cluster(reach);
+        let _servers = servers(&cluster);
+        let _agents = attach(&cluster);
+        let mut connections = connect(&cluster, CONNECTIONS);
+        offer(&cluster, "draining");
+        for node in &cluster.nodes {
+            eventually("no task is offered", || active_tasks(&node.netns, "web") == 0);
+        }
+        for _ in 0..3 {
+            let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
+            assert!(taken >= 4 * CONNECTIONS, "{taken} entries");
+            connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
+        }
+    }
+}
+
+#[test]
 fn transfers_go_on_while_entries_are_taken_away() {
-    let cluster = cluster();
+    let cluster = cluster(PEERS);
     let _servers = servers(&cluster);
     let _agents = attach(&cluster);
     let taken = AtomicU64::new(0);

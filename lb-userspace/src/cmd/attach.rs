@@ -92,6 +92,7 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
         sizes: Sizes {
             flows: arguments.max_flows,
             half_open: arguments.max_half_open,
+            spares: arguments.max_spares,
             services: arguments.max_services,
             listeners: arguments.max_listeners,
             backends: arguments.max_backends,

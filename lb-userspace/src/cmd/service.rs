@@ -43,7 +43,7 @@ fn ls(read: &Read) -> Result<()> {
     for (interface, set) in attached {
         let tables = set.read_labelled()?;
         let counters = set.counters(&tables)?;
-        let mut rows = table(["NAME", "REPLICAS", "PORTS", "FLOWS", "REFUSED"]);
+        let mut rows = table(["NAME", "REPLICAS", "PORTS", "FLOWS", "REFUSED", "HEALED"]);
         let mut services = Vec::new();
         let mut by_name: Vec<_> = tables.services.iter().collect();
         by_name.sort_by(|a, b| a.1.name.cmp(&b.1.name));
@@ -64,10 +64,11 @@ fn ls(read: &Read) -> Result<()> {
                 ports.join(", "),
                 stats.flows.to_string(),
                 stats.refused.to_string(),
+                stats.healed.to_string(),
             ]);
             services.push(json!({
                 "name": service.name, "active_tasks": active, "tasks": service.tasks, "ports": ports, "left_to_swarm": service.left,
-                "flows": stats.flows, "refused_flows": stats.refused,
+                "flows": stats.flows, "refused_flows": stats.refused, "healed_flows": stats.healed,
             }));
         }
         documents.push(json!({ "interface": interface, "services": services }));

@@ -83,7 +83,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
         .iter()
         .map(|(index, service)| {
             let stats = counters.services.get(index).copied().unwrap_or_default();
-            json!({ "name": service.name, "flows": stats.flows, "refused_flows": stats.refused })
+            json!({ "name": service.name, "flows": stats.flows, "refused_flows": stats.refused, "healed_flows": stats.healed })
         })
         .collect();
     let backends: Vec<_> = tables

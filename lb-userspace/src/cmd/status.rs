@@ -77,6 +77,7 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "backends": tables.backends.len(),
         "flood_guard": guard,
         "half_open_room": set.entries(lb_common::abi::table::HALF_OPEN4)?,
+        "spare_room": set.entries(lb_common::abi::table::SPARES4)?,
         "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),

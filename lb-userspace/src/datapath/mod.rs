@@ -64,6 +64,8 @@ pub struct Sizes {
     pub flows: Option<u32>,
     /// Flows of each family that are not established yet.
     pub half_open: Option<u32>,
+    /// Spares of each family.
+    pub spares: Option<u32>,
     /// Services.
     pub services: Option<u32>,
     /// Listeners of each family.

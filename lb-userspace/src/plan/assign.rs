@@ -379,6 +379,9 @@ impl<'a> Draft<'a> {
                 .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
                 .collect();
             let local = entry.backend.kind == Kind::Local as u8;
+            if service.placement == Placement::Consistent {
+                entry.backend.flags |= backend::CONSISTENT;
+            }
             if answers_here(&entry) && !sources.is_empty() {
                 let by_peers = local && self.peers;
                 if sources.len() > 1 || by_peers {
@@ -386,9 +389,6 @@ impl<'a> Draft<'a> {
                 }
                 if sources.len() == 1 {
                     entry.backend.flags |= SINGLE;
-                }
-                if local && service.placement == Placement::Consistent {
-                    entry.backend.flags |= backend::CONSISTENT;
                 }
                 let at = endpoint(&entry);
                 // A task that goes may have handed its address to one that comes.
