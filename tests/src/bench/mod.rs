@@ -9,5 +9,6 @@ mod line;
 mod live;
 mod load;
 pub mod packets;
+mod paths;
 mod rivals;
 pub mod tcp;
