@@ -20,7 +20,7 @@ export LB_AGENT=/lb/agent LB_OBJECT=/lb/object LB_PATIENCE=8
 while read -r program filter; do
     echo "$program on $(uname -r):"
     # Without a filter there is no argument.
-    "/lb/tests/$program" --test-threads=2 ${filter:+"$filter"} || echo "$program failed" >/dev/ttyS2
+    "/lb/tests/$program" --test-threads=2 --show-output ${filter:+"$filter"} || echo "$program failed" >/dev/ttyS2
 done </lb/list
 echo done >/dev/ttyS2
 poweroff -f
