@@ -18,7 +18,7 @@ use lb_common::{
     net::{V4, V6},
 };
 use lb_tests::{
-    agent::{Agent, active_tasks, healed_flows, outcome},
+    agent::{Agent, active_tasks, healed_flows, json, outcome},
     cluster::{Cluster, Node, Reach, Task},
     lab::table_by_flow,
     netns::eventually,
@@ -264,6 +264,39 @@ fn connections_of_draining_tasks_go_on() {
             assert!(taken >= 4 * CONNECTIONS, "{taken} entries");
             connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
         }
+    }
+}
+
+/// An address that is now this node's and now that one's, as keepalived has them.
+const SHARED: &str = "192.0.2.200";
+
+/// How many listeners a node has.
+fn listeners(node: &Node) -> u64 {
+    json(&node.netns, &["status"])["listeners"].as_u64().unwrap_or_default()
+}
+
+#[test]
+fn connections_follow_their_address_to_another_node() {
+    let cluster = cluster(PEERS);
+    let _servers = servers(&cluster);
+    let [first, second] = [&cluster.nodes[0], &cluster.nodes[1]];
+    first.netns.ip(&format!("address add {SHARED}/24 dev eth1"));
+    let _agents = attach(&cluster);
+    eventually("the first node serves it", || listeners(first) == 3);
+    let to = SocketAddr::new(SHARED.parse().expect("an address"), 80);
+    let mut connections: Vec<Connection> =
+        cluster.client.enter(|| (0..2 * CONNECTIONS).map(|_| Connection::open(to)).collect());
+    for (from, to) in [(first, second), (second, first)] {
+        to.netns.ip(&format!("address add {SHARED}/24 dev eth1"));
+        eventually("the other node serves it too", || listeners(to) == 3);
+        from.netns.ip(&format!("address delete {SHARED}/24 dev eth1"));
+        eventually("the first node serves it no more", || listeners(from) == 2);
+        cluster.client.ip("neighbour flush dev eth1");
+        connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
+    }
+    assert!(healed_flows(&second.netns, "web") >= 2 * CONNECTIONS as u64);
+    for node in &cluster.nodes {
+        assert_eq!(outcome(&node.netns, "no_flow"), 0);
     }
 }
 
