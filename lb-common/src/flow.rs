@@ -84,6 +84,21 @@ pub struct Rewrite<A> {
 }
 
 impl<A: Address> Rewrite<A> {
+    /// The five-tuple of what answers a packet that leaves so.
+    #[must_use]
+    pub const fn answer(&self, protocol: u8) -> FlowKey<A> {
+        FlowKey::new(self.destination, self.source, self.destination_port, self.source_port, protocol)
+    }
+
+    /// Whether a packet leaves with the same addresses and ports. One sum has two deltas that say nothing: they may differ.
+    #[inline(always)]
+    pub fn leads_as(&self, other: &Self) -> bool {
+        self.source_port == other.source_port
+            && self.destination_port == other.destination_port
+            && self.source == other.source
+            && self.destination == other.destination
+    }
+
     /// Becomes the rewrite from a packet's five-tuple to new addresses and ports. In place, for a copy would
     /// take stack that the programs do not have.
     #[inline(always)]
@@ -108,7 +123,8 @@ pub const REPLY_BY_PEER: u8 = 2;
 /// The same for replies that go straight to the client.
 pub const REPLY_DIRECT: u8 = 3;
 
-/// Of a [`Spare`] alone: the answers of a flow that has one entry, by which its requests are found.
+/// The answers of a flow that has one entry, by which its requests are found. No entry's role: a [`Spare`]'s, and then its
+/// packet's.
 pub const ANSWER: u8 = 4;
 
 /// The client sent FIN.
@@ -203,8 +219,8 @@ pub struct Flow<A> {
     pub task_next: u32,
 }
 
-/// What a lost entry is made of again: kept beside the entries of services with consistent placement, by the five-tuple of
-/// the packets that it is for.
+/// What a lost entry is made of again: kept beside the entries of established connections to services with consistent
+/// placement, by the five-tuple of the packets that it is for, until both sides have closed.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Spare<A> {
@@ -402,6 +418,20 @@ impl<A> Flow<A> {
     #[inline(always)]
     pub const fn closing(&self) -> bool {
         self.state & (CLIENT_FIN | TASK_FIN | RESET) != 0
+    }
+
+    /// Whether both sides have closed it, or either has reset it.
+    #[inline(always)]
+    pub const fn is_over(&self) -> bool {
+        const CLOSED: u8 = CLIENT_FIN | TASK_FIN;
+        self.state & RESET != 0 || self.state & CLOSED == CLOSED
+    }
+
+    /// Whether the hop to the client is known: no interface's hardware address is zero.
+    #[inline(always)]
+    pub const fn has_hop(&self) -> bool {
+        let [a, b, c, d, e, f] = self.client_mac;
+        a | b | c | d | e | f != 0
     }
 
     /// Whether it belongs to the established ones: the client went on after the answer.

@@ -28,7 +28,7 @@ pub struct ServiceStats {
     pub flows: u64,
     /// New flows given to none, passed to the host.
     pub refused: u64,
-    /// Flows whose entry was lost and is there again (consistent placement).
+    /// Entries of flows that were lost and made again of their spares (consistent placement).
     pub healed: u64,
 }
 

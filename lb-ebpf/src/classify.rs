@@ -63,7 +63,7 @@ pub fn uplink<F: Frame, A: Family>(
             Err(outcome) => return Err(outcome),
         }
     }
-    let found = owner(frame, packet, (scope, asks), entries, otherwise)?;
+    let found = owner(frame, packet, (asks, answers), (scope, entries), otherwise)?;
     remembered(packet, found)
 }
 
@@ -82,13 +82,14 @@ fn remembered<A: Family>(packet: &Packet<A>, found: Found) -> Result<Found, Outc
     Ok(found)
 }
 
-/// What a packet belongs to that answers none of this node's own flows, or else; `asks` says whether it may be to a listener.
+/// What a packet belongs to that answers no request of this node's tables, or else; the ports say whether it may ask or
+/// answer.
 #[inline(always)]
 fn owner<F: Frame, A: Family>(
     frame: &F,
     packet: &mut Packet<A>,
-    (scope, asks): (Scope, bool),
-    entries: Entries,
+    (asks, answers): (bool, bool),
+    (scope, entries): (Scope, Entries),
     otherwise: Outcome,
 ) -> Result<Found, Outcome> {
     let mut known = Known::No;
@@ -105,19 +106,17 @@ fn owner<F: Frame, A: Family>(
         Known::Gone => return Err(Outcome::Reset),
         Known::No => {}
     }
-    if scope == Scope::Flows {
-        return Err(otherwise);
-    }
     let key = &packet.key;
     let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
-    let listener = if asks { A::listener(&endpoint) } else { None };
+    let all = scope == Scope::All;
+    let listener = if asks && all { A::listener(&endpoint) } else { None };
     let (known, listener) = match listener {
         Some(listener) => (true, listener),
         None => (false, Listener::default()),
     };
-    // An answer reaches no listener.
-    let lost = if known { listener.flags & CONSISTENT != 0 } else { otherwise == Outcome::NotOurs };
-    if lost && track::decode(heal::lost(frame, packet))? == Known::Yes {
+    // What XDP made of its spare TC makes of it again: not everything leaves an entry.
+    let lost = !all || listener.flags & CONSISTENT != 0 || answers && otherwise == Outcome::NotOurs;
+    if lost && track::decode(heal::lost(frame, packet, true))? == Known::Yes {
         return found(packet);
     }
     if known { flow::open(frame, packet, &listener) } else { Err(otherwise) }
@@ -166,7 +165,7 @@ fn reply<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Found
     if let Err(Outcome::LateAnswer) = done {
         return done;
     }
-    match track::decode(heal::lost(frame, packet))? {
+    match track::decode(heal::lost(frame, packet, false))? {
         Known::Yes => found(packet),
         _ => Err(Outcome::NotOurs),
     }
@@ -256,8 +255,11 @@ fn is_late<A>(known: *const Flow<A>, from: u32) -> bool {
 fn take_up<A: Family>(packet: &mut Packet<A>, known: *mut Flow<A>) {
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
     unsafe {
-        track::note(&mut *known, packet, Sender::Task, false);
+        let changed = track::note(&mut *known, packet, Sender::Task, false);
         packet.flow.copy_from(known);
+        if changed && packet.flow.is_over() {
+            let _ = heal::end(packet.flow.backend, &packet.flow_key, &packet.key);
+        }
     }
 }
 

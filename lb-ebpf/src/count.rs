@@ -57,7 +57,7 @@ pub fn failover(backend: u32) {
     }
 }
 
-/// Counts a flow of a service whose entry was lost and is there again.
+/// Counts an entry of a service's flow that was lost and made again of its spare.
 #[inline(always)]
 pub fn healed(service: u32) {
     if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {

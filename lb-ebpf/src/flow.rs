@@ -55,6 +55,9 @@ pub fn open<F: Frame, A: Family>(
     if packet.hops <= 1 {
         return Err(Outcome::TtlExpired);
     }
+    if !goes_on && listener.flags & CONSISTENT != 0 {
+        let _ = heal::forget(packet);
+    }
     if let Err(outcome) = make(frame, packet, listener, goes_on) {
         debug!(frame.ebpf(), "service {}: no flow, outcome {}", listener.service, outcome as u8);
         count::refused(listener.service);
@@ -89,9 +92,6 @@ fn make<F: Frame, A: Family>(
         return Err(Outcome::NoFlow);
     }
     draft(frame, packet, index, backend)?;
-    if !goes_on && listener.flags & CONSISTENT != 0 {
-        heal::forget(packet);
-    }
     if goes_on {
         let segment = packet.segment();
         packet.flow.client_next = segment.end();
@@ -108,9 +108,6 @@ fn make<F: Frame, A: Family>(
     if snat {
         snat::reserve(packet, backend)?;
     }
-    if !goes_on && (snat || packet.behind) {
-        let _ = heal::keep(packet);
-    }
     let Packet { key, flow, .. } = packet;
     match A::HALF_OPEN.insert(key, flow, BPF_NOEXIST as u64) {
         Ok(()) => {
@@ -118,8 +115,6 @@ fn make<F: Frame, A: Family>(
             // What goes on was counted when it was placed.
             if !goes_on {
                 count::new_flow(listener.service, index);
-            } else if listener.flags & CONSISTENT != 0 {
-                count::healed(listener.service);
             }
             if packet.avoid != NOBODY && packet.avoid != index {
                 count::failover(packet.avoid);
@@ -223,11 +218,16 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
                 flow.role = role;
             }
             let changed = track::note(flow, packet, Sender::Client, false);
-            if (changed || moved) && flow.established() {
+            let (established, over) = (flow.established(), flow.is_over());
+            if (changed || moved) && established {
                 // SAFETY: as above.
                 unsafe { packet.reply.copy_from(known) };
                 track::move_over(&packet.reply_key, &packet.reply);
-                let _ = heal::keep_by_peer(packet);
+                let _ = if over {
+                    heal::end(index, &packet.reply_key, &packet.key)
+                } else {
+                    heal::keep_by_peer(packet)
+                };
             }
             return 0;
         }
@@ -239,6 +239,9 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
     }
     if backend.flags & SHARED != 0 && select::collides(packet, backend, index) {
         return Outcome::TunnelCollision as i32;
+    }
+    if opens {
+        let _ = heal::end(index, &packet.reply_key, &packet.key);
     }
     let now = neighbour::jiffies() as u32;
     let segment = packet.segment();

@@ -2,7 +2,7 @@
 //! listener's connections have a spare of each entry, in tables of their own: of the two, one may be lost. Without either, a
 //! hash of the five-tuple says which task a connection has.
 
-use aya_ebpf::bindings::BPF_ANY;
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use lb_common::{
     backend::{self, Kind, State},
     endpoint::{self, Listener, Replies},
@@ -61,9 +61,8 @@ pub fn answers<A: Family>(packet: &mut Packet<A>, replies: &Replies<A>) -> bool 
     true
 }
 
-/// Keeps spares of the packet's entry and of what travels the other way: of a connection that is established, and from its
-/// start of one that the hash alone would not find again, which leaves with another port or goes to a task that is not the
-/// first of its hash. Where round robin chooses a task nothing is kept: what is evicted there is over.
+/// Keeps spares of the packet's entry, which is established, and of what travels the other way. Where round robin chooses a
+/// task nothing is kept: what is evicted there is over.
 #[inline(never)]
 pub fn keep<A: Family>(packet: &mut Packet<A>) -> i32 {
     let Packet { key, flow, reply_key, spare, .. } = packet;
@@ -129,24 +128,66 @@ pub fn set_twin<A: Family>(flow: &Flow<A>, protocol: u8, key: &mut FlowKey<A>) {
     key._pad2 = 0;
 }
 
-/// Takes away the spare that an earlier connection of the packet's five-tuple has left.
-#[inline(always)]
-pub fn forget<A: Family>(packet: &Packet<A>) {
-    let key = &packet.key;
-    if key.protocol == TCP {
-        let _ = A::SPARES.remove(key);
-    }
-}
-
-/// Makes the packet's entry again of its spare; [`Packet::flow`] is then what it was. A function of its own, see
-/// [`track::encode`].
+/// Takes away the spares of a connection that is over, by the five-tuples of both ways.
 #[inline(never)]
-pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> i32 {
-    track::encode(from_spare(frame, packet))
+pub fn end<A: Family>(index: u32, one: &FlowKey<A>, other: &FlowKey<A>) -> i32 {
+    let consistent = BACKENDS.get(index).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0);
+    if one.protocol == TCP && consistent {
+        let _ = A::SPARES.remove(one);
+        let _ = A::SPARES.remove(other);
+    }
+    0
+}
+
+/// Takes away what an earlier connection of the packet's five-tuple has left.
+#[inline(never)]
+pub fn forget<A: Family>(packet: &mut Packet<A>) -> i32 {
+    let Packet { key, reply_key, .. } = packet;
+    if key.protocol != TCP {
+        return 0;
+    }
+    let (key, other) = (&*key, reply_key);
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let Some(spare) = (unsafe { A::SPARES.get(key) }) else {
+        return 0;
+    };
+    other.source = spare.destination;
+    other.destination = spare.source;
+    other.source_port = spare.destination_port;
+    other.destination_port = spare.source_port;
+    other.protocol = TCP;
+    other._pad = 0;
+    other._pad2 = 0;
+    let other: &FlowKey<A> = other;
+    let _ = A::SPARES.remove(other);
+    let _ = A::SPARES.remove(key);
+    0
+}
+
+/// Whether the port that the packet's flow leaves with is that of another connection by now.
+#[inline(always)]
+fn is_anothers<A: Family>(packet: &mut Packet<A>) -> bool {
+    let Packet { key, flow, reply_key, .. } = packet;
+    set_twin(flow, key.protocol, reply_key);
+    let Some(there) = A::any_flow(reply_key) else {
+        return false;
+    };
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let there = unsafe { &(*there).rewrite };
+    let listener = there.source == key.destination && there.source_port == key.destination_port;
+    let client = there.destination == key.source && there.destination_port == key.source_port;
+    !(listener && client)
+}
+
+/// Makes the packet's entry again of its spare; [`Packet::flow`] is then what it was. `asks` says that it may be a client's.
+/// A function of its own, see [`track::encode`].
+#[inline(never)]
+pub fn lost<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, asks: bool) -> i32 {
+    track::encode(from_spare(frame, packet, asks))
 }
 
 #[inline(always)]
-fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<Known, Outcome> {
+fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, asks: bool) -> Result<Known, Outcome> {
     if !may_be_lost(packet) {
         return Ok(Known::No);
     }
@@ -158,12 +199,12 @@ fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<
     let Some(backend) = BACKENDS.get(spare.backend) else {
         return Ok(Known::No);
     };
-    let asks = spare.role == REQUEST;
+    let request = spare.role == REQUEST;
     let gone = backend.generation != spare.generation || backend.state == State::Free as u8;
-    if gone || !asks && !track::is_from(frame, backend) {
+    if gone || request && !asks || !request && !track::is_from(frame, backend) {
         return Ok(Known::No);
     }
-    if asks && !backend.forwards() {
+    if request && !backend.forwards() {
         return Err(Outcome::BackendUnreachable);
     }
     if packet.hops <= 1 {
@@ -176,24 +217,20 @@ fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<
     flow.generation = spare.generation;
     flow.peer = spare.peer;
     flow.role = spare.role;
-    let now = jiffies() as u32;
-    flow.seen = now;
-    let snat = backend.kind == Kind::Snat as u8;
-    // Due at once: the next hop to the client, or a look after snat's other entry.
-    flow.hop_seen = if asks && !snat { now } else { now.wrapping_sub(neighbour::LIFETIME) };
-    flow.forget_hop();
     // A late end does not bring a connection back to life.
     let ended = match packet.flags {
         flags if flags & RST != 0 => RESET,
         flags if flags & FIN == 0 => 0,
-        _ if asks => CLIENT_FIN,
+        _ if request => CLIENT_FIN,
         _ => TASK_FIN,
     };
     flow.state = ANSWERED | ESTABLISHED | ended;
-    let service = backend.service;
+    let now = jiffies() as u32;
+    flow.seen = now;
+    flow.hop_seen = now;
     let segment = packet.segment();
-    let Packet { key, flow, .. } = packet;
-    if asks {
+    let flow = &mut packet.flow;
+    if request {
         let ethernet = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
         // SAFETY: `at` checked the bounds.
         unsafe {
@@ -203,10 +240,24 @@ fn from_spare<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>) -> Result<
         flow.tags = packet.tags;
         (flow.client_next, flow.task_next) = (segment.end(), segment.acknowledgment);
     } else {
+        // The next hop to the client is due at once.
+        flow.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
+        flow.forget_hop();
         (flow.client_next, flow.task_next) = (segment.acknowledgment, segment.end());
     }
-    // A flow whose entry is that of its requests gets it by what its client sends next.
-    if flow.role != ANSWER && ended & RESET == 0 && A::FLOWS.insert(key, flow, BPF_ANY as u64).is_ok() {
+    let service = backend.service;
+    if request && backend.kind == Kind::Snat as u8 {
+        if is_anothers(packet) {
+            let _ = forget(packet);
+            return Ok(Known::No);
+        }
+        // The next packet looks after the entry for replies.
+        packet.flow.hop_seen = now.wrapping_sub(neighbour::LIFETIME);
+    }
+    let Packet { key, flow, .. } = packet;
+    // A flow whose entry is that of its requests gets it by what its client sends next. Where another CPU was first, its
+    // entry stands.
+    if flow.role != ANSWER && ended & RESET == 0 && A::FLOWS.insert(key, flow, BPF_NOEXIST as u64).is_ok() {
         count::healed(service);
     }
     Ok(Known::Yes)

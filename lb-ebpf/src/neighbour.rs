@@ -74,8 +74,8 @@ pub fn refresh<A: Family>(context: *mut c_void, packet: &mut Packet<A>, route: &
         BPF_FIB_LKUP_RET_SUCCESS => Next::Confirm,
         BPF_FIB_LKUP_RET_NO_NEIGH => return Next::Unresolved,
         // No route by the uplink, or forwarding is off: go on answering to where the question came from. What came
-        // through a peer shows no such place; the kernel's neighbour code asks less.
-        _ if flow.role == REPLY_DIRECT => return Next::Unresolved,
+        // through a peer, or was made again, shows no such place; the kernel's neighbour code asks less.
+        _ if flow.role == REPLY_DIRECT || !flow.has_hop() => return Next::Unresolved,
         _ => Next::Known,
     };
     flow.hop_seen = now;

@@ -71,8 +71,6 @@ pub struct Packet<A> {
     pub avoid: u32,
     /// How many tasks the flow that is being made was given to before.
     pub retries: u8,
-    /// Whether that flow goes to another task than the first of its hash.
-    pub behind: bool,
     /// The key of the flow's entry, where that is not the packet's own five-tuple.
     pub flow_key: FlowKey<A>,
     /// The entry for that flow's replies being made (snat).

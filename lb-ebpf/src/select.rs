@@ -54,7 +54,6 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
     }
     // What is said if nobody takes it.
     let mut choice = NOBODY;
-    packet.behind = packet.retries != 0;
     for attempt in 0..TRIES {
         // A SYN that is sent again tries others.
         let turn = if by_hash {
@@ -87,10 +86,8 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
             choice = index;
             continue;
         }
-        packet.behind |= attempt != 0;
         return index;
     }
-    packet.behind = true;
     choice
 }
 

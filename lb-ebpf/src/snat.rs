@@ -3,10 +3,14 @@
 //! The entry for replies *is* the reservation: its key holds the task's endpoint, so that the same port serves
 //! flows to different tasks, and inserting it only where there is none keeps two flows apart.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, helpers::generated::bpf_get_prandom_u32};
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::generated::bpf_get_prandom_u32,
+};
 use lb_common::{
     abi::Config,
     backend::Backend,
+    checksum::Delta,
     flow::{Flow, FlowKey, REPLY},
     net::Be16,
     outcome::Outcome,
@@ -97,27 +101,33 @@ fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bo
     A::HALF_OPEN.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
 }
 
-/// Keeps the entry for replies of a flow whose requests still come: refreshes it, or makes it anew where it was
-/// evicted. False if the port has gone to another flow meanwhile.
+/// Keeps the entry for replies of the packet's flow, whose requests still come: refreshes it, or makes it anew where it
+/// was evicted. False if the port has gone to another flow meanwhile.
 #[inline(never)]
-pub fn look_after<A: Family>(packet: &mut Packet<A>, flow: &Flow<A>) -> bool {
-    let Packet { key, reply, reply_key, .. } = packet;
+pub fn look_after<A: Family>(packet: &mut Packet<A>) -> bool {
+    let Packet { key, flow, reply, reply_key, .. } = packet;
     answer(key, flow, reply, reply_key);
-    let Some(there) = A::any_flow(reply_key) else {
-        // Where its request's is.
-        return if flow.established() {
-            A::FLOWS.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
-        } else {
-            A::HALF_OPEN.insert(reply_key, reply, BPF_NOEXIST as u64).is_ok()
-        };
-    };
-    // SAFETY: as above.
-    let there = unsafe { &mut *there };
-    let own = there.rewrite == reply.rewrite;
-    if own {
-        there.seen = flow.hop_seen;
+    let mut flags = BPF_NOEXIST;
+    if let Some(there) = A::any_flow(reply_key) {
+        // SAFETY: as above.
+        let there = unsafe { &mut *there };
+        if !there.rewrite.leads_as(&reply.rewrite) {
+            return false;
+        }
+        // One that was made again of its spare does not know the way to the client.
+        if there.has_hop() {
+            there.seen = flow.hop_seen;
+            return true;
+        }
+        flags = BPF_ANY;
     }
-    own
+    // Where its request's is.
+    let table = if flow.established() {
+        A::FLOWS.insert(reply_key, reply, flags as u64)
+    } else {
+        A::HALF_OPEN.insert(reply_key, reply, flags as u64)
+    };
+    table.is_ok()
 }
 
 /// The entry, and its key, by which the replies to a request find their way back. Field by field: copying a
@@ -131,9 +141,13 @@ fn answer<A: Family>(request: &FlowKey<A>, flow: &Flow<A>, reply: &mut Flow<A>, 
     key.protocol = request.protocol;
     key._pad = 0;
     key._pad2 = 0;
-    let listener = (&request.destination, request.destination_port);
-    let client = (&request.source, request.source_port);
-    reply.rewrite.set(key, listener, client);
+    let (there, back) = (&flow.rewrite, &mut reply.rewrite);
+    back.source = request.destination;
+    back.destination = request.source;
+    back.source_port = request.destination_port;
+    back.destination_port = request.source_port;
+    back.address_delta = Delta::from_raw(there.address_delta).reversed().raw();
+    back.port_delta = Delta::from_raw(there.port_delta).reversed().raw();
     reply.backend = flow.backend;
     reply.generation = flow.generation;
     reply.seen = flow.hop_seen;

@@ -199,33 +199,43 @@ pub fn usable<F: Frame, A: Family>(
         return Err(Outcome::TtlExpired);
     }
     let sender = if flow.is_reply() { Sender::Task } else { Sender::Client };
-    let mut tells = note(flow, packet, sender, is_one_sided(flow, backend));
-    let mut keeps = false;
-    if backend.kind == Kind::Snat as u8 && flow.role == REQUEST {
-        let now = jiffies() as u32;
-        if neighbour::is_due(flow.hop_seen, now) {
-            flow.hop_seen = now;
-            if !snat::look_after(packet, flow) {
-                let _ = A::delete_flow(&packet.key);
-                return Err(Outcome::BackendGone);
-            }
-            keeps = flow.established();
-        }
-    } else if backend.kind != Kind::Snat as u8 {
-        tells = false;
+    let changed = note(flow, packet, sender, is_one_sided(flow, backend));
+    let snat = backend.kind == Kind::Snat as u8;
+    let now = jiffies() as u32;
+    let looks_after = snat && flow.role == REQUEST && neighbour::is_due(flow.hop_seen, now);
+    if looks_after {
+        flow.hop_seen = now;
     }
     // SAFETY: as above.
     unsafe { packet.flow.copy_from(known) };
-    if tells {
+    if looks_after && !looked_after(packet) {
+        let _ = A::delete_flow(&packet.key);
+        return Err(Outcome::BackendGone);
+    }
+    if changed && snat {
         snat::tell(packet);
     }
-    if keeps {
-        let _ = heal::keep(packet);
+    if changed && packet.flow.is_over() {
+        heal::set_twin(&packet.flow, packet.key.protocol, &mut packet.reply_key);
+        let _ = heal::end(packet.flow.backend, &packet.key, &packet.reply_key);
     }
     if sender == Sender::Task && is_refusal(packet) {
         return Err(Outcome::TaskRefused);
     }
     Ok(Known::Yes)
+}
+
+/// Looks after snat's other entry, and after the spares of both; false if the port has gone to another flow.
+#[inline(always)]
+fn looked_after<A: Family>(packet: &mut Packet<A>) -> bool {
+    if !snat::look_after(packet) {
+        let _ = heal::forget(packet);
+        return false;
+    }
+    if packet.flow.established() {
+        let _ = heal::keep(packet);
+    }
+    true
 }
 
 /// What becomes of a packet whose task is gone. The entry of a connection stays for a while: whatever else its client has

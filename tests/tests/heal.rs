@@ -4,20 +4,20 @@
 use std::{collections::BTreeMap, process::Command};
 
 use lb_common::{
-    abi::{HANDOVER_DECIDE, TC_ALONE, table},
+    abi::{HANDOVER_DECIDE, TC_ALONE, XDP_GENERIC, table},
     flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, REPLY, REQUEST, RESET},
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{Lab, PASS, REDIRECT, TX, UNSPEC, task, with_lab},
-    netns::run,
-    packet::{ACK, FIN, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums},
+    lab::{Lab, PASS, REDIRECT, TX, UNSPEC, ip, task, with_lab},
+    netns::{eventually, run},
+    packet::{ACK, CLIENT_MAC, FIN, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums},
     talk::{
-        FIRST, LISTENER, TASK_FIRST, all_states, answer, establish, far_answer, request, segment, services,
-        slot,
+        CLIENT, FIRST, LISTENER, TASK_FIRST, all_states, answer, establish, far_answer, request, segment,
+        services, slot,
     },
 };
-use lb_userspace::cluster::{Placement, Service, TaskState, Via};
+use lb_userspace::cluster::{Placement, Service, TaskState, Via, set_timer};
 
 const BOTH: u8 = ANSWERED | ESTABLISHED;
 const NONE: Vec<u8> = vec![];
@@ -69,6 +69,8 @@ fn a_client_goes_on_by_the_spare_of_its_entry() {
             assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), name);
             assert_eq!(all_states(lab, port), [NONE, vec![BOTH]], "the entry is what it was");
             assert_eq!(healed(lab, "web"), round);
+            lab.delivered_to(&segment(ACK, port, 80, 0));
+            assert_eq!(healed(lab, "web"), round, "it was lost once");
         }
         // Late ends reach the task too, and bring nothing back to life.
         lab.forget_flows();
@@ -80,11 +82,58 @@ fn a_client_goes_on_by_the_spare_of_its_entry() {
         let last_hop = segment(ACK, port, 80, 0).with(|p| p.hops = 1);
         lab.passes("its time is over", &last_hop.bytes(), Outcome::TtlExpired);
         // The same five-tuple again is another connection.
-        assert_eq!(lab.forget_spares(), 2);
-        assert_eq!(slot(&name), establish(lab, port));
         lab.forget_flows();
         lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0));
-        assert_eq!(lab.forget_spares(), 1, "of the answers alone");
+        assert_eq!(lab.forget_spares(), 0);
+    });
+}
+
+#[test]
+fn what_is_over_leaves_nothing() {
+    with_lab(by_hash(), |lab| {
+        add_route_to_client();
+        establish(lab, 41_050);
+        assert_eq!(lab.forget_spares(), 2);
+        // Both ends close, either first.
+        for (port, client_first) in [(41_051, true), (41_052, false)] {
+            let task = establish(lab, port);
+            let client = || lab.delivered_to(&segment(FIN, port, 80, 0));
+            let answer = || lab.task_tc(&answer(FIN, task, 8080, port).at(TASK_FIRST + 1, FIRST + 1).bytes());
+            if client_first {
+                client();
+                answer();
+            } else {
+                answer();
+                client();
+            }
+            assert_eq!(lab.forget_spares(), 0, "client first: {client_first}");
+        }
+        // Either resets.
+        establish(lab, 41_053);
+        lab.delivered_to(&segment(RST, 41_053, 80, 0));
+        let task = establish(lab, 41_054);
+        lab.task_tc(&answer(RST, task, 8080, 41_054).at(TASK_FIRST + 1, 0).bytes());
+        assert_eq!(lab.forget_spares(), 0);
+        // By snat too.
+        let (_, _, answer) = through_snat(lab, 41_055, true);
+        lab.xdp(&segment(FIN, 41_055, 82, 0).bytes());
+        lab.xdp(&answer.with(|p| p.transport = FIN).bytes());
+        through_snat(lab, 41_056, true);
+        lab.xdp(&segment(RST, 41_056, 82, 0).bytes());
+        assert_eq!(lab.forget_spares(), 0);
+    });
+}
+
+#[test]
+fn the_walk_takes_spares_along_with_what_has_ended() {
+    let mut services = by_hash();
+    set_timer(&mut services[0].timers, "established", 3).expect("a timer");
+    with_lab(services, |lab| {
+        establish(lab, 41_060);
+        // Seconds of a hundredth.
+        lab.configure(|config| config.jiffies_per_second /= 100);
+        eventually("it has ended", || lab.sweep().0.removed == 1);
+        assert_eq!(lab.forget_spares(), 0);
     });
 }
 
@@ -119,7 +168,7 @@ fn a_client_goes_on_by_its_hash_alone() {
 }
 
 #[test]
-fn a_syn_that_is_sent_again_tries_others_and_what_took_it_keeps_it() {
+fn what_a_second_task_took_stays_with_it() {
     with_lab(by_hash(), |lab| {
         // A quarter of no second is over at once.
         lab.configure(|config| config.jiffies_per_second = 0);
@@ -128,8 +177,11 @@ fn a_syn_that_is_sent_again_tries_others_and_what_took_it_keeps_it() {
             let first = lab.delivered_to(&syn);
             let last = (0..3).map(|_| lab.delivered_to(&syn)).find(|task| *task != first);
             let last = last.unwrap_or_else(|| panic!("port {port}: only {first}"));
-            // Though the hash would say the first, and nothing was established.
-            assert_eq!(lab.evict(table::HALF_OPEN4, |_| true), 1);
+            let taken = answer(SYN_ACK, slot(&last), 8080, port).at(TASK_FIRST, FIRST + 1);
+            assert_eq!(lab.task_tc(&taken.bytes()).action, REDIRECT);
+            assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), last);
+            // Though the hash would say the first.
+            lab.forget_flows();
             assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), last);
             lab.forget_flows();
         }
@@ -190,11 +242,7 @@ fn a_routed_tasks_answer_finds_its_way_without_its_entry() {
     with_lab(by_hash(), |lab| {
         add_route_to_client();
         let port = 41_400;
-        let answer = |flags| far_answer(flags, "10.9.0.1", 8081, ("198.51.100.7", port));
-        assert_eq!(lab.xdp(&request(SYN, port, 81).at(FIRST, 0).bytes()).action, TX);
-        assert_eq!(lab.xdp(&answer(SYN_ACK).at(TASK_FIRST, FIRST + 1).bytes()).action, TX);
-        assert_eq!(lab.xdp(&segment(ACK, port, 81, 0).bytes()).action, TX);
-        let data = answer(ACK).at(TASK_FIRST + 1, FIRST + 1);
+        let data = through_routed(lab, port);
         let with_entry = lab.xdp(&data.bytes());
         assert_eq!(with_entry.action, TX);
         lab.forget_flows();
@@ -203,6 +251,15 @@ fn a_routed_tasks_answer_finds_its_way_without_its_entry() {
         assert_eq!(lab.xdp(&segment(ACK, port, 81, 0).bytes()).action, TX);
         assert_eq!(lab.xdp(&data.bytes()), with_entry);
     });
+}
+
+/// A connection to the routed task; the task's answer.
+fn through_routed(lab: &Lab, port: u16) -> Packet {
+    let answer = |flags| far_answer(flags, "10.9.0.1", 8081, (CLIENT, port));
+    assert_eq!(lab.xdp(&request(SYN, port, 81).at(FIRST, 0).bytes()).action, TX);
+    assert_eq!(lab.xdp(&answer(SYN_ACK).at(TASK_FIRST, FIRST + 1).bytes()).action, TX);
+    assert_eq!(lab.xdp(&segment(ACK, port, 81, 0).bytes()).action, TX);
+    answer(ACK).at(TASK_FIRST + 1, FIRST + 1)
 }
 
 /// A connection to the task that is reached by snat, as far as its client's acknowledgment; what the client sends next, how
@@ -243,6 +300,9 @@ fn what_leaves_by_snat_keeps_its_port() {
             lab.forget_flows();
             assert_eq!(lab.xdp(&next.bytes()).frame, leaves, "both at once");
             emitted(lab, &answer, &arrives.frame);
+            // The client's next packet looks after both.
+            assert_eq!(lab.xdp(&next.bytes()).frame, leaves);
+            assert_eq!(lab.xdp(&answer.bytes()), arrives);
             lab.forget_flows();
             // Without either there is no port.
             lab.forget_spares();
@@ -252,19 +312,78 @@ fn what_leaves_by_snat_keeps_its_port() {
 }
 
 #[test]
-fn what_leaves_by_snat_keeps_its_port_from_its_first_packet_on() {
+fn a_port_that_is_anothers_by_now_is_not_taken_back() {
+    with_lab(by_hash(), |lab| {
+        let port = 2_345;
+        let (next, _, _) = through_snat(lab, port, true);
+        lab.forget_flows();
+        let other = |transport| request(transport, port, 82).with(|p| p.source = ip("198.51.100.8"));
+        let taken = lab.xdp(&other(SYN).at(FIRST, 0).bytes());
+        assert_eq!((taken.action, &taken.frame[34..36]), (TX, &port.to_be_bytes()[..]));
+        for _ in 0..2 {
+            lab.passes("its port is gone", &next.bytes(), Outcome::NoFlow);
+        }
+        let mine = lab.xdp(&other(ACK).at(FIRST + 1, TASK_FIRST + 1).bytes());
+        assert_eq!(mine.frame[34..36], port.to_be_bytes());
+    });
+}
+
+#[test]
+fn who_has_not_shown_that_it_exists_has_no_spare() {
     with_lab(by_hash(), |lab| {
         for port in [2_346, 40_001] {
             let (next, _, _) = through_snat(lab, port, false);
-            let own = lab.flows(table::HALF_OPEN4);
-            let (_, request) = own.iter().find(|(_, flow)| flow.role == REQUEST).expect("the request's");
-            let own = request.rewrite.source_port;
             lab.forget_flows();
-            let leaves = lab.xdp(&next.bytes());
-            assert_eq!(leaves.action, TX);
-            assert_eq!(leaves.frame[34..36], own.get().to_be_bytes());
-            assert_checksums(&leaves.frame);
+            lab.passes("a forger may have sent both", &next.bytes(), Outcome::NoFlow);
+        }
+        lab.delivered_to(&request(SYN, 41_500, 80).at(FIRST, 0));
+        assert_eq!(lab.forget_spares(), 0);
+    });
+}
+
+#[test]
+fn an_answer_that_was_made_again_waits_for_the_way_to_its_client() {
+    with_lab(by_hash(), |lab| {
+        let (next, leaves, answer) = through_snat(lab, 2_347, true);
+        let arrives = lab.xdp(&answer.bytes());
+        assert_eq!(arrives.action, TX);
+        assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REPLY), 1);
+        // Nothing routes here: where the client's packets come from is not known before one comes.
+        for _ in 0..2 {
+            let verdict = lab.xdp(&answer.bytes());
+            assert_eq!((verdict.action, verdict.note), (PASS, Some(HANDOVER_DECIDE)));
+        }
+        assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REQUEST), 1);
+        // The first brings its own entry back, the next one looks after the other.
+        for _ in 0..2 {
+            assert_eq!(lab.xdp(&next.bytes()).frame, leaves);
+        }
+        let [(_, reply)] = lab
+            .flows(table::FLOWS4)
+            .into_iter()
+            .filter(|(_, flow)| flow.role == REPLY)
+            .collect::<Vec<_>>()[..]
+        else {
+            panic!("one entry for replies")
+        };
+        assert_eq!(reply.client_mac, CLIENT_MAC);
+    });
+}
+
+#[test]
+fn where_xdp_cannot_tell_tc_heals_too() {
+    with_lab(by_hash(), |lab| {
+        add_route_to_client();
+        let port = 41_450;
+        let answer = through_routed(lab, port);
+        let client = segment(ACK, port, 81, 0);
+        lab.configure(|config| config.flags = XDP_GENERIC);
+        for packet in [&answer, &client, &client.clone().with(|p| p.transport = RST)] {
             lab.forget_flows();
+            let (verdicts, counted) =
+                lab.counting(|lab| (lab.xdp(&packet.bytes()).action, lab.uplink_tc(&packet.bytes()).action));
+            assert_eq!(verdicts, (PASS, REDIRECT), "{packet:?}");
+            assert_eq!(counted.values().sum::<u64>(), 1, "{packet:?}: {counted:?}");
         }
     });
 }

@@ -12,8 +12,8 @@ use aya::{
 };
 use lb_common::{
     abi::table,
-    backend::{Backend, State},
-    flow::{Flow, FlowKey, Phase, REPLY, REQUEST, Timers, elapsed},
+    backend::{Backend, CONSISTENT, State},
+    flow::{Flow, FlowKey, Phase, REPLY, REQUEST, Spare, Timers, elapsed},
     fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
     net::{Address, TCP, V4, V6},
 };
@@ -59,6 +59,12 @@ impl Clock<'_> {
         }
     }
 
+    /// Whether there may be spares of the flow's entries.
+    fn has_spares<A>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+        let consistent = |backend: &Backend| backend.flags & CONSISTENT != 0;
+        key.protocol == TCP && flow.established() && self.backend(flow).is_some_and(consistent)
+    }
+
     /// The resets for a flow that has ended, if its service asks for them. Who closes, or has lost its task, is told by
     /// others.
     fn resets<A: Address>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> Vec<Reset> {
@@ -84,6 +90,7 @@ struct Walk<A> {
     room: u64,
     left: u64,
     flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
+    spares: HashMap<MapData, FlowKey<A>, Spare<A>>,
     batches: Batches<FlowKey<A>, Flow<A>>,
 }
 
@@ -104,13 +111,16 @@ impl<A: Address> Walk<A>
 where
     FlowKey<A>: Pod,
     Flow<A>: Pod,
+    Spare<A>: Pod,
 {
-    fn new(pins: &PinDir, name: &'static str) -> Result<Self, DatapathError> {
-        let flows = Map::from_map_data(map(pins, name)?).and_then(HashMap::try_from);
-        let flows = flows.map_err(|error| DatapathError::map("open", error))?;
+    /// Of a table of flows; its family's spares go with them.
+    fn new(pins: &PinDir, name: &'static str, spares: &str) -> Result<Self, DatapathError> {
+        let open = |error| DatapathError::map("open", error);
+        let flows = Map::from_map_data(map(pins, name)?).and_then(HashMap::try_from).map_err(open)?;
+        let spares = Map::from_map_data(map(pins, spares)?).and_then(HashMap::try_from).map_err(open)?;
         let map = map(pins, name)?;
         let room = room(&map)?;
-        Ok(Self { name, room, left: 0, flows, batches: Batches::new(map) })
+        Ok(Self { name, room, left: 0, flows, spares, batches: Batches::new(map) })
     }
 
     /// Looks at the next entries, takes out those that have ended; how many were looked at, none when the walk has ended.
@@ -140,6 +150,11 @@ where
             let Ok(flow) = self.flows.get(&key, 0) else { continue };
             if clock.has_ended(&key, &flow) && self.flows.remove(&key).is_ok() {
                 done.removed += 1;
+                if clock.has_spares(&key, &flow) {
+                    // Either may be gone.
+                    let _ = self.spares.remove(&key);
+                    let _ = self.spares.remove(&flow.rewrite.answer(key.protocol));
+                }
                 let told = clock.resets(&key, &flow);
                 done.resets += told.len() as u64;
                 resets.extend(told);
@@ -176,8 +191,8 @@ pub(super) struct Sweeper {
 
 impl Sweeper {
     pub(super) fn new(pins: &PinDir, resting: BTreeSet<u32>) -> Result<Self, DatapathError> {
-        let v4 = [table::HALF_OPEN4, table::FLOWS4].map(|name| Walk::new(pins, name));
-        let v6 = [table::HALF_OPEN6, table::FLOWS6].map(|name| Walk::new(pins, name));
+        let v4 = [table::HALF_OPEN4, table::FLOWS4].map(|name| Walk::new(pins, name, table::SPARES4));
+        let v6 = [table::HALF_OPEN6, table::FLOWS6].map(|name| Walk::new(pins, name, table::SPARES6));
         Ok(Self {
             v4: v4.into_iter().collect::<Result<_, _>>()?,
             v6: v6.into_iter().collect::<Result<_, _>>()?,
