@@ -220,7 +220,7 @@ pub struct Flow<A> {
 }
 
 /// What a lost entry is made of again: kept beside the entries of established connections to services with consistent
-/// placement, by the five-tuple of the packets that it is for, until both sides have closed.
+/// placement, by the five-tuple of the packets that it is for, until both sides are seen to close or either to reset.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Spare<A> {
@@ -242,6 +242,17 @@ pub struct Spare<A> {
     pub role: u8,
     /// Zero.
     pub _pad: u8,
+}
+
+impl<A: PartialEq> Spare<A> {
+    /// Whether what leaves by it goes the other way than packets of this five-tuple.
+    #[inline(always)]
+    pub fn answers(&self, key: &FlowKey<A>) -> bool {
+        self.destination_port == key.source_port
+            && self.source_port == key.destination_port
+            && self.destination == key.source
+            && self.source == key.destination
+    }
 }
 
 /// What is said of a packet's place in its connection (RFC 9293, 3.4); all in host order.

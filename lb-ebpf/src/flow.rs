@@ -218,16 +218,13 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
                 flow.role = role;
             }
             let changed = track::note(flow, packet, Sender::Client, false);
-            let (established, over) = (flow.established(), flow.is_over());
-            if (changed || moved) && established {
+            if changed && flow.is_over() {
+                let _ = heal::end(index, &packet.reply_key, &packet.key);
+            } else if (changed || moved) && flow.established() {
                 // SAFETY: as above.
                 unsafe { packet.reply.copy_from(known) };
                 track::move_over(&packet.reply_key, &packet.reply);
-                let _ = if over {
-                    heal::end(index, &packet.reply_key, &packet.key)
-                } else {
-                    heal::keep_by_peer(packet)
-                };
+                let _ = heal::keep_by_peer(packet);
             }
             return 0;
         }

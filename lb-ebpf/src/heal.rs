@@ -62,14 +62,18 @@ pub fn answers<A: Family>(packet: &mut Packet<A>, replies: &Replies<A>) -> bool 
 }
 
 /// Keeps spares of the packet's entry, which is established, and of what travels the other way. Where round robin chooses a
-/// task nothing is kept: what is evicted there is over.
+/// task nothing is kept: what is evicted there is over. Nor where answers pass elsewhere: nothing shows that the client is
+/// more than a forger's.
 #[inline(never)]
 pub fn keep<A: Family>(packet: &mut Packet<A>) -> i32 {
     let Packet { key, flow, reply_key, spare, .. } = packet;
     let Some(backend) = BACKENDS.get(flow.backend) else {
         return 0;
     };
-    if key.protocol != TCP || backend.flags & backend::CONSISTENT == 0 {
+    if key.protocol != TCP || backend.flags & backend::CONSISTENT == 0 || flow.is_over() {
+        return 0;
+    }
+    if flow.role == REQUEST && backend.flags & backend::RETURN_DIRECT != 0 {
         return 0;
     }
     spare_of(key, flow, spare);
@@ -96,7 +100,7 @@ pub fn keep_by_peer<A: Family>(packet: &mut Packet<A>) -> i32 {
     let Packet { reply, reply_key, spare, .. } = packet;
     let consistent =
         BACKENDS.get(reply.backend).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0);
-    if reply_key.protocol == TCP && consistent {
+    if reply_key.protocol == TCP && consistent && !reply.is_over() {
         spare_of(reply_key, reply, spare);
     }
     0
@@ -134,9 +138,19 @@ pub fn end<A: Family>(index: u32, one: &FlowKey<A>, other: &FlowKey<A>) -> i32 {
     let consistent = BACKENDS.get(index).is_some_and(|backend| backend.flags & backend::CONSISTENT != 0);
     if one.protocol == TCP && consistent {
         let _ = A::SPARES.remove(one);
-        let _ = A::SPARES.remove(other);
+        take_twin(one, other);
     }
     0
+}
+
+/// Takes the spare at `other` away if it is of the same connection as `one`: snat may have given the port to another.
+#[inline(always)]
+fn take_twin<A: Family>(one: &FlowKey<A>, other: &FlowKey<A>) {
+    // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
+    let same = unsafe { A::SPARES.get(other) }.is_some_and(|spare| spare.answers(one));
+    if same {
+        let _ = A::SPARES.remove(other);
+    }
 }
 
 /// Takes away what an earlier connection of the packet's five-tuple has left.
@@ -158,8 +172,7 @@ pub fn forget<A: Family>(packet: &mut Packet<A>) -> i32 {
     other.protocol = TCP;
     other._pad = 0;
     other._pad2 = 0;
-    let other: &FlowKey<A> = other;
-    let _ = A::SPARES.remove(other);
+    take_twin(key, other);
     let _ = A::SPARES.remove(key);
     0
 }

@@ -3,15 +3,12 @@
 //! The entry for replies *is* the reservation: its key holds the task's endpoint, so that the same port serves
 //! flows to different tasks, and inserting it only where there is none keeps two flows apart.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::generated::bpf_get_prandom_u32,
-};
+use aya_ebpf::{bindings::BPF_NOEXIST, helpers::generated::bpf_get_prandom_u32};
 use lb_common::{
     abi::Config,
     backend::Backend,
     checksum::Delta,
-    flow::{Flow, FlowKey, REPLY},
+    flow::{ACK, Flow, FlowKey, REPLY},
     net::Be16,
     outcome::Outcome,
 };
@@ -105,29 +102,35 @@ fn claim<A: Family>(packet: &mut Packet<A>, backend: &Backend, port: Be16) -> bo
 /// was evicted. False if the port has gone to another flow meanwhile.
 #[inline(never)]
 pub fn look_after<A: Family>(packet: &mut Packet<A>) -> bool {
-    let Packet { key, flow, reply, reply_key, .. } = packet;
+    let Packet { key, flow, reply, reply_key, flags, acknowledgment, .. } = packet;
     answer(key, flow, reply, reply_key);
-    let mut flags = BPF_NOEXIST;
     if let Some(there) = A::any_flow(reply_key) {
         // SAFETY: as above.
         let there = unsafe { &mut *there };
         if !there.rewrite.leads_as(&reply.rewrite) {
             return false;
         }
+        there.seen = flow.hop_seen;
         // One that was made again of its spare does not know the way to the client.
-        if there.has_hop() {
-            there.seen = flow.hop_seen;
-            return true;
+        if !there.has_hop() {
+            there.client_mac = flow.client_mac;
+            there.node_mac = flow.node_mac;
+            there.tags = flow.tags;
+            there.hop_seen = flow.hop_seen;
         }
-        flags = BPF_ANY;
+        return true;
     }
-    // Where its request's is.
-    let table = if flow.established() {
-        A::FLOWS.insert(reply_key, reply, flags as u64)
+    // What the task has sent since is seen by that entry alone, and acknowledged here.
+    if *flags & ACK != 0 {
+        reply.task_next = *acknowledgment;
+    }
+    // Where its request's is. Should another CPU be faster, the next look tells whose entry that is.
+    let _ = if flow.established() {
+        A::FLOWS.insert(reply_key, reply, BPF_NOEXIST as u64)
     } else {
-        A::HALF_OPEN.insert(reply_key, reply, flags as u64)
+        A::HALF_OPEN.insert(reply_key, reply, BPF_NOEXIST as u64)
     };
-    table.is_ok()
+    true
 }
 
 /// The entry, and its key, by which the replies to a request find their way back. Field by field: copying a

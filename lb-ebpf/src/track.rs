@@ -190,6 +190,9 @@ pub fn usable<F: Frame, A: Family>(
         neighbour::is_due(flow.seen, jiffies() as u32) && expired(flow, packet.is_tcp(), backend.service);
     if unusable || silent || anew && packet.opens() && flow.closing() {
         let _ = A::delete_flow(&packet.key);
+        if silent {
+            let _ = heal::forget(packet);
+        }
         return Ok(Known::No);
     }
     if flow.is_reply() && !is_from(frame, backend) {

@@ -118,6 +118,15 @@ fn what_is_over_leaves_nothing() {
         let (_, _, answer) = through_snat(lab, 41_055, true);
         lab.xdp(&segment(FIN, 41_055, 82, 0).bytes());
         lab.xdp(&answer.with(|p| p.transport = FIN).bytes());
+        eventually("the request looks after its entry for replies again", || {
+            let flows = lab.flows(table::FLOWS4);
+            let request =
+                flows.iter().find(|(key, _)| key.source_port.get() == 41_055).expect("the request's");
+            lab.jiffies().wrapping_sub(request.1.hop_seen) > 256
+        });
+        let last = segment(ACK, 41_055, 82, 1).at(FIRST + 2, TASK_FIRST + 2);
+        assert_eq!(lab.xdp(&last.bytes()).action, TX);
+        assert_eq!(lab.forget_spares(), 0, "a last acknowledgment brings nothing back");
         through_snat(lab, 41_056, true);
         lab.xdp(&segment(RST, 41_056, 82, 0).bytes());
         assert_eq!(lab.forget_spares(), 0);
@@ -323,8 +332,15 @@ fn a_port_that_is_anothers_by_now_is_not_taken_back() {
         for _ in 0..2 {
             lab.passes("its port is gone", &next.bytes(), Outcome::NoFlow);
         }
-        let mine = lab.xdp(&other(ACK).at(FIRST + 1, TASK_FIRST + 1).bytes());
-        assert_eq!(mine.frame[34..36], port.to_be_bytes());
+        // The other one's entries and spares are not touched.
+        let answer = |transport| far_answer(transport, "10.9.0.2", 8082, (LISTENER, port));
+        assert_eq!(lab.xdp(&answer(SYN_ACK).at(TASK_FIRST, FIRST + 1).bytes()).action, TX);
+        let mine = || lab.xdp(&other(ACK).at(FIRST + 1, TASK_FIRST + 1).bytes());
+        assert_eq!(mine().frame[34..36], port.to_be_bytes());
+        lab.passes("its port is gone", &next.bytes(), Outcome::NoFlow);
+        lab.forget_flows();
+        assert_eq!(mine().frame[34..36], port.to_be_bytes());
+        assert_eq!(lab.forget_spares(), 2);
     });
 }
 

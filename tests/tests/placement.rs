@@ -210,11 +210,13 @@ fn all_go_on(reach: Reach) {
         assert!(taken >= 4 * CONNECTIONS, "{taken} entries, all at once");
         trade();
     }
+    // Where answers pass elsewhere the client's node has none, and goes by the hash alone.
+    let without = if reach == DIRECT { far } else { 0 };
     let healed: u64 = cluster.nodes.iter().map(|node| healed_flows(&node.netns, "web")).sum();
-    assert!(healed >= 16 * CONNECTIONS as u64, "{healed} flows healed");
+    assert!(healed >= 4 * (4 * CONNECTIONS - without) as u64, "{healed} entries healed");
     // One for each direction, wherever it passes.
     let spares: usize = cluster.nodes.iter().map(|node| take_spares(node, &mut trade)).sum();
-    assert!(spares >= 8 * CONNECTIONS, "{spares} spares");
+    assert!(spares >= 8 * CONNECTIONS - without, "{spares} spares");
     if reach == SNAT {
         // Its ports are nowhere else: what is busy gets its spares again.
         eventually("spares are kept anew", || {

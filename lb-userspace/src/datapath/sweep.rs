@@ -62,7 +62,8 @@ impl Clock<'_> {
     /// Whether there may be spares of the flow's entries.
     fn has_spares<A>(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
         let consistent = |backend: &Backend| backend.flags & CONSISTENT != 0;
-        key.protocol == TCP && flow.established() && self.backend(flow).is_some_and(consistent)
+        let once_established = flow.established() || flow.is_over();
+        key.protocol == TCP && once_established && self.backend(flow).is_some_and(consistent)
     }
 
     /// The resets for a flow that has ended, if its service asks for them. Who closes, or has lost its task, is told by
@@ -123,6 +124,15 @@ where
         Ok(Self { name, room, left: 0, flows, spares, batches: Batches::new(map) })
     }
 
+    /// Takes the spares of a flow that has ended away. Either may be gone, or another's by now.
+    fn end_spares(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
+        let _ = self.spares.remove(key);
+        let twin = flow.rewrite.answer(key.protocol);
+        if self.spares.get(&twin, 0).is_ok_and(|spare| spare.answers(key)) {
+            let _ = self.spares.remove(&twin);
+        }
+    }
+
     /// Looks at the next entries, takes out those that have ended; how many were looked at, none when the walk has ended.
     fn go_on(
         &mut self,
@@ -151,9 +161,7 @@ where
             if clock.has_ended(&key, &flow) && self.flows.remove(&key).is_ok() {
                 done.removed += 1;
                 if clock.has_spares(&key, &flow) {
-                    // Either may be gone.
-                    let _ = self.spares.remove(&key);
-                    let _ = self.spares.remove(&flow.rewrite.answer(key.protocol));
+                    self.end_spares(&key, &flow);
                 }
                 let told = clock.resets(&key, &flow);
                 done.resets += told.len() as u64;
