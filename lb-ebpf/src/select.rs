@@ -1,7 +1,7 @@
 //! Choosing a task: exact round robin over a listener's slots, one atomic add a new flow, or by a hash of the flow.
 
 use lb_common::{
-    backend::{Backend, SHARED, State},
+    backend::{Backend, Kind, SHARED, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS},
     outcome::Outcome,
 };
@@ -81,14 +81,24 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
             }
             continue;
         }
-        // It has not answered this client, but it may be the only one.
-        if index == packet.avoid {
-            choice = index;
+        // It has not answered this client, but it may be the only one; so may a task of the same node.
+        if packet.avoid != NOBODY && (index == packet.avoid || is_beside(backend, packet.avoid)) {
+            if index != packet.avoid || choice == NOBODY || choice == COLLIDES {
+                choice = index;
+            }
             continue;
         }
         return index;
     }
     choice
+}
+
+/// Whether a task is behind the same peer as another one. What that answers late would be taken for the task's own: the
+/// tunnel says which node sent it, not which task.
+#[inline(always)]
+fn is_beside(backend: &Backend, other: u32) -> bool {
+    backend.kind == Kind::Peer as u8
+        && BACKENDS.get(other).is_some_and(|other| other.kind == backend.kind && other.peer == backend.peer)
 }
 
 /// Takes the next turn of a published port, one atomic add.

@@ -155,6 +155,27 @@ fn a_syn_sent_again_goes_to_the_next_task_until_one_answers() {
 }
 
 #[test]
+fn a_syn_sent_again_goes_to_another_node_if_it_can() {
+    let far = |slot: u8| task(&format!("web.{slot}"), false, Via::Peer, &[&format!("172.18.9.1{slot}")]);
+    let near = task("web.3", true, Via::Peer, &["172.18.0.13"]);
+    for (tasks, second) in
+        [(vec![far(1), far(2), near], Outcome::Local), (vec![far(1), far(2)], Outcome::Peer)]
+    {
+        with_lab(vec![service("web", &["80:8080"], tasks)], |lab| {
+            // A quarter of no second is over at once.
+            lab.configure(|config| config.jiffies_per_second = 0);
+            let syn = request(SYN, 40_020, 80).at(FIRST, 0).bytes();
+            let taken = |outcome| {
+                assert_eq!(lab.counting(|lab| lab.xdp(&syn)).1, BTreeMap::from([(outcome, 1)]));
+                lab.flows(table::HALF_OPEN4)[0].1.backend
+            };
+            let first = taken(Outcome::Peer);
+            assert_ne!(taken(second), first);
+        });
+    }
+}
+
+#[test]
 fn a_refusal_is_kept_from_the_client_while_there_are_others() {
     with_lab(services(), |lab| {
         let port = 40_005;
