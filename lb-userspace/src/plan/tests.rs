@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::{ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via};
 
-// Slots for two generations of consistent placement of all.
-const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 64, slots: 65_536, nodes: 8 };
+// Room for two generations of the most that `cluster` makes, for a plan gives nothing again that it frees: backends of five
+// services, five tasks, two ports and two families, and consistent placement of all of them.
+const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 256, slots: 65_536, nodes: 8 };
 
 fn addresses() -> Vec<IpAddr> {
     vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
