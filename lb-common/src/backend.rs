@@ -74,6 +74,8 @@ pub const RETURN_DIRECT: u8 = 4;
 pub const SINGLE: u8 = 8;
 /// Its service places flows by hash: its connections have spares, [`crate::flow::Spare`].
 pub const CONSISTENT: u8 = 16;
+/// [`Backend::source`] is the name that other nodes have for the task (local).
+pub const NAMED: u8 = 32;
 
 /// One entry of the backend array: what of a backend may change while flows name it.
 ///
@@ -85,7 +87,8 @@ pub struct Backend {
     /// Address of the task; IPv4 in the first word. Of a peer's task its address in the cluster, IPv4 as an
     /// IPv4-mapped address.
     pub address: Wide,
-    /// Own address that reaches it, the source of snat; IPv4 in the first word.
+    /// Own address that reaches it, the source of snat; IPv4 in the first word. Of a [`NAMED`] task of this node its
+    /// address in the cluster, IPv4 as an IPv4-mapped address: what its answers are from as the tunnel has it.
     pub source: Wide,
     /// Hardware address of the task or of the next hop; zero leaves a local task's frames as they came.
     pub mac: [u8; 6],
@@ -107,7 +110,7 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`CONSISTENT`].
+    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`CONSISTENT`], [`NAMED`].
     pub flags: u8,
 }
 

@@ -5,9 +5,8 @@
 //!          └──────────── 60 or 80 bytes ────────────────────┘
 //! ```
 //!
-//! The inner packet starts with its IP header. The one option says which task a request is for, by an address that
-//! is unique in the cluster and its target port, or that the packet is an answer for a client. All fields on the wire
-//! are in network order.
+//! The inner packet starts with its IP header. The one option says which task a request is for, or an answer from, by an
+//! address that is unique in the cluster and its target port. All fields on the wire are in network order.
 
 use core::net::IpAddr;
 
@@ -24,8 +23,8 @@ pub const OPTION_CLASS: Be16 = Be16::new(0xfff5);
 /// Type of our option when the packet goes to the task it names. The highest bit is set: who does not know the
 /// option must drop the packet (RFC 8926, 3.5.1).
 pub const TO_TASK: u8 = 0x81;
-/// Type of our option when the packet is a task's answer, which the node emits to the client; address and port have no
-/// meaning then.
+/// Type of our option when the packet is a task's answer, which the node emits to the client; address and port are the
+/// task's if [`NAMES_TASK`] is set, else they have no meaning.
 pub const TO_CLIENT: u8 = 0x82;
 /// Type of our option in a probe: the datapath that receives it sends it back at once. There is no packet inside, address
 /// and port are the prober's to choose.
@@ -36,6 +35,9 @@ pub const PROBE_ANSWER: u8 = 0x84;
 pub const VERSION: u8 = 1;
 /// Flag of [`TO_TASK`]: the task's node sends answers straight to the client.
 pub const RETURN_DIRECT: u8 = 1;
+/// Flag of [`TO_CLIENT`]: the option names the task that answers, as a request to it would. Who sends answers without it is
+/// an agent that knew no names for them.
+pub const NAMES_TASK: u8 = 2;
 
 /// Options are counted in words of four bytes.
 const OPTION_WORDS: u8 = 6;
@@ -72,7 +74,7 @@ pub struct Header {
     pub words: u8,
     /// [`VERSION`].
     pub version: u8,
-    /// [`RETURN_DIRECT`].
+    /// [`RETURN_DIRECT`], [`NAMES_TASK`].
     pub option_flags: u8,
     /// The task's target port.
     pub port: Be16,

@@ -8,7 +8,7 @@ use lb_common::{
     flow::{Flow, REQUEST},
     net::Be16,
     outcome::Outcome,
-    tunnel::{SELF, TaskKey},
+    tunnel::{NAMES_TASK, SELF, TaskKey},
 };
 
 use crate::{
@@ -197,10 +197,9 @@ pub fn for_task<A: Family>(packet: &mut Packet<A>, arrival: &mut Arrival) -> Res
     Ok(index)
 }
 
-/// The flow of an answer that a peer sent for the client; false if this node has it no more: an answer needs none. `from`
-/// is the number of the node that sent it, or [`SELF`] where that was looked at before.
+/// The flow of an answer that a peer sent for the client; false if this node has it no more: an answer needs none.
 #[inline(always)]
-pub fn for_client<A: Family>(packet: &mut Packet<A>, from: u32) -> Result<bool, Outcome> {
+pub fn for_client<A: Family>(packet: &mut Packet<A>, arrival: &Arrival) -> Result<bool, Outcome> {
     // The request's way, from the client to this node.
     let Packet { key, flow_key, .. } = packet;
     flow_key.source = key.destination;
@@ -213,21 +212,21 @@ pub fn for_client<A: Family>(packet: &mut Packet<A>, from: u32) -> Result<bool, 
     if let Some(known) = A::flow(&packet.flow_key) {
         // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
         if unsafe { (*known).role } == REQUEST {
-            if is_late(known, from) {
+            if is_late(known, arrival) {
                 return Err(Outcome::LateAnswer);
             }
             take_up(packet, known);
             return Ok(true);
         }
     }
-    if track::decode(half_open_client(packet, from))? == Known::Yes {
+    if track::decode(half_open_client(packet, arrival))? == Known::Yes {
         return Ok(true);
     }
     if tunnel::is_own(&packet.key.source) { Ok(false) } else { Err(Outcome::TunnelNotPeer) }
 }
 
 #[inline(never)]
-fn half_open_client<A: Family>(packet: &mut Packet<A>, from: u32) -> i32 {
+fn half_open_client<A: Family>(packet: &mut Packet<A>, arrival: &Arrival) -> i32 {
     let Some(known) = A::half_open(&packet.flow_key) else {
         return track::encode(Ok(Known::No));
     };
@@ -235,19 +234,26 @@ fn half_open_client<A: Family>(packet: &mut Packet<A>, from: u32) -> i32 {
     if unsafe { (*known).role } != REQUEST {
         return track::encode(Ok(Known::No));
     }
-    if is_late(known, from) {
+    if is_late(known, arrival) {
         return track::encode(Err(Outcome::LateAnswer));
     }
     take_up(packet, known);
     track::encode(if track::is_refusal(packet) { Err(Outcome::TaskRefused) } else { Ok(Known::Yes) })
 }
 
-/// Whether an answer comes from another node than that of the flow's task: the client has been given to another meanwhile.
+/// Whether an answer comes from another task than the flow's, as far as its node says which: the client has been given to
+/// another meanwhile.
 #[inline(always)]
-fn is_late<A>(known: *const Flow<A>, from: u32) -> bool {
+fn is_late<A>(known: *const Flow<A>, arrival: &Arrival) -> bool {
     // SAFETY: a table's entry stays readable while the program runs, see `Family::flow`.
-    let backend = BACKENDS.get(unsafe { (*known).backend });
-    from != SELF && backend.is_some_and(|backend| backend.peer as u32 != from)
+    let Some(backend) = BACKENDS.get(unsafe { (*known).backend }) else {
+        return false;
+    };
+    let (from, task) = (arrival.peer, &arrival.task);
+    from != SELF
+        && (backend.peer as u32 != from
+            || arrival.flags & NAMES_TASK != 0
+                && !(backend.address == task.address && backend.port == task.port))
 }
 
 /// Notes what an answer says in the entry of its flow, and copies that.

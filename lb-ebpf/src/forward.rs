@@ -223,7 +223,7 @@ pub fn emit_in_xdp<A: Family>(
     arrival: &Arrival,
 ) -> Result<u32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
-    let known = classify::for_client(packet, arrival.peer)?;
+    let known = classify::for_client(packet, arrival)?;
     let fits = config.flags & XDP_TRANSMITS != 0
         && !(config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet));
     let flow = &packet.flow;
@@ -237,11 +237,15 @@ pub fn emit_in_xdp<A: Family>(
     Ok(transmit(frame, config, config.uplink))
 }
 
-/// In TC, the same; `from` as for [`classify::for_client`].
+/// In TC, the same.
 #[inline(always)]
-pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, from: u32) -> Result<i32, Outcome> {
+pub fn emit_in_tc<A: Family>(
+    frame: &Skb,
+    packet: &mut Packet<A>,
+    arrival: &Arrival,
+) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
-    let known = classify::for_client(packet, from)?;
+    let known = classify::for_client(packet, arrival)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     give_link_header(frame, packet)?;
     if !known {

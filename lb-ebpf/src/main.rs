@@ -252,7 +252,11 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     }
     let task = match frame.handover() {
         Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
-        Some(HANDOVER_EMIT) => Task::Emit,
+        Some(HANDOVER_EMIT) => {
+            // XDP has looked at who sent it.
+            scratch.arrival.peer = SELF;
+            Task::Emit
+        }
         Some(backend) => Task::Deliver(backend),
         None if config.flags & TC_ALONE != 0 => Task::Decide(Scope::All),
         None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Task::Decide(Scope::Flows),
@@ -276,8 +280,8 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         (IS_IPV6, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v6, backend),
         (IS_IPV4, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v4, scope == Scope::All),
         (IS_IPV6, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v6, scope == Scope::All),
-        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4, SELF),
-        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6, SELF),
+        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4, &scratch.arrival),
+        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6, &scratch.arrival),
         (other, _) => -1 - (other - IS_OUTCOME) as i32,
     };
     match (decode(done), task) {
@@ -314,8 +318,8 @@ fn out_of_tunnel_in_tc(frame: &Skb, scratch: &mut Scratch) -> i32 {
     let done = match (parsed, scratch.arrival.kind) {
         (IS_IPV4, TO_TASK) => arrived_in_tc(frame, &mut scratch.v4, &mut scratch.arrival),
         (IS_IPV6, TO_TASK) => arrived_in_tc(frame, &mut scratch.v6, &mut scratch.arrival),
-        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4, scratch.arrival.peer),
-        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6, scratch.arrival.peer),
+        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4, &scratch.arrival),
+        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6, &scratch.arrival),
         _ => encode(Err(Outcome::TunnelMalformed)),
     };
     match decode(done) {
@@ -333,8 +337,8 @@ fn arrived_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &mut A
 }
 
 #[inline(never)]
-fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, from: u32) -> i32 {
-    encode(forward::emit_in_tc(frame, packet, from))
+fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &Arrival) -> i32 {
+    encode(forward::emit_in_tc(frame, packet, arrival))
 }
 
 /// What is left for TC to do with a frame.

@@ -197,13 +197,13 @@ pub struct Scratch {
 /// What the tunnel said of a packet.
 #[repr(C)]
 pub struct Arrival {
-    /// The task that the packet is for; protocol and family are the packet's own.
+    /// The task that the packet is for, or from; protocol and family are the packet's own.
     pub task: TaskKey,
-    /// Number of the node that sent it.
+    /// Number of the node that sent it; [`lb_common::tunnel::SELF`] where who sent it was looked at before.
     pub peer: u32,
     /// [`lb_common::tunnel::TO_TASK`] or [`lb_common::tunnel::TO_CLIENT`].
     pub kind: u8,
-    /// [`lb_common::tunnel::RETURN_DIRECT`].
+    /// [`lb_common::tunnel::RETURN_DIRECT`], [`lb_common::tunnel::NAMES_TASK`].
     pub flags: u8,
     /// Whether the outer header is IPv4, else IPv6.
     pub outer_v4: u8,

@@ -81,7 +81,7 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
             }
             continue;
         }
-        // It has not answered this client, but it may be the only one; so may a task of the same node.
+        // It has not answered this client, but it may be the only one; so may a task of the same node, which may have died.
         if packet.avoid != NOBODY && (index == packet.avoid || is_beside(backend, packet.avoid)) {
             if index != packet.avoid || choice == NOBODY || choice == COLLIDES {
                 choice = index;
@@ -93,8 +93,7 @@ fn choose<A: Family>(packet: &mut Packet<A>, listener: &Listener, by_hash: bool,
     choice
 }
 
-/// Whether a task is behind the same peer as another one. What that answers late would be taken for the task's own: the
-/// tunnel says which node sent it, not which task.
+/// Whether a task is behind the same peer as another one.
 #[inline(always)]
 fn is_beside(backend: &Backend, other: u32) -> bool {
     backend.kind == Kind::Peer as u8

@@ -4,13 +4,13 @@
 //! here but its maximum segment size ([`crate::segment`]).
 
 use lb_common::{
-    backend::Backend,
+    backend::{self, Backend},
     checksum::fold,
     flow::FlowKey,
     net::{Address, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
-        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, PROBE_ANSWER, Peer, SELF, TO_TASK,
+        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, NAMES_TASK, PROBE_ANSWER, Peer, RETURN_DIRECT, SELF, TO_TASK,
         VERSION, VERSION_AND_LENGTH, overhead,
     },
 };
@@ -90,12 +90,16 @@ impl<'a> Cargo<'a> {
         bytes: u16,
         room: u32,
     ) -> Self {
-        let flags = if kind == TO_TASK { backend.flags & lb_common::backend::RETURN_DIRECT } else { 0 };
+        let (address, flags) = if kind == TO_TASK {
+            (&backend.address, (backend.flags & backend::RETURN_DIRECT) / backend::RETURN_DIRECT * RETURN_DIRECT)
+        } else {
+            (&backend.source, (backend.flags & backend::NAMED) / backend::NAMED * NAMES_TASK)
+        };
         Self {
-            address: &backend.address,
+            address,
             port: backend.port,
             kind,
-            flags: flags / lb_common::backend::RETURN_DIRECT,
+            flags,
             service,
             ether: A::KIND,
             bytes,

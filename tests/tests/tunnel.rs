@@ -1,12 +1,15 @@
 //! What the tunnel, ICMP errors and fragments look like, packet by packet: BPF_PROG_TEST_RUN against packets that
 //! etherparse builds.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     abi::{HANDOVER_EMIT, TC_ALONE},
     outcome::Outcome,
-    tunnel::{DEFAULT_PORT, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION},
+    tunnel::{
+        DEFAULT_PORT, NAMES_TASK, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK,
+        VERSION,
+    },
 };
 use lb_tests::{
     lab::{DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, ip, service, task, with_lab},
@@ -111,6 +114,13 @@ fn received(outer: Family, kind: u8, named: (&str, u16), inner: Vec<u8>) -> Tunn
     tunnelled.macs = (HOP_MAC, NODE_MAC);
     tunnelled.nodes = (tunnelled.nodes.1, tunnelled.nodes.0);
     tunnelled.ports.0 = 51_000;
+    tunnelled
+}
+
+/// An answer of this node's task, as this node sends it.
+fn answered(outer: Family, inner: Vec<u8>) -> Tunnelled {
+    let mut tunnelled = sent(outer, TO_CLIENT, (NEAR, 8084), inner);
+    tunnelled.version_and_flags[1] = NAMES_TASK;
     tunnelled
 }
 
@@ -225,10 +235,8 @@ fn a_task_is_found_by_its_name_and_its_answers_go_back_through_the_peer() {
                 let back = Packet::new(answer, (ip(family.local), 8084), client);
                 let (verdict, counted) = lab.counting(|lab| lab.task_tc(&back.bytes()));
                 let expected = back.forwarded((ip(listener), 9_999), client, back.macs);
-                // The name in an answer has no meaning: it is the task's own.
-                let named = sent(outer, TO_CLIENT, (family.local, 8084), inner(&expected));
                 assert_eq!(verdict.action, REDIRECT);
-                assert_eq!(verdict.frame[verdict.frame.len() - named.inner.len()..], named.inner);
+                assert_sent("an answer", &verdict.frame, answered(outer, inner(&expected)));
                 assert_eq!(counted, BTreeMap::from([(Outcome::Reply, 1)]));
                 assert_checksums(&expected.bytes());
             }
@@ -259,6 +267,50 @@ fn answers_are_emitted_by_the_flow_s_hop_or_left_to_tc() {
             let foreign = Packet::new(ACK, (ip(family.router), 83), (ip(family.client), 46_001));
             let arrived = received(outer, TO_CLIENT, ("0.0.0.0", 0), inner(&foreign));
             refused(lab, "from another's address", &arrived.bytes(), Outcome::TunnelNotPeer);
+        }
+    });
+}
+
+#[test]
+fn only_the_task_that_has_the_flow_answers_for_its_node() {
+    with_both(|lab, outer| {
+        let second = ["172.18.9.12", "fd18::9:12"];
+        lab.update(|cluster| {
+            cluster.service_mut(0).tasks.push(task("far.2", false, Via::Peer, &second));
+        });
+        for family in FAMILIES {
+            // A quarter of no second is over at once: the SYN that is sent again goes to the other task.
+            lab.configure(|config| config.jiffies_per_second = 0);
+            let syn = packet(family, SYN, 46_010, 83).bytes();
+            // The name stands right before the packet inside; of an IPv4 address the last four bytes.
+            let taken = || {
+                let frame = lab.xdp(&syn).frame;
+                let at = frame.len() - (syn.len() - 14);
+                let named =
+                    |name: &&str| ip(name) == IpAddr::from(<[u8; 4]>::try_from(&frame[at - 4..at]).unwrap());
+                [FAR, second[0]].into_iter().find(named).expect("it names one of the two")
+            };
+            let (first, then) = (taken(), taken());
+            assert_ne!(first, then);
+            let of = |named: (&str, u16), flags, transport| {
+                let answer = Packet::new(transport, (ip(family.listener), 83), (ip(family.client), 46_010));
+                let mut arrived = received(outer, TO_CLIENT, named, inner(&answer));
+                arrived.version_and_flags[1] = flags;
+                arrived.bytes()
+            };
+            let late = Outcome::LateAnswer;
+            refused(lab, "the first task", &of((first, 8083), NAMES_TASK, SYN_ACK), late);
+            refused(lab, "another port", &of((then, 8084), NAMES_TASK, SYN_ACK), late);
+            let emitted = |what: &str, frame: &[u8]| {
+                let (verdict, counted) = lab.counting(|lab| lab.xdp(frame));
+                assert_eq!((verdict.action, counted), (TX, BTreeMap::from([(Outcome::Reply, 1)])), "{what}");
+            };
+            emitted("the second", &of((then, 8083), NAMES_TASK, SYN_ACK));
+            // Nor once it is established.
+            lab.xdp(&packet(family, ACK, 46_010, 83).bytes());
+            emitted("the second again", &of((then, 8083), NAMES_TASK, ACK));
+            emitted("of a node that names no tasks", &of(("0.0.0.0", 0), 0, ACK));
+            refused(lab, "the first, established", &of((first, 8083), NAMES_TASK, ACK), late);
         }
     });
 }
@@ -670,9 +722,9 @@ fn a_task_s_errors_reach_the_client_from_the_listener() {
                 let expected =
                     IcmpError { from: ip(listener), hops: 63, quote: inner(&asked), ..error.clone() };
                 let verdict = lab.task_tc(&error.bytes());
-                let expected = sent(outer, TO_CLIENT, (family.local, 8084), expected.bytes()[14..].to_vec());
                 assert_eq!(verdict.action, REDIRECT);
-                assert_eq!(verdict.frame[verdict.frame.len() - expected.inner.len()..], expected.inner);
+                let expected = answered(outer, expected.bytes()[14..].to_vec());
+                assert_sent("an error", &verdict.frame, expected);
             }
         }
         // Echo and other messages are the host's.

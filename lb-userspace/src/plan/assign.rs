@@ -379,6 +379,10 @@ impl<'a> Draft<'a> {
                 .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
                 .collect();
             let local = entry.backend.kind == Kind::Local as u8;
+            if local {
+                entry.backend.source = task_key(&entry).address;
+                entry.backend.flags |= backend::NAMED;
+            }
             if service.placement == Placement::Consistent {
                 entry.backend.flags |= backend::CONSISTENT;
             }
