@@ -116,7 +116,7 @@ pub mod program {
     pub const ALL: [&str; 4] = [UPLINK_XDP, UPLINK_TC, TASK_TC, CLOCK];
 }
 
-/// No XDP program decides: TC on the uplink does all.
+/// No XDP program decides, though one may be attached for a moment: TC on the uplink does all.
 pub const TC_ALONE: u32 = 1;
 /// XDP can send frames back out of the uplink itself; otherwise TC forwards.
 pub const XDP_TRANSMITS: u32 = 2;
@@ -135,6 +135,10 @@ pub const XDP_FRAGS: u32 = 32;
 /// XDP takes no packet the short way: for tests, which hold that both ways come to the same.
 pub const STAGES_ONLY: u32 = 64;
 
+/// XDP came a moment ago: frames that the device took in before have no note. TC decides them too; of the others it comes
+/// to what XDP has come to, and does not count it again.
+pub const XDP_IS_NEW: u32 = 128;
+
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -144,7 +148,7 @@ pub struct Config {
     /// Interface index of the uplink.
     pub uplink: u32,
     /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`],
-    /// [`XDP_GENERIC`], [`XDP_FRAGS`], [`STAGES_ONLY`].
+    /// [`XDP_GENERIC`], [`XDP_FRAGS`], [`STAGES_ONLY`], [`XDP_IS_NEW`].
     pub flags: u32,
     /// Lowest and highest source port for snat, host order, inclusive.
     pub snat_ports: [u16; 2],

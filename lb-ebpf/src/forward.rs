@@ -239,11 +239,7 @@ pub fn emit_in_xdp<A: Family>(
 
 /// In TC, the same.
 #[inline(always)]
-pub fn emit_in_tc<A: Family>(
-    frame: &Skb,
-    packet: &mut Packet<A>,
-    arrival: &Arrival,
-) -> Result<i32, Outcome> {
+pub fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &Arrival) -> Result<i32, Outcome> {
     let config = maps::config().ok_or(Outcome::HandoverLost)?;
     let known = classify::for_client(packet, arrival)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));

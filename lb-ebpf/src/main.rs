@@ -49,7 +49,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use lb_common::{
-    abi::{HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC},
+    abi::{Config, HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC, XDP_IS_NEW},
     outcome::Outcome,
     tunnel::{PROBE, SELF, TO_TASK},
 };
@@ -70,6 +70,9 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(0)) else {
         return XDP_PASS;
     };
+    if config.flags & TC_ALONE != 0 {
+        return XDP_PASS;
+    }
     if maps::is_stale(config) {
         count::outcome(Outcome::Stale as u32, 1);
         return XDP_PASS;
@@ -258,7 +261,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
             Task::Emit
         }
         Some(backend) => Task::Deliver(backend),
-        None if config.flags & TC_ALONE != 0 => Task::Decide(Scope::All),
+        None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Task::Decide(Scope::All),
         None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Task::Decide(Scope::Flows),
         None => return TC_ACT_UNSPEC,
     };
@@ -271,8 +274,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
                 return forward::answer_probe_in_tc(&frame, &scratch.arrival);
             }
             ARRIVED => return out_of_tunnel_in_tc(&frame, scratch),
-            // XDP has not counted what it left here.
-            refused => return end_in_tc(&frame, refused - REFUSED),
+            refused => return decided_in_tc(&frame, config, refused - REFUSED),
         }
     }
     let done = match (parsed, task) {
@@ -286,7 +288,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     };
     match (decode(done), task) {
         (Ok(action), _) => action,
-        (Err(outcome), Task::Decide(Scope::All)) => end_in_tc(&frame, outcome),
+        (Err(outcome), Task::Decide(Scope::All)) => decided_in_tc(&frame, config, outcome),
         // What XDP passed to the host it has counted already.
         (Err(_), Task::Decide(Scope::Flows)) => TC_ACT_UNSPEC,
         (Err(_), Task::Deliver(_)) => end_in_tc(&frame, Outcome::HandoverLost as u32),
@@ -295,6 +297,14 @@ pub fn uplink_tc(context: TcContext) -> i32 {
             TC_ACT_SHOT
         }
     }
+}
+
+/// Ends the way of a frame that TC has decided for itself. Where XDP may have passed it to the host, it has counted it then;
+/// what it would have dropped it has not seen.
+#[inline(always)]
+fn decided_in_tc(frame: &Skb, config: &Config, outcome: u32) -> i32 {
+    let passed = config.flags & XDP_IS_NEW != 0 && !is_dropped(outcome) && frame.handover().is_none();
+    if passed { TC_ACT_UNSPEC } else { end_in_tc(frame, outcome) }
 }
 
 /// Ends the way of a frame in TC.

@@ -10,8 +10,8 @@ use lb_common::{
     net::{Address, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
-        CRITICAL, DATA_WORDS, Header, MIN_MTU, OPTION_CLASS, PATH_SECONDS, NAMES_TASK, PROBE_ANSWER, Peer, RETURN_DIRECT, SELF, TO_TASK,
-        VERSION, VERSION_AND_LENGTH, overhead,
+        CRITICAL, DATA_WORDS, Header, MIN_MTU, NAMES_TASK, OPTION_CLASS, PATH_SECONDS, PROBE_ANSWER, Peer,
+        RETURN_DIRECT, SELF, TO_TASK, VERSION, VERSION_AND_LENGTH, overhead,
     },
 };
 
@@ -91,7 +91,10 @@ impl<'a> Cargo<'a> {
         room: u32,
     ) -> Self {
         let (address, flags) = if kind == TO_TASK {
-            (&backend.address, (backend.flags & backend::RETURN_DIRECT) / backend::RETURN_DIRECT * RETURN_DIRECT)
+            (
+                &backend.address,
+                (backend.flags & backend::RETURN_DIRECT) / backend::RETURN_DIRECT * RETURN_DIRECT,
+            )
         } else {
             (&backend.source, (backend.flags & backend::NAMED) / backend::NAMED * NAMES_TASK)
         };

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_common::{
-    abi::{HANDOVER_DECIDE, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_TRANSMITS},
+    abi::{HANDOVER_DECIDE, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS},
     backend::VIA_TC,
     outcome::Outcome,
 };
@@ -434,6 +434,35 @@ fn tc_alone_does_all_of_it() {
         let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&frame));
         assert_eq!((verdict.action, verdict.frame), (UNSPEC, frame));
         assert_eq!(counted, BTreeMap::from([(Outcome::NotOurs, 1)]));
+    });
+}
+
+#[test]
+fn xdp_that_comes_takes_over_packet_by_packet() {
+    with_lab(services(), |lab| {
+        let flags = lab.datapath().config().flags;
+        let (ours, other) = (V4.packet(SYN, 2_600, 81), V4.packet(SYN, 2_600, 22));
+        let delivered = V4.packet(SYN, 2_601, 80);
+        // It is there, and TC does all of it yet.
+        lab.configure(|config| config.flags = flags | TC_ALONE);
+        for packet in [&ours, &other] {
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
+            assert_eq!((verdict.action, verdict.note, verdict.frame), (PASS, None, packet.bytes()));
+            assert_eq!(counted, BTreeMap::new());
+        }
+        // It decides, and what the device took in before comes to TC without a note.
+        lab.configure(|config| config.flags = flags | XDP_IS_NEW);
+        let in_tc = |lab: &Lab, packet: &Packet| {
+            let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&packet.bytes()));
+            (verdict.action, counted)
+        };
+        assert_eq!(in_tc(lab, &delivered), (REDIRECT, BTreeMap::from([(Outcome::Local, 1)])));
+        assert_eq!(in_tc(lab, &ours), (REDIRECT, BTreeMap::from([(Outcome::Routed, 1)])));
+        lab.passes("another port", &other.bytes(), Outcome::NotOurs);
+        assert_eq!(in_tc(lab, &other), (UNSPEC, BTreeMap::new()), "XDP has counted it");
+        // Nothing without a note is on its way any more.
+        lab.configure(|config| config.flags = flags);
+        assert_eq!(in_tc(lab, &delivered), (UNSPEC, BTreeMap::new()));
     });
 }
 

@@ -19,7 +19,7 @@ use lb_tests::{
     flood::Flood,
     netns::{Netns, eventually},
     packet::{SYN, Transport},
-    traffic::{client, echo, get, requests, stop_echo},
+    traffic::{Load, client, echo, get, requests, stop_echo},
 };
 use nix::sys::signal::Signal;
 
@@ -367,6 +367,44 @@ fn no_packet_is_lost_when_controllers_are_killed_and_their_datapath_is_adopted()
     assert_eq!(answered, sent);
     stop_echo(&cluster.tasks[task].netns, 5353);
     server.join().expect("the server");
+}
+
+#[test]
+fn no_request_fails_while_the_mode_changes() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach = Reach { peers: true, ..Reach::default() };
+    cluster.receive_xdp();
+    for (name, node) in [("web.1", 0), ("web.2", 1)] {
+        cluster.add_nginx(name, node);
+    }
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let path = cluster.write(&cluster.file("\"80:8080\"", &tasks));
+    let start = |node: usize, mode: &str| {
+        Agent::attach(&cluster.nodes[node].netns, cluster.folder(), &path, &["--mode", mode])
+    };
+    let offered = |node: usize| {
+        eventually("all tasks are offered", || active_tasks(&cluster.nodes[node].netns, "web") == 2);
+    };
+    let mut agents = [0, 1].map(|node| Some(start(node, "native")));
+    (0..2).for_each(offered);
+    // A machine for each node: a task remembers a client's port for a minute, whichever node it used.
+    let other = cluster.plug("other", [192, 0, 2, 21].into(), [0x2001, 0xdb8, 1, 0, 0, 0, 0, 21].into());
+    let clients = [(&cluster.client, 0), (&other, 1)];
+    let loads = clients.map(|(client, node)| Load::start(client, cluster.addresses(node)[0], 2, u64::MAX));
+    let done = || loads.iter().map(Load::done).sum::<u64>();
+    let modes = ["tc", "native", "generic", "native", "generic", "tc", "generic", "native"];
+    for mode in modes {
+        for (node, agent) in agents.iter_mut().enumerate() {
+            agent.take().expect("an agent").stop(Signal::SIGKILL);
+            *agent = Some(start(node, mode));
+            offered(node);
+            let more = done() + 50;
+            eventually("requests are answered", || done() > more);
+        }
+    }
+    println!("{} requests through {} changes of the mode", done(), 2 * modes.len());
+    let failed: Vec<String> = loads.into_iter().flat_map(Load::stop).collect();
+    assert_eq!(failed, Vec::<String>::new());
 }
 
 #[test]

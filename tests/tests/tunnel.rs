@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
-    abi::{HANDOVER_EMIT, TC_ALONE},
+    abi::{HANDOVER_EMIT, TC_ALONE, XDP_IS_NEW},
     outcome::Outcome,
     tunnel::{
         DEFAULT_PORT, NAMES_TASK, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK,
@@ -315,15 +315,17 @@ fn only_the_task_that_has_the_flow_answers_for_its_node() {
     });
 }
 
-/// Asserts that XDP and TC drop a frame for a reason.
+/// Asserts that XDP and TC drop a frame for a reason, TC also if XDP has just come and has not seen it.
 fn refused(lab: &mut Lab, what: &str, frame: &[u8], outcome: Outcome) {
     let (verdict, counted) = lab.counting(|lab| lab.xdp(frame));
     assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(outcome, 1)])), "{what}");
     let before = lab.datapath().config().flags;
-    lab.configure(|config| config.flags = TC_ALONE);
-    let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(frame));
-    // TC_ACT_SHOT
-    assert_eq!((verdict.action, counted), (2, BTreeMap::from([(outcome, 1)])), "{what} in TC");
+    for flags in [TC_ALONE, before | XDP_IS_NEW] {
+        lab.configure(|config| config.flags = flags);
+        let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(frame));
+        // TC_ACT_SHOT
+        assert_eq!((verdict.action, counted), (2, BTreeMap::from([(outcome, 1)])), "{what} in TC");
+    }
     lab.configure(|config| config.flags = before);
 }
 

@@ -1,13 +1,23 @@
 //! Putting the programs where packets come in: the uplink, in the best way that works, and the interfaces by which tasks
 //! answer.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use anyhow::{Result, anyhow, bail};
-use lb_common::abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_REDIRECTS, XDP_TRANSMITS};
+use lb_common::abi::{
+    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_REDIRECTS, XDP_TRANSMITS,
+};
+
+use tokio::time::Instant;
 
 use super::Controller;
-use crate::net::{self, Found, Link, Snapshot};
+use crate::{
+    datapath::DatapathError,
+    net::{self, Found, Link, Snapshot},
+};
+
+/// From the device's driver to TC no frame takes as long: between the two are queues of one CPU's network code.
+const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 impl Controller {
     /// Attaches the uplink's programs: native XDP, else TC alone, or only what was asked for.
@@ -56,10 +66,10 @@ impl Controller {
             Mode::Tc => TC_ALONE,
         };
         // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
-        // nobody at work.
+        // nobody at work. The generic XDP that goes may have hidden link headers yet.
         self.datapath.beat()?;
         let there = self.datapath.attached() == Some((uplink.index, mode));
-        let meanwhile = if there { config.flags } else { config.flags | TC_ALONE };
+        let meanwhile = config.flags | if there { 0 } else { TC_ALONE | before.flags & XDP_GENERIC };
         self.datapath.set_config(Config { flags: meanwhile, ..config })?;
         if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
             self.datapath.set_config(before)?;
@@ -67,7 +77,22 @@ impl Controller {
         }
         let veth = device.is_some_and(|device| device.driver == "veth");
         config.flags |= transmission(uplink.index, mode, veth);
+        self.xdp_since = None;
+        if !there && mode != Mode::Tc {
+            config.flags |= XDP_IS_NEW;
+            self.xdp_since = Some(Instant::now());
+        }
         self.datapath.set_config(config)?;
+        Ok(())
+    }
+
+    /// Leaves all decisions to XDP once no frame can be on its way that it has not seen.
+    pub(super) fn settle_in(&mut self) -> Result<(), DatapathError> {
+        if self.xdp_since.is_some_and(|since| since.elapsed() >= ON_ITS_WAY) {
+            let config = self.datapath.config();
+            self.datapath.set_config(Config { flags: config.flags & !XDP_IS_NEW, ..config })?;
+            self.xdp_since = None;
+        }
         Ok(())
     }
 

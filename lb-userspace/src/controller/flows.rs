@@ -1,4 +1,4 @@
-//! What is due for the flows once a second: the heartbeat, the walk and what comes of it, the guard.
+//! What is due once a second: the heartbeat, the walk through the flows and what comes of it, the guard.
 
 use std::io::ErrorKind;
 
@@ -14,6 +14,7 @@ impl Controller {
     /// the flood guard takes over and lets go.
     pub(super) fn look_after_flows(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
+        self.settle_in()?;
         let mut resets = Vec::new();
         let swept = self.datapath.sweep(&mut resets);
         // Their flows are gone, whatever became of the walk.

@@ -72,6 +72,8 @@ pub struct Controller {
     report: SourceReport,
     /// Interface index the uplink's programs were attached to in this life.
     served: Option<u32>,
+    /// When XDP came, while frames may be on their way that it has not seen.
+    xdp_since: Option<Instant>,
     /// Interfaces of tasks on which a former controller's program runs yet.
     behind: BTreeSet<u32>,
     /// What was last complained about, so that it is said once.
@@ -140,6 +142,7 @@ impl Controller {
             resetter: None,
             report,
             served: None,
+            xdp_since: None,
             behind: BTreeSet::new(),
             complaints: BTreeSet::new(),
             flooded: false,

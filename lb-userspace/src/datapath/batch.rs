@@ -8,7 +8,7 @@ use std::{
 
 use aya::{Pod, maps::MapData};
 
-use super::DatapathError;
+use super::{DatapathError, sys};
 
 /// `BPF_MAP_LOOKUP_BATCH` of the kernel's user API.
 const LOOKUP_BATCH: libc::c_long = 24;
@@ -80,11 +80,7 @@ impl<K: Pod + Default, V: Pod + Default> Batches<K, V> {
         };
         // SAFETY: the attributes are those of the call, and the kernel writes at most `count` keys and values, of the
         // sizes that the table was opened with, to vectors that hold as many, and a word to `next`.
-        let result = unsafe {
-            libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, &raw mut attributes, size_of::<Attributes>())
-        };
-        if result < 0 {
-            let error = io::Error::last_os_error();
+        if let Err(error) = unsafe { sys::bpf(LOOKUP_BATCH, &mut attributes) } {
             if error.raw_os_error() != Some(libc::ENOENT) {
                 return Err(error);
             }

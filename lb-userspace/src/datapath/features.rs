@@ -10,7 +10,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 
-use super::{DatapathError, pin};
+use super::{DatapathError, pin, sys};
 
 /// Set by tests to features that the kernel is to be taken to lack, by the names below.
 const LACKS: &str = "LB_KERNEL_LACKS";
@@ -172,7 +172,7 @@ struct LinkCreate {
 
 /// Loads a program.
 fn load(kind: Kind, flags: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
-    let attributes = ProgLoad {
+    let mut attributes = ProgLoad {
         kind: kind as u32,
         count: instructions.len() as u32,
         instructions: instructions.as_ptr() as u64,
@@ -180,9 +180,8 @@ fn load(kind: Kind, flags: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
         flags,
         ..ProgLoad::default()
     };
-    let descriptor = bpf(PROG_LOAD, &attributes)?;
-    // SAFETY: the kernel has just given us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    // SAFETY: the instructions and the licence outlive the call; the kernel has just given us the descriptor.
+    unsafe { Ok(OwnedFd::from_raw_fd(sys::bpf(PROG_LOAD, &mut attributes)?)) }
 }
 
 /// Whether the kernel knows TCX: it then looks for the interface, which is not there.
@@ -190,16 +189,10 @@ fn has_tcx() -> bool {
     let Ok(program) = load(Kind::Classifier, 0, &[RETURN_ZERO, EXIT]) else {
         return true;
     };
-    let attributes =
+    let mut attributes =
         LinkCreate { program: program.as_raw_fd() as u32, target: 0, kind: TCX_INGRESS, flags: 0 };
-    is_known(&bpf(LINK_CREATE, &attributes))
-}
-
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the kernel reads as many bytes as it is told, and takes what lies beyond them for zero.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+    // SAFETY: the attributes hold no pointers.
+    is_known(&unsafe { sys::bpf(LINK_CREATE, &mut attributes) })
 }
 
 #[cfg(test)]

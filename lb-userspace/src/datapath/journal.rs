@@ -70,7 +70,7 @@ impl Journal {
 
 fn revert(pins: &PinDir, step: &Step) -> Result<(), AttachProblem> {
     match step {
-        Step::Linked(name) => pins.remove(&pins.link(name)),
+        Step::Linked(name) => pins.remove_link(&pins.link(name)),
         Step::XdpSwapped => links::swap_xdp(&pins.link(pin::XDP), &mut former_xdp(pins)?)?,
         Step::XdpUnlinked(ifindex, mode) => links::link_xdp(pins, &mut former_xdp(pins)?, *ifindex, *mode)?,
         Step::TcSwapped(place) => {

@@ -168,7 +168,7 @@ fn explain_xdp(error: &ProgramError) -> AttachProblem {
 pub(super) fn detach_xdp((pins, journal): (&PinDir, &mut Journal), there: Option<(u32, Mode)>) {
     let path = pins.link(pin::XDP);
     if path.exists() {
-        pins.remove(&path);
+        pins.remove_link(&path);
         if let Some((ifindex, mode)) = there {
             journal.note(Step::XdpUnlinked(ifindex, mode));
         }
@@ -194,7 +194,7 @@ pub(super) fn attach_tc(
             Err(error) if errno(&error) != Some(libc::ENOLINK) => return Err(error.into()),
             Err(error) => log::debug!("the pinned TC link {} leads nowhere: {}", place.link, chain(&error)),
         }
-        pins.remove(&path);
+        pins.remove_link(&path);
     }
     fault::point("attach TC")?;
     if tcx {
@@ -259,7 +259,7 @@ pub(super) fn swap_filter(program: &mut SchedClassifier, place: &Place) -> Resul
 pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, uplink: u32) {
     let path = pins.link(name);
     if path.exists() {
-        pins.remove(&path);
+        pins.remove_link(&path);
     } else if !interface.is_empty() {
         detach_clsact(interface, uplink);
     }
@@ -272,7 +272,7 @@ pub(super) fn detach_clsact(interface: &str, uplink: u32) {
 
 /// Removes every link, and every filter of this uplink on the interfaces named.
 pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
-    pins.remove(&pins.link(pin::XDP));
+    pins.remove_link(&pins.link(pin::XDP));
     for interface in interfaces {
         detach_clsact(interface, uplink);
     }

@@ -16,6 +16,7 @@ mod object;
 mod pin;
 mod shape;
 mod sweep;
+mod sys;
 mod tables;
 
 use std::{
@@ -447,8 +448,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Undoes what failed. Before [`Self::commit`] it is undone with the rest, or taken up by another mode: a link that goes
-    /// is gone only a moment later, and until then its program cannot be attached again.
+    /// Undoes what failed. Before [`Self::commit`] it is undone with the rest, or taken up by another mode.
     fn conclude<T>(&mut self, mark: usize, done: Result<T, AttachProblem>) -> Result<T, AttachProblem> {
         if self.found.is_none() {
             if done.is_err() {

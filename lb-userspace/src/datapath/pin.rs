@@ -22,7 +22,7 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{DatapathError, is_bpffs};
+use super::{DatapathError, is_bpffs, sys};
 
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -31,6 +31,8 @@ pub(super) const XDP: &str = "xdp";
 /// Pin of the uplink's TC link.
 pub(super) const UPLINK_TC: &str = "uplink-tc";
 const TASK: &str = "task-";
+/// What the names of links' pins begin with.
+const LINK: &str = "link-";
 
 /// Pin of the link for replies on an interface.
 pub(super) fn task_link(ifindex: u32) -> String {
@@ -140,7 +142,7 @@ impl PinDir {
 
     /// Pin of a link.
     pub fn link(&self, name: &str) -> PathBuf {
-        self.path.join(format!("link-{name}"))
+        self.path.join(format!("{LINK}{name}"))
     }
 
     /// Whether the uplink's TC program is attached by a link, not by a filter.
@@ -151,12 +153,12 @@ impl PinDir {
     /// Whether a link is pinned.
     pub(super) fn has_links(&self) -> bool {
         let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        entries.into_iter().any(|entry| entry.file_name().as_encoded_bytes().starts_with(b"link-"))
+        entries.into_iter().any(|entry| entry.file_name().as_encoded_bytes().starts_with(LINK.as_bytes()))
     }
 
     /// The interfaces that have a pinned link for replies.
     pub(super) fn task_links(&self) -> Vec<u32> {
-        let prefix = format!("link-{TASK}");
+        let prefix = format!("{LINK}{TASK}");
         let name = |entry: fs::DirEntry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok();
         fs::read_dir(&self.path).into_iter().flatten().flatten().filter_map(name).collect()
     }
@@ -168,6 +170,17 @@ impl PinDir {
         {
             log::warn!("remove pin {}: {error}", pin.display());
         }
+    }
+
+    /// Detaches a pinned link, and removes its pin; one that is not there is as good.
+    pub(super) fn remove_link(&self, pin: &Path) {
+        if let Err(error) = sys::detach_link(pin)
+            && error.kind() != ErrorKind::NotFound
+        {
+            // It goes with its pin.
+            log::debug!("detach the link {}: {error}", pin.display());
+        }
+        self.remove(pin);
     }
 
     /// Replaces a pin.
@@ -193,7 +206,12 @@ impl PinDir {
         // "link-…" sorts before "next-program-…", "program-…" and "table-…".
         pins.sort();
         for pin in pins {
-            self.remove(&pin);
+            let name = pin.file_name().map(|name| name.to_string_lossy());
+            if name.is_some_and(|name| name.starts_with(LINK)) {
+                self.remove_link(&pin)
+            } else {
+                self.remove(&pin)
+            }
         }
         for directory in self.path.ancestors().take(3) {
             // Another interface, namespace or agent may still need the upper ones.
