@@ -342,10 +342,15 @@ impl Controller {
         complaints.extend(self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways));
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
         let limits = self.datapath.limits()?;
-        let plan = self.planner.plan(&view, self.datapath.tables(), &limits);
-        complaints.extend(plan.refused);
-        let changes = plan.ops.len();
+        let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
+        let mut changes = plan.ops.len();
         self.apply(plan.ops)?;
+        if plan.again {
+            plan = self.planner.plan(&view, self.datapath.tables(), &limits);
+            changes += plan.ops.len();
+            self.apply(plan.ops)?;
+        }
+        complaints.extend(plan.refused);
         for index in self.datapath.task_links() {
             if !carriers.contains(&index) && !self.in_use(index) {
                 let name = snapshot.links.get(&index).map(|link| link.name.as_str());

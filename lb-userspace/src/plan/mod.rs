@@ -27,6 +27,8 @@ pub struct Plan {
     pub ops: Vec<MapOp>,
     /// What could not be planned, in words for the operator, each with the next step.
     pub refused: Vec<String>,
+    /// Whether services were left out for which there may be room in what this plan frees: only the next one can give that.
+    pub again: bool,
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use super::{
     assign::{Draft, Held, Limits, Refusal},
     books::Books,
     desired::{self, DesiredNode, Reach, Reaching, Scene, View, Way, is_shown},
-    tables::Tables,
+    tables::{MapOp, Tables},
     transition::transition,
 };
 use crate::cluster::{ClusterState, Node, Return, Service};
@@ -59,6 +59,8 @@ struct Entry {
     /// What was left out, in words for the operator.
     said: Vec<String>,
     refused: bool,
+    /// For want of room.
+    crowded: bool,
     unreached: usize,
 }
 
@@ -220,7 +222,9 @@ impl Planner {
         self.around.nodes = nodes;
         let (next, books) = draft.finish();
         self.books = Some(books);
-        Ok(Plan { ops: transition(next), refused: self.refused() })
+        let ops = transition(next);
+        let crowded = self.noted.iter().filter_map(|name| self.entries.get(name)).any(|entry| entry.crowded);
+        Ok(Plan { again: crowded && ops.iter().any(MapOp::frees), ops, refused: self.refused() })
     }
 
     /// Puts a service in as it is now; what it held before was taken out.
@@ -245,13 +249,13 @@ impl Planner {
         let wanted = scene.service(&service, &mut entry.said);
         match draft.add(&wanted, before) {
             Ok(held) => {
-                (entry.held, entry.refused) = (held, false);
+                (entry.held, entry.refused, entry.crowded) = (held, false, false);
                 entry.unreached = wanted.backends.iter().filter(|b| b.label.problem.is_some()).count();
             }
             Err(Refusal::Taken(owner, _)) if !complete && owner.as_str() > name => return Err(Unordered),
             Err(Refusal::Full(_)) if !complete => return Err(Unordered),
             Err(refusal) => {
-                entry.refused = true;
+                (entry.refused, entry.crowded) = (true, matches!(refusal, Refusal::Full(_)));
                 entry.said.push(format!("service {name} is left out: {}", refusal.reason()));
             }
         }

@@ -286,3 +286,18 @@ pub enum MapOp {
     /// Write a word of the port filter.
     SetFilter(u32, u64),
 }
+
+impl MapOp {
+    /// Whether what it takes away, or points elsewhere, leaves room for something else.
+    pub(super) fn frees(&self) -> bool {
+        matches!(
+            self,
+            Self::RemoveNode(_)
+                | Self::RemoveService(_)
+                | Self::RemovePort(_)
+                | Self::FreeBackend(_)
+                | Self::RemoveListener(_)
+                | Self::SetListener(..)
+        )
+    }
+}

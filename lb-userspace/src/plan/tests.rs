@@ -193,7 +193,7 @@ proptest! {
             let problems = |tables: &Tables| tables.backends.values().filter(|e| e.label.problem.is_some()).count();
             // Cut short at times: then all is forgotten.
             let steps = if chance[2] < 32 { plan.ops.len() / 2 } else { plan.ops.len() };
-            apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![] })?;
+            apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![], again: false })?;
             if steps < plan.ops.len() {
                 planner.forget();
             } else {
@@ -219,6 +219,14 @@ proptest! {
             prop_assert!(plan.refused.iter().all(|reason| reason.contains("--max-")));
             prop_assert!(tables.services.keys().all(|index| *index < services));
             prop_assert!(tables.backends.keys().all(|index| *index < backends));
+            // What was freed may have been enough.
+            if plan.again {
+                let more = plan_for(state, &tables, &limits);
+                apply(&mut tables, &more)?;
+                prop_assert!(more.refused.len() <= plan.refused.len());
+            } else {
+                prop_assert!(plan_for(state, &tables, &limits).ops.is_empty());
+            }
         }
     }
 
@@ -229,7 +237,7 @@ proptest! {
         apply(&mut tables, &plan_for(&from, &Tables::empty(LIMITS.slots), &LIMITS))?;
         let plan = plan_for(&to, &tables, &LIMITS);
         let steps = cut.index(plan.ops.len() + 1);
-        apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![] })?;
+        apply(&mut tables, &Plan { ops: plan.ops[..steps].to_vec(), refused: vec![], again: false })?;
         let rest = plan_for(&to, &tables, &LIMITS);
         apply(&mut tables, &rest)?;
         let mut fresh = Tables::empty(LIMITS.slots);
@@ -320,6 +328,29 @@ fn a_freed_number_rests_and_comes_back_with_another_generation() {
     assert_eq!(go(&[]), []);
     assert_eq!(go(&[TaskState::Running]), [(1, 1)]);
     assert_eq!(go(&[TaskState::Running, TaskState::Running]), [(0, 2), (1, 1)]);
+}
+
+#[test]
+fn what_one_service_leaves_the_next_has_by_a_second_plan() {
+    let limits = Limits { backends: 2, ..LIMITS };
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut planner = Planner::default();
+    let mut go = |cluster: &ClusterState| {
+        let plan = plan_by(&mut planner, (cluster, |(address, _)| way(address)), &tables, &limits);
+        plan.ops.iter().for_each(|op| tables.apply(op.clone()));
+        let there = tables.services.values().map(|label| label.name.clone()).collect::<Vec<_>>();
+        (there, plan.refused.len(), plan.again)
+    };
+    let first = one_service(&[TaskState::Running; 2]);
+    let mut other = first.clone();
+    other.service_mut(0).name = "other".into();
+    assert_eq!(go(&first), (vec!["s1".into()], 0, false));
+    assert_eq!(go(&other), (vec![], 1, true));
+    assert_eq!(go(&other), (vec!["other".into()], 0, false));
+    // A service that is too large is left out whole, and nothing is freed for it.
+    let large = one_service(&[TaskState::Running; 3]);
+    assert_eq!(go(&large), (vec![], 1, true));
+    assert_eq!(go(&large), (vec![], 1, false));
 }
 
 #[test]
