@@ -267,6 +267,8 @@ pub mod size {
     pub const SLOTS: usize = 262_144;
     /// Nodes of the cluster; their numbers start at one.
     pub const NODES: usize = 4_096;
+    /// Addresses of a node that there is room for, on average.
+    pub const NODE_ADDRESSES: usize = 4;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;
 }

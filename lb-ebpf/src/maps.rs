@@ -106,7 +106,8 @@ pub static PEERS: Array<Peer, { size::NODES }> = Array::new();
 pub static PEER_PATHS: Array<Path, { size::NODES }> = Array::new();
 
 #[btf_map]
-pub static PEER_NUMBERS: HashMap<Wide, u32, { size::NODES * 4 }, ON_DEMAND> = HashMap::new();
+pub static PEER_NUMBERS: HashMap<Wide, u32, { size::NODES * size::NODE_ADDRESSES }, ON_DEMAND> =
+    HashMap::new();
 
 #[btf_map]
 pub static TASKS: HashMap<TaskKey, u32, { size::BACKENDS }, ON_DEMAND> = HashMap::new();

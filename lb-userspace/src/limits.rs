@@ -82,6 +82,7 @@ impl Watch {
 fn setting(name: &str) -> (&'static str, &'static str) {
     match name {
         table::HALF_OPEN4 | table::HALF_OPEN6 => ("flows that are not established", "--max-half-open"),
+        table::SPARES4 | table::SPARES6 => ("spare entries of connections", "--max-spares"),
         table::FRAGMENTS4 | table::FRAGMENTS6 => ("fragmented datagrams", "--max-fragments"),
         _ => ("flows", "--max-flows"),
     }

@@ -3,15 +3,17 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU16, Ordering},
+    time::{Duration, Instant},
 };
 
 use lb_common::{
     abi::{TC_ALONE, table},
-    flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, REQUEST, RESET, TASK_FIN},
+    flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, Flow, REQUEST, RESET, TASK_FIN},
+    net::V4,
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{Lab, REDIRECT, TX, ip, service, task, with_lab},
+    lab::{Lab, REDIRECT, TX, ip, service, table_by_flow, task, with_lab},
     netns::eventually,
     packet::{ACK, FIN, Flags, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
     talk::{
@@ -415,5 +417,40 @@ fn draining_goes_on_and_zero_and_back_is_served_again() {
             BTreeMap::from([(Outcome::Reset, 1)])
         );
         lab.delivered_to(&request(SYN, 40_014, 80).at(FIRST, 0));
+    });
+}
+
+#[test]
+fn the_walk_takes_out_nothing_that_comes_to_life_meanwhile() {
+    with_lab(services(), |lab| {
+        let port = 40_030;
+        establish(lab, port);
+        let (key, flow) = lab.flows(table::FLOWS4)[0];
+        let hours = 3 * 3_600 * lab.datapath().config().jiffies_per_second;
+        let ended = Flow { seen: lab.jiffies().wrapping_sub(hours), ..flow };
+        // As the datapath does when the client's port is used again, at any moment of the walk.
+        let mut flows = table_by_flow::<V4, Flow<V4>>(table::FLOWS4);
+        let mut renew = move |pause: u32| {
+            flows.insert(key, ended, 0).expect("an entry");
+            (0..pause).for_each(|_| std::hint::spin_loop());
+            flows.insert(key, flow, 0).expect("an entry");
+            // For a moment it may be in the walk's hands.
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while flows.get(&key, 0).is_err() {
+                assert!(Instant::now() < deadline, "a flow that lives was taken out");
+            }
+        };
+        let (mut walks, mut removed) = (0, 0);
+        std::thread::scope(|scope| {
+            let renewals = scope.spawn(move || (0..60_000).for_each(|round| renew(round % 600)));
+            while !renewals.is_finished() {
+                removed += lab.sweep().0.removed;
+                walks += 1;
+            }
+            renewals.join().expect("it stayed");
+        });
+        println!("{walks} walks took {removed} ended flows out");
+        assert!(removed > 10, "{removed}");
+        assert_eq!(lab.flows(table::FLOWS4).len(), 1);
     });
 }

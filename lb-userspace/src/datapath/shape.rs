@@ -17,9 +17,6 @@ use lb_common::{
 
 use super::{DatapathError, Sizes};
 
-/// Addresses of a node that there is room for, on average.
-const NODE_ADDRESSES: u32 = 4;
-
 /// The shape a pinned table must have.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -68,7 +65,11 @@ impl Shape {
             shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
             shape::<u32, Peer>(table::PEERS, Array, nodes),
             shape::<u32, Path>(table::PEER_PATHS, Array, nodes),
-            shape::<Wide, u32>(table::PEER_NUMBERS, Hash, nodes.map(|nodes| nodes * NODE_ADDRESSES)),
+            shape::<Wide, u32>(
+                table::PEER_NUMBERS,
+                Hash,
+                nodes.map(|nodes| nodes * size::NODE_ADDRESSES as u32),
+            ),
             shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),

@@ -21,6 +21,9 @@ use lb_common::{
 use super::{DatapathError, PinDir, TableSet, batch::Batches, idle};
 use crate::{cluster::Idle, limits::Fill, net::Reset, plan::Tables};
 
+/// `BPF_NOEXIST` of the kernel's user API.
+const NOEXIST: u64 = 1;
+
 /// Entries looked at in one slice.
 const SLICE: usize = 32_768;
 
@@ -84,7 +87,18 @@ impl Clock<'_> {
     }
 }
 
-/// One table and how far the walk has come.
+/// One table's part of a walk.
+trait Part: Send + Sync {
+    /// Looks at the next entries; how many, none when the table's end is reached.
+    fn go_on(
+        &mut self,
+        clock: Clock<'_>,
+        done: &mut Sweep,
+        resets: &mut Vec<Reset>,
+    ) -> Result<Option<usize>, DatapathError>;
+}
+
+/// A table of flows and how far the walk has come: those that have ended go.
 struct Walk<A> {
     name: &'static str,
     /// Entries there is room for, and those that were alive.
@@ -132,8 +146,14 @@ where
             let _ = self.spares.remove(&twin);
         }
     }
+}
 
-    /// Looks at the next entries, takes out those that have ended; how many were looked at, none when the walk has ended.
+impl<A: Address + Send + Sync> Part for Walk<A>
+where
+    FlowKey<A>: Pod + Send + Sync,
+    Flow<A>: Pod + Send + Sync,
+    Spare<A>: Pod + Send + Sync,
+{
     fn go_on(
         &mut self,
         clock: Clock<'_>,
@@ -156,19 +176,66 @@ where
             }
         }
         for key in ended {
-            // It may have come to life since it was read.
-            let Ok(flow) = self.flows.get(&key, 0) else { continue };
-            if clock.has_ended(&key, &flow) && self.flows.remove(&key).is_ok() {
-                done.removed += 1;
-                if clock.has_spares(&key, &flow) {
-                    self.end_spares(&key, &flow);
-                }
-                let told = clock.resets(&key, &flow);
-                done.resets += told.len() as u64;
-                resets.extend(told);
+            // It may have come to life since it was read, and may until it is taken out: its client's port is used again.
+            let ended = |flow: &Flow<A>| clock.has_ended(&key, flow);
+            if !self.flows.get(&key, 0).is_ok_and(|flow| ended(&flow)) {
+                continue;
             }
+            let Some(flow) = self.batches.take(&key)? else { continue };
+            if !ended(&flow) {
+                // Unless there is a newer one already.
+                let _ = self.flows.insert(key, flow, NOEXIST);
+                continue;
+            }
+            done.removed += 1;
+            if clock.has_spares(&key, &flow) {
+                self.end_spares(&key, &flow);
+            }
+            let told = clock.resets(&key, &flow);
+            done.resets += told.len() as u64;
+            resets.extend(told);
         }
         done.seen += seen as u64;
+        Ok(Some(seen))
+    }
+}
+
+/// A table of spares, which are counted: they go with their flows.
+struct Count<A> {
+    name: &'static str,
+    room: u64,
+    left: u64,
+    batches: Batches<FlowKey<A>, Spare<A>>,
+}
+
+impl<A> Count<A>
+where
+    FlowKey<A>: Pod + Default,
+    Spare<A>: Pod + Default,
+{
+    fn new(pins: &PinDir, name: &'static str) -> Result<Self, DatapathError> {
+        let map = map(pins, name)?;
+        Ok(Self { name, room: room(&map)?, left: 0, batches: Batches::new(map) })
+    }
+}
+
+impl<A> Part for Count<A>
+where
+    FlowKey<A>: Pod + Default + Send + Sync,
+    Spare<A>: Pod + Default + Send + Sync,
+{
+    fn go_on(
+        &mut self,
+        _: Clock<'_>,
+        done: &mut Sweep,
+        _: &mut Vec<Reset>,
+    ) -> Result<Option<usize>, DatapathError> {
+        let Some(entries) = self.batches.next()? else {
+            done.fills.push(Fill { table: self.name, entries: self.left, room: self.room });
+            return Ok(None);
+        };
+        let seen = entries.count();
+        self.left += seen as u64;
         Ok(Some(seen))
     }
 }
@@ -190,8 +257,8 @@ pub struct Sweep {
 
 /// A walk that is under way.
 pub(super) struct Sweeper {
-    v4: Vec<Walk<V4>>,
-    v6: Vec<Walk<V6>>,
+    /// What is still to be looked at, the next one last.
+    parts: Vec<Box<dyn Part>>,
     done: Sweep,
     /// The backends that were free, and might be named, when it began.
     pub(super) resting: BTreeSet<u32>,
@@ -199,11 +266,18 @@ pub(super) struct Sweeper {
 
 impl Sweeper {
     pub(super) fn new(pins: &PinDir, resting: BTreeSet<u32>) -> Result<Self, DatapathError> {
-        let v4 = [table::HALF_OPEN4, table::FLOWS4].map(|name| Walk::new(pins, name, table::SPARES4));
-        let v6 = [table::HALF_OPEN6, table::FLOWS6].map(|name| Walk::new(pins, name, table::SPARES6));
+        let flows4 = |name| Walk::<V4>::new(pins, name, table::SPARES4);
+        let flows6 = |name| Walk::<V6>::new(pins, name, table::SPARES6);
         Ok(Self {
-            v4: v4.into_iter().collect::<Result<_, _>>()?,
-            v6: v6.into_iter().collect::<Result<_, _>>()?,
+            // A flow that moves from the half-open ones to the others meanwhile is not missed.
+            parts: vec![
+                Box::new(Count::<V6>::new(pins, table::SPARES6)?),
+                Box::new(flows6(table::FLOWS6)?),
+                Box::new(flows6(table::HALF_OPEN6)?),
+                Box::new(Count::<V4>::new(pins, table::SPARES4)?),
+                Box::new(flows4(table::FLOWS4)?),
+                Box::new(flows4(table::HALF_OPEN4)?),
+            ],
             done: Sweep::default(),
             resting,
         })
@@ -214,22 +288,13 @@ impl Sweeper {
     pub(super) fn go_on(&mut self, clock: Clock<'_>, resets: &mut Vec<Reset>) -> Result<bool, DatapathError> {
         let mut left = SLICE;
         while left > 0 {
-            let seen = if let Some(walk) = self.v4.last_mut() {
-                let seen = walk.go_on(clock, &mut self.done, resets)?;
-                if seen.is_none() {
-                    self.v4.pop();
-                }
-                seen
-            } else if let Some(walk) = self.v6.last_mut() {
-                let seen = walk.go_on(clock, &mut self.done, resets)?;
-                if seen.is_none() {
-                    self.v6.pop();
-                }
-                seen
-            } else {
+            let Some(part) = self.parts.last_mut() else {
                 return Ok(true);
             };
-            left = left.saturating_sub(seen.unwrap_or_default());
+            match part.go_on(clock, &mut self.done, resets)? {
+                Some(seen) => left = left.saturating_sub(seen),
+                None => drop(self.parts.pop()),
+            }
         }
         Ok(false)
     }

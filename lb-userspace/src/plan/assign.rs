@@ -6,6 +6,7 @@ use std::{
 };
 
 use lb_common::{
+    abi::size::NODE_ADDRESSES,
     backend::{self, Kind, SHARED, SINGLE, State},
     endpoint::{self, Listener},
     net::Be16,
@@ -134,7 +135,16 @@ impl<'a> Draft<'a> {
                 None if node.label.this => SELF,
                 None => continue,
             };
-            peer_numbers.extend(node.addresses.iter().map(|address| (*address, known_as)));
+            let room = (self.limits.nodes as usize + 1) * NODE_ADDRESSES;
+            let fits = node.addresses.len().min(room - peer_numbers.len());
+            if fits < node.addresses.len() {
+                refused.push(format!(
+                    "node {name} is known by {fits} of its {} addresses: there is room for {room} of all nodes; attach again \
+                     with a higher --max-nodes",
+                    node.addresses.len()
+                ));
+            }
+            peer_numbers.extend(node.addresses[..fits].iter().map(|address| (*address, known_as)));
         }
         self.peers = !peers.is_empty();
         self.next.nodes.replace(labels);

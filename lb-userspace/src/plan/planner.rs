@@ -223,7 +223,8 @@ impl Planner {
         let (next, books) = draft.finish();
         self.books = Some(books);
         let ops = transition(next);
-        let crowded = self.noted.iter().filter_map(|name| self.entries.get(name)).any(|entry| entry.crowded);
+        let crowded = !self.around.refused.is_empty()
+            || self.noted.iter().filter_map(|name| self.entries.get(name)).any(|entry| entry.crowded);
         Ok(Plan { again: crowded && ops.iter().any(MapOp::frees), ops, refused: self.refused() })
     }
 
@@ -279,7 +280,7 @@ impl Planner {
             before.iter().map(|node| (node.label.name.clone(), draft.node(&node.label.name))).collect();
         let mut refused = Vec::new();
         let now = desired::nodes(view, &mut refused);
-        if all || now != before {
+        if all || now != before || !self.around.refused.is_empty() {
             draft.set_nodes(&now, &mut refused);
             all |= draft.has_peers() != peers;
             let known: HashMap<&str, &DesiredNode> =

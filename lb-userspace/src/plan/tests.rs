@@ -354,6 +354,35 @@ fn what_one_service_leaves_the_next_has_by_a_second_plan() {
 }
 
 #[test]
+fn addresses_of_nodes_without_room_are_said() {
+    let limits = Limits { nodes: 1, ..LIMITS };
+    let address = |i: u8| IpAddr::from([198, 51, 100, i]);
+    let node = |name: &str, first: u8| Node {
+        name: name.into(),
+        addresses: (first..first + 5).map(address).collect(),
+        agent: true,
+    };
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut go = |cluster: &ClusterState| {
+        let plan = plan_for(cluster, &tables, &limits);
+        for op in plan.ops {
+            tables.apply(op);
+            assert!(tables.peer_numbers.len() <= 8, "there is no room for more in the kernel's table");
+        }
+        (tables.peer_numbers.contains_key(&address(9)), plan.refused)
+    };
+    let cluster = |nodes: Vec<Node>| ClusterState { nodes, ..ClusterState::default() };
+    assert_eq!(go(&cluster(vec![node("a", 1)])), (false, vec![]));
+    // Another in its place.
+    assert_eq!(go(&cluster(vec![])), (false, vec![]));
+    assert_eq!(go(&cluster(vec![node("b", 6)])), (true, vec![]));
+    let mut many = node("b", 6);
+    many.addresses.extend((11..20).map(address));
+    let (known, refused) = go(&cluster(vec![many]));
+    assert!(known && refused[0].contains("8 of its 14 addresses"), "{refused:?}");
+}
+
+#[test]
 fn a_draining_task_keeps_its_number_and_leaves_the_slots() {
     let mut tables = Tables::empty(LIMITS.slots);
     for states in [[TaskState::Running; 2], [TaskState::Running, TaskState::Draining]] {

@@ -68,6 +68,8 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     // Names first: they decide nothing, and a reader never finds a number without one.
     ops.extend(nodes.into_iter().map(|(i, label)| MapOp::SetNode(i, label)));
     ops.extend(peers.into_iter().map(|(i, peer)| MapOp::SetPeer(i, peer)));
+    // A node that goes makes room for the addresses of one that comes.
+    ops.extend(peer_numbers_gone.into_iter().map(MapOp::RemovePeerNumber));
     ops.extend(peer_numbers.into_iter().map(|(ip, i)| MapOp::SetPeerNumber(ip, i)));
     ops.extend(services.into_iter().map(|(i, label)| MapOp::SetService(i, label)));
     ops.extend(ports.into_iter().map(|(i, label)| MapOp::SetPort(i, label)));
@@ -84,7 +86,6 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(replies_gone.into_iter().map(MapOp::RemoveReplies));
     ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));
     ops.extend(backends_gone.into_iter().map(MapOp::FreeBackend));
-    ops.extend(peer_numbers_gone.into_iter().map(MapOp::RemovePeerNumber));
     ops.extend(peers_gone.into_iter().map(MapOp::RemovePeer));
     ops.extend(after);
     ops.extend(ports_gone.into_iter().map(MapOp::RemovePort));
