@@ -223,8 +223,11 @@ fn entry_by_peer<A: Family>(packet: &mut Packet<A>, arrival: &Arrival, index: u3
             } else if (changed || moved) && flow.established() {
                 // SAFETY: as above.
                 unsafe { packet.reply.copy_from(known) };
-                track::move_over(&packet.reply_key, &packet.reply);
-                let _ = heal::keep_by_peer(packet);
+                // It is where it was, or moves.
+                let there = A::flow(&packet.reply_key) == Some(known);
+                if there || track::move_over(&packet.reply_key, known, &packet.reply) {
+                    let _ = heal::keep_by_peer(packet);
+                }
             }
             return 0;
         }

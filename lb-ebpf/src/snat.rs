@@ -189,7 +189,7 @@ pub fn establish<A: Family>(packet: &mut Packet<A>) -> i32 {
     if let Some(there) = A::half_open(&packet.reply_key) {
         // SAFETY: as above.
         unsafe { packet.reply.copy_from(there) };
-        track::move_over(&packet.reply_key, &packet.reply);
+        track::move_over(&packet.reply_key, there, &packet.reply);
     }
     0
 }

@@ -100,7 +100,7 @@ fn in_half_open<F: Frame, A: Family>(frame: &F, packet: &mut Packet<A>, replies:
     let entries = if replies { Entries::Replies } else { Entries::All };
     let done = usable(frame, packet, known, entries);
     if done == Ok(Known::Yes) && packet.flow.established() && !moved {
-        establish(packet);
+        establish(packet, known);
     }
     encode(done)
 }
@@ -267,20 +267,28 @@ fn is_one_sided<A>(flow: &Flow<A>, backend: &Backend) -> bool {
     flow.role == REQUEST && backend.flags & RETURN_DIRECT != 0
 }
 
-/// Moves the packet's flow to the established ones.
+/// Moves the packet's flow, of whose entry it has a copy, to the established ones.
 #[inline(always)]
-pub fn establish<A: Family>(packet: &mut Packet<A>) {
-    move_over(&packet.key, &packet.flow);
+pub fn establish<A: Family>(packet: &mut Packet<A>, entry: *mut Flow<A>) {
+    if !move_over(&packet.key, entry, &packet.flow) {
+        return;
+    }
     let _ = heal::keep(packet);
     snat::establish(packet);
 }
 
-/// Moves an entry to the established ones.
+/// Moves an entry, of which there is a copy, to the established ones. False if it is not there any more: another CPU has
+/// moved it, and may have given its place to another flow before it was copied. What goes astray by that is one packet; a
+/// copy that was kept would lead the whole connection to the other's task.
 #[inline(always)]
-pub fn move_over<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) {
-    if A::FLOWS.insert(key, flow, BPF_ANY as u64).is_ok() {
+pub fn move_over<A: Family>(key: &FlowKey<A>, entry: *mut Flow<A>, copy: &Flow<A>) -> bool {
+    if A::half_open(key) != Some(entry) {
+        return false;
+    }
+    if A::FLOWS.insert(key, copy, BPF_ANY as u64).is_ok() {
         let _ = A::HALF_OPEN.remove(key);
     }
+    true
 }
 
 /// Whether a flow has been silent for longer than its service's timer for it.
