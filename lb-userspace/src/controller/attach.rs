@@ -69,7 +69,7 @@ impl Controller {
         // nobody at work. The generic XDP that goes may have hidden link headers yet.
         self.datapath.beat()?;
         let there = self.datapath.attached() == Some((uplink.index, mode));
-        let meanwhile = config.flags | if there { 0 } else { TC_ALONE | before.flags & XDP_GENERIC };
+        let meanwhile = config.flags | before.flags & XDP_GENERIC | if there { 0 } else { TC_ALONE };
         self.datapath.set_config(Config { flags: meanwhile, ..config })?;
         if let Err(problem) = self.datapath.attach_uplink(&uplink.name, uplink.index, mode) {
             self.datapath.set_config(before)?;

@@ -169,7 +169,8 @@ pub(super) fn detach_xdp((pins, journal): (&PinDir, &mut Journal), there: Option
     let path = pins.link(pin::XDP);
     if path.exists() {
         pins.remove_link(&path);
-        if let Some((ifindex, mode)) = there {
+        // One that was idle leaves nothing undone.
+        if let Some((ifindex, mode)) = there.filter(|(_, mode)| *mode != Mode::Tc) {
             journal.note(Step::XdpUnlinked(ifindex, mode));
         }
     }

@@ -36,7 +36,7 @@ pub use error::DatapathError;
 pub use features::{Features, release};
 use journal::Journal;
 use lb_common::{
-    abi::{ABI_VERSION, Config, Mode, XDP_FRAGS, program, table},
+    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
     backend::Backend,
     guard::HOLD_SECONDS,
     outcome::Outcome,
@@ -157,7 +157,7 @@ impl Datapath {
             }
         })?;
         Ok(Self {
-            attached: Mode::try_from(config.mode).ok().map(|mode| (config.uplink, mode)),
+            attached: served(&config),
             pins,
             _lock: lock,
             ebpf,
@@ -601,6 +601,12 @@ impl Drop for Datapath {
     fn drop(&mut self) {
         self.roll_back();
     }
+}
+
+/// The uplink that is served, and how. Where an attach was cut short TC does all, whatever XDP there is.
+fn served(config: &Config) -> Option<(u32, Mode)> {
+    let mode = Mode::try_from(config.mode).ok()?;
+    Some((config.uplink, if config.flags & TC_ALONE != 0 { Mode::Tc } else { mode }))
 }
 
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, ProgramError> {
