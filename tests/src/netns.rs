@@ -61,6 +61,18 @@ impl Netns {
         command
     }
 
+    /// Has all packets of a flow that come by an interface taken on one CPU, as a NIC's queues do. Between veths a
+    /// connection's last acknowledgment and its first data may reach a task on two CPUs at once; Linux 6.18 then answers the
+    /// data with a reset once in some two million connections, for it takes the half-open socket out of its table before it
+    /// puts the new one in.
+    pub fn keep_flows_on_one_cpu(&self, interface: &str) {
+        let cpus = thread::available_parallelism().map_or(1, usize::from).min(32);
+        let write =
+            format!("echo {:x} > /sys/class/net/{interface}/queues/rx-0/rps_cpus", (1_u64 << cpus) - 1);
+        // `ip` shows the namespace's own devices in /sys.
+        run(Command::new("ip").args(["netns", "exec", self.name(), "sh", "-c", &write]));
+    }
+
     /// What a command in the namespace prints.
     pub fn output(&self, program: &str, arguments: &[&str]) -> String {
         let output = self.command(program).args(arguments).output().expect("start nsenter");

@@ -162,6 +162,7 @@ fn a_plan_that_is_killed_at_any_step_is_taken_up_by_the_next_controller() {
     let mut cluster = Cluster::new(2);
     cluster.reach = Reach { peers: true, ..Reach::default() };
     cluster.receive_xdp();
+    cluster.keep_flows_on_one_cpu();
     for slot in 0..4 {
         cluster.add_nginx(&format!("web.{}", slot + 1), slot % 2);
     }
@@ -280,6 +281,7 @@ fn held(path: &Path) -> String {
 fn one_task() -> Cluster {
     let mut cluster = Cluster::new(1);
     cluster.receive_xdp();
+    cluster.keep_flows_on_one_cpu();
     cluster.add_nginx("web.1", 0);
     let text = cluster.file("\"80:8080\"", &[]) + &task(&cluster, "web.1", "running");
     cluster.write(&text);
@@ -494,6 +496,58 @@ fn an_adoption_that_fails_at_any_change_leaves_what_ran() {
 #[test]
 fn an_adoption_by_filters_that_fails_at_any_change_leaves_what_ran() {
     adoption("tcx", 10);
+}
+
+/// How XDP is attached to the uplink, by `ip`.
+fn xdp(node: &Netns) -> &'static str {
+    let shown = node.output("ip", &["link", "show", "dev", "eth1"]);
+    match shown {
+        shown if shown.contains(" xdpgeneric ") => "generic",
+        shown if shown.contains(" xdp ") => "native",
+        _ => "tc",
+    }
+}
+
+#[test]
+fn a_change_of_the_mode_that_is_killed_at_any_step_is_taken_up() {
+    let cluster = one_task();
+    let walk = |mode| Walk { cluster: &cluster, fault: Fault::of(&cluster), lacks: "", arguments: mode };
+    let node = walk(&[]).node();
+    let modes = [
+        ["--mode", "native"],
+        ["--mode", "generic"],
+        ["--mode", "native"],
+        ["--mode", "tc"],
+        ["--mode", "native"],
+    ];
+    assert_eq!(walk(&modes[0]).start().0, Start::Served);
+    let load = Load::start(&cluster.client, cluster.addresses(0)[0], 1, u64::MAX);
+    let (every, first) = stride();
+    let mut killed = 0;
+    for pair in modes.windows(2) {
+        let (from, to) = (walk(&pair[0]), walk(&pair[1]));
+        for change in (first..).step_by(every as usize) {
+            to.fault.arm(change, "kill");
+            let (outcome, said) = to.start();
+            if to.fault.is_armed() {
+                to.fault.disarm();
+                assert_eq!((outcome, xdp(node)), (Start::Served, pair[1][1]), "{said}");
+                break;
+            }
+            assert_eq!(outcome, Start::Failed(None), "{said}");
+            killed += 1;
+            let more = load.done() + 5;
+            within(PATIENCE, "requests are answered without a controller", || load.done() >= more);
+            for (walk, mode) in [(&to, pair[1][1]), (&from, pair[0][1])] {
+                assert_eq!((walk.start().0, xdp(node)), (Start::Served, mode), "after: {said}");
+            }
+            assert_eq!(load.failed(), 0, "{said}");
+        }
+    }
+    println!("{killed} kills, {} requests", load.done());
+    assert!(killed > 10, "{killed}");
+    assert_eq!(load.stop(), Vec::<String>::new());
+    detach(node);
 }
 
 #[test]

@@ -171,6 +171,7 @@ fn no_request_fails_without_controllers_while_the_cluster_changes() {
     let mut cluster = Cluster::new(2);
     cluster.reach = PEERS;
     cluster.receive_xdp();
+    cluster.keep_flows_on_one_cpu();
     for slot in 0..4 {
         cluster.add_nginx(&format!("web.{}", slot + 1), slot % 2);
     }

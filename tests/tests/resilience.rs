@@ -374,6 +374,7 @@ fn no_request_fails_while_the_mode_changes() {
     let mut cluster = Cluster::new(2);
     cluster.reach = Reach { peers: true, ..Reach::default() };
     cluster.receive_xdp();
+    cluster.keep_flows_on_one_cpu();
     for (name, node) in [("web.1", 0), ("web.2", 1)] {
         cluster.add_nginx(name, node);
     }
