@@ -7,7 +7,6 @@ use anyhow::{Result, anyhow, bail};
 use lb_common::abi::{
     Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_REDIRECTS, XDP_TRANSMITS,
 };
-
 use tokio::time::Instant;
 
 use super::Controller;
@@ -66,7 +65,7 @@ impl Controller {
             Mode::Tc => TC_ALONE,
         };
         // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
-        // nobody at work. The generic XDP that goes may have hidden link headers yet.
+        // nobody at work. A generic XDP that goes hides link headers until it has gone.
         self.datapath.beat()?;
         let there = self.datapath.attached() == Some((uplink.index, mode));
         let meanwhile = config.flags | before.flags & XDP_GENERIC | if there { 0 } else { TC_ALONE };

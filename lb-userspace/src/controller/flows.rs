@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Controller {
-    /// What is due once a second: tells the programs that somebody is there, takes flows out that have ended, and says when
-    /// the flood guard takes over and lets go.
+    /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, takes flows out that
+    /// have ended, and says when the flood guard takes over and lets go.
     pub(super) fn look_after_flows(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
         self.settle_in()?;
