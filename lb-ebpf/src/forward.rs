@@ -30,6 +30,7 @@ use crate::{
     frame::{Frame, Skb, XdpFrame},
     icmp,
     maps::{self, BACKENDS},
+    mtu,
     neighbour::{self, Next, Route},
     packet::{Arrival, FIRST, Packet, WHOLE},
     parse::Ethernet,
@@ -337,6 +338,9 @@ pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Fo
     let target = Target::of(&packet.flow.rewrite);
     let hop = backend_hop(backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
+    if local && packet.negotiates() {
+        clamp_to(frame, packet, config.uplink)?;
+    }
     tally(packet, found, packets, bytes(frame, packet));
     count::outcome(outcome as u32, packets);
     // SAFETY: the helpers have no preconditions.
@@ -344,6 +348,12 @@ pub fn from_uplink_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, found: &Fo
         if local { bpf_redirect_peer(backend.ifindex, 0) } else { bpf_redirect(backend.ifindex, 0) }
     };
     Ok(action as i32)
+}
+
+/// Lowers what a SYN or its answer says of segments to what an interface lets pass.
+#[inline(always)]
+fn clamp_to<A: Family>(frame: &Skb, packet: &Packet<A>, interface: u32) -> Result<(), Outcome> {
+    segment::clamp(frame, packet, mtu::of_interface(frame, interface), true).ok_or(Outcome::Malformed)
 }
 
 /// In TC on the uplink, with XDP's note: the flow is decided and counted, only the backend is asked.
@@ -357,6 +367,10 @@ pub fn handed_over<A: Family>(frame: &Skb, packet: &mut Packet<A>, index: u32) -
     let target = Target::task(packet, A::in_wide(&backend.address), backend.port);
     let hop = backend_hop(backend);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::HandoverLost)?;
+    if packet.negotiates() {
+        // The task's answers leave by this interface.
+        clamp_to(frame, packet, frame.ifindex())?;
+    }
     // SAFETY: the helper has no preconditions.
     Ok(unsafe { bpf_redirect_peer(backend.ifindex, 0) } as i32)
 }
@@ -383,12 +397,20 @@ fn to_client<A: Family>(
     if role == REPLY_BY_PEER {
         return to_client_by_peer(frame, packet, found, number);
     }
+    if let Some(mtu) = mtu::exceeded(frame, packet, config.uplink) {
+        too_big(frame, packet, mtu)?;
+        // SAFETY: the helper has no preconditions.
+        return Ok(unsafe { bpf_redirect(frame.ifindex(), 0) } as i32);
+    }
     let rewrite = &packet.flow.rewrite;
     let route = Route::new(&rewrite.destination, &rewrite.source, config.uplink);
     let next = neighbour::refresh(frame.context(), packet, &route);
     let target = Target::of(&packet.flow.rewrite);
     let hop = neighbour::hop(&packet.flow);
     rewrite::apply(frame, packet, &target, hop).ok_or(Outcome::Malformed)?;
+    if packet.negotiates() {
+        clamp_to(frame, packet, config.uplink)?;
+    }
     if role == REPLY_DIRECT {
         // The client's packets come through the tunnel all the same.
         clamp_emitted(frame, packet, number)?;

@@ -306,6 +306,15 @@ impl Skb {
         }
     }
 
+    /// Bytes of the longest packet that leaves when the frame is sent as it is, from its network header on: merged ones are
+    /// cut as they came.
+    #[inline(always)]
+    pub fn longest_cut<A>(&self, packet: &Packet<A>) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        let segment = unsafe { (*self.raw()).gso_size };
+        if segment == 0 { packet.bytes as u32 } else { packet.headers() + segment }
+    }
+
     /// XDP's note about this frame.
     #[inline(always)]
     pub fn handover(&self) -> Option<u32> {

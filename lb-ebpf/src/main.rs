@@ -28,6 +28,7 @@ mod guard;
 mod heal;
 mod icmp;
 mod maps;
+mod mtu;
 mod neighbour;
 mod packet;
 mod parse;

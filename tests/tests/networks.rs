@@ -1,0 +1,177 @@
+//! Networks as operators have them: links that let less pass than the client's, and than the tasks'.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
+
+use lb_common::{abi::TC_ALONE, outcome::Outcome};
+use lb_tests::{
+    agent::{Agent, active_tasks, outcome},
+    cluster::Cluster,
+    lab::{Lab, REDIRECT, ip, service, task, with_lab},
+    netns::{eventually, run},
+    packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
+    traffic::{Direction, transfer},
+};
+use lb_userspace::cluster::Via;
+
+/// Bytes that a transfer carries: more than any window.
+const MEGABYTES: usize = 5;
+
+/// Client, listener and local task of one family, and the bytes of its headers with TCP's.
+const FAMILIES: [(&str, &str, &str, u16); 2] =
+    [("198.51.100.7", "192.0.2.1", "172.18.0.11", 40), ("2001:db8:77::7", "2001:db8::1", "fd18::11", 60)];
+
+fn set_uplink_mtu(mtu: u16) {
+    run(std::process::Command::new("ip").args(["link", "set", "eth1", "mtu", &mtu.to_string()]));
+}
+
+fn with_local_task(test: impl FnOnce(&mut Lab) + Send) {
+    let tasks = vec![task("web.1", true, Via::Peer, &["172.18.0.11", "fd18::11"])];
+    with_lab(vec![service("web", &["80:8080", "80:8080/udp"], tasks)], test);
+}
+
+/// A TCP option that offers a maximum segment size.
+fn segment_size(size: u16) -> Vec<u8> {
+    let [high, low] = size.to_be_bytes();
+    vec![2, 4, high, low]
+}
+
+/// The size that a frame's last option offers: SYNs of these tests have no other, and no payload.
+fn offered(frame: &[u8]) -> u16 {
+    u16::from_be_bytes([frame[frame.len() - 2], frame[frame.len() - 1]])
+}
+
+#[test]
+fn segments_of_local_tasks_fit_the_uplink() {
+    with_local_task(|lab| {
+        lab.configure(|config| config.flags = TC_ALONE);
+        for (port, mtu) in [(40_000, 1280), (40_001, 1450), (40_002, 1500), (40_003, 9000)] {
+            set_uplink_mtu(mtu);
+            for (client, listener, task, headers) in FAMILIES {
+                let what = format!("{client} through {mtu}");
+                let kept = 1460.min(mtu - headers);
+                let syn = Packet::new(SYN, (ip(client), port), (ip(listener), 80)).at(1_000, 0);
+                let syn = syn.with(|packet| packet.tcp_options = segment_size(1460));
+                let delivered = lab.uplink_tc(&syn.bytes());
+                assert_eq!((delivered.action, offered(&delivered.frame)), (REDIRECT, kept), "{what}");
+                assert_checksums(&delivered.frame);
+                let back = Packet::new(SYN_ACK, (ip(task), 8080), (ip(client), port)).at(7_000, 1_001);
+                let back = back.with(|packet| packet.tcp_options = segment_size(1460));
+                let answered = lab.task_tc(&back.bytes());
+                assert_eq!((answered.action, offered(&answered.frame)), (REDIRECT, kept), "{what}");
+                assert_checksums(&answered.frame);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_local_task_s_reply_that_is_too_long_for_the_uplink_is_answered_with_the_length() {
+    with_local_task(|lab| {
+        set_uplink_mtu(1400);
+        for (client, listener, task, headers) in FAMILIES {
+            for transport in [ACK, Transport::Udp] {
+                let opening = if transport == Transport::Udp { Transport::Udp } else { SYN };
+                let _ = lab.xdp(&Packet::new(opening, (ip(client), 40_000), (ip(listener), 80)).bytes());
+                let header = headers - 20 + if transport == Transport::Udp { 8 } else { 20 };
+                let reply = |bytes: u16| {
+                    Packet::new(transport, (ip(task), 8080), (ip(client), 40_000))
+                        .with(|packet| packet.payload = vec![7; usize::from(bytes - header)])
+                };
+                let (fits, counted) = lab.counting(|lab| lab.task_tc(&reply(1400).bytes()));
+                assert_eq!(fits.action, REDIRECT);
+                assert_eq!(counted, [(Outcome::Reply, 1)].into());
+                let long = reply(1401);
+                let (refused, counted) = lab.counting(|lab| lab.task_tc(&long.bytes()));
+                let error = IcmpError {
+                    macs: (long.macs.1, long.macs.0),
+                    from: ip(client),
+                    to: ip(task),
+                    kind: if headers == 40 { (3, 4) } else { (2, 0) },
+                    rest: 1400,
+                    hops: 64,
+                    quote: long.bytes()[14..14 + 504].to_vec(),
+                };
+                assert_eq!(
+                    (refused.action, refused.frame),
+                    (REDIRECT, error.bytes()),
+                    "{client} {transport:?}"
+                );
+                assert_eq!(counted, [(Outcome::TooBig, 1)].into());
+            }
+        }
+    });
+}
+
+/// One node with one task, behind an uplink of this MTU; the client's own is 1500.
+fn narrow(mtu: u16) -> Cluster {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    cluster.add_task("web.1", 0);
+    narrow_to(&cluster, mtu);
+    cluster
+}
+
+fn narrow_to(cluster: &Cluster, mtu: u16) {
+    let node = &cluster.nodes[0].netns;
+    cluster.lan().ip(&format!("link set {} mtu {mtu}", Cluster::port(node)));
+    node.ip(&format!("link set eth1 mtu {mtu}"));
+}
+
+fn attach<'a>(cluster: &'a Cluster, mode: &str) -> Agent<'a> {
+    let path = cluster.write_all_running();
+    let node = &cluster.nodes[0].netns;
+    let agent = Agent::attach(node, cluster.folder(), &path, &["--mode", mode]);
+    eventually("the task is offered", || active_tasks(node, "web") == 1);
+    agent
+}
+
+#[test]
+fn a_download_from_a_local_task_fits_an_uplink_narrower_than_the_client_s() {
+    for mtu in [1280, 1450] {
+        let cluster = narrow(mtu);
+        for mode in ["native", "generic", "tc"] {
+            let _agent = attach(&cluster, mode);
+            for address in cluster.addresses(0) {
+                for direction in [Direction::Up, Direction::Down] {
+                    let to = SocketAddr::new(address, 80);
+                    transfer(&cluster.client, &cluster.tasks[0].netns, to, direction, MEGABYTES);
+                }
+            }
+            assert_eq!(outcome(&cluster.nodes[0].netns, "too_big"), 0, "{mode}: segments fit from the start");
+        }
+    }
+}
+
+#[test]
+fn a_connection_goes_on_when_its_uplink_becomes_narrower() {
+    for mode in ["native", "tc"] {
+        let cluster = narrow(1500);
+        let _agent = attach(&cluster, mode);
+        for address in cluster.addresses(0) {
+            narrow_to(&cluster, 1500);
+            let listener = cluster.tasks[0].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+            let mut stream = cluster.client.enter(|| {
+                TcpStream::connect_timeout(&SocketAddr::new(address, 80), Duration::from_secs(10))
+                    .expect("connect")
+            });
+            let (mut served, _) = listener.accept().expect("a client");
+            narrow_to(&cluster, 1400);
+            let sender = cluster.tasks[0].netns.spawn(move || {
+                served.write_all(&vec![7; MEGABYTES * 1_000_000]).expect("send");
+            });
+            stream.set_read_timeout(Some(Duration::from_secs(20))).expect("set a time limit");
+            let mut received = Vec::new();
+            stream.read_to_end(&mut received).expect("receive");
+            sender.join().expect("the server");
+            assert_eq!(received.len(), MEGABYTES * 1_000_000, "{mode} {address}");
+            // Its segments are learnt anew by the next connection.
+            run(cluster.tasks[0].netns.command("ip").args(["route", "flush", "cache"]));
+            run(cluster.tasks[0].netns.command("ip").args(["-6", "route", "flush", "cache"]));
+        }
+        assert!(outcome(&cluster.nodes[0].netns, "too_big") > 0, "{mode}: the task is told");
+    }
+}
