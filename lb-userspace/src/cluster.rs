@@ -102,12 +102,22 @@ impl Idle {
 /// A machine of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
-    /// Unique in the cluster.
+    /// Unique in the cluster, and not its own to choose: the identifier that Swarm gave it, or the file's name for it.
     pub name: String,
+    /// What it calls itself, for users' eyes, if that is another name. Nothing follows from it: several may say the same.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub host: String,
     /// Where clients and other nodes reach it; the first one that a way leads to carries the tunnel.
     pub addresses: Vec<IpAddr>,
     /// Whether an agent serves it, so that its tasks are reached through the tunnel.
     pub agent: bool,
+}
+
+impl Node {
+    /// What users know it by.
+    pub fn shown(&self) -> &str {
+        if self.host.is_empty() { &self.name } else { &self.host }
+    }
 }
 
 /// A service.

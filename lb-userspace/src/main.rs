@@ -8,6 +8,7 @@ use lb_userspace::{
     cli::{Cli, Command},
     cmd,
     datapath::DatapathError,
+    text,
 };
 
 fn main() -> ExitCode {
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lb-userspace: {error:#}");
+            eprintln!("lb-userspace: {}", text::clean_lines(&format!("{error:#}")));
             ExitCode::from(code(&error))
         }
     }

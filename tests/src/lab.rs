@@ -183,6 +183,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
         let datapath = Datapath::open("eth1", &sizes, FlowLog::Off).unwrap_or_else(|error| panic!("{error}"));
         let node = |number: u8| Node {
             name: format!("node{number}"),
+            host: String::new(),
             addresses: vec![ip(&format!("192.0.2.{number}")), ip(&format!("2001:db8::{number}"))],
             agent: true,
         };

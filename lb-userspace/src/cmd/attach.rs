@@ -15,6 +15,7 @@ use crate::{
     cluster::{Return, Tunnel},
     controller::{Controller, Settings},
     datapath::{FlowLog, PinDir, Sizes},
+    descriptors,
     source::{Origin, Update, docker, file},
 };
 
@@ -23,6 +24,8 @@ use crate::{
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
 pub async fn run(arguments: Attach) -> Result<()> {
+    // A connection to each node's agent takes a descriptor, and each table and program.
+    descriptors::raise();
     let (sender, mut stopped) = watch::channel(false);
     tokio::spawn(async move {
         if wait_for_signal().await.is_ok() {

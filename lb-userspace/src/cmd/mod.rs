@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     cli::Read,
     datapath::{DatapathError, TableSet, attached_interfaces},
+    text,
 };
 
 /// Version of the fields in JSON; it changes when one goes or changes its meaning, not when one is added.
@@ -36,7 +37,7 @@ fn print_json(mut document: Value) {
     if let Some(fields) = document.as_object_mut() {
         fields.insert("schema".into(), json!(SCHEMA));
     }
-    println!("{document:#}");
+    println!("{}", text::clean_json(&format!("{document:#}")));
 }
 
 /// A table as Docker prints them: columns apart, no lines.
@@ -56,6 +57,6 @@ fn print_table(interface: &str, several: bool, table: &Table) {
         println!("{interface}:");
     }
     for line in table.lines() {
-        println!("{}", line.trim_end());
+        println!("{}", text::clean(line.trim_end()));
     }
 }

@@ -40,14 +40,14 @@ fn ls(read: &Read) -> Result<()> {
             let mark = if node.this { " *" } else { "" };
             let agent = if node.agent { "yes" } else { "no" };
             rows.add_row([
-                format!("{}{mark}", node.name),
+                format!("{}{mark}", node.shown()),
                 addresses.join(", "),
                 agent.to_owned(),
                 tasks.to_string(),
                 node.problem.clone().unwrap_or_default(),
             ]);
             nodes.push(json!({
-                "name": node.name, "addresses": addresses, "agent": node.agent, "tasks": tasks,
+                "name": node.shown(), "id": node.name, "addresses": addresses, "agent": node.agent, "tasks": tasks,
                 "this": node.this, "problem": node.problem,
             }));
         }

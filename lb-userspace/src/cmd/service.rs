@@ -141,10 +141,15 @@ fn tasks(set: &TableSet, name: &str) -> Result<Option<Vec<Value>>> {
             tasks.entry((task.len(), task)).or_default().push((*number, entry));
         }
     }
-    Ok(Some(tasks.into_values().map(|backends| task(&backends, &counters, &open)).collect()))
+    Ok(Some(tasks.into_values().map(|backends| task(&tables, &backends, &counters, &open)).collect()))
 }
 
-fn task(backends: &[(u32, &BackendEntry)], counters: &Counters, open: &BTreeMap<u32, u64>) -> Value {
+fn task(
+    tables: &Tables,
+    backends: &[(u32, &BackendEntry)],
+    counters: &Counters,
+    open: &BTreeMap<u32, u64>,
+) -> Value {
     let label = &backends[0].1.label;
     let stats = backends
         .iter()
@@ -157,7 +162,7 @@ fn task(backends: &[(u32, &BackendEntry)], counters: &Counters, open: &BTreeMap<
     let problem = backends.iter().find_map(|(_, entry)| entry.label.problem.clone());
     let via = backends.iter().find_map(|(_, entry)| Kind::try_from(entry.backend.kind).ok()).map_or("-", via);
     json!({
-        "name": label.task, "node": label.node, "state": label.state.to_string(), "via": via,
+        "name": label.task, "node": tables.node_shown(&label.node), "state": label.state.to_string(), "via": via,
         "addresses": addresses, "problem": problem,
         "flows": stats.flows,
         "open_flows": backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>(),

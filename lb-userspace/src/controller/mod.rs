@@ -25,6 +25,7 @@ use crate::{
     plan::{MapOp, Planner, Reach, View},
     report::SourceReport,
     source::{Origin, Update},
+    text,
 };
 
 /// What a controller is asked to do.
@@ -447,14 +448,15 @@ impl Controller {
 
     /// This node's name: as it was told, or that of the node which has an address of this machine.
     fn node(&self, cluster: &ClusterState, snapshot: &Snapshot, complaints: &mut BTreeSet<String>) -> String {
+        // What the source found out by the node's certificate nobody says otherwise.
+        if let Some(this) = &cluster.this {
+            return this.clone();
+        }
         if let Some(name) = &self.settings.node {
             if !cluster.nodes.iter().any(|node| node.name == *name) {
                 complaints.insert(format!("the cluster has no node named {name:?}"));
             }
             return name.clone();
-        }
-        if let Some(this) = &cluster.this {
-            return this.clone();
         }
         // Nobody is part of an empty cluster.
         if cluster.nodes.is_empty() && cluster.services.is_empty() {
@@ -477,7 +479,7 @@ impl Controller {
     /// Says what is wrong, once for as long as it is.
     fn complain(&mut self, complaints: BTreeSet<String>) {
         for complaint in complaints.difference(&self.complaints) {
-            log::warn!("{}: {complaint}", self.settings.interface);
+            log::warn!("{}: {}", self.settings.interface, text::clean(complaint));
         }
         self.complaints = complaints;
     }

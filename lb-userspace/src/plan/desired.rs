@@ -236,7 +236,9 @@ impl<'a> Scene<'a> {
             None => Err("the way to it is not known yet".to_owned()),
         };
         if reach == Reach::Snat && task.via == Via::Peer {
-            return way.map_err(|reason| format!("{} has no agent, and by snat {reason}", task.node));
+            let node =
+                self.nodes.get(task.node.as_str()).map_or(task.node.as_str(), |node| node.label.shown());
+            return way.map_err(|reason| format!("{node} has no agent, and by snat {reason}"));
         }
         way
     }
@@ -254,6 +256,8 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
         .filter(|_| !view.node.is_empty())
         .map(|address| (*address, view.node))
         .collect();
+    let shown: HashMap<&str, &str> =
+        view.cluster.nodes.iter().map(|node| (node.name.as_str(), node.shown())).collect();
     let mut nodes = Vec::new();
     for node in &view.cluster.nodes {
         let this = node.name == view.node;
@@ -264,7 +268,9 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
         addresses.retain(|address| {
             let owner = *owners.entry(*address).or_insert(&node.name);
             if owner != node.name {
-                refused.push(format!("{address} is said to be an address of both {owner} and {}", node.name));
+                let owner = shown.get(owner).unwrap_or(&owner);
+                refused
+                    .push(format!("{address} is said to be an address of both {owner} and {}", node.shown()));
             }
             owner == node.name
         });
@@ -273,6 +279,7 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
         let problem = way.as_ref().and_then(|way| way.as_ref().err().cloned()).or(silent);
         let label = NodeLabel {
             name: node.name.clone(),
+            host: node.host.clone(),
             addresses: node.addresses.iter().take(NODE_ADDRESSES).copied().collect(),
             this,
             agent: node.agent,
@@ -300,7 +307,7 @@ fn peer_way<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a Way), Strin
         }
     }
     silent.ok_or_else(|| {
-        problem.unwrap_or_else(|| format!("no way to an address of {} is known yet", node.name))
+        problem.unwrap_or_else(|| format!("no way to an address of {} is known yet", node.shown()))
     })
 }
 

@@ -81,8 +81,11 @@ pub struct BackendLabel {
 /// A machine of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeLabel {
-    /// Name.
+    /// Name in the cluster.
     pub name: String,
+    /// What it calls itself, if that is another name.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub host: String,
     /// Where it is reached; the first few.
     pub addresses: Vec<IpAddr>,
     /// Whether it is the machine of this datapath.
@@ -93,6 +96,13 @@ pub struct NodeLabel {
     /// Why its agent is not reached, if it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+impl NodeLabel {
+    /// What users know it by.
+    pub fn shown(&self) -> &str {
+        if self.host.is_empty() { &self.name } else { &self.host }
+    }
 }
 
 /// A backend and what it stands for.
@@ -149,6 +159,11 @@ pub struct Tables {
 }
 
 impl Tables {
+    /// What users know a node by that is named in the cluster so.
+    pub fn node_shown<'a>(&'a self, name: &'a str) -> &'a str {
+        self.nodes.values().find(|node| node.name == name).map_or(name, NodeLabel::shown)
+    }
+
     /// Empty tables with room for `slots` slots.
     pub fn empty(slots: u32) -> Self {
         Self { slots: vec![0; slots as usize], ..Self::default() }

@@ -36,6 +36,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(|(services, (agent, third))| {
         let node = |number: u8, agent| Node {
             name: format!("node{number}"),
+            host: String::new(),
             addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
             agent,
         };
@@ -359,6 +360,7 @@ fn addresses_of_nodes_without_room_are_said() {
     let address = |i: u8| IpAddr::from([198, 51, 100, i]);
     let node = |name: &str, first: u8| Node {
         name: name.into(),
+        host: String::new(),
         addresses: (first..first + 5).map(address).collect(),
         agent: true,
     };
@@ -495,6 +497,7 @@ fn nodes(numbers: &[u8]) -> ClusterState {
     service.tasks = numbers.iter().map(task).collect();
     let node = |number: &u8| Node {
         name: format!("node{number}"),
+        host: String::new(),
         addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
         agent: true,
     };

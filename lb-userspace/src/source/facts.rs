@@ -11,7 +11,11 @@ use serde::{Deserialize, Serialize};
 use crate::cluster::{ClusterState, Service, TaskState};
 
 /// As many addresses of a node are taken from its agent.
-const MOST_ADDRESSES: usize = 16;
+pub const MOST_ADDRESSES: usize = 16;
+/// As many tasks of a node are.
+const MOST_TASKS: usize = 10_000;
+/// The longest name of a task: Docker's is a service's of 63 characters, a slot or node, and an identifier.
+const LONGEST_NAME: usize = 256;
 
 /// What an agent knows of its node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +26,33 @@ pub struct NodeFacts {
     pub tasks: BTreeMap<String, TaskFacts>,
     /// Whether those are all: false while the node's Docker does not answer, and the last ones stand.
     pub complete: bool,
+}
+
+/// Why what an agent says is not taken.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FactsError {
+    /// More than any node has.
+    #[error("it tells of {0} tasks, more than the {MOST_TASKS} that are taken of a node")]
+    Tasks(usize),
+    /// A name that is none.
+    #[error("it tells of a task whose name has {0} bytes, more than {LONGEST_NAME}")]
+    Name(usize),
+}
+
+impl NodeFacts {
+    /// Whether they are of a size that facts of a node can have.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check(&self) -> Result<(), FactsError> {
+        if self.tasks.len() > MOST_TASKS {
+            return Err(FactsError::Tasks(self.tasks.len()));
+        }
+        match self.tasks.keys().map(String::len).max() {
+            Some(longest) if longest > LONGEST_NAME => Err(FactsError::Name(longest)),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What an agent knows of a task.
@@ -40,8 +71,6 @@ pub struct Heard {
     pub facts: Arc<NodeFacts>,
     /// Whether it can be heard now.
     pub now: bool,
-    /// By which connection.
-    pub connection: u64,
 }
 
 /// Completes the cluster by what agents know of their nodes, and remembers what it made of each service, so that a word of
@@ -55,12 +84,11 @@ pub struct Completion {
 }
 
 impl Completion {
-    /// Completes the cluster by what agents know, by name of the node.
+    /// Completes the tasks by what agents know, by the nodes' names in the cluster.
     ///
     /// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check
     /// there gets no new flows. Without word from its node a task stands as the managers have it.
     pub fn complete(&mut self, cluster: &mut ClusterState, facts: BTreeMap<String, Heard>) {
-        own_addresses(cluster, &facts);
         let changed: HashSet<&str> = {
             let known = self.facts.keys().chain(facts.keys().filter(|name| !self.facts.contains_key(*name)));
             known.filter(|name| self.facts.get(*name) != facts.get(*name)).map(String::as_str).collect()
@@ -88,27 +116,6 @@ impl Completion {
             services.insert(name, [before, completed]);
         }
         (self.services, self.facts) = (services, facts);
-    }
-}
-
-/// Of its addresses a node knows best.
-fn own_addresses(cluster: &mut ClusterState, facts: &BTreeMap<String, Heard>) {
-    let known: BTreeMap<IpAddr, String> = cluster
-        .nodes
-        .iter()
-        .flat_map(|node| node.addresses.iter().map(|address| (*address, node.name.clone())))
-        .collect();
-    for node in &mut cluster.nodes {
-        if let Some(heard) = facts.get(&node.name) {
-            // Nobody takes another node's address by saying that it is his.
-            let own = |address: &&IpAddr| known.get(address).is_none_or(|owner| *owner == node.name);
-            let told = heard.facts.addresses.iter().filter(own).take(MOST_ADDRESSES);
-            let mut addresses: Vec<IpAddr> = told.copied().collect();
-            let rest: Vec<IpAddr> =
-                node.addresses.iter().filter(|address| !addresses.contains(address)).copied().collect();
-            addresses.extend(rest);
-            node.addresses = addresses;
-        }
     }
 }
 
@@ -169,7 +176,8 @@ mod tests {
     }
 
     fn cluster(tasks: Vec<Task>) -> ClusterState {
-        let node = Node { name: "node1".into(), addresses: vec!["192.0.2.9".parse().unwrap()], agent: true };
+        let addresses = vec!["192.0.2.9".parse().unwrap()];
+        let node = Node { name: "node1".into(), host: String::new(), addresses, agent: true };
         let service = Service {
             name: "web".into(),
             addresses: vec![],
@@ -187,11 +195,8 @@ mod tests {
     fn heard(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, Heard> {
         let known = |ailing| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], ailing };
         let tasks = tasks.iter().map(|(name, ailing)| ((*name).to_owned(), known(*ailing))).collect();
-        let addresses = vec!["192.0.2.1".parse().unwrap()];
-        BTreeMap::from([(
-            "node1".to_owned(),
-            Heard { facts: Arc::new(NodeFacts { addresses, tasks, complete }), now, connection: 1 },
-        )])
+        let facts = Arc::new(NodeFacts { addresses: vec![], tasks, complete });
+        BTreeMap::from([("node1".to_owned(), Heard { facts, now })])
     }
 
     fn states(mut cluster: ClusterState, facts: &BTreeMap<String, Heard>) -> Vec<(String, TaskState)> {
@@ -203,22 +208,9 @@ mod tests {
     fn what_a_node_says_of_itself_comes_first() {
         let mut state = cluster(vec![task("web.1.a", TaskState::Running)]);
         Completion::default().complete(&mut state, heard(&[("web.1.a", false)], true, true));
-        let addresses: Vec<IpAddr> = vec!["192.0.2.1".parse().unwrap(), "192.0.2.9".parse().unwrap()];
-        assert_eq!(state.nodes[0].addresses, addresses);
         let task = &state.services[0].tasks[0];
         assert_eq!(task.addresses, ["172.18.0.3".parse::<IpAddr>().unwrap()]);
         assert_eq!(task.cluster_address(), "10.0.0.7".parse().ok());
-    }
-
-    #[test]
-    fn nobody_takes_another_node_s_address() {
-        let mut state = cluster(vec![]);
-        let victim =
-            Node { name: "node2".into(), addresses: vec!["192.0.2.1".parse().unwrap()], agent: true };
-        state.nodes.push(victim.clone());
-        Completion::default().complete(&mut state, heard(&[], true, true));
-        assert_eq!(state.nodes[0].addresses, ["192.0.2.9".parse::<IpAddr>().unwrap()]);
-        assert_eq!(state.nodes[1], victim);
     }
 
     #[test]
@@ -264,6 +256,17 @@ mod tests {
             assert!(Arc::ptr_eq(&state.services[0], &again.services[0]));
             before = Some(state);
         }
+    }
+
+    #[test]
+    fn facts_are_of_a_size_that_a_node_s_can_have() {
+        let facts = |tasks: usize, name: usize| NodeFacts {
+            tasks: (0..tasks).map(|task| (format!("{task:0name$}"), TaskFacts::default())).collect(),
+            ..NodeFacts::default()
+        };
+        assert_eq!(facts(MOST_TASKS, LONGEST_NAME).check(), Ok(()));
+        assert_eq!(facts(MOST_TASKS + 1, 5).check(), Err(FactsError::Tasks(MOST_TASKS + 1)));
+        assert_eq!(facts(1, LONGEST_NAME + 1).check(), Err(FactsError::Name(LONGEST_NAME + 1)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! it, over real sockets with certificates as Swarm makes them.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs,
     net::{SocketAddr, TcpListener},
     path::Path,
@@ -32,20 +32,25 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Tells a cluster to some agents, and then so many changes of one task.
 pub fn measure(cluster: &ClusterState, rounds: usize) -> Vec<Figure> {
     let folder = tempfile::tempdir().expect("make a folder");
-    let [manager, worker] = ["m1", "w1"].map(|node| folder.path().join(node));
-    certify(&[(&manager, "m1", tls::MANAGER), (&worker, "w1", tls::WORKER)]);
+    let workers: Vec<String> = (0..AGENTS).map(|number| format!("w{number}")).collect();
+    let root = |node: &str| folder.path().join(node);
+    let roles = workers.iter().map(|worker| (worker.as_str(), tls::WORKER)).chain([("m1", tls::MANAGER)]);
+    let roots: Vec<_> = roles.map(|(node, role)| (root(node), node, role)).collect();
+    certify(&roots.iter().map(|(root, node, role)| (root.as_path(), *node, *role)).collect::<Vec<_>>());
+    let keeper = |node: &str| Arc::new(tls::Keeper::new(&root(node)));
     let free = TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = free.local_addr().expect("an address");
     drop(free);
     let (telling, told) = watch::channel::<Telling>(None);
     let (agents, mut heard_of_agents) = mpsc::channel(64);
     // As agents run: one thread each side.
-    let clock = spawn(server::serve(at.port(), manager, told, agents));
+    let clock = spawn(server::serve(at.port(), keeper("m1"), told, agents));
     let (words, mut heard) = mpsc::channel(AGENTS);
     let (_facts, known) = watch::channel(None);
     let at = SocketAddr::from(([127, 0, 0, 1], at.port()));
-    let follow: Vec<_> = (0..AGENTS)
-        .map(|_| client::follow("m1".into(), at, worker.clone(), known.clone(), words.clone()))
+    let follow: Vec<_> = workers
+        .iter()
+        .map(|worker| client::follow("m1".into(), at, keeper(worker), known.clone(), words.clone()))
         .collect();
     spawn(async {
         let tasks: Vec<_> = follow.into_iter().map(tokio::spawn).collect();
@@ -65,12 +70,12 @@ pub fn measure(cluster: &ClusterState, rounds: usize) -> Vec<Figure> {
     });
     thread::spawn(move || while heard_of_agents.blocking_recv().is_some() {});
 
-    let names = BTreeMap::from([("w1".to_owned(), "node1".to_owned())]);
+    let members: BTreeSet<String> = workers.iter().cloned().collect();
     let mut state = cluster.clone();
     // Of the whole every service is looked at, of a change the one that has changed.
     let mut tell = |state: &ClusterState, changed: std::ops::Range<usize>| {
         let (start, busy) = (Instant::now(), used(clock));
-        telling.send_replace(Some(Arc::new(Told::new(state.clone(), names.clone(), None))));
+        telling.send_replace(Some(Arc::new(Told::new(state.clone(), members.clone(), None))));
         waiting.block_on(async {
             let mut there = 0;
             while there < AGENTS {

@@ -1,7 +1,7 @@
 //! What the managers know, as the cluster: from the Engine API's lists to plain data, without I/O.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::SystemTime,
@@ -9,13 +9,14 @@ use std::{
 
 use lb_common::flow::Timers;
 
-use super::model::{self, Gossip};
+use super::model;
 use crate::{
     cluster::{
         ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, Task, TaskState, TimerError,
         Tunnel, Via, set_timer,
     },
     source::facts::task_name,
+    text,
 };
 
 /// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
@@ -27,6 +28,9 @@ pub const TIMER_LABEL: &str = "lb.timers.";
 /// Service label: what becomes of its established TCP flows that have ended by silence, `forget` or `reset`.
 pub const IDLE_LABEL: &str = "lb.idle";
 
+/// Host names are cut to so many bytes.
+const LONGEST_HOST: usize = 64;
+
 /// The lists of a manager at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Listing {
@@ -36,8 +40,6 @@ pub struct Listing {
     pub tasks: Vec<model::Task>,
     /// Nodes.
     pub nodes: Vec<model::Node>,
-    /// What the nodes tell each other.
-    pub gossip: Gossip,
 }
 
 /// The cluster as the managers have it.
@@ -45,8 +47,10 @@ pub struct Listing {
 pub struct Picture {
     /// The cluster.
     pub cluster: ClusterState,
-    /// Names of the nodes by identifier.
-    pub names: BTreeMap<String, String>,
+    /// The nodes of the swarm, by identifier.
+    pub members: BTreeSet<String>,
+    /// Those that the managers do not hear.
+    pub down: BTreeSet<String>,
     /// What the operator should hear once.
     pub notes: Vec<String>,
 }
@@ -81,12 +85,12 @@ impl Listing {
     /// The cluster as these lists have it.
     pub fn picture(&self, tunnel: Tunnel) -> Picture {
         let mut notes = Vec::new();
-        let names = self.names();
-        let nodes = self.nodes(&names);
+        let nodes = self.nodes();
+        let members: BTreeSet<String> = self.nodes.iter().map(|node| node.id.clone()).collect();
         // A new leader knows of no node for a moment; whether an `unknown` one is there its datapath says.
         let gone = |node: &model::Node| matches!(node.status.state.as_str(), "down" | "disconnected");
-        let gone: HashSet<&str> =
-            self.nodes.iter().filter(|node| gone(node)).map(|node| node.id.as_str()).collect();
+        let down: BTreeSet<String> =
+            self.nodes.iter().filter(|node| gone(node)).map(|node| node.id.clone()).collect();
         let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
         for task in &self.tasks {
             tasks.entry(&task.service_id).or_default().push(task);
@@ -96,9 +100,9 @@ impl Listing {
             let (ports, left) = ports(service, tunnel.port, &mut notes);
             let of = tasks.remove(service.id.as_str()).unwrap_or_default();
             let of = of.into_iter().filter_map(|raw| {
-                let mut task = task(raw, &service.spec.name, names.get(&raw.node_id)?)?;
+                let mut task = task(raw, &service.spec.name).filter(|task| members.contains(&task.node))?;
                 // Its node does not answer the managers; if its flows still get there, they go on.
-                if task.state == TaskState::Running && gone.contains(raw.node_id.as_str()) {
+                if task.state == TaskState::Running && down.contains(&raw.node_id) {
                     task.state = TaskState::Draining;
                 }
                 Some(task)
@@ -120,64 +124,52 @@ impl Listing {
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
         let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };
-        Picture { cluster, names, notes }
+        Picture { cluster, members, down, notes }
     }
 
-    /// Host names, told apart where several nodes have the same.
-    fn names(&self) -> BTreeMap<String, String> {
-        let mut count: HashMap<&str, usize> = HashMap::new();
+    /// What nodes are called. A host name is the node's own to choose: one that another node has too, or that could be taken
+    /// for another's, is told apart by the identifier.
+    fn hosts(&self) -> HashMap<&str, String> {
+        let host = |node: &model::Node| text::name(&node.description.hostname, LONGEST_HOST);
+        let with_id =
+            |node: &model::Node| format!("{}-{}", host(node), node.id.get(..12).unwrap_or(&node.id));
+        // However often a name could be meant.
+        let mut count: HashMap<String, usize> = HashMap::new();
         for node in &self.nodes {
-            *count.entry(&node.description.hostname).or_default() += 1;
-        }
-        let name = |node: &model::Node| match node.description.hostname.as_str() {
-            "" => node.id.clone(),
-            host if count.get(host) == Some(&1) => host.chars().take(64).collect(),
-            host => {
-                let host: String = host.chars().take(64).collect();
-                format!("{host}-{}", node.id.get(..12).unwrap_or(&node.id))
+            for name in [host(node), with_id(node), node.id.clone()] {
+                *count.entry(name).or_default() += 1;
             }
+        }
+        let is_one = |name: &String| !name.is_empty() && count.get(name) == Some(&1);
+        let shown = |node: &model::Node| {
+            let chosen = [host(node), with_id(node)].into_iter().find(is_one);
+            chosen.filter(|_| !host(node).is_empty()).unwrap_or_else(|| node.id.clone())
         };
-        self.nodes.iter().map(|node| (node.id.clone(), name(node))).collect()
+        self.nodes.iter().map(|node| (node.id.as_str(), shown(node))).collect()
     }
 
-    fn nodes(&self, names: &BTreeMap<String, String>) -> Vec<Node> {
-        let places = self.places();
-        let mut nodes: Vec<Node> = self
-            .nodes
-            .iter()
-            .filter_map(|node| {
-                let mut addresses: Vec<IpAddr> = Vec::new();
-                let manager = node.manager_status.addr.parse::<SocketAddr>().ok().map(|at| at.ip());
-                let seen = node.status.addr.parse().ok();
-                for address in [manager, places.get(node.id.as_str()).copied(), seen].into_iter().flatten() {
-                    let useful = !address.is_unspecified() && !address.is_loopback();
-                    if useful && !addresses.contains(&address) {
-                        addresses.push(address);
-                    }
+    fn nodes(&self) -> Vec<Node> {
+        let hosts = self.hosts();
+        let node = |node: &model::Node| {
+            let mut addresses: Vec<IpAddr> = Vec::new();
+            let manager = node.manager_status.addr.parse::<SocketAddr>().ok().map(|at| at.ip());
+            for address in [manager, node.status.addr.parse().ok()].into_iter().flatten() {
+                let useful = !address.is_unspecified() && !address.is_loopback();
+                if useful && !addresses.contains(&address) {
+                    addresses.push(address);
                 }
-                // Whether an agent is there shows when its datapath is asked.
-                Some(Node { name: names.get(&node.id)?.clone(), addresses, agent: true })
-            })
-            .collect();
-        nodes.sort_by(|a, b| a.name.cmp(&b.name));
+            }
+            let host = hosts.get(node.id.as_str()).filter(|host| **host != node.id).cloned();
+            // Whether an agent is there shows when its datapath is asked.
+            Node { name: node.id.clone(), host: host.unwrap_or_default(), addresses, agent: true }
+        };
+        let mut nodes: Vec<Node> = self.nodes.iter().map(node).collect();
+        nodes.sort_by(|a, b| (a.shown(), &a.name).cmp(&(b.shown(), &b.name)));
         nodes
-    }
-
-    /// Where the nodes tell each other that tasks are, by the tasks' nodes.
-    fn places(&self) -> HashMap<&str, IpAddr> {
-        let nodes: HashMap<&str, &str> =
-            self.tasks.iter().map(|task| (task.id.as_str(), task.node_id.as_str())).collect();
-        let tasks = self.gossip.services.values().flat_map(|service| &service.tasks);
-        tasks
-            .filter_map(|task| {
-                let (_, id) = task.name.rsplit_once('.')?;
-                Some((*nodes.get(id)?, task.info.get("Host IP")?.parse().ok()?))
-            })
-            .collect()
     }
 }
 
-fn task(raw: &model::Task, service: &str, node: &str) -> Option<Task> {
+fn task(raw: &model::Task, service: &str) -> Option<Task> {
     let state = state(raw)?;
     let place = if raw.slot == 0 { raw.node_id.clone() } else { raw.slot.to_string() };
     let attached = raw.networks_attachments.iter().filter(|attachment| attachment.network.spec.ingress);
@@ -186,7 +178,7 @@ fn task(raw: &model::Task, service: &str, node: &str) -> Option<Task> {
         .find_map(|address| address.split('/').next()?.parse::<IpAddr>().ok());
     Some(Task {
         name: task_name(&format!("{service}.{place}.{}", raw.id)),
-        node: node.to_owned(),
+        node: raw.node_id.clone(),
         addresses: overlay.into_iter().collect(),
         overlay,
         state,
@@ -316,13 +308,10 @@ mod tests {
                 "ManagerStatus": {"Addr": "192.0.2.1:2377"}},
             {"ID": "n2", "Description": {"Hostname": "twin"}, "Status": {"State": "unknown", "Addr": "127.0.0.1"}},
             {"ID": "n3", "Description": {"Hostname": "twin"}, "Status": {"State": "down", "Addr": "192.0.2.3"}}]"#;
-        let gossip = r#"{"Services": {"web": {"Tasks": [
-            {"Name": "web.1.taskcccccccccccccc", "EndpointIP": "10.0.0.9", "Info": {"Host IP": "192.0.2.2"}}]}}}"#;
         Listing {
             services: serde_json::from_str(services).unwrap(),
             tasks: tasks.iter().map(|text| serde_json::from_str(text).unwrap()).collect(),
             nodes: serde_json::from_str(nodes).unwrap(),
-            gossip: serde_json::from_str(gossip).unwrap(),
         }
     }
 
@@ -334,11 +323,11 @@ mod tests {
         assert_eq!(
             tasks,
             [
-                ("web.1.taskbbbbbbbb", "twin-n2", TaskState::Draining),
-                ("web.1.taskcccccccc", "twin-n2", TaskState::Starting),
-                ("web.2.taskaaaaaaaa", "node1", TaskState::Running),
+                ("web.1.taskbbbbbbbb", "n2", TaskState::Draining),
+                ("web.1.taskcccccccc", "n2", TaskState::Starting),
+                ("web.2.taskaaaaaaaa", "n1", TaskState::Running),
                 // Its node is down.
-                ("web.4.taskeeeeeeee", "twin-n3", TaskState::Draining),
+                ("web.4.taskeeeeeeee", "n3", TaskState::Draining),
             ]
         );
         assert_eq!(web.tasks[2].overlay, "10.0.0.7".parse().ok());
@@ -403,15 +392,43 @@ mod tests {
     }
 
     #[test]
-    fn nodes_have_the_best_address_and_names_of_their_own() {
-        let picture = listing().picture(Tunnel::default());
+    fn nodes_are_where_the_managers_see_them() {
+        let nodes = listing().picture(Tunnel::default()).cluster.nodes;
         let nodes: Vec<_> =
-            picture.cluster.nodes.iter().map(|node| (node.name.as_str(), node.addresses.clone())).collect();
+            nodes.iter().map(|node| (&*node.name, node.shown(), node.addresses.clone())).collect();
         let ip = |text: &str| vec![text.parse::<IpAddr>().unwrap()];
         assert_eq!(
             nodes,
-            [("node1", ip("192.0.2.1")), ("twin-n2", ip("192.0.2.2")), ("twin-n3", ip("192.0.2.3"))]
+            [("n1", "node1", ip("192.0.2.1")), ("n2", "twin-n2", vec![]), ("n3", "twin-n3", ip("192.0.2.3"))]
         );
+    }
+
+    /// What a node calls itself is nobody else's name, whatever it is.
+    #[test]
+    fn no_host_name_is_taken_for_another_s() {
+        let shown = |hosts: &[(&str, &str)]| -> Vec<String> {
+            let node = |(id, host): &(&str, &str)| {
+                serde_json::from_value(serde_json::json!({"ID": id, "Description": {"Hostname": host}}))
+                    .unwrap()
+            };
+            let listing = Listing { nodes: hosts.iter().map(node).collect(), ..Listing::default() };
+            let hosts = listing.hosts();
+            listing.nodes.iter().map(|node| hosts[node.id.as_str()].clone()).collect()
+        };
+        let (a, b, c) =
+            ("aaaaaaaaaaaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbbbbbbb", "ccccccccccccccccccccccccc");
+        assert_eq!(shown(&[(a, "node1"), (b, ""), (c, "node3")]), ["node1", b, "node3"]);
+        assert_eq!(
+            shown(&[(a, "node2"), (b, "node2"), (c, "node2-aaaaaaaaaaaa")]),
+            [a, "node2-bbbbbbbbbbbb", "node2-aaaaaaaaaaaa-cccccccccccc"]
+        );
+        assert_eq!(shown(&[(a, "node1"), (b, a)]), ["node1", &format!("{a}-bbbbbbbbbbbb")]);
+        // What is the same once it is cut and cleaned is the same.
+        let long = |end: &str| format!("{}{end}", "x".repeat(64));
+        let names = shown(&[(a, &long("1")), (b, &long("2")), (c, "node9\u{1b}[2J")]);
+        assert_eq!(names[0], format!("{}-aaaaaaaaaaaa", "x".repeat(64)));
+        assert_ne!(names[0], names[1]);
+        assert_eq!(names[2], "node9\u{fffd}[2J");
     }
 
     #[test]

@@ -13,7 +13,6 @@ use futures::FutureExt as _;
 use tokio::sync::{Notify, mpsc};
 
 use super::{
-    Ingress,
     engine::{Engine, EngineError, Events, encode},
     listing::{Listing, state},
     model,
@@ -64,7 +63,6 @@ pub async fn follow(engine: Engine, nudge: Arc<Notify>, out: mpsc::Sender<Result
 
 struct Follower {
     engine: Engine,
-    ingress: Ingress,
     events: Option<Events>,
     /// Tasks as they were read last.
     tasks: BTreeMap<String, model::Task>,
@@ -79,7 +77,6 @@ impl Follower {
     fn new(engine: Engine) -> Self {
         Self {
             engine,
-            ingress: Ingress::default(),
             events: None,
             tasks: BTreeMap::new(),
             whole: None,
@@ -99,10 +96,8 @@ impl Follower {
         let services = self.engine.list("/services").await?;
         let nodes = self.engine.list("/nodes").await?;
         let tasks = self.tasks().await?;
-        // Only a better guess at nodes' addresses depends on it.
-        let gossip = self.ingress.gossip(&self.engine).await.unwrap_or_default();
         self.took = start.elapsed();
-        let listing = Listing { services, tasks, nodes, gossip };
+        let listing = Listing { services, tasks, nodes };
         let seen = listing.youngest();
         if seen != self.seen {
             (self.seen, self.changed) = (seen, Instant::now());

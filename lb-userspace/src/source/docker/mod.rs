@@ -9,6 +9,7 @@
 //! A node's part changes while it runs (`docker node promote`, `demote`, `swarm leave`), and so does what this follows.
 //! When nobody says anything any more the last state stands, less what the nodes still tell each other is gone.
 
+mod agents;
 pub mod engine;
 pub mod listing;
 mod local;
@@ -20,7 +21,6 @@ mod swarm;
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -36,7 +36,10 @@ use tokio::{
     time::MissedTickBehavior,
 };
 
-use super::{Update, peer};
+use super::{
+    Update,
+    peer::{self, tls::Keeper},
+};
 use crate::cluster::Tunnel;
 
 /// What the source is asked to do.
@@ -120,7 +123,9 @@ impl Drop for Job {
 /// Everybody who is listened to, as this node's part in the swarm asks for it.
 struct Sources {
     lister: Option<Job>,
-    server: Option<(PathBuf, Job)>,
+    /// What this node proves itself with.
+    keeper: Option<Arc<Keeper>>,
+    server: Option<Job>,
     clients: BTreeMap<(String, SocketAddr), Job>,
     /// Asks for the lists at once.
     nudge: Arc<Notify>,
@@ -130,11 +135,21 @@ struct Sources {
 }
 
 impl Sources {
-    fn follow(&mut self, membership: &Membership, swarm: &Swarm) {
+    fn follow(&mut self, membership: &Membership, swarm: &mut Swarm) {
         let Some(member) = membership.member() else {
-            (self.lister, self.server) = (None, None);
+            (self.lister, self.server, self.keeper) = (None, None, None);
             self.clients.clear();
             return;
+        };
+        let keeper = match &self.keeper {
+            Some(keeper) if keeper.root() == member.root => keeper.clone(),
+            _ => {
+                // Everybody is spoken to anew, as who this node is now.
+                self.server = None;
+                self.clients.clear();
+                swarm.agents.hang_up(Instant::now());
+                self.keeper.insert(Arc::new(Keeper::new(&member.root))).clone()
+            }
         };
         let port = swarm.settings.tunnel.port;
         if !member.manager {
@@ -146,18 +161,16 @@ impl Sources {
         // Only managers have something to tell, and nobody asks the others.
         if !member.manager {
             self.server = None;
-        } else if self.server.as_ref().is_none_or(|(root, _)| *root != member.root) {
-            self.server = None;
+        } else if self.server.is_none() {
             let (telling, words) = (swarm.telling.subscribe(), self.agents.clone());
-            let serve = peer::server::serve(port, member.root.clone(), telling, words);
-            self.server = Some((member.root.clone(), Job::start(serve)));
+            self.server = Some(Job::start(peer::server::serve(port, keeper.clone(), telling, words)));
         }
         let wanted = member.other_managers(port);
         self.clients.retain(|key, _| wanted.contains(key));
         for (id, at) in wanted {
             self.clients.entry((id.clone(), at)).or_insert_with(|| {
                 let (facts, words) = (swarm.own.clone(), self.managers.clone());
-                Job::start(peer::client::follow(id, at, member.root.clone(), facts, words))
+                Job::start(peer::client::follow(id, at, keeper.clone(), facts, words))
             });
         }
     }
@@ -175,6 +188,7 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
     let nudge = Arc::new(Notify::new());
     let mut sources = Sources {
         lister: None,
+        keeper: None,
         server: None,
         clients: BTreeMap::new(),
         nudge: nudge.clone(),
@@ -191,7 +205,7 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             Some(membership) = memberships.recv() => {
                 swarm.becomes(&membership);
                 if !matches!(membership, Membership::Unknown(_)) {
-                    sources.follow(&membership, &swarm);
+                    sources.follow(&membership, &mut swarm);
                 }
             }
             Some(listed) = lists.recv() => swarm.listed(listed),
@@ -204,6 +218,7 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             Some(word) = managers.recv() => swarm.manager_said(word),
             Ok(()) = own_changed.changed() => nudge.notify_one(),
             _ = look.tick() => {
+                swarm.expire();
                 swarm.gossip = None;
                 if swarm.problem().is_some() {
                     // An engine that hangs must not hold up what others say.

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     Settings,
+    agents::Agents,
     engine::{Engine, EngineError},
     listing::{Listing, Picture},
     membership::{Member, Membership},
@@ -18,11 +19,13 @@ use super::{
 };
 use crate::{
     cluster::{ClusterState, Task, TaskState},
+    descriptors,
     source::{
         Origin, Update,
         facts::{Completion, Heard, NodeFacts, task_name},
         peer::{self, Telling, Told},
     },
+    text,
 };
 
 /// Connections to managers come about in this time, or it is worth a word.
@@ -45,8 +48,8 @@ pub(super) struct Swarm {
     /// What a manager's lists say, and why they are not newer.
     picture: Option<Picture>,
     lists_problem: Option<String>,
-    /// What agents said of their nodes, by identifier.
-    heard: BTreeMap<String, Heard>,
+    /// What other nodes' agents said.
+    pub(super) agents: Agents,
     /// What managers' agents said, by identifier.
     managers: BTreeMap<String, Manager>,
     /// The one whose word counts.
@@ -101,7 +104,7 @@ impl Swarm {
             unknown: None,
             picture: None,
             lists_problem: None,
-            heard: BTreeMap::new(),
+            agents: Agents::default(),
             managers: BTreeMap::new(),
             chosen: None,
             base: None,
@@ -126,6 +129,8 @@ impl Swarm {
         if !manager {
             (self.picture, self.lists_problem) = (None, None);
             self.telling.send_replace(None);
+            // Nobody is listened to, or told anything, any more.
+            self.agents = Agents::default();
         }
         match membership.member() {
             Some(member) => {
@@ -134,7 +139,6 @@ impl Swarm {
             }
             None => {
                 self.managers.clear();
-                self.heard.clear();
             }
         }
         let since = match &self.membership {
@@ -159,38 +163,33 @@ impl Swarm {
                 if let Some(before) = &self.picture {
                     picture.cluster.share(&before.cluster);
                 }
-                let notes: BTreeSet<String> = picture.notes.iter().cloned().collect();
-                notes.difference(&self.notes).for_each(|note| log::warn!("{note}"));
-                self.notes = notes;
+                picture.notes.extend(descriptors::problem(picture.members.len()));
                 let youngest = listing.youngest();
                 if youngest > self.youngest && self.picture.is_some() {
                     self.changed = youngest;
                 }
                 self.youngest = youngest;
-                self.heard.retain(|id, heard| heard.now || picture.names.contains_key(id));
                 (self.picture, self.lists_problem) = (Some(picture), None);
             }
             Err(error) => self.lists_problem = Some(error.to_string()),
         }
     }
 
-    /// Takes note of what an agent says; whether that is news.
+    /// Takes note of what an agent says; whether the managers may know something new too.
     pub(super) fn agent_said(&mut self, word: peer::server::Word) -> bool {
-        match word {
-            peer::server::Word::Facts(node, connection, facts) => {
-                let heard = Heard { facts: Arc::new(facts), now: true, connection };
-                let before = self.heard.insert(node, heard.clone());
-                before.is_none_or(|before| before.facts != heard.facts)
-            }
-            // It may have come back by another one already.
-            peer::server::Word::Gone(node, connection) => {
-                if let Some(heard) = self.heard.get_mut(&node).filter(|heard| heard.connection == connection)
-                {
-                    heard.now = false;
-                }
-                false
-            }
-        }
+        self.agents.take(word, Instant::now())
+    }
+
+    /// Forgets what nobody has said for too long.
+    pub(super) fn expire(&mut self) {
+        let members = self.picture.as_ref().map(|picture| &picture.members);
+        self.agents.expire(members, Instant::now());
+    }
+
+    /// Says what the operator should hear, once for as long as it is so.
+    fn note(&mut self, notes: BTreeSet<String>) {
+        notes.difference(&self.notes).for_each(|note| log::warn!("{}", text::clean(note)));
+        self.notes = notes;
     }
 
     pub(super) fn manager_said(&mut self, word: peer::client::Word) {
@@ -239,27 +238,33 @@ impl Swarm {
                 return Some(ClusterState { tunnel, ..ClusterState::default() });
             }
         };
-        let own = Heard { facts: Arc::new(self.own.borrow().clone()?), now: true, connection: 0 };
+        let own = Heard { facts: Arc::new(self.own.borrow().clone()?), now: true };
         let mut state = if manager {
             let picture = self.picture.as_ref()?;
             if self.waits_for_facts(picture) {
                 return None;
             }
             let mut state = picture.cluster.clone();
-            state.this = picture.names.get(&node).cloned();
+            state.this = Some(node.clone()).filter(|node| picture.members.contains(node));
+            let claimed = self.agents.place(&mut state.nodes, &picture.down, (&node, &own.facts.addresses));
+            let notes = picture.notes.iter().cloned().chain(claimed).collect();
             self.base = Some(state.clone());
-            let name = |id: &String| picture.names.get(id).cloned();
-            let others = self.heard.iter().filter(|(id, _)| **id != node);
-            let mut facts: BTreeMap<String, Heard> =
-                others.filter_map(|(id, heard)| Some((name(id)?, heard.clone()))).collect();
-            facts.extend(state.this.clone().map(|this| (this, own)));
+            let mut facts = self.agents.facts();
+            facts.insert(node, own);
             self.completion.complete(&mut state, facts);
+            self.note(notes);
             state
         } else {
             let mut state = self.manager_state()?;
-            let facts: BTreeMap<String, Heard> =
-                state.this.clone().map(|this| (this, own)).into_iter().collect();
-            self.completion.complete(&mut state, facts);
+            // By which name it is told: an older manager's agent takes the host's for it.
+            if let Some(this) = state.this.clone() {
+                if let Some(node) = state.nodes.iter_mut().find(|node| node.name == this) {
+                    let told = std::mem::replace(&mut node.addresses, own.facts.addresses.clone());
+                    node.addresses
+                        .extend(told.into_iter().filter(|told| !own.facts.addresses.contains(told)));
+                }
+                self.completion.complete(&mut state, BTreeMap::from([(this, own)]));
+            }
             // The agents of this node must agree with themselves, whatever a manager's agent was told.
             state.tunnel = self.settings.tunnel;
             state
@@ -277,7 +282,7 @@ impl Swarm {
         let fresh = self.membership.as_ref().is_some_and(|(_, since)| since.elapsed() < FACTS);
         let own = self.member().map(|member| member.node.as_str());
         runs && fresh
-            && picture.names.keys().any(|id| Some(id.as_str()) != own && !self.heard.contains_key(id))
+            && picture.members.iter().any(|id| Some(id.as_str()) != own && !self.agents.is_settled(id))
     }
 
     /// What the chosen manager's agent says; another is chosen only when that one is not heard. Nobody heard, what was last
@@ -354,7 +359,7 @@ impl Swarm {
     /// Lets other nodes' agents know, if this node is a manager.
     fn tell_agents(&self, state: &ClusterState, problem: Option<String>) {
         if let (Some(picture), Some(Member { manager: true, .. })) = (&self.picture, self.member()) {
-            let told = Told::new(state.clone(), picture.names.clone(), problem);
+            let told = Told::new(state.clone(), picture.members.clone(), problem);
             self.telling.send_replace(Some(Arc::new(told)));
         }
     }
@@ -401,6 +406,7 @@ mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let node = |number: u8| Node {
             name: format!("node{number}"),
+            host: String::new(),
             addresses: vec![ip(&format!("192.0.2.{number}"))],
             agent: true,
         };

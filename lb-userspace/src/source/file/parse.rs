@@ -126,6 +126,7 @@ pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Ve
     }
     let nodes = raw.node.iter().map(|node| Node {
         name: node.get_ref().name.get_ref().clone(),
+        host: String::new(),
         addresses: node.get_ref().addresses.clone(),
         agent: node.get_ref().agent,
     });

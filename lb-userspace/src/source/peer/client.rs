@@ -1,18 +1,27 @@
 //! The side of every agent: tells each manager's agent what it knows of its node, and hears the cluster from it.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail};
 use futures::{SinkExt as _, StreamExt as _};
 use tokio::{
     net::TcpStream,
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::TlsConnector;
-use tokio_util::codec::{Framed, LinesCodec};
+use tokio_util::codec::Framed;
 
-use super::{CONNECT, FromAgent, FromManager, LONGEST, PING, SILENCE, VERSION, ended, tls};
+use super::{
+    CONNECT, FromAgent, FromManager, LONGEST, PING, SILENCE, VERSION, ended,
+    lines::Lines,
+    prove::Prover,
+    tls::{self, Keeper},
+};
 use crate::{cluster::ClusterState, source::facts::NodeFacts};
 
 /// Between two tries to reach a manager's agent.
@@ -33,12 +42,12 @@ pub enum Word {
 pub async fn follow(
     manager: String,
     at: SocketAddr,
-    root: PathBuf,
+    keeper: Arc<Keeper>,
     facts: watch::Receiver<Option<NodeFacts>>,
     words: mpsc::Sender<Word>,
 ) {
     loop {
-        let reason = match talk(&manager, at, &root, facts.clone(), &words).await {
+        let reason = match talk(&manager, at, &keeper, facts.clone(), &words).await {
             Ok(()) => "it ended the connection".to_owned(),
             Err(error) => format!("{error:#}"),
         };
@@ -59,24 +68,29 @@ pub async fn follow(
 async fn talk(
     manager: &str,
     at: SocketAddr,
-    root: &std::path::Path,
+    keeper: &Arc<Keeper>,
     mut facts: watch::Receiver<Option<NodeFacts>>,
     words: &mpsc::Sender<Word>,
 ) -> Result<()> {
-    let identity = tls::Identity::load(root)?;
-    let own = identity.own.clone();
+    let identity = keeper.identity()?;
     let stream = timeout(CONNECT, TcpStream::connect(at)).await.context("it cannot be reached")??;
     stream.set_nodelay(true)?;
+    let from = stream.local_addr()?.ip();
     // That it is a manager is among the names that are checked.
-    let connect = TlsConnector::from(identity.client()?).connect(tls::manager_name(), stream);
+    let connect = TlsConnector::from(identity.client.clone()).connect(tls::manager_name(), stream);
     let stream = timeout(CONNECT, connect).await.context("no TLS in time")??;
-    let other = tls::other_side(&own, stream.get_ref().1.peer_certificates())?;
+    let other = tls::other_side(&identity.own, stream.get_ref().1.peer_certificates())?;
     if other.node != manager || other.role != tls::MANAGER {
         bail!("node {} answers there with the role {}, not manager {manager}", other.node, other.role);
     }
-    let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(LONGEST));
-    lines.send(serde_json::to_string(&FromAgent::Hello { version: VERSION, parts: true })?).await?;
+    let mut lines = Framed::new(stream, Lines::new(LONGEST));
+    lines
+        .send(serde_json::to_string(&FromAgent::Hello { version: VERSION, parts: true, proves: false })?)
+        .await?;
     let mut state = ClusterState::default();
+    let mut prover = Prover::new(manager, keeper, at, from);
+    let until = other.until.min(identity.own.until);
+    let expired = Instant::now() + until.duration_since(SystemTime::now()).unwrap_or_default();
     let mut ping = interval(PING);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut heard = Instant::now();
@@ -92,7 +106,7 @@ async fn talk(
                     FromManager::Hello { version } if version != VERSION => {
                         bail!("it speaks version {version}, this agent {VERSION}")
                     }
-                    FromManager::Hello { .. } | FromManager::Ping => continue,
+                    FromManager::Hello { .. } | FromManager::Ping | FromManager::Proven(_) => continue,
                     FromManager::Problem(problem) => Word::Problem(manager.to_owned(), problem),
                     FromManager::Cluster(changes) => {
                         let more = changes.more;
@@ -100,6 +114,8 @@ async fn talk(
                         if more {
                             continue;
                         }
+                        let node = state.nodes.iter().find(|node| node.name == manager);
+                        prover.reach(node.map_or(&[], |node| &node.addresses));
                         Word::Cluster(manager.to_owned(), Box::new(state.clone()))
                     }
                 };
@@ -109,8 +125,11 @@ async fn talk(
             changed = facts.changed() => {
                 changed?;
                 let known = facts.borrow_and_update().clone();
+                prover.follow(known.as_ref().map_or(&[], |known| &known.addresses));
                 known.map_or(FromAgent::Ping, FromAgent::Facts)
             }
+            () = prover.run() => continue,
+            () = sleep_until(expired) => bail!("a certificate has expired; the next one is asked for"),
             _ = ping.tick() => FromAgent::Ping,
         };
         timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;

@@ -7,28 +7,37 @@
 //!
 //! Over TLS with the certificates that every node of a swarm has ([`tls`]); a line of JSON a message. What is long comes in
 //! parts, to those who say that they take them, so that nobody holds the whole as text and both sides are heard meanwhile.
+//!
+//! Who speaks is told by the certificate, and where he is by where he speaks from: an agent proves each address of its node
+//! that it wants believed by connecting from it.
 
 pub mod client;
+mod door;
+mod lines;
+mod pace;
+mod prove;
 pub mod server;
 pub mod tls;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     io::ErrorKind,
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, SystemTime},
 };
 
+use lines::LineError;
+pub use pace::Pace;
 use serde::{Deserialize, Serialize};
-use tokio_util::codec::LinesCodecError;
 
 use super::facts::NodeFacts;
 use crate::cluster::{ClusterState, Node, Service, Tunnel};
 
 /// Version of the messages; it changes when an older agent would misunderstand.
 pub const VERSION: u32 = 1;
-/// Longest message: the whole of a very large cluster.
-const LONGEST: usize = 256 << 20;
+/// Longest message of a manager, who is trusted with the cluster: the largest service, or all nodes.
+const LONGEST: usize = 64 << 20;
 /// Somebody who has nothing to say says so this often.
 const PING: Duration = Duration::from_secs(1);
 /// Who is not heard for this long is gone.
@@ -41,8 +50,8 @@ const CONNECT: Duration = Duration::from_secs(3);
 pub struct Told {
     /// The cluster.
     cluster: Arc<ClusterState>,
-    /// Names of the nodes by identifier, so that each can be told who it is.
-    names: BTreeMap<String, String>,
+    /// The nodes of the swarm, by identifier: nobody else is told anything.
+    members: BTreeSet<String>,
     /// Why this may be out of date.
     problem: Option<String>,
     /// What leads here, by where it begins: most are told the same.
@@ -77,9 +86,14 @@ impl Tale {
 }
 
 impl Told {
-    /// What there is to tell: the cluster, names of the nodes by identifier, why it may be out of date.
-    pub fn new(cluster: ClusterState, names: BTreeMap<String, String>, problem: Option<String>) -> Self {
-        Self { cluster: Arc::new(cluster), names, problem, ..Self::default() }
+    /// What there is to tell: the cluster, the nodes of the swarm, why it may be out of date.
+    pub fn new(cluster: ClusterState, members: BTreeSet<String>, problem: Option<String>) -> Self {
+        Self { cluster: Arc::new(cluster), members, problem, ..Self::default() }
+    }
+
+    /// Where the swarm's nodes are.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.cluster.nodes.iter().flat_map(|node| &node.addresses).copied()
     }
 
     /// What leads here from what was told before.
@@ -121,6 +135,9 @@ enum FromAgent {
         /// Whether it takes changes in parts; older agents do not.
         #[serde(default)]
         parts: bool,
+        /// Whether it has come for nothing but to show that it can speak from its address.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        proves: bool,
     },
     Facts(NodeFacts),
     Ping,
@@ -135,13 +152,15 @@ enum FromManager {
     Cluster(Box<Changes>),
     /// The manager knows nothing now, or what it told may be out of date.
     Problem(String),
+    /// It has seen the agent speak from this address.
+    Proven(IpAddr),
     Ping,
 }
 
 /// The next line, or none: also where the other side went without a word, as a process that ends does.
-fn ended(line: Option<Result<String, LinesCodecError>>) -> Result<Option<String>, LinesCodecError> {
+fn ended(line: Option<Result<String, LineError>>) -> Result<Option<String>, LineError> {
     match line {
-        Some(Err(LinesCodecError::Io(error))) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        Some(Err(LineError::Io(error))) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
         line => line.transpose(),
     }
 }
@@ -254,6 +273,8 @@ impl Changes {
 }
 
 #[cfg(test)]
+mod attack_tests;
+#[cfg(test)]
 mod talk_tests;
 
 #[cfg(test)]
@@ -272,7 +293,8 @@ mod tests {
             timers: lb_common::flow::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };
-        let node = |name: &&str| Node { name: (*name).into(), addresses: vec![], agent: true };
+        let node =
+            |name: &&str| Node { name: (*name).into(), host: String::new(), addresses: vec![], agent: true };
         ClusterState {
             services: services.iter().map(service).map(Arc::new).collect(),
             nodes: nodes.iter().map(node).collect(),
@@ -320,7 +342,7 @@ mod tests {
             let tasks = (0..TASKS_OF_A_PART * 2 / 3).map(|number| task(format!("{index}.{number}")));
             state.service_mut(index).tasks = tasks.collect();
         }
-        let told = Told::new(state.clone(), BTreeMap::new(), None);
+        let told = Told::new(state.clone(), BTreeSet::new(), None);
         let tale = told.since(None);
         assert_eq!(tale.parts.len(), 3);
         let mut heard = cluster(&[("z", "90:90")], &[]);

@@ -1,6 +1,17 @@
 //! The managers' side: listens for the agents of the swarm, hears what they know of their nodes, tells them the cluster.
+//!
+//! What a stranger costs is bounded by the [`door`](super::door); what a node costs is bounded here, whatever its agent does:
+//! one connection, so many handshakes, messages and bytes.
 
-use std::{net::Ipv6Addr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant as StdInstant, SystemTime},
+};
 
 use anyhow::{Context as _, Result, bail};
 use futures::{SinkExt as _, StreamExt as _};
@@ -8,36 +19,108 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::TlsAcceptor;
-use tokio_util::codec::{Framed, LinesCodec};
+use tokio_util::codec::Framed;
 
-use super::{CONNECT, FromAgent, FromManager, PING, SILENCE, Tale, Telling, VERSION, ended, tls};
-use crate::{cluster::ClusterState, source::facts::NodeFacts};
+use super::{
+    CONNECT, FromAgent, FromManager, PING, SILENCE, Tale, Telling, VERSION,
+    door::{Door, Place},
+    ended,
+    lines::{Budget, Lines, Share},
+    pace::Pace,
+    tls::{self, Keeper},
+};
+use crate::{cluster::ClusterState, descriptors, source::facts::NodeFacts};
 
-/// Connections at once: swarms are smaller.
-const ROOM: usize = 4096;
-/// Strangers among them: who has not shown a certificate yet.
-const STRANGERS: usize = 64;
+/// Longest message of an agent that has not said what it understands.
+const LONGEST_OF_STRANGER: usize = 4 << 10;
 /// Longest message of an agent: what it knows of its own node.
-const LONGEST_OF_AGENT: usize = 4 << 20;
+const LONGEST_OF_AGENT: usize = 2 << 20;
+/// What all agents together may have this side keep, beside what the connections themselves take: the facts of their nodes
+/// and messages that have not come whole.
+const MEMORY: usize = 128 << 20;
+/// Connections of a node: those that come anew, and those that prove an address.
+const CONNECTIONS: Pace = Pace::new(24, Duration::from_millis(500));
+/// What a node has to say of itself that is passed on; of what comes faster the last is.
+const NEWS: Pace = Pace::new(30, Duration::from_millis(300));
+/// What is read of a node, in [`PORTION`]s; what comes faster waits in its own buffers.
+const READING: Pace = Pace::new(256, Duration::from_millis(20));
+/// A message costs at least one of these.
+const PORTION: usize = 16 << 10;
+/// Nodes whose pace is remembered before those that rest are forgotten.
+const REMEMBERED: usize = 16 << 10;
 
 /// What was heard.
 #[derive(Debug)]
 pub enum Word {
-    /// The agent of a node, by its identifier, says what it knows through a connection of a number.
+    /// The agent of a node, by its identifier, speaks from an address by a connection of a number; it has no other.
+    Came(String, u64, IpAddr),
+    /// It says what it knows through that.
     Facts(String, u64, NodeFacts),
+    /// It can speak from this address too.
+    Proven(String, IpAddr),
     /// That connection of it has ended.
     Gone(String, u64),
 }
 
+/// What all connections share.
+#[derive(Clone)]
+struct Hall {
+    keeper: Arc<Keeper>,
+    telling: watch::Receiver<Telling>,
+    words: mpsc::Sender<Word>,
+    door: Door,
+    budget: Budget,
+    guests: Arc<Mutex<Guests>>,
+}
+
+/// The nodes whose agents are connected, and those that were lately.
+#[derive(Default)]
+struct Guests {
+    /// The one connection of a node: dropping the sender ends it.
+    connections: HashMap<String, (u64, oneshot::Sender<()>)>,
+    paces: HashMap<String, Pace>,
+}
+
+impl Guests {
+    /// Whether the node may have another connection so soon.
+    fn comes(&mut self, node: &str, now: StdInstant) -> bool {
+        if self.paces.len() >= REMEMBERED {
+            self.paces.retain(|_, pace| !pace.is_rested(now));
+        }
+        self.paces.entry(node.to_owned()).or_insert(CONNECTIONS).take(now)
+    }
+
+    /// Gives a node its one connection, a number, and what resolves when it has another.
+    fn sits_down(&mut self, node: &str) -> (u64, oneshot::Receiver<()>) {
+        /// Also when a node listens anew.
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let (sender, replaced) = oneshot::channel();
+        self.connections.insert(node.to_owned(), (number, sender));
+        (number, replaced)
+    }
+
+    fn leaves(&mut self, node: &str, number: u64) {
+        if self.connections.get(node).is_some_and(|(current, _)| *current == number) {
+            self.connections.remove(node);
+        }
+    }
+}
+
 /// Listens on all addresses, until the receiver is gone; then everybody is hung up on. A port that is taken is tried again.
-pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, words: mpsc::Sender<Word>) {
+pub async fn serve(
+    port: u16,
+    keeper: Arc<Keeper>,
+    telling: watch::Receiver<Telling>,
+    words: mpsc::Sender<Word>,
+) {
     // Who connects would only hear that this side hangs up.
-    if let Err(error) = tls::Identity::load(&root) {
+    if let Err(error) = keeper.identity() {
         log::warn!("other nodes' agents cannot be told the cluster's state: {error}");
     }
     let mut told = false;
@@ -55,38 +138,45 @@ pub async fn serve(port: u16, root: PathBuf, telling: watch::Receiver<Telling>, 
             () = words.closed() => return,
         }
     };
-    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let hall = Hall {
+        keeper,
+        telling,
+        words,
+        door: Door::default(),
+        budget: Budget::new(MEMORY),
+        guests: Arc::default(),
+    };
+    receive(listener, hall).await;
+}
+
+/// Takes connections.
+async fn receive(listener: TcpListener, mut hall: Hall) {
     // Dropped with this, and so ended.
     let mut talks = JoinSet::new();
-    let mut number = 0;
+    hall.telling.mark_changed();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = talks.join_next() => continue,
-            () = words.closed() => return,
+            Ok(()) = hall.telling.changed() => {
+                let told = hall.telling.borrow_and_update().clone();
+                hall.door.know(told.iter().flat_map(|told| told.addresses()));
+                continue;
+            }
+            () = hall.words.closed() => return,
         };
         let Ok((stream, from)) = accepted else {
             // No descriptors, mostly: they come back.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let Ok(permit) = strangers.clone().try_acquire_owned() else {
-            continue;
-        };
-        if talks.len() >= ROOM {
+        // The rest of the process needs descriptors too.
+        if talks.len() >= descriptors::connections() {
             continue;
         }
-        let (root, telling, words) = (root.clone(), telling.clone(), words.clone());
-        number += 1;
+        let (place, hall) = (hall.door.enter(from.ip()), hall.clone());
         talks.spawn(async move {
-            let talk = async {
-                let (lines, node) = welcome(stream, root).await?;
-                drop(permit);
-                let done = converse(lines, (&node, number), telling, &words).await;
-                let _ = words.send(Word::Gone(node, number)).await;
-                done
-            };
-            if let Err(error) = talk.await {
+            if let Err(error) = hall.host(stream, (from, place)).await {
                 log::debug!("agent at {from}: {error:#}");
             }
         });
@@ -98,11 +188,11 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
     let (socket, any) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
         Ok(socket) => {
             socket.set_only_v6(false)?;
-            (socket, std::net::SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+            (socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
         }
         Err(_) => {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-            (socket, std::net::SocketAddr::from(([0, 0, 0, 0], port)))
+            (socket, SocketAddr::from(([0, 0, 0, 0], port)))
         }
     };
     socket.set_reuse_address(true)?;
@@ -112,89 +202,229 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-type Lines = Framed<tokio_rustls::server::TlsStream<TcpStream>, LinesCodec>;
+type Talk = Framed<tokio_rustls::server::TlsStream<TcpStream>, Lines>;
 
-/// Finds out who it is: a node of this swarm, by its identifier.
-async fn welcome(stream: TcpStream, root: PathBuf) -> Result<(Lines, String)> {
-    stream.set_nodelay(true)?;
-    let identity = tls::Identity::load(&root)?;
-    let own = identity.own.clone();
-    let acceptor = TlsAcceptor::from(identity.server()?);
-    let stream = timeout(CONNECT, acceptor.accept(stream)).await.context("no TLS in time")??;
-    let other = tls::other_side(&own, stream.get_ref().1.peer_certificates())?;
-    Ok((Framed::new(stream, LinesCodec::new_with_max_length(LONGEST_OF_AGENT)), other.node))
+/// What an agent understands, and what it has come for.
+enum Greeting {
+    /// To tell and to be told, in parts or at once.
+    Talk { parts: bool },
+    /// To show that it can speak from its address.
+    Proof,
 }
 
-async fn converse(
-    mut lines: Lines,
-    (node, number): (&str, u64),
-    mut telling: watch::Receiver<Telling>,
-    words: &mpsc::Sender<Word>,
-) -> Result<()> {
-    lines.send(serde_json::to_string(&FromManager::Hello { version: VERSION })?).await?;
-    // What it was told, and by which name.
-    let mut sent: Option<(Arc<ClusterState>, Option<String>)> = None;
-    // Nobody is told anything before he has said what he understands.
-    let mut greeting = None;
-    // Whether it was told that what it was told may be out of date.
-    let mut doubted = true;
-    let mut ping = interval(PING);
-    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut heard = Instant::now();
-    telling.mark_changed();
-    loop {
-        let message = tokio::select! {
-            line = timeout_at(heard + SILENCE, lines.next()) => {
-                let Some(line) = ended(line.context("not heard for too long")?)? else {
-                    return Ok(());
-                };
-                heard = Instant::now();
-                match serde_json::from_str(&line)? {
-                    FromAgent::Hello { version, .. } if version != VERSION => bail!("it speaks version {version}, this agent {VERSION}"),
-                    FromAgent::Hello { parts, .. } => greeting = Some(parts),
-                    FromAgent::Ping => {}
-                    FromAgent::Facts(facts) => words.send(Word::Facts(node.to_owned(), number, facts)).await?,
-                }
-                continue;
-            }
-            changed = telling.changed(), if greeting.is_some() => {
-                changed?;
-                let told = telling.borrow_and_update().clone();
-                match told {
-                    None => {
-                        doubted = true;
-                        sent = None;
-                        FromManager::Problem("it does not know the cluster".into())
-                    }
-                    // Its certificate may outlive its place in the swarm.
-                    Some(told) if !told.names.contains_key(node) => bail!("node {node} is not in the swarm's list"),
-                    Some(told) => {
-                        let this = told.names.get(node).cloned();
-                        // That it is sure again is told by what did not change too.
-                        let sure = doubted && told.problem.is_none();
-                        let before = sent.as_ref().map(|(state, _)| state);
-                        let tale = match greeting {
-                            Some(true) => told.since(before),
-                            _ => Arc::new(told.at_once(before)),
-                        };
-                        if sure || tale.news || sent.as_ref().is_none_or(|(_, name)| *name != this) {
-                            tell(&mut lines, &tale, this.as_deref()).await?;
-                        }
-                        sent = Some((told.cluster.clone(), this));
-                        doubted = told.problem.is_some();
-                        told.problem.clone().map_or(FromManager::Ping, FromManager::Problem)
-                    }
-                }
-            }
-            _ = ping.tick() => FromManager::Ping,
+impl Hall {
+    /// One connection from its beginning to its end.
+    async fn host(self, stream: TcpStream, (from, mut place): (SocketAddr, Place)) -> Result<()> {
+        let address = from.ip().to_canonical();
+        // However it goes on: no place is held for longer.
+        let (mut lines, other) = tokio::select! {
+            welcomed = timeout(CONNECT, self.welcome(stream, address)) => welcomed.context("no TLS in time")??,
+            () = place.taken() => bail!("it has not shown who it is, and its place was needed"),
         };
-        timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;
+        drop(place);
+        lines.send(serde_json::to_string(&FromManager::Hello { version: VERSION })?).await?;
+        let greeting =
+            timeout(CONNECT, greeting(&mut lines)).await.context("it does not say what it wants")??;
+        let node = other.node;
+        let parts = match greeting {
+            Greeting::Talk { parts } => parts,
+            Greeting::Proof => {
+                self.words.send(Word::Proven(node, address)).await?;
+                let proven = serde_json::to_string(&FromManager::Proven(address))?;
+                timeout(CONNECT, lines.send(proven)).await??;
+                return Ok(());
+            }
+        };
+        // A node has one: the newest, for the agent may have lost the others without a word.
+        let (number, mut replaced) = self.guests().sits_down(&node);
+        self.words.send(Word::Came(node.clone(), number, address)).await?;
+        let expired = Instant::now() + other.until.duration_since(SystemTime::now()).unwrap_or_default();
+        let done = tokio::select! {
+            done = self.converse(&mut lines, (&node, number), parts) => done,
+            _ = &mut replaced => Err(anyhow::anyhow!("node {node} has a newer connection")),
+            () = sleep_until(expired) => Err(anyhow::anyhow!("the certificate of node {node} has expired")),
+        };
+        self.guests().leaves(&node, number);
+        let _ = self.words.send(Word::Gone(node, number)).await;
+        done
+    }
+
+    fn guests(&self) -> std::sync::MutexGuard<'_, Guests> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds out who it is: a node of this swarm, by its identifier.
+    async fn welcome(&self, stream: TcpStream, from: IpAddr) -> Result<(Talk, tls::Member)> {
+        stream.set_nodelay(true)?;
+        // Who says nothing costs a place, and no work.
+        if stream.peek(&mut [0]).await? == 0 {
+            bail!("it hung up");
+        }
+        self.door.begin(from, StdInstant::now())?;
+        let identity = self.keeper.identity()?;
+        let acceptor = TlsAcceptor::from(identity.server.clone());
+        let stream = acceptor.accept(stream).await?;
+        let other = tls::other_side(&identity.own, stream.get_ref().1.peer_certificates())?;
+        if !self.guests().comes(&other.node, StdInstant::now()) {
+            bail!("node {} connects too often", other.node);
+        }
+        // Its certificate may outlive its place in the swarm.
+        let told = self.telling.borrow().clone();
+        if told.is_some_and(|told| !told.members.contains(&other.node)) {
+            bail!("node {} is not in the swarm's list", other.node);
+        }
+        let lines = Lines::within(LONGEST_OF_STRANGER, self.budget.clone());
+        Ok((Framed::new(stream, lines), other))
+    }
+
+    /// Tells and hears until one side has had enough.
+    async fn converse(&self, lines: &mut Talk, (node, number): (&str, u64), parts: bool) -> Result<()> {
+        lines.codec_mut().longest = LONGEST_OF_AGENT;
+        let mut telling = self.telling.clone();
+        let mut teller = Teller { node, parts, sent: None, doubted: true };
+        let mut ping = interval(PING);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut reader, mut news) = (Reader::new(), News::new());
+        telling.mark_changed();
+        loop {
+            let message = tokio::select! {
+                line = reader.next(lines) => {
+                    let Some(line) = line? else {
+                        return Ok(());
+                    };
+                    reader.charge(&line);
+                    news.take(&line, &self.budget)?;
+                    continue;
+                }
+                facts = news.next() => {
+                    self.words.send(Word::Facts(node.to_owned(), number, facts)).await?;
+                    continue;
+                }
+                changed = telling.changed() => {
+                    changed?;
+                    let told = telling.borrow_and_update().clone();
+                    teller.tell(lines, told).await?
+                }
+                _ = ping.tick() => FromManager::Ping,
+            };
+            timeout(SILENCE, lines.send(serde_json::to_string(&message)?)).await??;
+        }
     }
 }
 
-/// Tells what leads from one state to the next.
-async fn tell(lines: &mut Lines, tale: &Tale, this: Option<&str>) -> Result<()> {
-    for line in tale.lines(this) {
+/// The first message: nobody is told anything before he has said what he understands.
+async fn greeting(lines: &mut Talk) -> Result<Greeting> {
+    let line = ended(lines.next().await)?.context("it hung up")?;
+    match serde_json::from_str(&line)? {
+        FromAgent::Hello { version, .. } if version != VERSION => {
+            bail!("it speaks version {version}, this agent {VERSION}")
+        }
+        FromAgent::Hello { proves: true, .. } => Ok(Greeting::Proof),
+        FromAgent::Hello { parts, .. } => Ok(Greeting::Talk { parts }),
+        FromAgent::Facts(_) | FromAgent::Ping => bail!("it does not greet"),
+    }
+}
+
+/// Reads what one agent says, at a pace that the others do not feel.
+struct Reader {
+    /// When it was heard last, or may be heard again.
+    since: Instant,
+    pace: Pace,
+}
+
+impl Reader {
+    fn new() -> Self {
+        Self { since: Instant::now(), pace: READING }
+    }
+
+    /// The next line, when it may be read.
+    async fn next(&self, lines: &mut Talk) -> Result<Option<String>> {
+        sleep_until(self.since).await;
+        let line = timeout_at(self.since + SILENCE, lines.next()).await;
+        Ok(ended(line.context("not heard for too long")?)?)
+    }
+
+    fn charge(&mut self, line: &str) {
+        let now = StdInstant::now();
+        self.pace.charge(now, 1 + (line.len() / PORTION) as u32);
+        self.since = self.pace.due(now).into();
+    }
+}
+
+/// What one agent said of its node and was not passed on yet: the last.
+struct News {
+    pace: Pace,
+    facts: Option<NodeFacts>,
+    /// The memory that they take, here and where they are passed on to.
+    share: Option<Share>,
+}
+
+impl News {
+    fn new() -> Self {
+        Self { pace: NEWS, facts: None, share: None }
+    }
+
+    /// Takes note of a message.
+    fn take(&mut self, line: &str, budget: &Budget) -> Result<()> {
+        if let FromAgent::Facts(facts) = serde_json::from_str(line)? {
+            facts.check()?;
+            // What was taken for the last is free for what comes instead.
+            self.share = None;
+            let share = budget.share(line.len()).context("the facts of all nodes together are too long")?;
+            (self.share, self.facts) = (Some(share), Some(facts));
+        }
+        Ok(())
+    }
+
+    /// What there is to pass on, when it may be.
+    async fn next(&mut self) -> NodeFacts {
+        if self.facts.is_none() {
+            return std::future::pending().await;
+        }
+        sleep_until(self.pace.due(StdInstant::now()).into()).await;
+        self.pace.charge(StdInstant::now(), 1);
+        self.facts.take().unwrap_or_default()
+    }
+}
+
+/// What one agent is told.
+struct Teller<'a> {
+    node: &'a str,
+    parts: bool,
+    /// What it was told last.
+    sent: Option<Arc<ClusterState>>,
+    /// Whether it was told that what it was told may be out of date.
+    doubted: bool,
+}
+
+impl Teller<'_> {
+    /// Tells what is new; the message that ends it.
+    async fn tell(&mut self, lines: &mut Talk, told: Telling) -> Result<FromManager> {
+        let Some(told) = told else {
+            (self.doubted, self.sent) = (true, None);
+            return Ok(FromManager::Problem("it does not know the cluster".into()));
+        };
+        if !told.members.contains(self.node) {
+            bail!("node {} is not in the swarm's list", self.node);
+        }
+        // That it is sure again is told by what did not change too.
+        let sure = self.doubted && told.problem.is_none();
+        let tale = match self.parts {
+            true => told.since(self.sent.as_ref()),
+            false => Arc::new(told.at_once(self.sent.as_ref())),
+        };
+        if sure || tale.news {
+            write(lines, &tale, self.node).await?;
+        }
+        self.sent = Some(told.cluster.clone());
+        self.doubted = told.problem.is_some();
+        Ok(told.problem.clone().map_or(FromManager::Ping, FromManager::Problem))
+    }
+}
+
+/// Writes what leads from one state to the next.
+async fn write(lines: &mut Talk, tale: &Tale, this: &str) -> Result<()> {
+    for line in tale.lines(Some(this)) {
         // Past the codec, which would keep room for the longest line for as long as the connection stands.
         let stream = lines.get_mut();
         let written = async {

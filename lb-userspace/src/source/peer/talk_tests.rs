@@ -15,10 +15,10 @@ use tokio::{
 use super::*;
 use crate::source::facts::NodeFacts;
 
-struct Authority(Issuer<'static, KeyPair>, String);
+pub(super) struct Authority(Issuer<'static, KeyPair>, String);
 
 impl Authority {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "swarm-ca");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -29,26 +29,36 @@ impl Authority {
     }
 
     /// Docker's root directory of a node.
-    fn node(&self, cluster: &str, role: &str, node: &str) -> TempDir {
+    pub(super) fn node(&self, cluster: &str, role: &str, node: &str) -> TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("swarm/certificates")).unwrap();
+        self.certify(root.path(), (cluster, role, node), Duration::from_secs(3600));
+        root
+    }
+
+    /// Gives a node a certificate that is good for so long.
+    pub(super) fn certify(&self, root: &Path, (cluster, role, node): (&str, &str, &str), good: Duration) {
         let mut params = CertificateParams::new(vec![role.to_owned(), node.to_owned()]).unwrap();
         params.distinguished_name.push(DnType::OrganizationName, cluster);
         params.distinguished_name.push(DnType::OrganizationalUnitName, role);
         params.distinguished_name.push(DnType::CommonName, node);
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_after = (SystemTime::now() + good).into();
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.0).unwrap().pem();
-        let root = tempfile::tempdir().unwrap();
-        let folder = root.path().join("swarm/certificates");
-        fs::create_dir_all(&folder).unwrap();
+        let folder = root.join("swarm/certificates");
         fs::write(folder.join("swarm-node.crt"), certificate).unwrap();
         // With headers, as Swarm writes its keys.
         let (first, rest) =
             key.serialize_pem().split_once('\n').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
         fs::write(folder.join("swarm-node.key"), format!("{first}\nkek-version: 0\n\n{rest}")).unwrap();
         fs::write(folder.join("swarm-root-ca.crt"), &self.1).unwrap();
-        root
     }
+}
+
+pub(super) fn keeper(root: &Path) -> Arc<tls::Keeper> {
+    Arc::new(tls::Keeper::new(root))
 }
 
 /// A manager's agent, and another that follows it.
@@ -71,8 +81,8 @@ impl Pair {
         let (manager_sender, managers) = mpsc::channel(8);
         let at = SocketAddr::from(([127, 0, 0, 1], port));
         let jobs = [
-            tokio::spawn(server::serve(port, manager.to_owned(), told, agent_sender)),
-            tokio::spawn(client::follow("m1".into(), at, agent.to_owned(), known, manager_sender)),
+            tokio::spawn(server::serve(port, keeper(manager), told, agent_sender)),
+            tokio::spawn(client::follow("m1".into(), at, keeper(agent), known, manager_sender)),
         ];
         Self { telling, facts, agents, managers, jobs }
     }
@@ -80,8 +90,8 @@ impl Pair {
     fn tell(&self, problem: Option<&str>, tunnel: u16) {
         let cluster =
             ClusterState { tunnel: Tunnel { port: tunnel, ..Tunnel::default() }, ..ClusterState::default() };
-        let names = BTreeMap::from([("w1".to_owned(), "node2".to_owned())]);
-        let told = Told::new(cluster, names, problem.map(str::to_owned));
+        let members = BTreeSet::from(["w1".to_owned(), "w2".to_owned()]);
+        let told = Told::new(cluster, members, problem.map(str::to_owned));
         self.telling.send_replace(Some(Arc::new(told)));
     }
 
@@ -131,14 +141,12 @@ async fn members_of_a_swarm_tell_each_other_what_they_know() {
     pair.facts.send_replace(Some(NodeFacts { addresses, ..NodeFacts::default() }));
     pair.tell(None, 7000);
     let state = pair.cluster().await;
-    assert_eq!((state.tunnel.port, state.this.as_deref()), (7000, Some("node2")));
+    assert_eq!((state.tunnel.port, state.this.as_deref()), (7000, Some("w1")));
     let node = loop {
-        match tokio::time::timeout(Duration::from_secs(20), pair.agents.recv()).await.unwrap().unwrap() {
-            server::Word::Facts(node, _, facts) => {
-                assert_eq!(facts.addresses.len(), 1);
-                break node;
-            }
-            server::Word::Gone(..) => {}
+        let word = tokio::time::timeout(Duration::from_secs(20), pair.agents.recv()).await.unwrap();
+        if let Some(server::Word::Facts(node, _, facts)) = word {
+            assert_eq!(facts.addresses.len(), 1);
+            break node;
         }
     };
     // By its certificate, not by its own word.
