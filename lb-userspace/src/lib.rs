@@ -18,4 +18,5 @@ pub mod plan;
 pub mod report;
 pub mod slots;
 pub mod source;
+pub mod testing;
 pub mod text;

@@ -459,7 +459,13 @@ fn filters_serve_where_the_kernel_has_no_links() {
         node.enter(|| TcpStream::connect((task.v4, 8080)).expect("connect"));
     }
     let attach = || {
-        let agent = Agent::attach_with(node, cluster.folder(), &path, &[], &[("LB_KERNEL_LACKS", "tcx")]);
+        let agent = Agent::attach_with(
+            node,
+            cluster.folder(),
+            &path,
+            &[],
+            &[("LB_TEST", "1"), ("LB_KERNEL_LACKS", "tcx")],
+        );
         eventually("all tasks are offered", || active_tasks(node, "web") == 5);
         assert!(agent.log().contains("(clsact)"), "{}", agent.log());
         for address in cluster.addresses(0) {

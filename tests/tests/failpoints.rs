@@ -174,7 +174,8 @@ fn a_plan_that_is_killed_at_any_step_is_taken_up_by_the_next_controller() {
     let [node, other] = [0, 1].map(|node| &cluster.nodes[node].netns);
     let _other = Agent::attach(other, cluster.folder(), &path, &[]);
     let fault = Fault::of(&cluster);
-    let attach = || Agent::attach_with(node, cluster.folder(), &path, &[], &[fault.variable()]);
+    let attach =
+        || Agent::attach_with(node, cluster.folder(), &path, &[], &[("LB_TEST", "1"), fault.variable()]);
     let mut agent = attach();
     let settle = |what: &str, wanted: &BTreeSet<String>| {
         let mut last = BTreeSet::new();
@@ -320,7 +321,7 @@ impl<'a> Walk<'a> {
         let mut command = self.node().command(agent::program());
         command.args(["attach", "--iface", "eth1", "--on-exit", "keep", "--cluster"]);
         command.arg(self.cluster.folder().join("cluster.toml")).args(self.arguments);
-        command.envs([self.fault.variable(), ("LB_KERNEL_LACKS", self.lacks)]);
+        command.envs([("LB_TEST", "1"), self.fault.variable(), ("LB_KERNEL_LACKS", self.lacks)]);
         let file = fs::File::create(&log).expect("create the log");
         let mut running = Running::start(command.stdout(Stdio::null()).stderr(file));
         let said = || fs::read_to_string(&log).expect("the log");

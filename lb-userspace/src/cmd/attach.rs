@@ -17,6 +17,7 @@ use crate::{
     datapath::{FlowLog, PinDir, Sizes},
     descriptors,
     source::{Origin, Update, docker, file},
+    testing,
 };
 
 /// Attaches to every interface named, and stays until a signal comes.
@@ -24,6 +25,7 @@ use crate::{
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
 pub async fn run(arguments: Attach) -> Result<()> {
+    testing::warnings().iter().for_each(|warning| log::warn!("{warning}"));
     // A connection to each node's agent takes a descriptor, and each table and program.
     descriptors::raise();
     let (sender, mut stopped) = watch::channel(false);

@@ -109,6 +109,17 @@ pub enum DatapathError {
         /// The kernel's words.
         cause: io::Error,
     },
+    /// Somebody else could change what is pinned.
+    #[error(
+        "{path} {reason}: whoever can change it could take the datapath over; detach what is there, remove it as root \
+         (`rmdir {path}`, or unmount what is over it), and attach again"
+    )]
+    Unsafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A test wants it so.
     #[error("{0}, by a fail point")]
     Fault(io::Error),

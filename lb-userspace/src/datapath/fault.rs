@@ -1,8 +1,8 @@
 //! Fail points: a place before each change that is made to the kernel, at which a test may have it fail, or kill the
 //! process.
 //!
-//! They are in every build, so that what is tested is what runs, and inert unless [`FILE`] is set in the environment. It
-//! then names a file that says how many points are to be passed yet, and what happens at the next:
+//! They are in every build, so that what is tested is what runs, and inert unless the environment says that this is a test
+//! and sets [`FAULT`]. It then names a file that says how many points are to be passed yet, and what happens at the next:
 //!
 //! ```text
 //! 17 kill
@@ -14,10 +14,9 @@ use std::{fs, io, path::PathBuf, sync::LazyLock};
 
 use nix::sys::signal::{Signal, raise};
 
-/// The environment's variable that names the file.
-const FILE: &str = "LB_FAULT";
+use crate::testing::{FAULT, asked};
 
-static ARMED: LazyLock<Option<PathBuf>> = LazyLock::new(|| std::env::var_os(FILE).map(PathBuf::from));
+static ARMED: LazyLock<Option<PathBuf>> = LazyLock::new(|| asked(FAULT).map(PathBuf::from));
 
 /// A change is about to be made; `what` says which.
 pub(super) fn point(what: &str) -> io::Result<()> {
@@ -36,7 +35,7 @@ fn pass(path: &PathBuf, what: &str) -> io::Result<()> {
     match left.parse::<u32>() {
         Ok(0) => {
             fs::remove_file(path)?;
-            log::warn!("{FILE}: {action}, instead of: {what}");
+            log::warn!("{FAULT}: {action}, instead of: {what}");
             if action == "kill" {
                 let _ = raise(Signal::SIGKILL);
             }

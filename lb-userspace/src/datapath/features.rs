@@ -11,9 +11,7 @@ use aya::{
 };
 
 use super::{DatapathError, pin, sys};
-
-/// Set by tests to features that the kernel is to be taken to lack, by the names below.
-const LACKS: &str = "LB_KERNEL_LACKS";
+use crate::testing;
 
 /// What is used where it is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +88,9 @@ const REQUIRED: [Need; 5] = [
 ];
 
 fn lacks(feature: &str) -> bool {
-    std::env::var(LACKS).is_ok_and(|names| names.split(',').any(|name| name == feature))
+    // Names of those that a test has the kernel be without.
+    let names = testing::asked(testing::KERNEL_LACKS);
+    names.is_some_and(|names| names.to_string_lossy().split(',').any(|name| name == feature))
 }
 
 /// Whether the kernel knows what it was asked to load. One that does not let us ask says why when the programs are

@@ -102,11 +102,32 @@ impl PinDir {
         }
     }
 
+    /// Makes sure that nobody but this user can change what is pinned, or put another directory in the place of one on the way
+    /// to it: a file system that all may write to lets anybody make them first.
+    ///
+    /// # Errors
+    /// Somebody can.
+    fn is_ours(&self) -> Result<(), DatapathError> {
+        let owner = nix::unistd::geteuid().as_raw();
+        let ours: Vec<&Path> = self.path.ancestors().take(3).collect();
+        for (directory, shared) in
+            ours.iter().rev().map(|path| (*path, false)).chain([(Path::new(BPFFS), true)])
+        {
+            let meta = fs::symlink_metadata(directory)
+                .map_err(|error| DatapathError::pin("look at", directory, error))?;
+            if let Some(reason) = misuse(&meta, owner, shared) {
+                return Err(DatapathError::Unsafe { path: directory.to_owned(), reason });
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the lock of a directory that is there.
     ///
     /// # Errors
-    /// Another controller holds it.
+    /// Another controller holds it, or others may change it.
     pub fn lock(&self) -> Result<Lock, DatapathError> {
+        self.is_ours()?;
         let directory =
             fs::File::open(&self.path).map_err(|error| DatapathError::pin("open", &self.path, error))?;
         let place = directory.metadata().map(|meta| (meta.dev(), meta.ino())).unwrap_or_default();
@@ -222,6 +243,22 @@ impl PinDir {
     }
 }
 
+/// Why a directory is not safe from users other than its owner; `shared` is one in which all may make their own, but touch
+/// nobody else's.
+fn misuse(meta: &fs::Metadata, owner: u32, shared: bool) -> Option<String> {
+    const OTHERS_WRITE: u32 = 0o022;
+    const STICKY: u32 = 0o1000;
+    if !meta.is_dir() {
+        return Some("is no directory".into());
+    }
+    // Root may do everything in any case.
+    if meta.uid() != owner && !(shared && meta.uid() == 0) {
+        return Some(format!("belongs to user {}, not to {owner}", meta.uid()));
+    }
+    let open = meta.mode() & OTHERS_WRITE != 0 && !(shared && meta.mode() & STICKY != 0);
+    open.then(|| format!("may be written to by others (mode {:04o})", meta.mode() & 0o7777))
+}
+
 /// The interfaces of the current network namespace that have a datapath.
 ///
 /// # Errors
@@ -293,6 +330,35 @@ fn holder((device, inode): (u64, u64)) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_that_others_can_change_is_not_used() {
+        use std::os::unix::fs::{PermissionsExt as _, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let own = nix::unistd::geteuid().as_raw();
+        let says = |path: &Path, owner: u32, mode: u32, shared: bool| {
+            if path.is_dir() && !path.is_symlink() {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            }
+            misuse(&fs::symlink_metadata(path).unwrap(), owner, shared).unwrap_or_default()
+        };
+        let directory = folder.path().join("lb");
+        fs::create_dir(&directory).unwrap();
+        assert_eq!(says(&directory, own, 0o700, false), "");
+        assert_eq!(says(&directory, own, 0o755, false), "");
+        assert_eq!(says(&directory, own, 0o770, false), "may be written to by others (mode 0770)");
+        assert_eq!(says(&directory, own, 0o1777, false), "may be written to by others (mode 1777)");
+        assert_eq!(says(&directory, own, 0o1777, true), "");
+        assert_eq!(says(&directory, own, 0o777, true), "may be written to by others (mode 0777)");
+        assert_eq!(
+            says(&directory, own + 1, 0o700, false),
+            format!("belongs to user {own}, not to {}", own + 1)
+        );
+        // A link leads where its owner wants.
+        let link = folder.path().join("link");
+        symlink(&directory, &link).unwrap();
+        assert_eq!(says(&link, own, 0o700, false), "is no directory");
+    }
 
     #[test]
     fn names_with_dots_come_back() {

@@ -162,7 +162,7 @@ fn words(address: IpAddr, peer: &Peer, now: Instant, port: u16) -> String {
 fn socket(domain: Domain, interface: &str, port: u16) -> io::Result<UdpSocket> {
     let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
     socket.bind_device(Some(interface.as_bytes()))?;
-    socket.set_reuse_address(true)?;
+    // No SO_REUSEADDR: with it any user of this machine could bind one of its addresses, and take the answers.
     socket.set_nonblocking(true)?;
     // Beyond what a process may ask for; who may not have it has fewer nodes, or loses some answers.
     let _ = option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, ROOM);
@@ -291,5 +291,39 @@ fn notice(shared: &Shared, changed: &mpsc::Sender<()>) {
     if news {
         // A full channel means that somebody is told already.
         let _ = changed.try_send(());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As any user of the machine can: a more specific address, a more specific device, every option that shares.
+    #[tokio::test]
+    async fn no_other_socket_takes_the_answers() {
+        for (domain, own) in
+            [(Domain::IPV4, IpAddr::from(Ipv4Addr::LOCALHOST)), (Domain::IPV6, Ipv6Addr::LOCALHOST.into())]
+        {
+            let Ok(prober) = socket(domain, "lo", 0) else {
+                assert_eq!(domain, Domain::IPV6, "a kernel without IPv6");
+                continue;
+            };
+            let port = prober.local_addr().unwrap().port();
+            for (address, device) in [(own, false), (own, true), (prober.local_addr().unwrap().ip(), true)] {
+                let thief = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+                thief.set_reuse_address(true).unwrap();
+                thief.set_reuse_port(true).unwrap();
+                if device {
+                    thief.bind_device(Some(b"lo")).unwrap();
+                }
+                let stolen = thief.bind(&SocketAddr::new(address, port).into());
+                let error = stolen.expect_err("the port is taken").kind();
+                assert_eq!(error, io::ErrorKind::AddrInUse, "{address} {device}");
+            }
+            // What is sent there comes to the prober.
+            let asker = std::net::UdpSocket::bind((own, 0)).unwrap();
+            asker.send_to(b"x", (own, port)).unwrap();
+            assert_eq!(prober.recv_from(&mut [0; 8]).await.unwrap().0, 1);
+        }
     }
 }

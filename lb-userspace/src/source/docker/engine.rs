@@ -136,23 +136,24 @@ struct Refusal {
 }
 
 impl Engine {
-    /// The engine that the environment names as Docker's own client reads it: `DOCKER_HOST`, `DOCKER_TLS_VERIFY`,
-    /// `DOCKER_CERT_PATH`; without them the local socket.
+    /// The engine that the environment names as Docker's own client reads it: `DOCKER_HOST`, `DOCKER_TLS`,
+    /// `DOCKER_TLS_VERIFY`, `DOCKER_CERT_PATH`; without them the local socket. With TLS the engine's certificate is verified
+    /// in any case.
     ///
     /// # Errors
     /// They name nothing that can be connected to.
     pub fn from_environment() -> Result<Self, EngineError> {
         let host = env::var("DOCKER_HOST").unwrap_or_default();
-        let verify = env::var_os("DOCKER_TLS_VERIFY").is_some_and(|value| !value.is_empty());
+        let set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
         let certificates = env::var_os("DOCKER_CERT_PATH").map(PathBuf::from);
-        Self::at(&host, verify, certificates.as_deref())
+        Self::at(&host, set("DOCKER_TLS_VERIFY") || set("DOCKER_TLS"), certificates.as_deref())
     }
 
     fn at(host: &str, verify: bool, certificates: Option<&Path>) -> Result<Self, EngineError> {
         let host = match host.split_once("://") {
             None if host.is_empty() => Host::Unix("/var/run/docker.sock".into()),
             Some(("unix", path)) => Host::Unix(path.into()),
-            Some(("tcp" | "http" | "https", address)) => {
+            Some(("tcp", address)) => {
                 let address = address.trim_end_matches('/');
                 let port = if verify { 2376 } else { 2375 };
                 let has_port = address.rsplit(':').next().is_some_and(|port| port.parse::<u16>().is_ok());
@@ -163,6 +164,13 @@ impl Engine {
                 Some((destination, port)) => Host::Ssh(destination.into(), Some(port.into())),
                 None => Host::Ssh(destination.into(), None),
             },
+            Some(("http" | "https", address)) => {
+                let address = address.trim_end_matches('/');
+                return Err(EngineError::Host(format!(
+                    "DOCKER_HOST={host:?} is not understood, as it is not by Docker's own client: write tcp://{address}, and for \
+                     TLS set DOCKER_TLS_VERIFY=1 besides"
+                )));
+            }
             _ => {
                 return Err(EngineError::Host(format!(
                     "DOCKER_HOST={host:?} is not understood; it may be unix://PATH, tcp://HOST:PORT or ssh://USER@HOST"
@@ -175,6 +183,17 @@ impl Engine {
     /// Where it is.
     pub fn place(&self) -> String {
         self.host.to_string()
+    }
+
+    /// What the operator should hear of the way to it.
+    pub fn warning(&self) -> Option<String> {
+        let Host::Tcp(address, None) = &self.host else {
+            return None;
+        };
+        Some(format!(
+            "Docker at tcp://{address} is asked without TLS: whoever is on the way reads and changes what it says, and whoever \
+             reaches that port is root there; set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH, or use ssh:// or the local socket"
+        ))
     }
 
     async fn connect(&self) -> Result<Box<dyn Stream>, EngineError> {
@@ -377,6 +396,28 @@ mod tests {
         let error =
             Engine::at("tcp://192.0.2.1", true, Some(Path::new("/nowhere"))).err().unwrap().to_string();
         assert!(error.contains("/nowhere/ca.pem") && error.contains("DOCKER_CERT_PATH"), "{error}");
+    }
+
+    /// What looks like TLS is never plain, and what is plain is said.
+    #[test]
+    fn plain_connections_are_said_and_those_that_look_safe_refused() {
+        for (host, instead) in [
+            ("https://node1:2376", "write tcp://node1:2376,"),
+            ("http://192.0.2.1/", "write tcp://192.0.2.1,"),
+        ] {
+            let refused = place(host);
+            assert!(refused.contains(instead) && refused.contains("DOCKER_TLS_VERIFY=1"), "{refused}");
+        }
+        let warning = |host: &str| Engine::at(host, false, None).ok().unwrap().warning();
+        assert!(
+            warning("tcp://192.0.2.1")
+                .unwrap()
+                .starts_with("Docker at tcp://192.0.2.1:2375 is asked without TLS")
+        );
+        assert_eq!(
+            [warning(""), warning("unix:///run/docker.sock"), warning("ssh://node1")],
+            [None, None, None]
+        );
     }
 
     #[test]

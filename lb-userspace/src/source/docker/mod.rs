@@ -64,6 +64,9 @@ const GOSSIP: Duration = Duration::from_secs(1);
 /// The environment does not say where Docker is. That it is not there is an [`Update::Waiting`], not an error.
 pub fn watch(settings: Settings, outputs: Vec<mpsc::Sender<Update>>) -> Result<(), EngineError> {
     let engine = Engine::from_environment()?;
+    if let Some(warning) = engine.warning() {
+        log::warn!("{warning}");
+    }
     tokio::spawn(run(engine, settings, outputs));
     Ok(())
 }

@@ -17,6 +17,7 @@
 
 mod parse;
 mod pieces;
+mod safe;
 
 use std::{
     fs,
@@ -29,6 +30,7 @@ use std::{
 use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
 use parse::Wrong;
 use pieces::Pieces;
+pub use safe::ReadError;
 use tokio::sync::{Notify, mpsc};
 
 use super::Update;
@@ -42,8 +44,8 @@ pub enum FileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// The kernel's words.
-        source: std::io::Error,
+        /// Why.
+        source: ReadError,
     },
     /// It does not describe a cluster.
     #[error("{path}:{line}: {reason}")]
@@ -86,8 +88,7 @@ impl Reader {
 
     fn read(&mut self) -> Result<ClusterState, FileError> {
         let path = || self.path.clone();
-        let text =
-            fs::read_to_string(&self.path).map_err(|source| FileError::Read { path: path(), source })?;
+        let text = safe::read(&self.path).map_err(|source| FileError::Read { path: path(), source })?;
         let line = |at: usize| 1 + text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count();
         let invalid = |Wrong { at, reason }: Wrong| FileError::Invalid {
             path: path(),

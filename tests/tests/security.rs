@@ -1,0 +1,296 @@
+//! What an attacker tries, against the real agent: `SECURITY.md` says of each attack what stops it.
+
+use std::{
+    io::{BufRead as _, BufReader, ErrorKind, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use lb_tests::{
+    agent::{Agent, json, program, text, verb},
+    cluster::Cluster,
+    netns::{Netns, run, within},
+    swarm::{Node, PATIENCE, Swarm},
+};
+use lb_userspace::source::peer::tls::{Keeper, manager_name};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use socket2::{Domain, Socket, Type};
+
+/// The agents' TCP port, which is the tunnel's.
+const PORT: u16 = 6081;
+
+/// A node of the swarm whose certificate is in the wrong hands: says what it wants to a manager's agent.
+struct Impostor(rustls::StreamOwned<rustls::ClientConnection, TcpStream>);
+
+impl Impostor {
+    fn connect(node: &Node, manager: &Node) -> std::io::Result<Self> {
+        let identity = Keeper::new(&node.root()).identity().expect("the node's certificate");
+        let tls = rustls::ClientConnection::new(identity.client.clone(), manager_name()).expect("TLS");
+        let to = SocketAddr::new(manager.address(), PORT);
+        let stream = node.netns.enter(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut impostor = Self(rustls::StreamOwned::new(tls, stream));
+        impostor.say(r#"{"hello":{"version":1,"parts":true}}"#)?;
+        Ok(impostor)
+    }
+
+    fn say(&mut self, line: &str) -> std::io::Result<()> {
+        self.0.write_all(line.as_bytes())?;
+        self.0.write_all(b"\n")?;
+        self.0.flush()
+    }
+
+    fn claim(&mut self, addresses: &[IpAddr]) -> std::io::Result<()> {
+        let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let facts = serde_json::json!({"addresses": addresses, "tasks": {}, "complete": false});
+        self.say(&format!("{{\"facts\":{facts}}}"))
+    }
+
+    /// Reads what it is told, and says that it is there, for so long.
+    fn stay(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        let mut lines = BufReader::new(&mut self.0);
+        let mut line = String::new();
+        while Instant::now() < end && lines.read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
+            let _ = lines.get_mut().write_all(b"\"ping\"\n");
+            line.clear();
+        }
+    }
+}
+
+/// The nodes as an agent has them: their addresses by what users know them by.
+fn node(at: &Netns, name: &str) -> Value {
+    let nodes = json(at, &["node", "ls"])["nodes"].as_array().cloned().unwrap_or_default();
+    nodes.into_iter().find(|node| node["name"] == name).unwrap_or_default()
+}
+
+fn has(at: &Netns, name: &str, address: IpAddr) -> bool {
+    let addresses = node(at, name)["addresses"].as_array().cloned().unwrap_or_default();
+    addresses.iter().any(|known| *known == address.to_string())
+}
+
+/// A worker whose certificate is in the wrong hands claims what other nodes have.
+#[test]
+fn a_node_takes_neither_address_nor_name_of_another() {
+    let swarm = Swarm::new(3);
+    let [manager, victim, attacker] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    let agents = [manager, victim].map(|node| swarm.attach_one(node, &[]));
+    // Swarm knows none of the nodes' addresses of IPv6: they are the agents' own word, and proven.
+    for at in [manager, victim] {
+        within(PATIENCE, "the addresses are proven", || {
+            has(&at.netns, "node1", manager.address6()) && has(&at.netns, "node2", victim.address6())
+        });
+    }
+    // It bears the victim's name, and there will be two of it.
+    attacker.docker(&["info"]);
+    let mut impostor = Impostor::connect(attacker, manager).expect("it is a node of the swarm");
+    let nobody: IpAddr = "198.51.100.7".parse().expect("an address");
+    impostor
+        .claim(&[victim.address6(), victim.address(), manager.address6(), manager.address(), nobody])
+        .expect("say what it wants");
+    // Said, so that somebody looks after it.
+    within(PATIENCE, "both are said", || {
+        let said = |address: IpAddr| format!("{address} is said to be an address of both node2 and node3");
+        agents[0].log().contains(&said(victim.address6()))
+            && agents[0].log().contains(&said(victim.address()))
+    });
+    impostor.stay(Duration::from_secs(2));
+    for at in [manager, victim] {
+        for address in [victim.address6(), victim.address()] {
+            assert!(has(&at.netns, "node2", address), "{}", text(&at.netns, &["node", "ls"]));
+        }
+        assert_eq!(
+            node(&at.netns, "node3")["addresses"],
+            serde_json::json!([attacker.address().to_string()])
+        );
+    }
+    // A second connection of it takes the place of the first, which ends.
+    let mut other = Impostor::connect(attacker, manager).expect("it is a node of the swarm");
+    let start = Instant::now();
+    impostor.stay(PATIENCE);
+    assert!(start.elapsed() < PATIENCE / 2, "the first connection ends");
+    // It flaps; the manager's Docker is hardly asked more for it, and the victim's agent stays.
+    for flip in 0..300 {
+        let facts = format!(
+            "{{\"facts\":{{\"addresses\":[],\"tasks\":{{\"x\":{{\"addresses\":[],\"ailing\":{}}}}},\"complete\":false}}}}",
+            flip % 2 == 0
+        );
+        if other.say(&facts).is_err() {
+            break;
+        }
+    }
+    assert!(has(&manager.netns, "node2", victim.address6()));
+    // Removed from the swarm, it is not heard any more, though its certificate is good.
+    manager.docker(&["node", "rm", "--force", "node3"]);
+    within(PATIENCE, "it is hung up on", || {
+        Impostor::connect(attacker, manager).is_err()
+            || other.say("\"ping\"").is_err()
+            || node(&manager.netns, "node3").is_null()
+    });
+    for agent in agents {
+        agent.stop(Signal::SIGTERM);
+    }
+}
+
+/// Makes this thread an ordinary user's; it ends as that.
+fn become_nobody() {
+    const NOBODY: libc::c_long = 65534;
+    for call in [libc::SYS_setresgid, libc::SYS_setresuid] {
+        // SAFETY: by the system call, unlike by the C library, only this thread changes; it takes three numbers.
+        assert_eq!(unsafe { libc::syscall(call, NOBODY, NOBODY, NOBODY) }, 0, "change the user");
+    }
+}
+
+/// An ordinary user of the machine takes the answers to probes.
+#[test]
+fn an_ordinary_user_does_not_take_the_answers_to_probes() {
+    let cluster = Cluster::new(2);
+    cluster.receive_xdp();
+    let path = cluster.write_all_running();
+    let _agents: Vec<Agent<'_>> =
+        cluster.nodes.iter().map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let hears = || node(&cluster.nodes[0].netns, "node2")["problem"].is_null();
+    within(PATIENCE, "the other node is heard", hears);
+    let own = cluster.addresses(0)[0];
+    let taken = cluster.nodes[0].netns.enter(|| {
+        become_nobody();
+        [IpAddr::from(Ipv4Addr::UNSPECIFIED), own].map(|address| {
+            // Every way to share a port that an ordinary user has.
+            let thief = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+            thief.set_reuse_address(true).expect("share it");
+            thief.set_reuse_port(true).expect("share it");
+            thief.bind_device(Some(b"eth1")).expect("bind it to the interface");
+            thief.bind(&SocketAddr::new(address, PORT).into()).map_err(|error| error.kind())
+        })
+    });
+    assert_eq!(taken, [Err(ErrorKind::AddrInUse); 2]);
+    thread::sleep(Duration::from_secs(4));
+    assert!(hears(), "{}", text(&cluster.nodes[0].netns, &["node", "ls"]));
+}
+
+/// An ordinary user makes the directory for the pins first, on a file system to which all may write.
+#[test]
+fn pins_are_not_put_where_an_ordinary_user_can_change_them() {
+    let cluster = Cluster::new(1);
+    let path = cluster.write_all_running();
+    let netns = &cluster.nodes[0].netns;
+    // A BPF file system of its own, as `mount -t bpf` makes it.
+    let within_mount = |script: &str| -> Output {
+        let mut command = netns.command("unshare");
+        let mounted = format!("mount -t bpf bpf /sys/fs/bpf && {script}");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", &mounted]);
+        command.env("AGENT", program()).env("CLUSTER", &path).stdin(Stdio::null());
+        command.output().expect("start unshare")
+    };
+    let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+    let attach = "\"$AGENT\" attach --iface eth1 --mode tc --cluster \"$CLUSTER\"";
+    for (prepare, said) in [
+        (format!("{nobody} mkdir -m 777 /sys/fs/bpf/lb"), "belongs to user 65534, not to 0"),
+        ("mkdir -m 777 /sys/fs/bpf/lb".to_owned(), "may be written to by others (mode 0777)"),
+        (format!("{nobody} ln -s /sys/fs/bpf /sys/fs/bpf/lb"), "is no directory"),
+        ("chmod 777 /sys/fs/bpf".to_owned(), "may be written to by others (mode 0777)"),
+    ] {
+        let output = within_mount(&format!("{prepare} && exec timeout 60 {attach}"));
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{prepare}: {errors}");
+        assert!(errors.contains(said) && errors.contains("rmdir "), "{prepare}: {errors}");
+    }
+    // As it is made, it does: what an ordinary user makes beside it is no harm.
+    let elsewhere = attach.replace("$CLUSTER", "$CLUSTER.none");
+    let output = within_mount(&format!("{nobody} mkdir /sys/fs/bpf/other && {elsewhere}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("No such file or directory") && !errors.contains("rmdir"), "{errors}");
+}
+
+/// A cluster file that is none does not hold the agent up, and does not say what is in a file of somebody else.
+#[test]
+fn a_cluster_file_that_is_none_is_an_error_at_once() {
+    let mut cluster = Cluster::new(1);
+    cluster.add_task("web.1", 0);
+    let good = cluster.write_all_running();
+    let netns = &cluster.nodes[0].netns;
+    let bad = cluster.folder().join("bad");
+    let attach = |path: &std::path::Path| -> Output {
+        let mut command = netns.command("timeout");
+        command.args(["60"]).arg(program()).args(["attach", "--iface", "eth1", "--cluster"]).arg(path);
+        command.output().expect("start the agent")
+    };
+    let long = cluster.folder().join("long");
+    std::fs::File::create(&long).expect("a file").set_len(200 << 20).expect("make it long");
+    run(Command::new("mkfifo").arg(cluster.folder().join("fifo")));
+    let secret = cluster.folder().join("secret");
+    std::fs::write(&secret, "root:$y$j9T$secret:19000:0:99999:7:::\n").expect("a secret");
+    std::os::unix::fs::symlink(&secret, &bad).expect("a link");
+    std::os::unix::fs::lchown(&bad, Some(65534), None).expect("give the link away");
+    for (path, said) in [
+        (cluster.folder().join("fifo"), "is a FIFO"),
+        (cluster.folder().to_owned(), "is a directory"),
+        (long, "more than the"),
+        (bad.clone(), "of user 65534 leads to a file of user 0"),
+    ] {
+        let output = attach(&path);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        assert!(errors.contains(said) && !errors.contains("$y$"), "{errors}");
+    }
+    // One that takes the place of a good one while the agent runs: the last state stands, and it ends when it is told to.
+    let agent = Agent::attach(netns, cluster.folder(), &good, &[]);
+    let fifo = cluster.folder().join("other-fifo");
+    run(Command::new("mkfifo").arg(&fifo));
+    std::fs::rename(&fifo, &good).expect("put it in the place of the good one");
+    within(PATIENCE, "it is said", || agent.log().contains("is a FIFO"));
+    assert!(text(netns, &["service", "ls"]).contains("web"));
+    agent.stop(Signal::SIGTERM);
+    assert!(verb(netns, &["detach", "--iface", "eth1"]).status.success());
+}
+
+/// Names with what moves a terminal's cursor, or reads backwards, in the file.
+#[test]
+fn no_text_of_others_reaches_the_terminal_but_what_shows() {
+    let cluster = Cluster::new(1);
+    let path = cluster.folder().join("cluster.toml");
+    let address = cluster.addresses(0)[0];
+    let file = format!(
+        "[[node]]\nname = \"node1\"\naddresses = [\"{address}\"]\n[[node]]\nname = \"node9\\u001b[2J\\u001b]0;pwned\\u0007\"\n\
+         addresses = [\"192.0.2.99\"]\n[[service]]\nname = \"web\\u202e\\u009b2J\\nweb2  1\"\nports = [\"80:80\"]\n"
+    );
+    std::fs::write(&path, file).expect("write the file");
+    let netns = &cluster.nodes[0].netns;
+    let agent = Agent::attach(netns, cluster.folder(), &path, &[]);
+    for arguments in [&["node", "ls"][..], &["service", "ls"], &["status"], &["service", "ls", "-o", "json"]]
+    {
+        let shown = text(netns, arguments);
+        let acts = |c: &char| c.is_control() && *c != '\n' || matches!(c, '\u{202a}'..='\u{202e}');
+        assert_eq!(shown.chars().filter(acts).count(), 0, "{arguments:?}: {shown:?}");
+    }
+    assert!(text(netns, &["node", "ls"]).contains("node9\u{fffd}[2J"));
+    let raw = agent.log();
+    assert!(!raw.contains("\u{1b}[2J") && !raw.contains('\u{202e}'), "{raw:?}");
+    let output = verb(netns, &["service", "ps", "x\u{1b}[2J"]);
+    assert!(!output.stderr.contains(&0x1b), "{:?}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What only tests ask for does nothing in a service's environment, and is said.
+#[test]
+fn what_tests_ask_for_needs_a_test() {
+    let cluster = Cluster::new(1);
+    let path = cluster.write_all_running();
+    let netns = &cluster.nodes[0].netns;
+    let fault = cluster.folder().join("fault");
+    std::fs::write(&fault, "0 fail").expect("arm a fault");
+    let variable = ("LB_FAULT", fault.to_str().expect("text"));
+    let agent = Agent::attach_with(netns, cluster.folder(), &path, &[], &[variable]);
+    assert!(agent.log().contains("LB_FAULT is set and changes nothing"), "{}", agent.log());
+    assert!(fault.exists(), "it has not happened");
+    drop(agent);
+    let mut command = netns.command(program());
+    command.args(["attach", "--iface", "eth1", "--cluster"]).arg(&path);
+    command.envs([variable, ("LB_TEST", "1")]);
+    let output = command.output().expect("start the agent");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("LB_TEST=1 is set") && errors.contains("by a fail point"), "{errors}");
+}
