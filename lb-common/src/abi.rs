@@ -217,9 +217,10 @@ pub const HANDOVER_EMIT: u32 = u32::MAX - 1;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct LabelKey {
-    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`], [`LABEL_PORT`] or [`LABEL_SOURCE`].
+    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`], [`LABEL_PORT`], [`LABEL_SOURCE`], [`LABEL_TROUBLE`] or
+    /// [`LABEL_DRAIN`].
     pub kind: u32,
-    /// Index of the service, backend or cursor; the number of a node.
+    /// Index of the service, backend or cursor; the number of a node; for drains any.
     pub index: u32,
 }
 
@@ -235,6 +236,12 @@ pub const LABEL_PORT: u32 = 4;
 
 /// What the controller says of its source; there is one, at index zero.
 pub const LABEL_SOURCE: u32 = 5;
+
+/// What is wrong with a backend by what the datapath counts.
+pub const LABEL_TROUBLE: u32 = 6;
+
+/// A task or node that gets no new connections because somebody said so.
+pub const LABEL_DRAIN: u32 = 7;
 
 /// Room for a label's text in bytes.
 pub const LABEL_BYTES: usize = 380;

@@ -1,8 +1,20 @@
 //! The command line.
 
+mod lists;
+#[cfg(test)]
+mod texts;
+mod time;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+pub use lists::{DoctorArgs, DrainArgs, EventArgs, ListArgs, MetricsArgs, UndrainArgs};
+use time::{Time, count};
+
+use crate::{
+    logging::{Level, LogFormat},
+    serve::Listen,
+};
 
 /// The ingress of a Docker Swarm: every published port answers on this node, and the task sees the client.
 #[derive(Debug, Parser)]
@@ -11,6 +23,13 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// What is logged: error, warn, info, debug or trace; LEVEL,MODULE=LEVEL for parts [default: RUST_LOG, else info]
+    #[arg(long, global = true, value_name = "LEVEL", help_heading = "Logging")]
+    pub log_level: Option<Level>,
+    /// How the log is written: text, json, journald, or auto, which is the journal where systemd started it, else text
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Auto, help_heading = "Logging",
+          hide_possible_values = true)]
+    pub log_format: LogFormat,
 }
 
 const EXIT_CODES: &str = "\
@@ -18,10 +37,9 @@ Exit codes:
   0  done
   1  it failed; the message says what happened and the next step
   2  the command line is wrong
-  3  no datapath is attached
+  3  no datapath is attached, or one is just being attached
   4  another controller holds the interface
-
-Logging: RUST_LOG=debug says more.";
+  5  it serves, but not as it should (status, doctor)";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -36,30 +54,85 @@ pub enum Command {
         #[arg(long, value_name = "IF", required = true)]
         iface: Vec<String>,
     },
-    /// Show what is attached, how, and who controls it
-    #[command(after_help = "Example:\n  lb-userspace status -o json | jq '.interfaces[].mode'")]
-    Status(Read),
-    /// Services: ls, ps
+    /// Show whether all is well: what is attached, who controls it, what is wrong
+    ///
+    /// Ends with 0 if every interface is served as it should be, with 5 if something is wrong.
+    #[command(
+        after_help = "Examples:\n  lb-userspace status || lb-userspace doctor\n  lb-userspace status -o json | jq '.interfaces[].verdict'"
+    )]
+    Status {
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+        /// Show the kernel, hooks, timers and tables too
+        #[arg(short, long)]
+        verbose: bool,
+    },
+    /// Find out what is wrong, and what mends it
+    ///
+    /// Looks at rights, kernel, interface, ways and tunnel to each node, Docker, ports, address ranges, firewall and services.
+    /// Ends with 0 if nothing is wrong, 1 if something should be better, 2 if something does not work.
+    #[command(
+        after_help = "Examples:\n  sudo lb-userspace doctor\n  sudo lb-userspace doctor --probe\n  sudo lb-userspace doctor -o json | jq -r '.findings[] | select(.mend) | .mend'"
+    )]
+    Doctor(DoctorArgs),
+    /// List and inspect services
     Service {
-        /// What of them
+        /// The verb
         #[command(subcommand)]
         command: ServiceCommand,
     },
-    /// Nodes: ls
+    /// List, inspect and drain tasks
+    Task {
+        /// The verb
+        #[command(subcommand)]
+        command: TaskCommand,
+    },
+    /// List, inspect and drain nodes
     Node {
-        /// What of them
+        /// The verb
         #[command(subcommand)]
         command: NodeCommand,
     },
+    /// Watch services, tasks, nodes and packets, with rates
+    #[command(
+        after_help = "Example:\n  sudo lb-userspace top\n\nKeys: Tab another pane, Enter a service's tasks, / filter, s sort, ? all keys, q quit"
+    )]
+    Top {
+        /// The interface [default: the first one that is attached]
+        #[arg(long, value_name = "IF")]
+        iface: Option<String>,
+    },
+    /// Show what happened: nodes that fell silent, tasks that came and went, services without a task
+    #[command(after_help = EVENTS_EXAMPLES)]
+    Events(EventArgs),
     /// Show counters by outcome, service and task
     #[command(after_help = STATS_EXAMPLES)]
     Stats {
         /// Where and how
         #[command(flatten)]
         read: Read,
-        /// Show again every second, with the change
-        #[arg(long)]
+        /// Show again every second, with the change; with -o json a document a line
+        #[arg(short, long)]
         watch: bool,
+    },
+    /// Print the metrics, or serve them where no controller runs
+    ///
+    /// A controller serves the same, with a page to look at, as `attach --listen` says.
+    #[command(after_help = METRICS_EXAMPLES)]
+    Metrics(MetricsArgs),
+    /// Change what a running agent logs, until it ends
+    #[command(after_help = "Example:\n  sudo lb-userspace log-level debug")]
+    LogLevel {
+        /// error, warn, info, debug, trace, or LEVEL,MODULE=LEVEL
+        level: Level,
+    },
+    /// Write everything that helps to find out what is wrong into one file of text, without secrets
+    #[command(after_help = "Example:\n  sudo lb-userspace support-bundle --to /tmp/lb.txt")]
+    SupportBundle {
+        /// The file, which must not be there yet [default: lb-support-HOST-TIME.txt]
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
     },
     /// Print completions for a shell
     #[command(after_help = "Example:\n  lb-userspace completions bash > /etc/bash_completion.d/lb-userspace")]
@@ -74,8 +147,30 @@ Examples:
   # What happens to packets right now, and why
   lb-userspace stats --watch
 
-  # New flows that no task took
-  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_flows}'";
+  # New connections that no task could be given
+  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, unserved_flows}'";
+
+const METRICS_EXAMPLES: &str = "\
+Examples:
+  # What Prometheus would see
+  lb-userspace metrics --once
+
+  # From the agent, which listens on 127.0.0.1:9464 unless --listen says otherwise
+  curl http://127.0.0.1:9464/metrics
+
+  # Over a socket of the file system
+  curl --unix-socket /run/lb.sock http://localhost/metrics";
+
+const EVENTS_EXAMPLES: &str = "\
+Examples:
+  # The last ten, and those that come
+  lb-userspace events -n 10 --follow
+
+  # What happened to a service within the last hour
+  lb-userspace events --since 1h --filter service=web
+
+  # When nodes fell silent
+  lb-userspace events -o json | jq -r 'select(.kind == \"node_silent\") | [.time, .node] | @tsv'";
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
@@ -120,6 +215,10 @@ pub struct Attach {
     /// Another node whose datapath is silent for this long gets no new flows
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = timeout)]
     pub peer_timeout: Duration,
+    /// Where to serve metrics (/metrics), health (/-/healthy, /-/ready) and a page: an address and port, unix:/PATH, or
+    /// none; may be given more than once [default: 127.0.0.1:9464]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Vec<Listen>,
     /// Name of this node [default: the node with an address of this machine]
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
@@ -146,48 +245,41 @@ pub struct Attach {
     #[arg(long)]
     pub replace_state: bool,
     /// Room for flows of each family [default: 262144]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
     pub max_flows: Option<u32>,
     /// Room for flows of each family that are not established yet [default: 65536]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
     pub max_half_open: Option<u32>,
     /// Room for what lost entries are made of again, of each family: up to two a connection with consistent placement
     /// [default: 131072]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
     pub max_spares: Option<u32>,
     /// Room for services [default: 16384]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_services: Option<u32>,
     /// Room for listeners of each family [default: 16384]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_listeners: Option<u32>,
     /// Room for backends: ports of tasks, by family [default: 65536]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_backends: Option<u32>,
     /// Room for slots: eligible tasks by weight, or 1,021 or 16,381 with consistent placement; at least twice the sum over
     /// all ports [default: 262144]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=16_777_216))]
     pub max_slots: Option<u32>,
     /// Room for nodes of the cluster [default: 4095]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_534))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=65_534))]
     pub max_nodes: Option<u32>,
     /// Room for datagrams in fragments that are followed at once, of each family [default: 8192]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_fragments: Option<u32>,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    let error = || format!("{text:?} is not a duration such as 90s, 10m or 2h");
-    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let factor = match unit {
-        "s" | "" => 1,
-        "m" => 60,
-        "h" => 3600,
-        _ => return Err(error()),
-    };
-    let seconds = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
-    let seconds = seconds.filter(|seconds| (1..=u64::from(lb_common::flow::Timers::MOST)).contains(seconds));
-    seconds.map(Duration::from_secs).ok_or_else(error)
+    let time: Duration = text.parse::<Time>()?.into();
+    let most = Duration::from_secs(lb_common::flow::Timers::MOST.into());
+    let usable = (Duration::from_secs(1)..=most).contains(&time);
+    usable.then_some(time).ok_or_else(|| format!("it may be from 1s to {}s", most.as_secs()))
 }
 
 fn ports(text: &str) -> Result<[u16; 2], String> {
@@ -198,8 +290,7 @@ fn ports(text: &str) -> Result<[u16; 2], String> {
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; write it like 3s or 500ms"))?;
+    let time = text.parse::<Time>()?.into();
     let usable = (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&time);
     usable.then_some(time).ok_or_else(|| "it may be from 100ms to 1h".to_owned())
 }
@@ -252,7 +343,7 @@ pub struct Read {
     /// Only this interface
     #[arg(long, value_name = "IF")]
     pub iface: Option<String>,
-    /// How to print
+    /// Print for people, or as JSON for programs
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
 }
@@ -266,15 +357,29 @@ pub enum Output {
     Json,
 }
 
-/// What of services.
+/// Verbs about services.
 #[derive(Debug, Subcommand)]
 pub enum ServiceCommand {
     /// List services
-    #[command(after_help = "Example:\n  lb-userspace service ls --iface eth1")]
-    Ls(Read),
-    /// List the tasks of a service, and why one is not offered
-    #[command(after_help = "Example:\n  lb-userspace service ps web")]
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  lb-userspace service ls --filter problem\n  lb-userspace service ls --format '{{.Name}}: {{.ActiveTasks}}/{{.Tasks}}'"
+    )]
+    Ls(ListArgs),
+    /// List the tasks of a service, and why one takes no new connections
+    #[command(after_help = "Example:\n  lb-userspace service ps web --watch")]
     Ps {
+        /// Name of the service
+        name: String,
+        /// Where and how
+        #[command(flatten)]
+        list: ListArgs,
+    },
+    /// Show everything about a service
+    #[command(
+        after_help = "Example:\n  lb-userspace service inspect web -o json | jq '.interfaces[0].settings'"
+    )]
+    Inspect {
         /// Name of the service
         name: String,
         /// Where and how
@@ -283,12 +388,59 @@ pub enum ServiceCommand {
     },
 }
 
-/// What of nodes.
+/// Verbs about tasks.
+#[derive(Debug, Subcommand)]
+pub enum TaskCommand {
+    /// List the tasks of all services
+    #[command(
+        visible_alias = "list",
+        after_help = "Example:\n  lb-userspace task ls --filter node=node2 --filter problem"
+    )]
+    Ls(ListArgs),
+    /// Give new connections to other tasks than these; those that are open go on
+    ///
+    /// It is kept while agents and datapath are replaced, until `undrain`, or `detach`. It counts on this node: clients that
+    /// come by other nodes are not concerned.
+    #[command(after_help = "Example:\n  sudo lb-userspace task drain web.1 --wait=5m")]
+    Drain(DrainArgs),
+    /// Let tasks have new connections again
+    #[command(after_help = "Example:\n  sudo lb-userspace task undrain web.1")]
+    Undrain(UndrainArgs),
+    /// Show everything about a task
+    #[command(after_help = "Example:\n  lb-userspace task inspect web.1")]
+    Inspect {
+        /// Name of the task
+        name: String,
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+    },
+}
+
+/// Verbs about nodes.
 #[derive(Debug, Subcommand)]
 pub enum NodeCommand {
     /// List nodes; a star marks this one
-    #[command(after_help = "Example:\n  lb-userspace node ls")]
-    Ls(Read),
+    #[command(visible_alias = "list", after_help = "Example:\n  lb-userspace node ls --filter agent=silent")]
+    Ls(ListArgs),
+    /// Give new connections to tasks of other nodes than these; those that are open go on
+    ///
+    /// It is kept while agents and datapath are replaced, until `undrain`, or `detach`. It counts on this node: clients that
+    /// come by other nodes are not concerned.
+    #[command(after_help = "Example:\n  sudo lb-userspace node drain node2 --wait=5m")]
+    Drain(DrainArgs),
+    /// Let nodes have new connections again
+    #[command(after_help = "Example:\n  sudo lb-userspace node undrain node2")]
+    Undrain(UndrainArgs),
+    /// Show everything about a node
+    #[command(after_help = "Example:\n  lb-userspace node inspect node2")]
+    Inspect {
+        /// Name of the node
+        name: String,
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+    },
 }
 
 #[cfg(test)]
@@ -306,17 +458,18 @@ mod tests {
     fn times_are_read_and_nonsense_is_refused() {
         assert_eq!(timeout("3s"), Ok(Duration::from_secs(3)));
         assert_eq!(timeout("500ms"), Ok(Duration::from_millis(500)));
-        for bad in ["", "3", "1ms", "2h", "-1s", "soon"] {
+        assert_eq!(timeout("3"), Ok(Duration::from_secs(3)));
+        for bad in ["", "1ms", "2h", "-1s", "soon"] {
             assert!(timeout(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn durations_are_read_and_nonsense_is_refused() {
-        for (text, seconds) in [("90s", 90), ("90", 90), ("10m", 600), ("2h", 7_200)] {
+        for (text, seconds) in [("90s", 90), ("90", 90), ("10m", 600), ("2h", 7_200), ("1d", 86_400)] {
             assert_eq!(duration(text), Ok(Duration::from_secs(seconds)));
         }
-        for bad in ["", "0", "s", "1d", "-1s", "99999999h"] {
+        for bad in ["", "0", "s", "1w", "-1s", "99999999h", "500ms"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

@@ -138,6 +138,9 @@ pub struct Service {
     pub placement: Placement,
     /// Published ports that are shown but left to Swarm, as users read them.
     pub left: String,
+    /// What is wrong with how the service is described, as users read it: a label that nobody knows, a value that is none.
+    #[serde(default)]
+    pub problem: String,
     /// After which silence its flows have ended.
     #[serde(default, with = "seconds")]
     pub timers: Timers,

@@ -78,6 +78,23 @@ impl Watch {
     }
 }
 
+/// The setting of `attach` that says how much a table holds.
+pub fn setting_of(table: &str) -> &'static str {
+    match table {
+        table::LISTENERS4 | table::LISTENERS6 => "--max-listeners",
+        table::SLOTS => "--max-slots",
+        table::BACKENDS
+        | table::BACKEND_STATS
+        | table::TASKS
+        | table::LABELS
+        | table::REPLIES4
+        | table::REPLIES6 => "--max-backends",
+        table::SERVICE_STATS | table::TIMERS => "--max-services",
+        table::PEERS | table::PEER_PATHS | table::PEER_NUMBERS => "--max-nodes",
+        other => setting(other).1,
+    }
+}
+
 /// What a table holds, and the setting that says how much.
 fn setting(name: &str) -> (&'static str, &'static str) {
     match name {

@@ -144,6 +144,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         returns: None,
         placement: lb_userspace::cluster::Placement::default(),
         left: String::new(),
+        problem: String::new(),
         timers: Timers::DEFAULT,
         idle: Idle::Forget,
     }

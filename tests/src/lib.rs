@@ -3,7 +3,9 @@
 //! Everything made here is taken down when it is dropped, also when a test panics.
 
 pub mod agent;
+
 pub mod bench;
+pub mod browser;
 pub mod cluster;
 pub mod flood;
 pub mod kernel;

@@ -38,8 +38,16 @@ const DEMO_TOOLS: &Tools = &[
     ("nsenter", "util-linux"),
 ];
 /// What the tests call beside those: Docker itself, and what it calls.
-const TEST_TOOLS: &Tools =
-    &[("dockerd", "docker.io"), ("iptables", "iptables"), ("tar", "tar"), ("systemd-analyze", "systemd")];
+const TEST_TOOLS: &Tools = &[
+    ("dockerd", "docker.io"),
+    ("iptables", "iptables"),
+    ("tar", "tar"),
+    ("systemd-analyze", "systemd"),
+    ("prometheus", "prometheus"),
+    ("chromium", "chromium"),
+    ("setpriv", "util-linux"),
+    ("tc", "iproute2"),
+];
 /// What the benches call beside those: what a user would pick instead of us, and what makes load.
 const BENCH_TOOLS: &Tools = &[
     ("nft", "nftables"),
@@ -267,6 +275,7 @@ fn apt(packages: &[&str]) -> Result<()> {
     for (package, services) in [
         ("nginx-light", &["nginx"][..]),
         ("docker.io", &["docker.socket", "docker"]),
+        ("prometheus", &["prometheus"]),
         ("haproxy", &["haproxy"]),
     ] {
         if packages.contains(&package) && Path::new("/run/systemd/system").exists() {

@@ -1,6 +1,6 @@
 //! `attach`: serve published ports until stopped.
 
-use std::io::IsTerminal as _;
+use std::{io::IsTerminal as _, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 use futures::future::join_all;
@@ -13,9 +13,12 @@ use tokio::{
 use crate::{
     cli::{Attach, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
-    controller::{Controller, Settings},
-    datapath::{FlowLog, PinDir, Sizes},
+    controller::{Controller, Settings, counted},
+    datapath::{DatapathError, FlowLog, PinDir, Sizes},
     descriptors,
+    events::{Kind, Recorder},
+    net::Net,
+    serve::{self, Changed, Listen, Shared, Source},
     source::{Origin, Update, docker, file},
     testing,
 };
@@ -29,17 +32,23 @@ pub async fn run(arguments: Attach) -> Result<()> {
     // A connection to each node's agent takes a descriptor, and each table and program.
     descriptors::raise();
     let (sender, mut stopped) = watch::channel(false);
+    let (reload, reloads) = watch::channel(0);
     tokio::spawn(async move {
-        if wait_for_signal().await.is_ok() {
+        if wait_for_signal(&reload).await.is_ok() {
             let _ = sender.send(true);
         }
+        // Who listens for reloads goes on doing so until the end.
+        std::future::pending::<()>().await;
     });
+    present(&arguments.iface).await?;
+    let events = Arc::new(Recorder::open());
     let started = tokio::select! {
-        started = start(&arguments) => started,
+        started = start(&arguments, &events, &reloads) => started,
         // What was begun is undone as it is dropped.
         _ = stopped.wait_for(|stopped| *stopped) => return Ok(()),
     };
     let mut controllers = started?;
+    serve(&arguments, &controllers, &events)?;
     // What passes XDP does not pass the host's packet filter: an operator should hear it.
     log::info!(
         "published ports bypass the host's packet filter (nftables, ufw, DOCKER-USER); \
@@ -47,8 +56,16 @@ pub async fn run(arguments: Attach) -> Result<()> {
     );
     for controller in &controllers {
         let tables = controller.datapath().tables();
-        log::info!("serving {} services on {} listeners", tables.services.len(), tables.listeners.len());
+        let (services, listeners) = (tables.services.len(), tables.listeners.len());
+        log::info!("serving {} on {}", counted(services, "service"), counted(listeners, "listener"));
     }
+    let usual = if std::io::stdin().is_terminal() { OnExit::Detach } else { OnExit::Keep };
+    let on_exit = arguments.on_exit.unwrap_or(usual);
+    log::info!(
+        "when this ends the datapath {}{}",
+        if on_exit == OnExit::Keep { "goes on" } else { "is removed" },
+        if arguments.on_exit.is_none() { " (--on-exit says otherwise)" } else { "" }
+    );
     join_all(controllers.iter_mut().map(|controller| {
         let mut stopped = stopped.clone();
         controller.run(async move {
@@ -56,8 +73,10 @@ pub async fn run(arguments: Attach) -> Result<()> {
         })
     }))
     .await;
-    let usual = if std::io::stdin().is_terminal() { OnExit::Detach } else { OnExit::Keep };
-    match arguments.on_exit.unwrap_or(usual) {
+    for controller in &controllers {
+        controller.record(Kind::ControllerStopped, "the controller stops");
+    }
+    match on_exit {
         OnExit::Detach => {
             join_all(controllers.into_iter().map(Controller::remove)).await;
             log::info!("detached");
@@ -69,10 +88,15 @@ pub async fn run(arguments: Attach) -> Result<()> {
 
 /// Starts a controller on every interface. If one cannot be, what was made anew for the others is taken away;
 /// what was adopted goes on as it was.
-async fn start(arguments: &Attach) -> Result<Vec<Controller>> {
+async fn start(
+    arguments: &Attach,
+    events: &Arc<Recorder>,
+    reloads: &watch::Receiver<u64>,
+) -> Result<Vec<Controller>> {
     let mut controllers: Vec<Controller> = Vec::new();
-    for (interface, updates) in arguments.iface.iter().zip(sources(arguments)?) {
-        match Controller::start(settings(arguments, interface), updates).await {
+    for (interface, updates) in arguments.iface.iter().zip(sources(arguments, reloads)?) {
+        let settings = settings(arguments, interface, events.clone(), reloads.clone());
+        match Controller::start(settings, updates).await {
             Ok(controller) => controllers.push(controller),
             Err(error) => {
                 let fresh = controllers.into_iter().filter(|controller| !controller.datapath().adopted());
@@ -84,7 +108,49 @@ async fn start(arguments: &Attach) -> Result<Vec<Controller>> {
     Ok(controllers)
 }
 
-fn settings(arguments: &Attach, interface: &str) -> Settings {
+/// Serves metrics and the page. Where nothing was asked for, another program may have the usual port.
+fn serve(arguments: &Attach, controllers: &[Controller], events: &Arc<Recorder>) -> Result<()> {
+    let source = |controller: &Controller| {
+        let settings = controller.settings();
+        Source::new(&settings.interface, Some(settings.changed.clone()))
+    };
+    let sources = Arc::new(controllers.iter().map(source).collect());
+    let shared = Shared { sources, events: Some(events.clone()) };
+    let asked = !arguments.listen.is_empty();
+    let addresses = if asked { arguments.listen.clone() } else { vec![Listen::default()] };
+    for at in &addresses {
+        let router = serve::router(shared.clone(), at.is_local());
+        match serve::listen(at, router) {
+            Ok(()) if *at == Listen::Nowhere => {}
+            Ok(()) => log::info!("metrics and a page at {at}"),
+            Err(error) if asked => return Err(error).with_context(|| format!("listen on {at}")),
+            Err(error) => {
+                log::warn!("no metrics and no page: listen on {at}: {error}; --listen names another place")
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses interfaces that are not there before any is touched.
+async fn present(wanted: &[String]) -> Result<()> {
+    let (net, _changes) = Net::connect().context("start watching the network")?;
+    let links = net.snapshot().await?.links;
+    for name in wanted {
+        if !links.values().any(|link| link.name == *name) {
+            let there = links.values().map(|link| link.name.as_str());
+            return Err(DatapathError::no_interface(name, there).into());
+        }
+    }
+    Ok(())
+}
+
+fn settings(
+    arguments: &Attach,
+    interface: &str,
+    events: Arc<Recorder>,
+    reload: watch::Receiver<u64>,
+) -> Settings {
     Settings {
         interface: interface.to_owned(),
         node: arguments.node.clone(),
@@ -111,11 +177,14 @@ fn settings(arguments: &Attach, interface: &str) -> Settings {
         flood_rate: arguments.flood_rate,
         stale_after: arguments.stale_after,
         replace_state: arguments.replace_state,
+        events,
+        reload,
+        changed: Changed::default(),
     }
 }
 
 /// What is said to each of the interfaces' controllers.
-fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
+fn sources(arguments: &Attach, reloads: &watch::Receiver<u64>) -> Result<Vec<mpsc::Receiver<Update>>> {
     let (senders, updates): (Vec<_>, Vec<_>) = arguments.iface.iter().map(|_| mpsc::channel(4)).unzip();
     let asked = match arguments.source {
         SourceKind::Auto => "found by itself",
@@ -126,7 +195,7 @@ fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
             let why = format!("--cluster names {}", path.display());
             for sender in senders {
                 sender.try_send(Update::Origin(Origin { kind: "file".into(), why: why.clone() }))?;
-                file::watch(path, sender)?;
+                file::watch(path, sender, reloads.clone())?;
             }
         }
         (SourceKind::Docker, Some(path)) => {
@@ -140,8 +209,9 @@ fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
             let settings = docker::Settings {
                 interfaces: arguments.iface.clone(),
                 tunnel: Tunnel { port: arguments.tunnel_port, returns },
-                adopts: arguments.iface.iter().any(|name| PinDir::of(name).is_ok_and(|pins| pins.exists())),
+                adopts: arguments.iface.iter().any(|name| is_attached(name)),
                 why: asked.into(),
+                reload: reloads.clone(),
             };
             docker::watch(settings, senders)?;
         }
@@ -149,14 +219,20 @@ fn sources(arguments: &Attach) -> Result<Vec<mpsc::Receiver<Update>>> {
     Ok(updates)
 }
 
-async fn wait_for_signal() -> Result<()> {
+fn is_attached(name: &str) -> bool {
+    PinDir::of(name).and_then(|pins| pins.exists()).unwrap_or_default()
+}
+
+/// Waits for a signal to stop; SIGHUP has everything looked at again, as is usual.
+async fn wait_for_signal(reload: &watch::Sender<u64>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
-    tokio::select! {
-        _ = hangup.recv() => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = hangup.recv() => reload.send_modify(|count| *count += 1),
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        }
     }
-    Ok(())
 }

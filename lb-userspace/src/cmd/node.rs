@@ -1,63 +1,49 @@
-//! `node ls`: the machines of the cluster.
-
-use std::collections::BTreeSet;
+//! `node ls`, `node inspect`: the machines of the cluster.
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{attached, print_json, print_table, table};
-use crate::{
-    cli::{NodeCommand, Output, Read},
-    plan::Tables,
+use super::{
+    Found, drain, inspect, inventories,
+    list::{Column, Rows, show, text},
 };
+use crate::{cli::NodeCommand, report::Drained};
 
 /// Runs a node verb.
 ///
 /// # Errors
 /// Nothing is attached, or the kernel refuses a read.
-pub fn run(command: &NodeCommand) -> Result<()> {
-    let NodeCommand::Ls(read) = command;
-    ls(read)
+pub async fn run(command: &NodeCommand) -> Result<()> {
+    match command {
+        NodeCommand::Ls(arguments) => {
+            show(arguments, ("nodes", Value::Null), COLUMNS, || {
+                let read = inventories(&arguments.read)?;
+                read.iter().map(|(inventory, _)| Rows::of(&inventory.interface, &inventory.nodes())).collect()
+            })
+            .await
+        }
+        NodeCommand::Drain(arguments) => drain::drain(Drained::Node, arguments).await,
+        NodeCommand::Undrain(arguments) => drain::undrain(Drained::Node, arguments),
+        NodeCommand::Inspect { name, read } => inspect(read, "node", name, |inventory, _| {
+            let nodes = inventory.nodes();
+            let Some(node) = nodes.iter().find(|node| node.name == *name || node.id == *name) else {
+                return Ok(Found::Others(nodes.into_iter().map(|node| node.name).collect()));
+            };
+            let number = inventory.tables.nodes.iter().find(|(_, label)| label.name == node.id);
+            let tasks = inventory.tasks(|_| true, None).into_iter().filter(|task| task.node == node.name);
+            let mut document = serde_json::to_value(node)?;
+            document["number"] = json!(number.map(|(number, _)| number));
+            document["tasks"] = serde_json::to_value(tasks.collect::<Vec<_>>())?;
+            Ok(Found::It(document))
+        }),
+    }
 }
 
-fn tasks_of(tables: &Tables, node: &str) -> usize {
-    let tasks = tables.backends.values().filter(|entry| entry.label.node == node);
-    tasks.map(|entry| (entry.backend.service, &entry.label.task)).collect::<BTreeSet<_>>().len()
-}
-
-fn ls(read: &Read) -> Result<()> {
-    let attached = attached(read)?;
-    let several = attached.len() > 1;
-    let mut documents = Vec::new();
-    for (interface, set) in attached {
-        let tables = set.read_labelled()?;
-        let mut rows = table(["NAME", "ADDRESSES", "AGENT", "TASKS", "PROBLEM"]);
-        let mut nodes = Vec::new();
-        for node in tables.nodes.values() {
-            let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
-            let tasks = tasks_of(&tables, &node.name);
-            // Docker marks the node that answers with a star.
-            let mark = if node.this { " *" } else { "" };
-            let agent = if node.agent { "yes" } else { "no" };
-            rows.add_row([
-                format!("{}{mark}", node.shown()),
-                addresses.join(", "),
-                agent.to_owned(),
-                tasks.to_string(),
-                node.problem.clone().unwrap_or_default(),
-            ]);
-            nodes.push(json!({
-                "name": node.shown(), "id": node.name, "addresses": addresses, "agent": node.agent, "tasks": tasks,
-                "this": node.this, "problem": node.problem,
-            }));
-        }
-        documents.push(json!({ "interface": interface, "nodes": nodes }));
-        if read.output == Output::Table {
-            print_table(&interface, several, &rows);
-        }
-    }
-    if read.output == Output::Json {
-        print_json(json!({ "interfaces": documents }));
-    }
-    Ok(())
-}
+const COLUMNS: &[Column] = &[
+    // Docker marks the node that answers with a star.
+    Column("NAME", |row| text(row, "name") + if row["this"] == true { " *" } else { "" }),
+    Column("ADDRESSES", |row| text(row, "addresses")),
+    Column("AGENT", |row| text(row, "agent")),
+    Column("TASKS", |row| text(row, "tasks")),
+    Column("PROBLEM", |row| text(row, "problem")),
+];

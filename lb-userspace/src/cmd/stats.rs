@@ -1,18 +1,20 @@
 //! `stats`: counters by outcome, service and task.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 use serde_json::json;
 
-use super::{attached, print_json, print_table, table};
+use super::{
+    attached,
+    list::{PERIOD, table, table_out},
+    out,
+};
 use crate::{
     cli::{Output, Read},
     datapath::{Counters, TableSet},
     plan::Tables,
 };
-
-const PERIOD: Duration = Duration::from_secs(1);
 
 /// Prints the counters, again every second if asked to.
 ///
@@ -20,7 +22,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Nothing is attached, or the kernel refuses a read.
 pub async fn run(read: &Read, watch: bool) -> Result<()> {
     let mut before: BTreeMap<String, Counters> = BTreeMap::new();
+    let mut first = true;
     loop {
+        if watch && read.output == Output::Table {
+            out::redraw(first)?;
+        }
         let attached = attached(read)?;
         let several = attached.len() > 1;
         let mut documents = Vec::new();
@@ -30,33 +36,39 @@ pub async fn run(read: &Read, watch: bool) -> Result<()> {
             if read.output == Output::Json {
                 documents.push(document(&interface, &tables, &counters));
             } else {
-                print(&interface, several, &tables, &counters, before.get(&interface));
+                print(&interface, several, &tables, &counters, before.get(&interface))?;
             }
             before.insert(interface, counters);
         }
         if read.output == Output::Json {
-            print_json(json!({ "interfaces": documents }));
+            out::json(json!({ "interfaces": documents }), watch)?;
         }
         if !watch {
             return Ok(());
         }
+        first = false;
         tokio::time::sleep(PERIOD).await;
-        println!();
     }
 }
 
-fn print(interface: &str, several: bool, tables: &Tables, counters: &Counters, before: Option<&Counters>) {
+fn print(
+    interface: &str,
+    several: bool,
+    tables: &Tables,
+    counters: &Counters,
+    before: Option<&Counters>,
+) -> Result<()> {
     let mut rows = table(["OUTCOME", "PACKETS", "CHANGE", "MEANING"]);
     for count in counters.outcomes.iter().filter(|count| count.packets > 0) {
         let change = before.map_or(0, |before| count.packets.saturating_sub(before.of(count.outcome)));
         rows.add_row([
             count.outcome.name().to_owned(),
             count.packets.to_string(),
-            format!("+{change}"),
+            before.map_or_else(String::new, |_| format!("+{change}")),
             count.outcome.help().to_owned(),
         ]);
     }
-    print_table(interface, several, &rows);
+    table_out(interface, several, &rows)?;
     let mut rows = table(["SERVICE", "TASK", "FLOWS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
     for (index, entry) in &tables.backends {
         let stats = counters.backends.get(index).copied().unwrap_or_default();
@@ -67,9 +79,10 @@ fn print(interface: &str, several: bool, tables: &Tables, counters: &Counters, b
         rows.add_row([service.to_owned(), task].into_iter().chain(numbers.map(|number| number.to_string())));
     }
     if !tables.backends.is_empty() {
-        println!();
-        print_table(interface, several, &rows);
+        out::line("")?;
+        table_out(interface, several, &rows)?;
     }
+    Ok(())
 }
 
 fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json::Value {
@@ -83,7 +96,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
         .iter()
         .map(|(index, service)| {
             let stats = counters.services.get(index).copied().unwrap_or_default();
-            json!({ "name": service.name, "flows": stats.flows, "refused_flows": stats.refused, "healed_flows": stats.healed })
+            json!({ "name": service.name, "flows": stats.flows, "unserved_flows": stats.refused, "healed_flows": stats.healed })
         })
         .collect();
     let backends: Vec<_> = tables

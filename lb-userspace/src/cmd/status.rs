@@ -4,45 +4,110 @@ use anyhow::Result;
 use lb_common::abi::{Config, Mode, XDP_FRAGS, XDP_REDIRECTS, XDP_TRANSMITS};
 use serde_json::json;
 
-use super::{attached, print_json};
+use super::{inventories, out};
 use crate::{
     cli::{Output, Read},
     controller::name,
     datapath::{self, PinDir, TableSet, TcHook},
+    health::{Health, Surroundings, Verdict, assess},
+    inventory::{self, Agent, Inventory},
+    report::{Drained, ago},
 };
 
-/// Prints the status of every attached interface.
+/// Prints the status of every attached interface; whether all are served as they should be.
 ///
 /// # Errors
 /// Nothing is attached, or the kernel refuses a read.
-pub fn run(read: &Read) -> Result<()> {
-    let mut interfaces = Vec::new();
-    for (interface, set) in attached(read)? {
-        interfaces.push(describe(&interface, &set)?);
-    }
-    if read.output == Output::Json {
-        print_json(json!({ "interfaces": interfaces }));
-        return Ok(());
-    }
-    for status in interfaces {
-        println!("{}", status["interface"].as_str().unwrap_or_default());
-        for (field, value) in status.as_object().into_iter().flatten() {
+pub fn run(read: &Read, verbose: bool) -> Result<bool> {
+    let (mut documents, mut healthy) = (Vec::new(), true);
+    for (inventory, set) in inventories(read)? {
+        let around = Surroundings::read(&inventory.interface, &set)?;
+        let health = assess(&inventory, &around);
+        healthy &= health.verdict != Verdict::Degraded;
+        let facts = describe(&inventory, &around, &set)?;
+        if read.output == Output::Json {
+            let mut document = facts;
+            document["verdict"] = json!(health.verdict);
+            document["problems"] = json!(health.problems);
+            documents.push(document);
+            continue;
+        }
+        say(&inventory, &around, &health, facts["memory_bytes"].as_u64().unwrap_or_default())?;
+        for (field, value) in facts.as_object().into_iter().flatten().filter(|_| verbose) {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            if field != "interface" && field != "tables" && !value.is_null() {
-                println!("  {:<20} {text}", field.replace('_', " "));
+            if field != "interface" && !value.is_null() && !value.is_array() {
+                out::line(format!("  {:<20} {text}", field.replace('_', " ")))?;
             }
         }
     }
-    Ok(())
+    if read.output == Output::Json {
+        out::json(json!({ "interfaces": documents }), false)?;
+    } else if !verbose {
+        out::line(
+            "(--verbose for the kernel, hooks and tables; -o json for programs; `lb-userspace doctor` for what to do)",
+        )?;
+    }
+    Ok(healthy)
 }
 
-fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
-    let config = set.surroundings()?;
-    let tables = set.read_labelled()?;
+/// The short of it, for people.
+fn say(inventory: &Inventory, around: &Surroundings, health: &Health, memory: u64) -> Result<()> {
+    let report = &inventory.report;
+    let mode = Mode::try_from(around.config.mode).map_or("not attached yet", name);
+    let controller = match around.controller {
+        None => NO_CONTROLLER.to_owned(),
+        Some(pid) => format!("process {pid}, up {}", ago(report.started)),
+    };
+    let services = inventory.services();
+    let count = |active: fn(&inventory::Service) -> usize| services.iter().map(active).sum::<usize>();
+    let tasks = format!("{}/{}", count(|s| s.active_tasks), count(|s| s.tasks as usize));
+    let nodes = inventory.nodes();
+    let agents = nodes.iter().filter(|node| node.agent != Agent::None).count();
+    let answer = nodes.iter().filter(|node| node.agent == Agent::Yes).count();
+    let state = match &report.problem {
+        None => format!("fresh, last change {} ago", ago(report.since)),
+        Some(_) => format!("STALE for {}", ago(report.since)),
+    };
+    let full = |[entries, room]: &[u64; 2]| (*entries as f64 / (*room).max(1) as f64 * 100.0, *entries);
+    let fullest = around.fills.iter().map(|(table, fill)| (full(fill), table));
+    let fullest = fullest.max_by(|a, b| a.0.0.total_cmp(&b.0.0));
+    let fullest = fullest.map_or_else(String::new, |((percent, entries), table)| {
+        format!(", {table} the fullest with {percent:.1} % ({entries})")
+    });
+    out::line(format!("{}  {}", inventory.interface, health.verdict.name()))?;
+    out::line(format!("  served by   {mode}"))?;
+    out::line(format!("  controller  {controller}"))?;
+    out::line(format!("  source      {}: {state}", report.kind))?;
+    out::line(format!("  services    {}, {tasks} tasks take new connections", services.len()))?;
+    out::line(format!("  nodes       {answer} of {agents} answer"))?;
+    out::line(format!("  tables      {:.1} MiB{fullest}", memory as f64 / f64::from(1 << 20)))?;
+    for drain in &inventory.drains {
+        let what = match drain.what {
+            Drained::Task => "task",
+            Drained::Node => "node",
+        };
+        out::line(format!(
+            "  drained     {what} {}, for {}",
+            inventory.drained_name(drain),
+            ago(drain.since)
+        ))?;
+    }
+    health.problems.iter().try_for_each(|problem| out::line(format!("  PROBLEM     {problem}")))
+}
+
+/// What stands in place of a controller.
+const NO_CONTROLLER: &str = "none; the datapath goes on by itself";
+
+/// The facts of an interface, for programs.
+pub(super) fn describe(
+    inventory: &Inventory,
+    around: &Surroundings,
+    set: &TableSet,
+) -> Result<serde_json::Value> {
+    let (interface, config, tables) = (&inventory.interface, &around.config, &inventory.tables);
     let memory = set.memory()?;
     let total: u64 = memory.iter().map(|(_, bytes)| bytes).sum();
     let pins = PinDir::of(interface)?;
-    let controller = pins.controller();
     let (state, placed) = set.guard()?;
     let guard = match config.flood_rate {
         0 => "off".to_owned(),
@@ -51,7 +116,7 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
             state.switches
         ),
     };
-    let report = set.report().unwrap_or_default();
+    let report = &inventory.report;
     let delay = report.delay;
     Ok(json!({
         "interface": interface,
@@ -59,10 +124,11 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "kernel": datapath::release(),
         "tc_hook": if pins.has_tc_link() { TcHook::Tcx } else { TcHook::Clsact }.to_string(),
         "xdp_frags": config.flags & XDP_FRAGS != 0,
-        "sent_by": sender(&config),
-        "told_to_tc_by": note(&config),
+        "sent_by": sender(config),
+        "told_to_tc_by": note(config),
         "clock": format!("jiffies, {} a second", config.jiffies_per_second),
-        "controller": controller.map_or_else(|| "none; the datapath goes on by itself".to_owned(), |pid| format!("process {pid}")),
+        "controller": around.controller.map_or_else(|| NO_CONTROLLER.to_owned(), |pid| format!("process {pid}")),
+        "controller_pid": around.controller,
         "source": report.kind,
         "source_why": report.why,
         "source_problem": report.problem,
@@ -76,6 +142,10 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "listeners": tables.listeners.len(),
         "backends": tables.backends.len(),
         "flood_guard": guard,
+        "flooded": report.flooded,
+        "abi_version": config.abi_version,
+        "fills": around.fills,
+        "drains": inventory.drains,
         "half_open_room": set.entries(lb_common::abi::table::HALF_OPEN4)?,
         "spare_room": set.entries(lb_common::abi::table::SPARES4)?,
         "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::Controller;
 use crate::{
     datapath::DatapathError,
+    events::Kind,
     net::{self, Found, Link, Snapshot},
 };
 
@@ -26,6 +27,7 @@ impl Controller {
             // Generic XDP costs what TC costs and gives up segmentation offload: it is never the better choice.
             None => vec![Mode::Native, Mode::Tc],
         };
+        let before = self.datapath.attached().map(|(_, mode)| mode);
         let mut problems = Vec::new();
         for mode in modes {
             let done = hidden_tags(snapshot, uplink, mode)
@@ -34,7 +36,17 @@ impl Controller {
                 Ok(()) => {
                     let hook = self.datapath.tc_hook();
                     let since = problems.iter().map(|p| format!("; not {p}")).collect::<String>();
-                    log::info!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
+                    let text = format!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
+                    // What was not asked for is worth a look.
+                    let slower = !problems.is_empty();
+                    if slower {
+                        log::warn!("{text}")
+                    } else {
+                        log::info!("{text}")
+                    }
+                    if self.served.is_some_and(|_| before != Some(mode)) {
+                        self.record(Kind::ModeChanged, text);
+                    }
                     return Ok(());
                 }
                 Err(problem) => problems.push(format!("{}: {problem}", name(mode))),

@@ -1,12 +1,14 @@
 //! What is due once a second: the heartbeat, the walk through the flows and what comes of it, the guard.
 
-use std::io::ErrorKind;
+use std::{collections::BTreeMap, io::ErrorKind};
 
-use super::Controller;
+use super::{Controller, refusals::Change};
 use crate::{
     cluster::Idle,
     datapath::DatapathError,
+    events::{Event, Kind},
     net::{Reset, Resetter},
+    report,
 };
 
 impl Controller {
@@ -29,27 +31,80 @@ impl Controller {
                     sweep.resets
                 );
             }
-            for full in sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
-                log::warn!("{interface}: {full}");
+            let fills: BTreeMap<&str, [u64; 2]> =
+                sweep.fills.iter().map(|fill| (fill.table, [fill.entries, fill.room])).collect();
+            let full: Vec<String> =
+                sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)).collect();
+            for full in full {
+                self.record(Kind::TableFilling, full);
+            }
+            if fills != self.fills {
+                self.datapath.set_fills(&fills)?;
+                self.fills = fills;
             }
         }
         for full in self.watch.counters(|outcome| self.datapath.outcome(outcome).ok()) {
-            log::warn!("{interface}: {full}");
+            self.record(Kind::LimitHit, full);
         }
         let guard = self.datapath.guard()?;
-        if guard.on != self.flooded {
-            self.flooded = guard.on;
-            if guard.on {
-                log::warn!(
-                    "{interface}: more than {} new flows a second on a CPU: until there are fewer they are placed by \
-                     hash, and leave no entry before the client goes on",
-                    self.settings.flood_rate
+        if guard.on != self.report.flooded {
+            self.report.flooded = guard.on;
+            self.keep_report();
+            let (kind, text) = if guard.on {
+                let rate = self.settings.flood_rate;
+                let text = format!(
+                    "more than {rate} new flows a second on a CPU: until there are fewer they are placed by hash, and leave \
+                     no entry before the client goes on"
                 );
+                (Kind::GuardOn, text)
             } else {
-                log::warn!(
-                    "{interface}: the flood is over; {} flows were placed by hash so far",
-                    guard.placed
-                );
+                let placed = guard.placed;
+                (Kind::GuardOff, format!("the flood is over; {placed} flows were placed by hash so far"))
+            };
+            self.record(kind, text);
+        }
+        self.look_for_refusals()
+    }
+
+    /// Says which tasks do not take the connections they are given, and which do again.
+    fn look_for_refusals(&mut self) -> Result<(), DatapathError> {
+        let now = report::now();
+        for index in self.refusals.forget(|index| self.datapath.tables().backends.contains_key(&index)) {
+            self.datapath.set_trouble(index, None)?;
+        }
+        for index in self.refusals.due(self.datapath.tables().backends.keys().copied()) {
+            let stats = self.datapath.backend_stats(index)?;
+            let Some(entry) = self.datapath.tables().backends.get(&index) else { continue };
+            let Some(change) = self.refusals.look(index, entry.backend.generation, stats, now) else {
+                continue;
+            };
+            let (label, service) =
+                (&entry.label, self.datapath.tables().services.get(&entry.backend.service));
+            let (task, node, target) =
+                (label.task.clone(), self.datapath.tables().node_shown(&label.node).to_owned(), label.target);
+            let service = service.map(|service| service.name.clone()).unwrap_or_default();
+            let said = match change {
+                Change::Refuses(_) => Some((
+                    Kind::TaskRefusing,
+                    format!(
+                        "task {task} on {node} refuses connections to port {target}, or does not answer; its clients are \
+                         given to other tasks a second later"
+                    ),
+                )),
+                Change::StillRefuses(_) => None,
+                Change::Takes => Some((
+                    Kind::TaskTakes,
+                    format!("task {task} on {node} takes connections to port {target} again"),
+                )),
+            };
+            let trouble = match &change {
+                Change::Refuses(trouble) | Change::StillRefuses(trouble) => Some(trouble),
+                Change::Takes => None,
+            };
+            self.datapath.set_trouble(index, trouble)?;
+            if let Some((kind, text)) = said {
+                let event = Event::now(&self.settings.interface, kind, text);
+                self.settings.events.record(event.of_task(&task).of_node(&node).of_service(&service));
             }
         }
         Ok(())

@@ -3,8 +3,15 @@
 
 mod attach;
 mod flows;
+mod notice;
+mod refusals;
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 pub use attach::name;
@@ -13,20 +20,24 @@ use lb_common::{
     net::Be16,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, timeout_at},
 };
 
 use crate::{
-    cluster::ClusterState,
+    cluster::{ClusterState, TaskState},
     datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
+    events::{Event, Kind, Recorder},
     limits::Watch,
+    logging,
     net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
     plan::{MapOp, Planner, Reach, View},
-    report::SourceReport,
+    report::{self, Drain, Drained, SourceReport},
+    serve::Changed,
     source::{Origin, Update},
-    text,
 };
+use notice::Notice;
+use refusals::Refusals;
 
 /// What a controller is asked to do.
 #[derive(Clone, Debug)]
@@ -51,6 +62,12 @@ pub struct Settings {
     pub stale_after: Option<Duration>,
     /// Whether what is pinned and does not fit is removed.
     pub replace_state: bool,
+    /// Takes what happens.
+    pub events: Arc<Recorder>,
+    /// Changes when everything is to be looked at again.
+    pub reload: watch::Receiver<u64>,
+    /// Told when the tables have changed.
+    pub changed: Changed,
 }
 
 /// The controller of one interface.
@@ -64,7 +81,12 @@ pub struct Controller {
     /// The network as it was looked at last, unless something has changed in it since.
     network: Option<Arc<Snapshot>>,
     planner: Planner,
+    /// The cluster as the source has it.
+    told: Option<ClusterState>,
+    /// The same, less what somebody drains.
     cluster: Option<ClusterState>,
+    /// What somebody drains, by its version.
+    drains: (u64, Vec<Drain>),
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
     /// Tells the ends of idle connections; none before a service asks for it, or where the kernel refuses.
@@ -79,10 +101,14 @@ pub struct Controller {
     behind: BTreeSet<u32>,
     /// What was last complained about, so that it is said once.
     complaints: BTreeSet<String>,
-    /// Whether the flood guard was on when it was last looked at.
-    flooded: bool,
     /// Limits that the datapath has run into.
     watch: Watch,
+    /// Tasks that do not take connections.
+    refusals: Refusals,
+    /// What somebody asked to be logged.
+    log_level: Option<String>,
+    /// How full the tables of connections are, by name: entries and room.
+    fills: BTreeMap<&'static str, [u64; 2]>,
 }
 
 /// A destination without a way is looked for again after this time, though nothing was heard of it.
@@ -104,7 +130,8 @@ impl Controller {
         let (net, changes) = Net::connect().context("start watching the network")?;
         let snapshot = net.snapshot().await?;
         if snapshot.link(&settings.interface).is_none() {
-            return Err(DatapathError::NoInterface(settings.interface.clone()).into());
+            let there = snapshot.links.values().map(|link| link.name.as_str());
+            return Err(DatapathError::no_interface(&settings.interface, there).into());
         }
         let open = || Datapath::open(&settings.interface, &settings.sizes, settings.flow_log);
         let datapath = match open() {
@@ -128,7 +155,11 @@ impl Controller {
             }
             (Err(error), false) => return Err(error),
         };
+        if let (Some(name), Some(cluster)) = (&settings.node, &cluster) {
+            known_node(name, cluster)?;
+        }
         let adopted = datapath.adopted();
+        report.started = report::now();
         let mut controller = Self {
             settings,
             datapath,
@@ -138,7 +169,9 @@ impl Controller {
             ways: Ways::default(),
             network: None,
             planner: Planner::default(),
-            cluster,
+            told: cluster,
+            cluster: None,
+            drains: (0, Vec::new()),
             prober: None,
             resetter: None,
             report,
@@ -146,13 +179,24 @@ impl Controller {
             xdp_since: None,
             behind: BTreeSet::new(),
             complaints: BTreeSet::new(),
-            flooded: false,
             watch: Watch::default(),
+            refusals: Refusals::default(),
+            fills: BTreeMap::new(),
+            log_level: None,
         };
+        controller.datapath.forget_log_level()?;
+        controller.drains = drains(&controller.datapath);
+        controller.cluster = controller.drained();
         controller.keep_report();
         let interface = controller.settings.interface.clone();
         if adopted {
             log::info!("{interface}: adopted the running datapath, with its flows");
+        }
+        if snapshot.link(&interface).is_some_and(|link| link.kind.is_empty() && link.mac == [0; 6]) {
+            log::warn!(
+                "{interface} is no interface that clients or other nodes come by: nothing will be served on it; `ip -br \
+                 addr` shows which one has this node's address"
+            );
         }
         let logged = match controller.settings.flow_log {
             FlowLog::On => controller.datapath.log_flows().map_err(Into::into),
@@ -166,7 +210,76 @@ impl Controller {
             controller.give_up().await;
             return Err(error.context(format!("attach to {interface}")));
         }
+        let tables = controller.datapath.tables();
+        let text = format!(
+            "{} {} of {} node{}",
+            if adopted { "took over" } else { "began to serve" },
+            counted(tables.services.len(), "service"),
+            tables.nodes.len(),
+            if tables.nodes.len() == 1 { "" } else { "s" },
+        );
+        controller.record(Kind::ControllerStarted, text);
         Ok(controller)
+    }
+
+    /// Something happened here.
+    pub fn record(&self, kind: Kind, text: impl Into<String>) {
+        self.settings.events.record(Event::now(&self.settings.interface, kind, text));
+    }
+
+    /// The cluster, less what somebody drains.
+    fn drained(&self) -> Option<ClusterState> {
+        let mut cluster = self.told.clone()?;
+        for drain in &self.drains.1 {
+            let its = |task: &crate::cluster::Task| match drain.what {
+                Drained::Task => task.name == drain.name,
+                Drained::Node => task.node == drain.name,
+            };
+            for service in cluster.services.iter_mut().filter(|service| service.tasks.iter().any(its)) {
+                for task in Arc::make_mut(service).tasks.iter_mut().filter(|task| its(task)) {
+                    if task.state == TaskState::Running {
+                        task.state = TaskState::Draining;
+                    }
+                }
+            }
+        }
+        Some(cluster)
+    }
+
+    /// Logs what somebody asked for meanwhile.
+    fn look_at_log_level(&mut self) {
+        let asked = self.datapath.log_level();
+        if asked == self.log_level {
+            return;
+        }
+        if let Some(level) = asked.as_ref().and_then(|text| text.parse().ok()) {
+            log::info!("{level} is logged from now on");
+            if let Err(error) = logging::set(&level) {
+                log::warn!("change what is logged: {error}");
+            }
+        }
+        self.log_level = asked;
+    }
+
+    /// Looks whether somebody drains something else now; whether the tables may have to change.
+    fn look_at_drains(&mut self) -> bool {
+        if self.datapath.drain_version() == self.drains.0 {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.drains, drains(&self.datapath)).1;
+        let name = |drain: &Drain| match drain.what {
+            Drained::Task => format!("task {}", drain.name),
+            Drained::Node => format!("node {}", self.datapath.tables().node_shown(&drain.name)),
+        };
+        let same = |one: &Drain, other: &Drain| (one.what, &one.name) == (other.what, &other.name);
+        for drain in self.drains.1.iter().filter(|drain| !before.iter().any(|other| same(drain, other))) {
+            self.record(Kind::Drained, format!("{} is drained by hand: no new connections", name(drain)));
+        }
+        for drain in before.iter().filter(|drain| !self.drains.1.iter().any(|other| same(drain, other))) {
+            self.record(Kind::Undrained, format!("{} is no longer drained by hand", name(drain)));
+        }
+        self.cluster = self.drained();
+        true
     }
 
     /// Follows source and network until `stop` resolves.
@@ -191,7 +304,14 @@ impl Controller {
                     if let Err(error) = self.look_after_flows() {
                         log::debug!("{}: {error}", self.settings.interface);
                     }
-                    continue;
+                    self.look_at_log_level();
+                    if !self.look_at_drains() {
+                        continue;
+                    }
+                }
+                Ok(()) = self.settings.reload.changed() => {
+                    self.record(Kind::Reloaded, "everything is looked at again, as SIGHUP asks");
+                    self.network = None;
                 }
                 () = tokio::time::sleep_until(synced + pause) => self.network = None,
             }
@@ -207,17 +327,28 @@ impl Controller {
     fn hear(&mut self, update: Option<Update>) -> bool {
         match update {
             Some(Update::State(cluster)) => {
-                self.cluster = Some(cluster);
-                self.report.problem = None;
+                self.told = Some(cluster);
+                self.cluster = self.drained();
+                if self.report.problem.take().is_some() {
+                    self.record(Kind::SourceBack, format!("the source is back: {}", self.report.kind));
+                }
                 self.report.touch();
                 return true;
             }
             Some(Update::Stale(cluster, reason)) => {
-                self.cluster = Some(cluster);
+                self.told = Some(cluster);
+                self.cluster = self.drained();
                 self.fail(&reason, format!("the source failed, what stands may be out of date: {reason}"));
                 return true;
             }
             Some(Update::Origin(origin)) => {
+                if !self.report.kind.is_empty() && self.report.kind != origin.kind {
+                    let text = format!(
+                        "the cluster's state comes from {} now, not {}",
+                        origin.kind, self.report.kind
+                    );
+                    self.record(Kind::SourceChanged, text);
+                }
                 tell(&origin);
                 (self.report.kind, self.report.why) = (origin.kind, origin.why);
             }
@@ -235,11 +366,13 @@ impl Controller {
         if self.report.problem.as_deref() == Some(reason) {
             return;
         }
-        if self.report.problem.is_none() {
+        let first = self.report.problem.replace(reason.to_owned()).is_none();
+        if first {
             self.report.touch();
+            self.record(Kind::SourceLost, complaint);
+        } else {
+            self.complain([complaint].into());
         }
-        self.report.problem = Some(reason.to_owned());
-        self.complain([complaint].into());
     }
 
     fn keep_report(&mut self) {
@@ -345,6 +478,9 @@ impl Controller {
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
         let mut changes = plan.ops.len();
+        // At the start there is too much to tell.
+        let notice =
+            self.served.map(|_| Notice::look(&self.settings.interface, self.datapath.tables(), &plan.ops));
         self.apply(plan.ops)?;
         if plan.again {
             plan = self.planner.plan(&view, self.datapath.tables(), &limits);
@@ -352,6 +488,9 @@ impl Controller {
             self.apply(plan.ops)?;
         }
         complaints.extend(plan.refused);
+        for event in notice.into_iter().flat_map(|notice| notice.tell(self.datapath.tables())) {
+            self.settings.events.record(event);
+        }
         for index in self.datapath.task_links() {
             if !carriers.contains(&index) && !self.in_use(index) {
                 let name = snapshot.links.get(&index).map(|link| link.name.as_str());
@@ -434,10 +573,14 @@ impl Controller {
 
     /// Applies operations in their order. What a failure leaves is planned anew from what the tables say.
     fn apply(&mut self, ops: Vec<MapOp>) -> Result<()> {
+        if ops.is_empty() {
+            return Ok(());
+        }
         let applied = ops.into_iter().try_for_each(|op| self.datapath.apply(op));
         if applied.is_err() {
             self.planner.forget();
         }
+        self.settings.changed.mark();
         applied.with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
     }
 
@@ -479,9 +622,14 @@ impl Controller {
     /// Says what is wrong, once for as long as it is.
     fn complain(&mut self, complaints: BTreeSet<String>) {
         for complaint in complaints.difference(&self.complaints) {
-            log::warn!("{}: {}", self.settings.interface, text::clean(complaint));
+            self.record(Kind::Problem, complaint);
         }
         self.complaints = complaints;
+    }
+
+    /// What it was asked to do.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The datapath in its hands.
@@ -492,6 +640,35 @@ impl Controller {
 
 fn tell(origin: &Origin) {
     log::info!("the cluster's state comes from {}: {}", origin.kind, origin.why);
+    if origin.kind == crate::source::docker::OUTSIDE {
+        log::warn!(
+            "this Docker is in no swarm, so there is nothing to serve: `docker swarm init` makes one, `docker swarm join` \
+             joins one; no restart is needed"
+        );
+    }
+}
+
+/// Refuses a name of this node that the cluster does not have. An empty cluster has nobody's.
+fn known_node(name: &str, cluster: &ClusterState) -> Result<()> {
+    if cluster.nodes.is_empty() || cluster.nodes.iter().any(|node| node.name == name) {
+        return Ok(());
+    }
+    let names: Vec<&str> = cluster.nodes.iter().map(|node| node.name.as_str()).collect();
+    bail!(
+        "--node {name}: the cluster has no such node{}; it has {}",
+        datapath::Hint::nearest(name, names.iter().copied()),
+        names.join(", ")
+    )
+}
+
+fn drains(datapath: &Datapath) -> (u64, Vec<Drain>) {
+    let drains = datapath.drains();
+    (drains.version, drains.all())
+}
+
+/// A number and what it counts.
+pub fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// The source's first word: a state, or none yet from one that is waited for.

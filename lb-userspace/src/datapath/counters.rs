@@ -57,6 +57,11 @@ impl TableSet {
         sum(&self.outcomes, outcome as u32, 0, |a, b| a + b)
     }
 
+    /// The counters of a backend.
+    pub(super) fn backend(&self, index: u32) -> Result<BackendStats, DatapathError> {
+        sum(&self.backend_stats, index, BackendStats::default(), BackendStats::plus)
+    }
+
     /// The counters of what `tables` names.
     ///
     /// # Errors
@@ -72,8 +77,7 @@ impl TableSet {
             counters.services.insert(*index, stats);
         }
         for index in tables.backends.keys() {
-            let stats = sum(&self.backend_stats, *index, BackendStats::default(), BackendStats::plus)?;
-            counters.backends.insert(*index, stats);
+            counters.backends.insert(*index, self.backend(*index)?);
         }
         Ok(counters)
     }

@@ -35,10 +35,14 @@ pub enum DatapathError {
         path: PathBuf,
     },
     /// No interface of that name.
-    #[error("there is no interface {0} in this network namespace; `ip link` lists those there are")]
-    NoInterface(String),
+    #[error("there is no interface {0} in this network namespace{1}; `ip link` lists those there are")]
+    NoInterface(String, Hint),
     /// Another controller.
-    #[error("interface {interface} is held by another controller{}; stop it first", .pid.map(|pid| format!(", process {pid}")).unwrap_or_default())]
+    #[error(
+        "interface {interface} is held by another controller{}; stop it first (systemctl stop lb-userspace, or end that \
+         process): the datapath goes on meanwhile, and the next attach adopts it",
+        .pid.map(|pid| format!(", process {pid}")).unwrap_or_default()
+    )]
     Held {
         /// The interface.
         interface: String,
@@ -51,6 +55,26 @@ pub enum DatapathError {
         .0.as_deref().unwrap_or("any interface")
     )]
     NotAttached(Option<String>),
+    /// A controller is at it.
+    #[error("attach is starting on {interface} (process {pid}); try again in a moment")]
+    Starting {
+        /// The interface.
+        interface: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Who asks may not.
+    #[error(
+        "{what} {path}: {cause}; this needs root, or {CAPABILITY_NAMES} and a /sys/fs/bpf that may be written to: run it with sudo"
+    )]
+    Denied {
+        /// What was tried.
+        what: &'static str,
+        /// The pin.
+        path: PathBuf,
+        /// The kernel's words.
+        cause: io::Error,
+    },
     /// Tables of another version.
     #[error(
         "the pinned tables have version {found}, this agent writes version {expected}; \
@@ -64,8 +88,9 @@ pub enum DatapathError {
     },
     /// A table of another shape.
     #[error(
-        "the pinned table {table} differs in {what}: it has {found}, {expected} is asked for; attach with the \
-         size it has, or with --replace-state, which loses its flows"
+        "{} {expected}: the datapath that runs has {found} ({what} of {table}). Leave the option out to keep it and its \
+         connections, or add --replace-state to start anew, which breaks them",
+        crate::limits::setting_of(table)
     )]
     Shape {
         /// The table.
@@ -147,8 +172,52 @@ impl DatapathError {
     }
 
     pub(super) fn pin(what: &'static str, path: impl Into<PathBuf>, cause: io::Error) -> Self {
-        Self::Pin { what, path: path.into(), cause }
+        let path = path.into();
+        match cause.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Self::Denied { what, path, cause }
+            }
+            _ => Self::Pin { what, path, cause },
+        }
     }
+
+    /// There is no interface of this name; one of those there are may have been meant.
+    pub fn no_interface<'a>(name: &str, there: impl Iterator<Item = &'a str>) -> Self {
+        Self::NoInterface(name.to_owned(), Hint::nearest(name, there))
+    }
+}
+
+/// A name that may have been meant, as the end of a clause; empty where none is like it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hint(Option<String>);
+
+impl Hint {
+    /// The name among those there are that differs least, if it does not differ much.
+    pub fn nearest<'a>(name: &str, there: impl Iterator<Item = &'a str>) -> Self {
+        let near = there.map(|other| (distance(name, other), other)).min();
+        Self(near.filter(|(distance, _)| *distance <= 2).map(|(_, other)| other.to_owned()))
+    }
+}
+
+impl std::fmt::Display for Hint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|name| write!(f, "; did you mean {name}?"))
+    }
+}
+
+/// How many letters must be changed, added or left out to make one word the other (Levenshtein).
+fn distance(one: &str, other: &str) -> usize {
+    let other: Vec<char> = other.chars().collect();
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (i, a) in one.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, b) in other.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[other.len()]
 }
 
 /// An error and what caused it, in one line.
@@ -177,13 +246,30 @@ pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     None
 }
 
-const CAPABILITIES: &str =
-    "the agent needs the capabilities CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: run it with sudo";
+const CAPABILITY_NAMES: &str = "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
+
+/// What the agent lacks of what it needs, and how it is given that.
+fn capabilities() -> String {
+    let capabilities = crate::host::Capabilities::own();
+    let missing = capabilities.missing();
+    if missing.is_empty() {
+        return format!("the kernel refuses though {CAPABILITY_NAMES} are there: is it locked down?");
+    }
+    format!(
+        "{} missing: run it with sudo; with systemd AmbientCapabilities= and CapabilityBoundingSet= must name {CAPABILITY_NAMES}, \
+         with Docker cap_add: [{}]",
+        match missing.as_slice() {
+            [one] => format!("{one} is"),
+            several => format!("{} are", several.join(", ")),
+        },
+        missing.iter().map(|name| name.trim_start_matches("CAP_")).collect::<Vec<_>>().join(", ")
+    )
+}
 
 fn explain_load(error: &EbpfError) -> String {
     let text = chain(error);
     match errno(error) {
-        Some(libc::EPERM | libc::EACCES) => format!("{text}; {CAPABILITIES}"),
+        Some(libc::EPERM | libc::EACCES) => format!("{}; {text}", capabilities()),
         Some(libc::ENOMEM) => {
             format!("{text}; the tables ask for more memory than there is: attach with smaller ones")
         }
@@ -205,16 +291,57 @@ fn explain_program(error: &ProgramError) -> String {
         let says = |line: &&str| !line.is_empty() && !counts.iter().any(|count| line.starts_with(count));
         let tail: Vec<&str> = log.lines().rev().filter(says).take(3).collect();
         let tail: Vec<&str> = tail.into_iter().rev().collect();
-        let hint = match io_error.raw_os_error() {
-            Some(libc::EPERM) => format!("; {CAPABILITIES}"),
-            // Without CAP_PERFMON the verifier refuses what it otherwise allows.
-            Some(libc::EACCES) => format!("; {CAPABILITIES}; with them, report this kernel"),
-            _ => String::new(),
+        return match io_error.raw_os_error() {
+            Some(libc::EPERM) => format!("{}; {io_error}", capabilities()),
+            // Without CAP_PERFMON the verifier refuses what it otherwise allows, and its log leads astray.
+            Some(libc::EACCES) if !crate::host::Capabilities::own().missing().is_empty() => {
+                format!("{}; {io_error}; --log-level debug shows the verifier's log", capabilities())
+            }
+            _ => format!("{io_error}: {}; report this with the kernel's version", tail.join(" | ")),
         };
-        return format!("{io_error}: {}{hint}", tail.join(" | "));
     }
     match error.source() {
         Some(_) => chain(error),
         None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_may_have_been_meant_is_found() {
+        let hint =
+            |name| Hint::nearest(name, ["lo", "eth0", "eth1", "docker_gwbridge"].into_iter()).to_string();
+        assert_eq!(hint("eht1"), "; did you mean eth1?");
+        assert_eq!(hint("eth9"), "; did you mean eth0?");
+        assert_eq!(hint("wlan0"), "");
+    }
+
+    /// Snapshots, so that words change on purpose.
+    #[test]
+    fn what_is_said_of_each_error() {
+        let denied = || io::Error::from_raw_os_error(libc::EACCES);
+        let pin = "/sys/fs/bpf/lb/12/eth1";
+        let errors = [
+            DatapathError::NoObject,
+            DatapathError::NoProgram("uplink_xdp"),
+            DatapathError::Kernel { release: "5.4.0".into(), missing: vec!["ring buffers", "batches"] },
+            DatapathError::NoBpffs { path: "/sys/fs/bpf".into() },
+            DatapathError::no_interface("eht1", ["eth0", "eth1"].into_iter()),
+            DatapathError::Held { interface: "eth1".into(), pid: Some(22_301) },
+            DatapathError::NotAttached(None),
+            DatapathError::NotAttached(Some("eth1".into())),
+            DatapathError::Starting { interface: "eth1".into(), pid: 22_301 },
+            DatapathError::pin("look at", pin, denied()),
+            DatapathError::pin("create", pin, io::Error::from_raw_os_error(libc::EROFS)),
+            DatapathError::pin("open", pin, io::Error::from_raw_os_error(libc::ENOENT)),
+            DatapathError::Version { found: 4, expected: 5 },
+            DatapathError::Shape { table: "FLOWS4", what: "entries", found: 262_144, expected: 1_000 },
+            DatapathError::Full { table: "LISTENERS", setting: "--max-listeners" },
+        ];
+        let said: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        insta::assert_snapshot!("datapath-errors", said.join("\n\n"));
     }
 }

@@ -8,6 +8,7 @@ mod counters;
 mod error;
 mod fault;
 mod features;
+mod foreign;
 mod idle;
 mod journal;
 mod links;
@@ -20,7 +21,7 @@ mod sys;
 mod tables;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     panic::resume_unwind,
     path::Path,
     thread,
@@ -32,30 +33,32 @@ use aya::{
     programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
 };
 pub use counters::{Counters, OutcomeCount};
-pub use error::DatapathError;
+pub use error::{DatapathError, Hint};
 pub use features::{Features, release};
+pub use foreign::{Loaded, loaded, own};
 use journal::Journal;
 use lb_common::{
     abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
     backend::Backend,
     guard::HOLD_SECONDS,
     outcome::Outcome,
+    stats::BackendStats,
 };
 use links::Place;
 pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
-pub use pin::{Lock, PinDir, attached_interfaces};
+pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
 use shape::Shape;
 pub use sweep::Sweep;
 use sweep::{Clock, Sweeper};
-pub use tables::TableSet;
+pub use tables::{Drains, TableSet};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     net::Reset,
     plan::{Limits, MapOp, Tables},
-    report::SourceReport,
+    report::{SourceReport, Trouble},
 };
 
 /// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
@@ -235,7 +238,7 @@ impl Datapath {
     /// table of any shape, so each is compared here.
     fn check_pins(pins: &PinDir, sizes: &Sizes) -> Result<bool, DatapathError> {
         let have = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
-        let version = if pins.exists() { TableSet::version(pins)? } else { 0 };
+        let version = if pins.exists()? { TableSet::version(pins)? } else { 0 };
         // A load that was cut short: nothing is attached to it.
         if !pins.has_links() && (have < table::ALL.len() || version == 0) {
             for name in table::ALL {
@@ -382,6 +385,53 @@ impl Datapath {
     /// The kernel refuses the write.
     pub fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
         self.set.set_report(report)
+    }
+
+    /// What somebody drains.
+    pub fn drains(&self) -> Drains {
+        self.set.drains()
+    }
+
+    /// The version of what somebody drains.
+    pub fn drain_version(&self) -> u64 {
+        self.set.drain_version()
+    }
+
+    /// What the agent is asked to log, if somebody asked.
+    pub fn log_level(&self) -> Option<String> {
+        self.set.log_level()
+    }
+
+    /// Takes back what was asked of a former agent's log.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn forget_log_level(&mut self) -> Result<(), DatapathError> {
+        self.set.set_log_level(None)
+    }
+
+    /// Keeps what is wrong with a backend, for the verbs; `None` is nothing.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_trouble(&mut self, index: u32, trouble: Option<&Trouble>) -> Result<(), DatapathError> {
+        self.set.set_trouble(index, trouble)
+    }
+
+    /// Keeps how full the tables of connections are, for the verbs.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_fills(&mut self, fills: &BTreeMap<&str, [u64; 2]>) -> Result<(), DatapathError> {
+        self.set.set_fills(fills)
+    }
+
+    /// The counters of a backend.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn backend_stats(&self, index: u32) -> Result<BackendStats, DatapathError> {
+        self.set.backend(index)
     }
 
     /// What a controller said last of its source.

@@ -8,6 +8,7 @@
 //! The cookie is never given twice while the machine runs, unlike a namespace's inode.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, ErrorKind},
     os::{
@@ -77,8 +78,12 @@ impl PinDir {
     }
 
     /// Whether a datapath is there.
-    pub fn exists(&self) -> bool {
-        self.table(lb_common::abi::table::CONFIG).exists()
+    ///
+    /// # Errors
+    /// Who asks may not look: whether one is there is then not known.
+    pub fn exists(&self) -> Result<bool, DatapathError> {
+        let config = self.table(lb_common::abi::table::CONFIG);
+        config.try_exists().map_err(|error| DatapathError::pin("look at", config, error))
     }
 
     /// Makes the directory, if need be, and takes its lock.
@@ -262,17 +267,48 @@ fn misuse(meta: &fs::Metadata, owner: u32, shared: bool) -> Option<String> {
 /// The interfaces of the current network namespace that have a datapath.
 ///
 /// # Errors
-/// There is no bpffs.
+/// There is no bpffs, or who asks may not look.
 pub fn attached_interfaces() -> Result<Vec<String>, DatapathError> {
-    let mut names: Vec<String> = fs::read_dir(namespace()?)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str().map(decode))
-        .filter(|name| PinDir::of(name).is_ok_and(|pins| pins.exists()))
-        .collect();
+    let folder = namespace()?;
+    let entries = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| DatapathError::pin("look at", folder, error))?,
+    };
+    let mut names = Vec::new();
+    for name in entries.flatten().filter_map(|entry| entry.file_name().to_str().map(decode)) {
+        let pins = PinDir::of(&name)?;
+        // One that is held has a datapath, or will have one in a moment.
+        if pins.exists()? || pins.controller().is_some() {
+            names.push(name);
+        }
+    }
     names.sort();
     Ok(names)
+}
+
+/// The directories of all network namespaces that have pins, by cookie.
+///
+/// # Errors
+/// There is no bpffs, or who asks may not look.
+pub fn pinned_namespaces() -> Result<BTreeMap<u64, PathBuf>, DatapathError> {
+    let own = namespace()?;
+    let Some(root) = own.parent() else { return Ok(BTreeMap::new()) };
+    let entries = match fs::read_dir(root) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        entries => entries.map_err(|error| DatapathError::pin("look at", root, error))?,
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    Ok(paths.filter_map(|path| Some((path.file_name()?.to_str()?.parse().ok()?, path))).collect())
+}
+
+/// Removes the pins of a network namespace that is gone.
+pub fn remove_abandoned(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let interface = entry.file_name().to_str().map(decode).unwrap_or_default();
+        PinDir { path: entry.path(), interface }.remove_all();
+    }
+    // The last one has removed it, unless it was empty.
+    let _ = fs::remove_dir(folder);
 }
 
 /// The directory of the current network namespace.
@@ -287,7 +323,7 @@ fn namespace() -> Result<PathBuf, DatapathError> {
 }
 
 /// The network namespace's cookie (`SO_NETNS_COOKIE`, Linux 5.14).
-pub(super) fn netns_cookie() -> io::Result<u64> {
+pub fn netns_cookie() -> io::Result<u64> {
     let socket = UnixDatagram::unbound()?;
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;

@@ -1,6 +1,6 @@
 //! Reading and writing the pinned tables.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use aya::{
     Pod,
@@ -8,8 +8,8 @@ use aya::{
 };
 use lb_common::{
     abi::{
-        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE, Label,
-        LabelKey, table,
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_DRAIN, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE,
+        LABEL_TROUBLE, Label, LabelKey, table,
     },
     backend::{Backend, State},
     endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
@@ -25,7 +25,7 @@ use super::{DatapathError, PinDir, error::errno, fault};
 use crate::{
     cluster::{Idle, Protocol},
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
-    report::SourceReport,
+    report::{Drain, SourceReport, Trouble},
 };
 
 type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
@@ -68,14 +68,19 @@ impl TableSet {
     /// Nothing is attached, a pin is missing, or a table is not what it should be.
     pub fn of(interface: &str) -> Result<Self, DatapathError> {
         let pins = PinDir::of(interface)?;
-        if !pins.exists() {
-            return Err(DatapathError::NotAttached(Some(interface.to_owned())));
+        let expected = lb_common::abi::ABI_VERSION;
+        let found = if pins.exists()? { Self::version(&pins)? } else { 0 };
+        if found == expected {
+            return Self::open(&pins);
         }
-        let (found, expected) = (Self::version(&pins)?, lb_common::abi::ABI_VERSION);
-        if found != expected {
-            return Err(DatapathError::Version { found, expected });
+        // The version is written last: tables without one are being made, or a load of them was cut short.
+        match pins.controller() {
+            Some(pid) if found == 0 => Err(DatapathError::Starting { interface: interface.to_owned(), pid }),
+            _ if found == 0 && !pins.has_links() => {
+                Err(DatapathError::NotAttached(Some(interface.to_owned())))
+            }
+            _ => Err(DatapathError::Version { found, expected }),
         }
-        Self::open(&pins)
     }
 
     pub(super) fn pins(&self) -> &PinDir {
@@ -240,6 +245,95 @@ impl TableSet {
         self.labels.get(&LabelKey { kind: LABEL_SOURCE, index: 0 }, 0).ok().as_ref().and_then(decode)
     }
 
+    /// What is wrong with those of these backends of which the datapath counted something wrong.
+    pub fn troubles(&self, counters: &BTreeMap<u32, BackendStats>) -> BTreeMap<u32, Trouble> {
+        let suspects = counters.iter().filter(|(_, stats)| stats.failovers > 0);
+        suspects.filter_map(|(index, _)| Some((*index, self.kept(LABEL_TROUBLE, *index)?))).collect()
+    }
+
+    /// What somebody drains, and which version of that it is.
+    pub fn drains(&self) -> Drains {
+        let Some(head) = self.kept::<DrainHead>(LABEL_DRAIN, 0) else { return Drains::default() };
+        let drains = (1..=head.slots).filter_map(|index| Some((index, self.kept(LABEL_DRAIN, index)?)));
+        Drains { version: head.version, by_index: drains.collect() }
+    }
+
+    /// The version of what somebody drains.
+    pub fn drain_version(&self) -> u64 {
+        self.kept::<DrainHead>(LABEL_DRAIN, 0).map_or(0, |head| head.version)
+    }
+
+    /// Keeps what somebody drains, as a new version.
+    ///
+    /// # Errors
+    /// The kernel refuses a write.
+    pub fn set_drains(&mut self, drains: &[Drain]) -> Result<(), DatapathError> {
+        let before = self.drains();
+        let last = before.by_index.keys().next_back().copied().unwrap_or_default();
+        let slots = drains.len() as u32;
+        for (index, drain) in (1..).zip(drains) {
+            self.keep_label(LABEL_DRAIN, index, Some(drain))?;
+        }
+        // The version comes last: who has seen it finds all of it.
+        self.keep_label(LABEL_DRAIN, 0, Some(&DrainHead { slots, version: before.version + 1 }))?;
+        (slots + 1..=last).try_for_each(|index| self.keep_label::<Drain>(LABEL_DRAIN, index, None))
+    }
+
+    fn kept<T: DeserializeOwned>(&self, kind: u32, index: u32) -> Option<T> {
+        self.labels.get(&LabelKey { kind, index }, 0).ok().as_ref().and_then(decode)
+    }
+
+    /// Entries and room of the tables of connections, as the controller counted them last.
+    pub fn fills(&self) -> BTreeMap<String, [u64; 2]> {
+        self.kept(FILLS.kind, FILLS.index).unwrap_or_default()
+    }
+
+    /// What the agent is asked to log, if somebody asked.
+    pub fn log_level(&self) -> Option<String> {
+        self.kept(LOG_LEVEL.kind, LOG_LEVEL.index)
+    }
+
+    /// Asks the agent to log something else; `None` takes it back.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_log_level(&mut self, level: Option<&str>) -> Result<(), DatapathError> {
+        self.keep_label(LOG_LEVEL.kind, LOG_LEVEL.index, level.as_ref())
+    }
+
+    /// Keeps how full the tables of connections are.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_fills(&mut self, fills: &BTreeMap<&str, [u64; 2]>) -> Result<(), DatapathError> {
+        put(&mut self.labels, &FILLS, &label(&json_of(fills)), LABELS)
+    }
+
+    /// Keeps what is wrong with a backend; `None` is nothing.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_trouble(&mut self, index: u32, trouble: Option<&Trouble>) -> Result<(), DatapathError> {
+        self.keep_label(LABEL_TROUBLE, index, trouble)
+    }
+
+    fn keep_label<T: Serialize + ?Sized>(
+        &mut self,
+        kind: u32,
+        index: u32,
+        value: Option<&T>,
+    ) -> Result<(), DatapathError> {
+        let key = LabelKey { kind, index };
+        match value {
+            Some(value) => put(&mut self.labels, &key, &label(&json_of(value)), LABELS),
+            None => match self.labels.remove(&key) {
+                Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+                Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
+                Err(error) => Err(DatapathError::map("write", error)),
+            },
+        }
+    }
+
     fn read_backend(
         &self,
         index: u32,
@@ -312,7 +406,7 @@ impl TableSet {
             zero(&mut self.backend_stats, index)?;
         }
         write(&mut self.backends, index, entry.backend)?;
-        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, |label| &mut label.problem))
+        self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, &[|label| &mut label.problem]))
     }
 
     /// Frees a backend.
@@ -332,14 +426,18 @@ impl TableSet {
             zero(&mut self.service_stats, index)?;
         }
         write(&mut self.timers, index, timers(label))?;
-        self.set_label(LABEL_SERVICE, index, &fitted(label, |label| &mut label.left))
+        self.set_label(
+            LABEL_SERVICE,
+            index,
+            &fitted(label, &[|label| &mut label.problem, |label| &mut label.left]),
+        )
     }
 
     /// Applies the operations that need nothing but the tables.
     pub(super) fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
         match op {
             MapOp::SetNode(index, label) => {
-                self.set_label(LABEL_NODE, *index, &fitted(label, |label| &mut label.problem))
+                self.set_label(LABEL_NODE, *index, &fitted(label, &[|label| &mut label.problem]))
             }
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
             MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
@@ -358,7 +456,7 @@ impl TableSet {
             MapOp::RemoveTask(key) => remove(&mut self.tasks, key),
             MapOp::SetService(index, label) => self.set_service(*index, label, false),
             MapOp::RemoveService(index) => self.remove_label(LABEL_SERVICE, *index),
-            MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, &json(label)),
+            MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, &json_of(label)),
             MapOp::RemovePort(index) => self.remove_label(LABEL_PORT, *index),
             MapOp::SetBackend(index, entry) => self.set_backend(*index, entry, false),
             MapOp::FreeBackend(index) => self.free_backend(*index, Backend::default()),
@@ -400,7 +498,7 @@ impl TableSet {
 
     /// Keeps what the controller says of its source.
     pub(super) fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
-        let value = label(&fitted(report, |report| &mut report.problem));
+        let value = label(&fitted(report, &[|report| &mut report.problem]));
         let key = LabelKey { kind: LABEL_SOURCE, index: 0 };
         put(&mut self.labels, &key, &value, LABELS)
     }
@@ -428,7 +526,7 @@ fn timers(label: &ServiceLabel) -> Timers {
     timers
 }
 
-fn json(label: &impl Serialize) -> Vec<u8> {
+fn json_of(label: &(impl Serialize + ?Sized)) -> Vec<u8> {
     serde_json::to_vec(label).unwrap_or_default()
 }
 
@@ -442,21 +540,47 @@ fn label(json: &[u8]) -> Label {
     value
 }
 
-/// A label's text that fits: what is wrong is told as far as there is room.
-fn fitted<T: Serialize + Clone>(label: &T, problem: fn(&mut T) -> &mut Option<String>) -> Vec<u8> {
-    let mut text = json(label);
+/// A label's text that fits: the first of its texts is told as far as there is room, then the next.
+fn fitted<T: Serialize + Clone>(label: &T, texts: &[fn(&mut T) -> &mut Option<String>]) -> Vec<u8> {
+    let mut json = json_of(label);
     let mut shorter = None;
-    while text.len() > LABEL_BYTES {
-        match problem(shorter.get_or_insert_with(|| label.clone())) {
-            Some(problem) if !problem.is_empty() => {
-                problem.truncate(problem.floor_char_boundary(problem.len() - 1))
-            }
-            _ => break,
-        }
-        text = json(&shorter);
+    while json.len() > LABEL_BYTES {
+        let label = shorter.get_or_insert_with(|| label.clone());
+        let longest = texts.iter().find(|text| text(label).as_ref().is_some_and(|text| !text.is_empty()));
+        let Some(text) = longest.and_then(|text| text(label).as_mut()) else { break };
+        text.truncate(text.floor_char_boundary(text.len() - 1));
+        json = json_of(label);
     }
-    text
+    json
 }
+
+/// What is said of the drains that follow it.
+#[derive(Serialize, serde::Deserialize)]
+struct DrainHead {
+    slots: u32,
+    version: u64,
+}
+
+/// What somebody drains.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Drains {
+    /// Another with each change.
+    pub version: u64,
+    by_index: BTreeMap<u32, Drain>,
+}
+
+impl Drains {
+    /// All of them.
+    pub fn all(&self) -> Vec<Drain> {
+        self.by_index.values().cloned().collect()
+    }
+}
+
+/// Where the agent is told what to log: beside what it says of its source.
+const LOG_LEVEL: LabelKey = LabelKey { kind: LABEL_SOURCE, index: 2 };
+
+/// Where the controller keeps how full the tables of connections are: beside what it says of its source.
+const FILLS: LabelKey = LabelKey { kind: LABEL_SOURCE, index: 1 };
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");
 const REPLIES: (&str, &str) = ("REPLIES", "--max-backends");
@@ -506,7 +630,7 @@ fn zero<T: Pod + Default>(map: &mut PerCpuArray<MapData, T>, index: u32) -> Resu
     map.set(index, values, 0).map_err(|e| DatapathError::map("write", e))
 }
 
-fn keep<T>(map: &mut std::collections::BTreeMap<u32, T>, index: u32, label: Option<T>) {
+fn keep<T>(map: &mut BTreeMap<u32, T>, index: u32, label: Option<T>) {
     if let Some(label) = label {
         map.insert(index, label);
     }

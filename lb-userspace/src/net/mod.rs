@@ -8,6 +8,7 @@ mod netdev;
 mod probe;
 mod reset;
 mod sandbox;
+pub mod sockets;
 mod ways;
 
 use std::{
@@ -24,14 +25,14 @@ use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
         NeighbourState,
     },
     route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
 };
-pub use probe::Prober;
+pub use probe::{Asked, Prober, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
 pub use sandbox::Sandbox;
@@ -78,6 +79,8 @@ pub struct Link {
     pub namespace: Option<i32>,
     /// Largest packet in bytes.
     pub mtu: u32,
+    /// The kernel's number for the XDP program that is attached to it.
+    pub xdp: Option<u32>,
 }
 
 /// What the kernel said at one moment.
@@ -332,6 +335,7 @@ fn link(message: &LinkMessage) -> Link {
         lower_elsewhere: false,
         namespace: None,
         mtu: 0,
+        xdp: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -344,6 +348,12 @@ fn link(message: &LinkMessage) -> Link {
                 link.namespace = Some(*number);
             }
             LinkAttribute::Mtu(bytes) => link.mtu = *bytes,
+            LinkAttribute::Xdp(facts) => {
+                link.xdp = facts.iter().find_map(|fact| match fact {
+                    LinkXdp::ProgId(id) => Some(*id),
+                    _ => None,
+                });
+            }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

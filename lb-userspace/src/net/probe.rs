@@ -139,6 +139,49 @@ impl Drop for Prober {
     }
 }
 
+/// What came of a single probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// The datapath there answers.
+    Answered,
+    /// The machine says that nobody takes packets to this port.
+    NobodyThere,
+    /// This machine's own packet filter does not let it out.
+    Forbidden,
+    /// Nothing comes back.
+    Silent,
+}
+
+/// Asks a node's datapath whether it is there, a few times.
+pub async fn ask_once(interface: &str, address: IpAddr, port: u16, patience: Duration) -> Asked {
+    let asked = async {
+        // Any port: the tunnel's own is the agent's.
+        let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = socket(domain, interface, 0)?;
+        socket.connect(SocketAddr::new(address, port)).await?;
+        let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
+        let mut buffer = [0; 256];
+        loop {
+            socket.send(&probe(nonce)).await?;
+            match tokio::time::timeout(patience / 4, socket.recv(&mut buffer)).await {
+                Ok(received) => {
+                    let bytes = &buffer[..received?];
+                    if bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce {
+                        return io::Result::Ok(());
+                    }
+                }
+                Err(_) => continue,
+            }
+        }
+    };
+    match tokio::time::timeout(patience, asked).await {
+        Ok(Ok(())) => Asked::Answered,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => Asked::NobodyThere,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => Asked::Forbidden,
+        _ => Asked::Silent,
+    }
+}
+
 fn is_there(peer: &Peer, now: Instant, timeout: Duration) -> bool {
     peer.heard.is_some_and(|heard| now.duration_since(heard) < timeout)
 }

@@ -160,7 +160,7 @@ impl<'a> Reaching<'a> {
 
 /// Whether there is anything to serve or to show of a service.
 pub(super) fn is_shown(service: &Service) -> bool {
-    !service.ports.is_empty() || !service.left.is_empty()
+    !service.ports.is_empty() || !service.left.is_empty() || !service.problem.is_empty()
 }
 
 /// What all services depend on.
@@ -185,6 +185,7 @@ impl<'a> Scene<'a> {
                 name: service.name.clone(),
                 tasks: service.tasks.len() as u32,
                 left: Some(service.left.clone()).filter(|left| !left.is_empty()),
+                problem: Some(service.problem.clone()).filter(|problem| !problem.is_empty()),
                 timers: service.timers.seconds,
                 idle: service.idle,
             },

@@ -35,6 +35,9 @@ pub struct ServiceLabel {
     /// Published ports that are left to Swarm, as users read them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<String>,
+    /// What is wrong with how it is described.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// [`lb_common::flow::Timers`].
     pub timers: [u32; 8],
     /// What becomes of established TCP flows that have ended by silence. Left out by agents before it was there.

@@ -82,6 +82,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         returns: None,
         placement: Placement::default(),
         left: String::new(),
+        problem: String::new(),
         timers: lb_common::flow::Timers::DEFAULT,
         idle: Idle::Forget,
     }

@@ -186,6 +186,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             left: String::new(),
+            problem: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };

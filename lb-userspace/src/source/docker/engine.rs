@@ -40,7 +40,7 @@ pub enum EngineError {
     #[error("{0}")]
     Host(String),
     /// There is nobody.
-    #[error("connect to Docker at {host}: {source}")]
+    #[error("{}", unreachable(.host, .source))]
     Connect {
         /// Where.
         host: String,
@@ -79,6 +79,21 @@ pub enum EngineError {
         /// What is wrong with it.
         source: serde_json::Error,
     },
+}
+
+/// Why Docker cannot be talked to, and what to do.
+fn unreachable(host: &str, source: &io::Error) -> String {
+    let advice = match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused if host.starts_with("unix:") => {
+            return format!(
+                "Docker is not running at {host} ({source}); it is asked again every second. `systemctl start docker` starts it; \
+                 without Docker: --cluster FILE"
+            );
+        }
+        io::ErrorKind::PermissionDenied => "; this needs root, or the group docker",
+        _ => "",
+    };
+    format!("connect to Docker at {host}: {source}{advice}")
 }
 
 impl EngineError {

@@ -12,9 +12,10 @@ use lb_common::flow::Timers;
 use super::model;
 use crate::{
     cluster::{
-        ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, Task, TaskState, TimerError,
-        Tunnel, Via, set_timer,
+        ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task, TaskState,
+        TimerError, Tunnel, Via, set_timer,
     },
+    datapath::Hint,
     source::facts::task_name,
     text,
 };
@@ -97,6 +98,7 @@ impl Listing {
         }
         let mut services = Vec::new();
         for service in &self.services {
+            let mut problems = unknown_labels(service);
             let (ports, left) = ports(service, tunnel.port, &mut notes);
             let of = tasks.remove(service.id.as_str()).unwrap_or_default();
             let of = of.into_iter().filter_map(|raw| {
@@ -110,16 +112,21 @@ impl Listing {
             let mut tasks: Vec<Task> = of.collect();
             // Docker lists in no order; the turn of a rotation should not depend on it.
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
+            let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
+            let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
+            let name = service.spec.name.clone();
+            notes.extend(problems.iter().map(|problem| format!("service {name}: {problem}")));
             services.push(Arc::new(Service {
-                name: service.spec.name.clone(),
+                name,
                 addresses: Vec::new(),
                 ports,
                 tasks,
-                returns: returns(service, &mut notes),
-                placement: placement(service, &mut notes),
-                timers: timers(service, &mut notes),
-                idle: idle(service, &mut notes),
+                returns,
+                placement,
+                timers,
+                idle,
                 left,
+                problem: problems.join("; "),
             }));
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
@@ -230,36 +237,53 @@ fn ports(service: &model::Service, tunnel: u16, notes: &mut Vec<String>) -> (Vec
     (served, left.join(", "))
 }
 
+/// What our labels begin with.
+const PREFIX: &str = "lb.";
+
+/// Labels that are meant for us and that we do not know.
+fn unknown_labels(service: &model::Service) -> Vec<String> {
+    const KNOWN: [&str; 3] = [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL];
+    let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
+    let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
+    // A timer that there is not says so itself.
+    let ours = |label: &&String| label.starts_with(PREFIX) && !label.starts_with(TIMER_LABEL);
+    let labels = service.spec.labels.keys().filter(ours).filter(|label| !known.contains(&label.as_str()));
+    labels
+        .map(|label| format!("label {label} is unknown{}", Hint::nearest(label, known.iter().copied())))
+        .collect()
+}
+
 /// What a label that chooses between two says; `None` where there is none, or it is neither, which is noted.
 fn choice<T: Copy>(
     service: &model::Service,
     label: &str,
     choices: [(&str, T); 2],
-    notes: &mut Vec<String>,
+    problems: &mut Vec<String>,
 ) -> Option<T> {
     let value = service.spec.labels.get(label)?;
     let chosen = choices.iter().find(|(name, _)| name == value).map(|(_, choice)| *choice);
     if chosen.is_none() {
-        let (name, [(one, _), (other, _)]) = (&service.spec.name, choices);
-        notes.push(format!("service {name}: label {label}={value} is neither {one} nor {other}"));
+        let [(one, _), (other, _)] = choices;
+        problems.push(format!("label {label}={value} is neither {one} nor {other}"));
     }
     chosen
 }
 
-fn returns(service: &model::Service, notes: &mut Vec<String>) -> Option<Return> {
-    choice(service, RETURN_LABEL, [("tunnel", Return::Tunnel), ("direct", Return::Direct)], notes)
+fn returns(service: &model::Service, problems: &mut Vec<String>) -> Option<Return> {
+    choice(service, RETURN_LABEL, [("tunnel", Return::Tunnel), ("direct", Return::Direct)], problems)
 }
 
-fn placement(service: &model::Service, notes: &mut Vec<String>) -> Placement {
+fn placement(service: &model::Service, problems: &mut Vec<String>) -> Placement {
     let choices = [("round-robin", Placement::RoundRobin), ("consistent", Placement::Consistent)];
-    choice(service, PLACEMENT_LABEL, choices, notes).unwrap_or_default()
+    choice(service, PLACEMENT_LABEL, choices, problems).unwrap_or_default()
 }
 
-fn idle(service: &model::Service, notes: &mut Vec<String>) -> Idle {
-    choice(service, IDLE_LABEL, [("forget", Idle::Forget), ("reset", Idle::Reset)], notes).unwrap_or_default()
+fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
+    choice(service, IDLE_LABEL, [("forget", Idle::Forget), ("reset", Idle::Reset)], problems)
+        .unwrap_or_default()
 }
 
-fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
+fn timers(service: &model::Service, problems: &mut Vec<String>) -> Timers {
     let mut timers = Timers::DEFAULT;
     for (label, seconds) in &service.spec.labels {
         let Some(name) = label.strip_prefix(TIMER_LABEL) else {
@@ -267,7 +291,7 @@ fn timers(service: &model::Service, notes: &mut Vec<String>) -> Timers {
         };
         let set = seconds.parse().map_err(|_| TimerError::Range(name.to_owned()));
         if let Err(error) = set.and_then(|seconds| set_timer(&mut timers, name, seconds)) {
-            notes.push(format!("service {}: label {label}={seconds}: {error}", service.spec.name));
+            problems.push(format!("label {label}={seconds}: {error}"));
         }
     }
     timers
@@ -346,8 +370,27 @@ mod tests {
         };
         assert_eq!(placement("round-robin"), (Placement::RoundRobin, None));
         assert_eq!(placement("consistent"), (Placement::Consistent, None));
-        let said = "service web: label lb.placement=sticky is neither round-robin nor consistent";
+        let said = "label lb.placement=sticky is neither round-robin nor consistent";
         assert_eq!(placement("sticky"), (Placement::RoundRobin, Some(said.to_owned())));
+    }
+
+    #[test]
+    fn unknown_labels_and_wrong_values_go_with_their_service() {
+        let mut listing = listing();
+        for (label, value) in [("lb.placment", "consistent"), ("lb.idle", "kill"), ("com.example.lb.x", "1")]
+        {
+            listing.services[0].spec.labels.insert(label.into(), value.into());
+        }
+        let problem = &listing.picture(Tunnel::default()).cluster.services[1].problem;
+        let timer =
+            "there is no timer \"idle\"; those there are: half_open, established, closing, one_way, answered";
+        assert_eq!(
+            *problem,
+            format!(
+                "label lb.placment is unknown; did you mean lb.placement?; label lb.timers.idle=9: {timer}; \
+                 label lb.idle=kill is neither forget nor reset"
+            )
+        );
     }
 
     #[test]

@@ -35,7 +35,8 @@ const TASKS: &str = r#"{"is-task":["true"]}"#;
 
 /// Follows until the receiver is gone.
 pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<Option<NodeFacts>>) {
-    let mut local = Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None };
+    let mut local =
+        Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None, listed: false };
     let (net, mut changes) = match Net::connect() {
         Ok(connected) => connected,
         Err(error) => {
@@ -78,6 +79,8 @@ struct Local {
     ingress: Ingress,
     events: Option<Events>,
     told: Option<String>,
+    /// Whether they were ever listed.
+    listed: bool,
 }
 
 impl Local {
@@ -122,7 +125,7 @@ impl Local {
             tasks.insert(name, TaskFacts { addresses, ailing });
         }
         (facts.tasks, facts.complete) = (tasks, true);
-        self.told = None;
+        (self.told, self.listed) = (None, true);
         Ok(found)
     }
 
@@ -135,7 +138,13 @@ impl Local {
         self.events = None;
         let problem = problem.to_string();
         if self.told.as_ref() != Some(&problem) {
-            log::warn!("this node's own tasks cannot be listed, the last known ones stand: {problem}");
+            // Who waits for the cluster's state says the same.
+            match self.listed {
+                true => {
+                    log::warn!("this node's own tasks cannot be listed, the last known ones stand: {problem}")
+                }
+                false => log::debug!("this node's own tasks cannot be listed yet: {problem}"),
+            }
             self.told = Some(problem);
         }
     }
@@ -190,6 +199,7 @@ mod tests {
             lower_elsewhere: true,
             namespace: Some(0),
             mtu: 1500,
+            xdp: None,
         };
         (index, link)
     }

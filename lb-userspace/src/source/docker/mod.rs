@@ -53,7 +53,12 @@ pub struct Settings {
     pub adopts: bool,
     /// Why this source was chosen, for `status`.
     pub why: String,
+    /// Changes when everything is to be looked at again.
+    pub reload: watch::Receiver<u64>,
 }
+
+/// What the source is called while this node is in no swarm.
+pub const OUTSIDE: &str = "docker, outside a swarm";
 
 /// How often the nodes' own word is asked for while there is no other.
 const GOSSIP: Duration = Duration::from_secs(1);
@@ -181,6 +186,7 @@ impl Sources {
 
 /// Follows the swarm until nobody listens any more.
 async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Update>>) {
+    let mut reload = settings.reload.clone();
     let (own_sender, own) = watch::channel(None);
     let mut own_changed = own.clone();
     let _local = Job::start(local::follow(engine.clone(), settings.interfaces.clone(), own_sender));
@@ -220,6 +226,7 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
             }
             Some(word) = managers.recv() => swarm.manager_said(word),
             Ok(()) = own_changed.changed() => nudge.notify_one(),
+            Ok(()) = reload.changed() => nudge.notify_one(),
             _ = look.tick() => {
                 swarm.expire();
                 swarm.gossip = None;

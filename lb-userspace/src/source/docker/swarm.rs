@@ -311,7 +311,7 @@ impl Swarm {
                 }
                 "docker worker"
             }
-            _ => "docker, outside a swarm",
+            _ => super::OUTSIDE,
         };
         Some(Origin { kind: kind.into(), why: format!("{}; {place}", self.settings.why) })
     }
@@ -427,6 +427,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             left: String::new(),
+            problem: String::new(),
             timers: lb_common::flow::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };

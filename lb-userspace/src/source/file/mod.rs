@@ -31,7 +31,7 @@ use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
 use parse::Wrong;
 use pieces::Pieces;
 pub use safe::ReadError;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::Update;
 use crate::cluster::ClusterState;
@@ -56,6 +56,14 @@ pub enum FileError {
         line: usize,
         /// What is wrong there.
         reason: String,
+    },
+    /// Its folder is not there.
+    #[error("cluster file {path}: there is no folder {folder}")]
+    Folder {
+        /// The file.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
     },
     /// Its folder cannot be watched.
     #[error("watch cluster file {path}: {source}")]
@@ -114,7 +122,11 @@ const LOOK: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// The folder cannot be watched. A file that is missing or invalid is an [`Update::Failed`], not an error.
-pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError> {
+pub fn watch(
+    path: &Path,
+    updates: mpsc::Sender<Update>,
+    mut reload: watch::Receiver<u64>,
+) -> Result<(), FileError> {
     let error = |source| FileError::Watch { path: path.to_owned(), source };
     let (wake, mut woken) = mpsc::channel::<()>(1);
     let renamed = Arc::new(Notify::new());
@@ -131,6 +143,9 @@ pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError
     .map_err(error)?;
     // The folder, not the file: a rename puts another file under the name.
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return Err(FileError::Folder { path: path.to_owned(), folder: folder.to_owned() });
+    }
     watcher.watch(folder, RecursiveMode::NonRecursive).map_err(error)?;
     let mut reader = Reader::new(path);
     tokio::spawn(async move {
@@ -159,6 +174,11 @@ pub fn watch(path: &Path, updates: mpsc::Sender<Update>) -> Result<(), FileError
             tokio::select! {
                 biased;
                 () = renamed.notified() => continue,
+                // Whatever it looks like.
+                Ok(()) = reload.changed() => {
+                    seen = None;
+                    continue;
+                }
                 () = tokio::time::sleep(LOOK) => {}
                 woken = woken.recv() => if woken.is_none() {
                     return;
@@ -324,7 +344,7 @@ weight = 3
         let path = folder.path().join("cluster.toml");
         fs::write(&path, GOOD).unwrap();
         let (sender, mut updates) = mpsc::channel(8);
-        watch(&path, sender).unwrap();
+        watch(&path, sender, watch::channel(0).1).unwrap();
         let next = async |updates: &mut mpsc::Receiver<Update>| {
             tokio::time::timeout(Duration::from_secs(10), updates.recv()).await.unwrap().unwrap()
         };

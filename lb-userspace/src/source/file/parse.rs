@@ -95,9 +95,19 @@ pub(super) type Published<'a> = HashMap<(u8, u16, Option<IpAddr>), &'a str>;
 
 /// The description of a cluster, or of a part of one.
 pub(super) fn raw(text: &str) -> Result<RawCluster, Wrong> {
-    toml::from_str(text).map_err(|error| Wrong {
-        at: error.span().map_or(0, |span| span.start),
-        reason: error.message().to_owned(),
+    toml::from_str(text).map_err(|error| {
+        let span = error.span().unwrap_or_default();
+        let said = text
+            .get(span.clone())
+            .filter(|said| !said.is_empty() && said.len() <= 60 && !said.contains('\n'));
+        let reason = match (error.message(), said) {
+            ("invalid IP address syntax", Some(said)) => format!("{said} is no IP address"),
+            (message, Some(said)) if message.contains("expected a sequence") => {
+                format!("{said} is no list: write it in brackets, as in [{said}]")
+            }
+            (message, _) => message.to_owned(),
+        };
+        Wrong { at: span.start, reason }
     })
 }
 
@@ -154,7 +164,8 @@ pub(super) fn service<'a>(
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
-    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, idle, left: String::new() })
+    let (left, problem) = (String::new(), String::new());
+    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, idle, left, problem })
 }
 
 /// The tunnel, whose port nobody may publish.

@@ -1,0 +1,138 @@
+//! Which tasks do not take the connections they are given, by what the datapath counts: a task that refuses, or does not
+//! answer, costs each client that meets it a second, for as long as nobody is told.
+
+use std::collections::BTreeMap;
+
+use lb_common::stats::BackendStats;
+
+use crate::report::Trouble;
+
+/// Backends looked at in one go, which comes about once a second: each costs a system call.
+pub const SLICE: usize = 4_096;
+/// A task that has taken connections, and refused none, for so many seconds takes them again.
+const QUIET: u64 = 10;
+
+/// What is known of the backends.
+#[derive(Debug, Default)]
+pub struct Refusals {
+    /// Counters as they were seen last, by number and generation.
+    seen: BTreeMap<u32, Seen>,
+    /// Who is in trouble.
+    troubled: BTreeMap<u32, Trouble>,
+    /// Where the next look begins.
+    next: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    generation: u32,
+    stats: BackendStats,
+    /// New flows when it last failed.
+    flows: u64,
+}
+
+/// What became of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It does not take connections, since now.
+    Refuses(Trouble),
+    /// It still does not.
+    StillRefuses(Trouble),
+    /// It takes them again.
+    Takes,
+}
+
+impl Refusals {
+    /// The backends to look at now.
+    pub fn due(&mut self, there: impl Iterator<Item = u32> + Clone) -> Vec<u32> {
+        let next = self.next;
+        let mut due: Vec<u32> = there.clone().filter(|index| *index >= next).take(SLICE).collect();
+        if due.len() < SLICE {
+            due.extend(there.take_while(|index| *index < next).take(SLICE - due.len()));
+        }
+        self.next = due.last().map_or(0, |last| last + 1);
+        due
+    }
+
+    /// Forgets backends that are gone; those that were in trouble.
+    pub fn forget(&mut self, is_there: impl Fn(u32) -> bool) -> Vec<u32> {
+        self.seen.retain(|index, _| is_there(*index));
+        let gone: Vec<u32> = self.troubled.keys().filter(|index| !is_there(**index)).copied().collect();
+        self.troubled.retain(|index, _| is_there(*index));
+        gone
+    }
+
+    /// Looks at a backend's counters at a moment, in seconds since 1970.
+    pub fn look(&mut self, index: u32, generation: u32, stats: BackendStats, now: u64) -> Option<Change> {
+        let new = Seen { generation, stats, flows: stats.flows };
+        let seen = self.seen.entry(index).or_insert(new);
+        // What was counted before this controller came is not news; another task has counters of its own.
+        if seen.generation != generation || stats.failovers < seen.stats.failovers {
+            *seen = new;
+            return self.troubled.remove(&index).map(|_| Change::Takes);
+        }
+        let failed = stats.failovers - seen.stats.failovers;
+        seen.stats = stats;
+        if failed > 0 {
+            seen.flows = stats.flows;
+            let known = self.troubled.contains_key(&index);
+            let trouble =
+                self.troubled.entry(index).or_insert(Trouble { failovers: 0, since: now, last: now });
+            trouble.failovers += failed;
+            trouble.last = now;
+            return Some(if known { Change::StillRefuses(*trouble) } else { Change::Refuses(*trouble) });
+        }
+        let trouble = self.troubled.get(&index)?;
+        if stats.flows > seen.flows && now.saturating_sub(trouble.last) >= QUIET {
+            self.troubled.remove(&index);
+            return Some(Change::Takes);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(flows: u64, failovers: u64) -> BackendStats {
+        BackendStats { flows, failovers, ..BackendStats::default() }
+    }
+
+    #[test]
+    fn a_task_that_refuses_is_said_once_and_takes_again_when_it_has_taken() {
+        let mut refusals = Refusals::default();
+        let mut look = |flows, failovers, now| refusals.look(7, 1, stats(flows, failovers), now);
+        // Counted before.
+        assert_eq!(look(10, 3, 100), None);
+        assert_eq!(look(11, 3, 101), None);
+        let trouble = Trouble { failovers: 2, since: 102, last: 102 };
+        assert_eq!(look(13, 5, 102), Some(Change::Refuses(trouble)));
+        let trouble = Trouble { failovers: 3, since: 102, last: 103 };
+        assert_eq!(look(14, 6, 103), Some(Change::StillRefuses(trouble)));
+        // Nobody has asked it since: nothing is known.
+        assert_eq!(look(14, 6, 200), None);
+        assert_eq!(look(15, 6, 201), Some(Change::Takes));
+        assert_eq!(look(16, 6, 202), None);
+    }
+
+    #[test]
+    fn another_task_of_the_same_number_begins_anew() {
+        let mut refusals = Refusals::default();
+        assert_eq!(refusals.look(7, 1, stats(1, 0), 1), None);
+        assert!(matches!(refusals.look(7, 1, stats(2, 1), 2), Some(Change::Refuses(_))));
+        assert_eq!(refusals.look(7, 2, stats(0, 0), 3), Some(Change::Takes));
+        assert_eq!(refusals.look(7, 2, stats(9, 0), 30), None);
+    }
+
+    #[test]
+    fn all_are_looked_at_in_turn() {
+        let mut refusals = Refusals::default();
+        let there: Vec<u32> = (0..SLICE as u32 + 10).collect();
+        let mut due = || refusals.due(there.iter().copied());
+        assert_eq!(due(), there[..SLICE]);
+        let second = due();
+        assert_eq!((second.len(), second[0], second[9], second[10]), (SLICE, 4_096, 4_105, 0));
+        assert_eq!(due()[0], SLICE as u32 - 10);
+    }
+}

@@ -1,0 +1,210 @@
+//! The ways to the other nodes: who is off, who has no agent, where the tunnel's port does not pass, and what size does.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::net::TcpStream;
+
+use super::{
+    Attached, Findings,
+    ping::{Echo, ping},
+};
+use crate::{
+    cluster::Protocol,
+    inventory::{Agent, Node, via},
+    net::{Asked, Net, Snapshot, ask_once},
+};
+
+/// An answer comes within this time, or not at all.
+const PATIENCE: Duration = Duration::from_millis(800);
+/// What the tunnel adds to a packet: outer IPv4, UDP, Geneve and its option.
+const TUNNEL: u32 = 60;
+
+/// Checks the way to each of the other nodes, all at once.
+pub async fn all(findings: &mut Findings, one: &Attached, net: &Net, snapshot: &Snapshot) {
+    let nodes = one.inventory.nodes();
+    let others: Vec<Node> =
+        nodes.into_iter().filter(|node| !node.this && node.agent != Agent::None).collect();
+    let checks = others.iter().map(|node| check(one, node, net, snapshot));
+    for found in futures::future::join_all(checks).await {
+        findings.0.extend(found.0);
+    }
+}
+
+/// An echo on a thread of its own.
+async fn echo(to: Ipv4Addr, size: u32) -> Echo {
+    let ping = move || ping(to, size as usize, PATIENCE);
+    tokio::task::spawn_blocking(ping).await.unwrap_or(Echo::Refused)
+}
+
+async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> Findings {
+    let mut findings = Findings::default();
+    let (interface, name) = (&one.inventory.interface, &node.name);
+    let port = one.around.config.tunnel_port.get();
+    let Some(address) = node.addresses.first().copied() else {
+        findings.error("node", format!("node {name} has no address"), "lb-userspace node ls");
+        return findings;
+    };
+    let route = net.route(address).await;
+    let by = route.as_ref().ok().map(|route| route.interface);
+    let leads = by.and_then(|index| snapshot.links.get(&index));
+    if let Err(reason) = &route {
+        findings.error(
+            "way",
+            format!("node {name}: no route to {address}: {reason}"),
+            format!("ip route get {address}"),
+        );
+        return findings;
+    }
+    if let Some(leads) = leads.filter(|link| link.name != *interface) {
+        findings.error(
+            "way",
+            format!("node {name}: the way to {address} leads by {}, not by {interface}: its tasks are not offered", leads.name),
+            format!("sudo lb-userspace attach --iface {}", leads.name),
+        );
+        return findings;
+    }
+    let asked = ask_once(interface, address, port, PATIENCE).await;
+    if asked == Asked::Answered {
+        findings.ok(
+            "tunnel",
+            format!("node {name}: its datapath answers at {address}, UDP port {port} passes both ways"),
+        );
+        if let (IpAddr::V4(to), Some(link)) = (address, leads) {
+            let mtu = route.as_ref().ok().and_then(|route| route.mtu).unwrap_or(link.mtu);
+            size(&mut findings, name, to, mtu).await;
+        }
+        return findings;
+    }
+    silent(&mut findings, node, (address, port), asked).await;
+    findings
+}
+
+/// Why a node does not answer.
+async fn silent(findings: &mut Findings, node: &Node, (address, port): (IpAddr, u16), asked: Asked) {
+    const CHECK: &str = "tunnel";
+    let name = &node.name;
+    let alive = match address {
+        IpAddr::V4(to) => echo(to, 84).await == Echo::Answered,
+        IpAddr::V6(_) => false,
+    };
+    match asked {
+        Asked::Forbidden => findings.error(
+            CHECK,
+            format!("node {name}: this node's own packet filter does not let UDP port {port} out to {address}"),
+            format!("sudo iptables -I OUTPUT -p udp --dport {port} -j ACCEPT (iptables -S OUTPUT shows the rule)"),
+        ),
+        Asked::NobodyThere => findings.error(
+            CHECK,
+            format!("node {name}: the machine at {address} is there, no datapath is attached to its interface"),
+            format!("on {name}: sudo lb-userspace attach --iface IF, or systemctl start lb-userspace"),
+        ),
+        _ if alive => findings.error(
+            CHECK,
+            format!(
+                "node {name}: the machine at {address} is there (it answers a ping), UDP port {port} gets no answer: a firewall \
+                 between the nodes drops it, or no datapath is attached there and the machine does not say so"
+            ),
+            format!(
+                "let UDP and TCP port {port} pass between the nodes, on {name}: sudo iptables -I INPUT -p udp --dport {port} -j \
+                 ACCEPT; and there: sudo lb-userspace doctor"
+            ),
+        ),
+        _ => findings.error(
+            CHECK,
+            format!("node {name}: nothing answers at {address}, not even a ping: it is off, or cut off"),
+            format!("ping {address}; if it is gone for good: docker node rm --force {name}"),
+        ),
+    }
+}
+
+/// Whether packets as long as this side thinks they may be get there and back.
+async fn size(findings: &mut Findings, name: &str, to: Ipv4Addr, mtu: u32) {
+    const CHECK: &str = "mtu";
+    // Who answers no ping tells nothing.
+    if echo(to, 84).await != Echo::Answered {
+        findings.note(CHECK, format!("node {name}: {to} answers no ping, the way's MTU is not known"));
+        return;
+    }
+    if echo(to, mtu).await == Echo::Answered {
+        findings.ok(
+            CHECK,
+            format!(
+                "node {name}: packets of {mtu} bytes pass; through the tunnel {} remain for a client's",
+                mtu - TUNNEL
+            ),
+        );
+        return;
+    }
+    let (mut passes, mut fails) = (84, mtu);
+    while fails - passes > 4 {
+        let middle = passes.midpoint(fails);
+        if echo(to, middle).await == Echo::Answered {
+            passes = middle;
+        } else {
+            fails = middle;
+        }
+    }
+    findings.error(
+        CHECK,
+        format!(
+            "node {name}: packets of {mtu} bytes, which this node's interface allows, do not get to {to} and back; about \
+             {passes} do. Large answers of its tasks are lost"
+        ),
+        format!("the same MTU on all nodes and what is between them, or: sudo ip route change … mtu {passes} (ip route get {to})"),
+    );
+}
+
+/// Asks tasks of this node, and other nodes, for a connection.
+pub async fn probe(findings: &mut Findings, one: &Attached) {
+    const CHECK: &str = "probe";
+    let tables = &one.inventory.tables;
+    for entry in tables.backends.values() {
+        let local =
+            lb_common::backend::Kind::try_from(entry.backend.kind).is_ok_and(|kind| via(kind) == "local");
+        if !local || entry.label.protocol != Protocol::Tcp {
+            continue;
+        }
+        let at = SocketAddr::new(entry.label.address, entry.label.target);
+        let service = tables.services.get(&entry.backend.service).map_or("", |label| &label.name);
+        match connect(at).await {
+            Ok(()) => findings.ok(CHECK, format!("task {} takes a connection at {at}", entry.label.task)),
+            Err(error) => findings.error(
+                CHECK,
+                format!("task {} of service {service} takes no connection at {at}: {error}", entry.label.task),
+                format!(
+                    "does it listen on port {} on all addresses (not on 127.0.0.1 alone)? docker service logs {service}",
+                    entry.label.target
+                ),
+            ),
+        }
+    }
+    let nodes = one.inventory.nodes();
+    for port in tables.ports.values().filter(|port| port.protocol == Protocol::Tcp) {
+        let service = tables.services.get(&port.service).map_or("", |label| &label.name);
+        for node in nodes.iter().filter(|node| !node.this && node.agent == Agent::Yes) {
+            let Some(address) = node.addresses.first() else { continue };
+            let at = SocketAddr::new(*address, port.published);
+            match connect(at).await {
+                Ok(()) => {
+                    findings.ok(CHECK, format!("service {service} answers by node {} at {at}", node.name))
+                }
+                Err(error) => findings.error(
+                    CHECK,
+                    format!("service {service} does not answer by node {} at {at}: {error}", node.name),
+                    format!("on {}: lb-userspace service ps {service}", node.name),
+                ),
+            }
+        }
+    }
+}
+
+async fn connect(at: SocketAddr) -> Result<(), String> {
+    match tokio::time::timeout(PATIENCE, TcpStream::connect(at)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("no answer".to_owned()),
+    }
+}

@@ -1,0 +1,405 @@
+//! What an operator is shown of one interface's datapath: typed, read from the pinned tables, with or without a
+//! controller. The verbs, the metrics and the page print it; none of them reads tables on its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use lb_common::{
+    backend::{Kind, State},
+    stats::{BackendStats, ServiceStats},
+};
+use serde::Serialize;
+
+use crate::{
+    cluster::{Idle, TIMERS, TaskState},
+    datapath::{Counters, DatapathError, TableSet},
+    plan::{BackendEntry, NodeLabel, Tables},
+    report::{Drain, Drained, SourceReport, Trouble, moment},
+};
+
+/// Everything that is read at one moment.
+pub struct Inventory {
+    /// The interface.
+    pub interface: String,
+    /// The tables.
+    pub tables: Arc<Tables>,
+    /// What they counted.
+    pub counters: Counters,
+    /// What is wrong with backends by what was counted.
+    pub troubles: BTreeMap<u32, Trouble>,
+    /// What somebody drains.
+    pub drains: Vec<Drain>,
+    /// What the controller says of its source.
+    pub report: SourceReport,
+}
+
+/// A service, as users see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Service {
+    /// Name.
+    pub name: String,
+    /// Tasks that take new connections.
+    pub active_tasks: usize,
+    /// Tasks it has, whatever they are doing.
+    pub tasks: u32,
+    /// Published ports, those that are left to Swarm last.
+    pub ports: Vec<String>,
+    /// Published ports that are left to Swarm.
+    pub left_to_swarm: Option<String>,
+    /// New connections given to a task.
+    pub flows: u64,
+    /// New connections that no task could be given: passed to the host.
+    pub unserved_flows: u64,
+    /// New connections that a task did not take, given to another.
+    pub failovers: u64,
+    /// Entries of connections that were lost and made again.
+    pub healed_flows: u64,
+    /// What is wrong.
+    pub problem: Option<String>,
+}
+
+/// A task, all its ports together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Task {
+    /// Name.
+    pub name: String,
+    /// Its service.
+    pub service: String,
+    /// Its node.
+    pub node: String,
+    /// What the source says it is doing; `drained` where somebody drains it here.
+    pub state: String,
+    /// How it is reached.
+    pub via: &'static str,
+    /// Where it listens.
+    pub addresses: Vec<String>,
+    /// Whether it takes new connections on all its ports.
+    pub active: bool,
+    /// New connections.
+    pub flows: u64,
+    /// Connections that are open; counted only where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub open_flows: Option<u64>,
+    /// New connections that it did not take.
+    pub failovers: u64,
+    /// Packets sent to it.
+    pub request_packets: u64,
+    /// Bytes of them.
+    pub request_bytes: u64,
+    /// Packets from it.
+    pub reply_packets: u64,
+    /// Bytes of them.
+    pub reply_bytes: u64,
+    /// What is wrong.
+    pub problem: Option<String>,
+}
+
+/// A machine of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Node {
+    /// What users know it by; unique.
+    pub name: String,
+    /// Its name in the cluster: the identifier that Swarm gave it.
+    pub id: String,
+    /// Where it is reached.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it is this one.
+    pub this: bool,
+    /// Whether its datapath answers.
+    pub agent: Agent,
+    /// Tasks it has.
+    pub tasks: usize,
+    /// What is wrong.
+    pub problem: Option<String>,
+}
+
+/// Whether a node's datapath answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Agent {
+    /// It does, or it is this node's.
+    Yes,
+    /// It should, and does not.
+    Silent,
+    /// There is none, by the cluster file.
+    None,
+}
+
+impl Agent {
+    /// The word users see.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Yes => "yes",
+            Self::Silent => "silent",
+            Self::None => "none",
+        }
+    }
+}
+
+/// The word for the way to a backend.
+pub const fn via(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Local => "local",
+        Kind::Routed => "routed",
+        Kind::Snat => "snat",
+        Kind::Peer => "peer",
+    }
+}
+
+/// The word for what the operator did to a task.
+pub const DRAINED: &str = "drained";
+
+impl Inventory {
+    /// Reads everything of an interface.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn read(interface: &str, set: &TableSet) -> Result<Self, DatapathError> {
+        Self::read_with(interface, set, Arc::new(set.read_labelled()?))
+    }
+
+    /// The same, of tables that are known.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn read_with(interface: &str, set: &TableSet, tables: Arc<Tables>) -> Result<Self, DatapathError> {
+        let counters = set.counters(&tables)?;
+        Ok(Self {
+            interface: interface.to_owned(),
+            troubles: set.troubles(&counters.backends),
+            counters,
+            drains: set.drains().all(),
+            report: set.report().unwrap_or_default(),
+            tables,
+        })
+    }
+
+    /// What users know the nodes by, by their names in the cluster. Several may call themselves the same: those are told
+    /// apart by as much of the identifier as Docker shows.
+    pub fn node_names(&self) -> BTreeMap<&str, String> {
+        const SHOWN: usize = 12;
+        let mut count: BTreeMap<&str, usize> = BTreeMap::new();
+        for label in self.tables.nodes.values() {
+            *count.entry(label.shown()).or_default() += 1;
+        }
+        let name = |label: &NodeLabel| match count.get(label.shown()) {
+            Some(1) => label.shown().to_owned(),
+            _ => format!("{}-{}", label.shown(), label.name.get(..SHOWN).unwrap_or(&label.name)),
+        };
+        self.tables.nodes.values().map(|label| (label.name.as_str(), name(label))).collect()
+    }
+
+    /// Whether somebody drains this task, by its name or with its node.
+    pub fn is_drained(&self, task: &str, node: &str) -> bool {
+        self.drains.iter().any(|drain| match drain.what {
+            Drained::Task => drain.name == task,
+            Drained::Node => drain.name == node,
+        })
+    }
+
+    /// What users know something by that is drained.
+    pub fn drained_name(&self, drain: &Drain) -> String {
+        match drain.what {
+            Drained::Task => drain.name.clone(),
+            Drained::Node => self.tables.node_shown(&drain.name).to_owned(),
+        }
+    }
+
+    /// The services, by name.
+    pub fn services(&self) -> Vec<Service> {
+        let mut ports: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+        for port in self.tables.ports.values() {
+            let text = format!("*:{}->{}/{}", port.published, port.target, port.protocol);
+            ports.entry(port.service).or_default().push(text);
+        }
+        let mut tasks: BTreeMap<u32, BTreeMap<&str, Vec<u32>>> = BTreeMap::new();
+        for (number, entry) in &self.tables.backends {
+            let of = tasks.entry(entry.backend.service).or_default();
+            of.entry(&entry.label.task).or_default().push(*number);
+        }
+        let mut services: Vec<Service> = self
+            .tables
+            .services
+            .iter()
+            .map(|(index, label)| {
+                let tasks = tasks.remove(index).unwrap_or_default();
+                let is_active =
+                    |number: &u32| self.tables.backends[number].backend.state == State::Active as u8;
+                let active = tasks.values().filter(|numbers| numbers.iter().all(is_active)).count();
+                let refusing = |numbers: &&Vec<u32>| numbers.iter().any(|n| self.troubles.contains_key(n));
+                let refusing = tasks.values().filter(refusing).count();
+                let mut ports = ports.remove(index).unwrap_or_default();
+                let served = !ports.is_empty();
+                let mut problems: Vec<String> = label.problem.iter().cloned().collect();
+                if served && active == 0 {
+                    problems.push(match label.tasks {
+                        0 => "it has no task".to_owned(),
+                        _ => "no task takes new connections".to_owned(),
+                    });
+                }
+                if refusing > 0 {
+                    problems.push(format!("{refusing} of {} tasks refuse or do not answer", label.tasks));
+                }
+                ports.extend(label.left.clone());
+                let stats = self.counters.services.get(index).copied().unwrap_or_default();
+                let counted = |number: &u32| self.counters.backends.get(number);
+                Service {
+                    name: label.name.clone(),
+                    active_tasks: active,
+                    tasks: label.tasks,
+                    ports,
+                    left_to_swarm: label.left.clone(),
+                    flows: stats.flows,
+                    unserved_flows: stats.refused,
+                    failovers: tasks
+                        .values()
+                        .flatten()
+                        .filter_map(counted)
+                        .map(|stats| stats.failovers)
+                        .sum(),
+                    healed_flows: stats.healed,
+                    problem: Some(problems.join("; ")).filter(|text| !text.is_empty()),
+                }
+            })
+            .collect();
+        services.sort_by(|a, b| a.name.cmp(&b.name));
+        services
+    }
+
+    /// The number of a service, by its name.
+    pub fn service(&self, name: &str) -> Option<u32> {
+        self.tables.services.iter().find(|(_, label)| label.name == name).map(|(index, _)| *index)
+    }
+
+    /// The tasks of the services that are chosen by their numbers; `web.2` before `web.10`.
+    pub fn tasks(&self, chosen: impl Fn(u32) -> bool, open: Option<&BTreeMap<u32, u64>>) -> Vec<Task> {
+        // By service, then so that web.2 comes before web.10.
+        let mut tasks: BTreeMap<(&str, usize, &str), Numbered<'_>> = BTreeMap::new();
+        for (number, entry) in &self.tables.backends {
+            if chosen(entry.backend.service) {
+                let service =
+                    self.tables.services.get(&entry.backend.service).map_or("", |label| &label.name);
+                let task = entry.label.task.as_str();
+                tasks.entry((service, task.len(), task)).or_default().push((*number, entry));
+            }
+        }
+        let nodes = self.node_names();
+        tasks
+            .into_iter()
+            .map(|((service, ..), backends)| self.task((service, &nodes), &backends, open))
+            .collect()
+    }
+
+    fn task(
+        &self,
+        (service, nodes): (&str, &BTreeMap<&str, String>),
+        backends: &[(u32, &BackendEntry)],
+        open: Option<&BTreeMap<u32, u64>>,
+    ) -> Task {
+        let label = &backends[0].1.label;
+        let counted = backends.iter().filter_map(|(number, _)| self.counters.backends.get(number));
+        let stats = counted.fold(BackendStats::default(), |total, stats| total.plus(*stats));
+        let addresses: BTreeSet<String> = backends
+            .iter()
+            .map(|(_, entry)| std::net::SocketAddr::new(entry.label.address, entry.label.target).to_string())
+            .collect();
+        let trouble =
+            backends.iter().filter_map(|(number, _)| self.troubles.get(number)).max_by_key(|t| t.last);
+        let problem = backends.iter().find_map(|(_, entry)| entry.label.problem.clone());
+        let drained = self.is_drained(&label.task, &label.node);
+        let state = if drained && label.state != TaskState::Starting {
+            DRAINED.to_owned()
+        } else {
+            label.state.to_string()
+        };
+        Task {
+            name: label.task.clone(),
+            service: service.to_owned(),
+            node: nodes.get(label.node.as_str()).unwrap_or(&label.node).clone(),
+            state,
+            via: backends
+                .iter()
+                .find_map(|(_, entry)| Kind::try_from(entry.backend.kind).ok())
+                .map_or("-", via),
+            addresses: addresses.into_iter().collect(),
+            active: backends.iter().all(|(_, entry)| entry.backend.state == State::Active as u8),
+            flows: stats.flows,
+            open_flows: open
+                .map(|open| backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>()),
+            failovers: stats.failovers,
+            request_packets: stats.request_packets,
+            request_bytes: stats.request_bytes,
+            reply_packets: stats.reply_packets,
+            reply_bytes: stats.reply_bytes,
+            problem: problem.or_else(|| trouble.map(refusal)),
+        }
+    }
+
+    /// The machines.
+    pub fn nodes(&self) -> Vec<Node> {
+        let mut tasks: BTreeMap<&str, BTreeSet<(u32, &str)>> = BTreeMap::new();
+        for entry in self.tables.backends.values() {
+            let of = tasks.entry(&entry.label.node).or_default();
+            of.insert((entry.backend.service, &entry.label.task));
+        }
+        let names = self.node_names();
+        let node = |label: &NodeLabel| {
+            let drained = self.drains.iter().any(|d| d.what == Drained::Node && d.name == label.name);
+            let drained =
+                drained.then(|| "drained by hand: no new connections go to its tasks from here".to_owned());
+            Node {
+                name: names.get(label.name.as_str()).cloned().unwrap_or_default(),
+                id: label.name.clone(),
+                addresses: label.addresses.clone(),
+                this: label.this,
+                agent: match (&label.problem, label.agent, label.this) {
+                    (.., true) => Agent::Yes,
+                    (_, false, _) => Agent::None,
+                    (Some(_), true, _) => Agent::Silent,
+                    (None, true, _) => Agent::Yes,
+                },
+                tasks: tasks.get(label.name.as_str()).map_or(0, BTreeSet::len),
+                problem: label.problem.clone().or(drained),
+            }
+        };
+        self.tables.nodes.values().map(node).collect()
+    }
+
+    /// A service's counters.
+    pub fn service_stats(&self, index: u32) -> ServiceStats {
+        self.counters.services.get(&index).copied().unwrap_or_default()
+    }
+
+    /// A service's settings, by their names.
+    pub fn settings(&self, index: u32) -> serde_json::Value {
+        let Some(label) = self.tables.services.get(&index) else {
+            return serde_json::Value::Null;
+        };
+        let timers: serde_json::Map<_, _> = TIMERS
+            .iter()
+            .map(|(name, phase)| ((*name).to_owned(), label.timers[*phase as usize].into()))
+            .collect();
+        let idle = match label.idle {
+            Idle::Forget => "forget",
+            Idle::Reset => "reset",
+        };
+        serde_json::json!({ "timers": timers, "idle": idle })
+    }
+}
+
+/// Backends with their numbers.
+type Numbered<'a> = Vec<(u32, &'a BackendEntry)>;
+
+/// What is said of a task that does not take connections.
+fn refusal(trouble: &Trouble) -> String {
+    let connections = if trouble.failovers == 1 { "connection was" } else { "connections were" };
+    format!(
+        "refuses or does not answer: {} {connections} given to another task since {}, the last at {}; does it listen?",
+        trouble.failovers,
+        moment(trouble.since),
+        moment(trouble.last)
+    )
+}

@@ -1,0 +1,218 @@
+//! The paths: the page at `/`, `/metrics`, `/-/healthy`, `/-/ready`, `/api/v1/…`.
+
+use axum::{
+    Json, Router,
+    extract::{Query, Request, State},
+    http::{
+        HeaderValue, StatusCode,
+        header::{self, HeaderName},
+    },
+    middleware::{self, Next},
+    response::{IntoResponse as _, Response},
+    routing::get,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{
+    Shared,
+    metrics::{self, Exposed},
+};
+use crate::{
+    events::KEPT,
+    health::Verdict,
+    report::{Drained, now},
+};
+
+/// Everything that is served. Where only this machine gets there (`local`), a browser that was led here by a name of
+/// somebody else's is refused.
+pub fn router(shared: Shared, local: bool) -> Router {
+    Router::new()
+        .route(
+            "/",
+            get(async || {
+                ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], include_str!("page/index.html"))
+            }),
+        )
+        .route(
+            "/app.js",
+            get(async || {
+                ([(header::CONTENT_TYPE, "text/javascript; charset=utf-8")], include_str!("page/app.js"))
+            }),
+        )
+        .route(
+            "/style.css",
+            get(async || {
+                ([(header::CONTENT_TYPE, "text/css; charset=utf-8")], include_str!("page/style.css"))
+            }),
+        )
+        .route("/metrics", get(scrape))
+        .route("/-/healthy", get(async || "healthy\n"))
+        .route("/-/ready", get(ready))
+        .route("/api/v1/overview", get(overview))
+        .route("/api/v1/events", get(events))
+        .with_state(shared)
+        .layer(middleware::from_fn(move |request: Request, next: Next| guard(local, request, next)))
+}
+
+/// Headers that keep what is served to itself, and names that a page elsewhere may have been given for this address.
+async fn guard(local: bool, request: Request, next: Next) -> Response {
+    if local && !is_own(request.headers().get(header::HOST)) {
+        return (StatusCode::MISDIRECTED_REQUEST, "ask for this by its address\n").into_response();
+    }
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    const HEADERS: [(HeaderName, &str); 4] = [
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
+             base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        ),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    for (name, value) in HEADERS {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Whether a request names this machine. Over a socket of the file system, and from old clients, it names nothing.
+fn is_own(host: Option<&HeaderValue>) -> bool {
+    let Some(host) = host else { return true };
+    let host = host.to_str().unwrap_or_default();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let name = name.trim_matches(['[', ']']);
+    name.is_empty() || name == "localhost" || name.parse::<std::net::IpAddr>().is_ok()
+}
+
+type Answer = Result<Response, Failure>;
+
+/// What went wrong, in words.
+struct Failure(anyhow::Error);
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl axum::response::IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (StatusCode::INTERNAL_SERVER_ERROR, format!("{:#}\n", self.0)).into_response()
+    }
+}
+
+/// Reads on a thread of its own: the controllers' work is not held up.
+async fn read(shared: Shared) -> Result<Vec<(String, anyhow::Result<Exposed>)>, Failure> {
+    Ok(tokio::task::spawn_blocking(move || shared.read()).await?)
+}
+
+async fn scrape(State(shared): State<Shared>) -> Answer {
+    let events = shared.events.as_ref().map(|events| events.counts()).unwrap_or_default();
+    let text = tokio::task::spawn_blocking(move || {
+        let exposed: anyhow::Result<Vec<Exposed>> = shared.read().into_iter().map(|(_, read)| read).collect();
+        anyhow::Ok(metrics::text(exposed?, events)?)
+    });
+    Ok(([(header::CONTENT_TYPE, metrics::MEDIA_TYPE)], text.await??).into_response())
+}
+
+/// Whether new connections should be sent here: every interface is served, and nobody has drained this node.
+async fn ready(State(shared): State<Shared>) -> Answer {
+    let mut reasons = Vec::new();
+    for (interface, read) in read(shared).await? {
+        match read {
+            Err(error) => reasons.push(format!("{interface}: {error:#}")),
+            Ok(exposed) if exposed.health.verdict == Verdict::Starting => {
+                reasons.push(format!("{interface}: attach is starting"));
+            }
+            Ok(exposed) => {
+                let inventory = &exposed.inventory;
+                let this = inventory.nodes().into_iter().find(|node| node.this).map(|node| node.id);
+                let drained = |drain: &crate::report::Drain| {
+                    drain.what == Drained::Node && Some(&drain.name) == this.as_ref()
+                };
+                if inventory.drains.iter().any(drained) {
+                    reasons.push(format!("{interface}: this node is drained by hand"));
+                }
+            }
+        }
+    }
+    Ok(match reasons.as_slice() {
+        [] => "ready\n".into_response(),
+        reasons => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
+    })
+}
+
+/// Everything that the page shows of this node.
+async fn overview(State(shared): State<Shared>) -> Answer {
+    let mut interfaces = Vec::new();
+    for (interface, read) in read(shared).await? {
+        interfaces.push(match read {
+            Ok(exposed) => document(&exposed)?,
+            Err(error) => json!({ "interface": interface, "error": format!("{error:#}") }),
+        });
+    }
+    Ok(Json(json!({ "schema": crate::cmd::SCHEMA, "now": now(), "interfaces": interfaces })).into_response())
+}
+
+fn document(exposed: &Exposed) -> Result<Value, Failure> {
+    let (inventory, around) = (&exposed.inventory, &exposed.around);
+    let outcomes = inventory.counters.outcomes.iter().filter(|count| count.packets > 0).map(|count| {
+        let outcome = count.outcome;
+        json!({
+            "name": outcome.name(), "packets": count.packets, "help": outcome.help(),
+            "forwarded": outcome.is_forwarded(), "dropped": outcome.is_dropped(),
+        })
+    });
+    let mode = lb_common::abi::Mode::try_from(around.config.mode);
+    Ok(json!({
+        "interface": inventory.interface,
+        "verdict": exposed.health.verdict,
+        "problems": exposed.health.problems,
+        "mode": mode.map_or("not attached", crate::controller::name),
+        "controller": around.controller,
+        "started": inventory.report.started,
+        "source": inventory.report.kind,
+        "since": inventory.report.since,
+        "services": inventory.services(),
+        "tasks": inventory.tasks(|_| true, exposed.open.as_ref()),
+        "nodes": inventory.nodes(),
+        "outcomes": outcomes.collect::<Vec<_>>(),
+        "fills": around.fills,
+        "drains": inventory.drains,
+        "flooded": inventory.report.flooded,
+    }))
+}
+
+#[derive(Deserialize)]
+struct Last {
+    last: Option<usize>,
+}
+
+async fn events(State(shared): State<Shared>, Query(asked): Query<Last>) -> Answer {
+    let last = asked.last.unwrap_or(KEPT);
+    let events = shared.events.as_ref().map(|events| events.last(last)).unwrap_or_default();
+    Ok(Json(json!({ "schema": crate::cmd::SCHEMA, "events": events })).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_machine_are_its_own() {
+        let own = |host: &str| is_own(Some(&HeaderValue::from_str(host).unwrap()));
+        for good in ["127.0.0.1:9464", "localhost:9464", "localhost", "[::1]:9464", "192.0.2.1"] {
+            assert!(own(good), "{good}");
+        }
+        for bad in ["evil.example:9464", "localhost.evil.example"] {
+            assert!(!own(bad), "{bad}");
+        }
+        assert!(is_own(None));
+    }
+}
