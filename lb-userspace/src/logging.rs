@@ -56,7 +56,8 @@ impl FromStr for Level {
         let mut targets = Targets::new()
             .with_target("aya", LevelFilter::WARN)
             .with_target("aya_obj", LevelFilter::WARN)
-            .with_target("netlink_proto", LevelFilter::WARN)
+            // It says so each time a connection to the kernel is no longer needed.
+            .with_target("netlink_proto", LevelFilter::ERROR)
             .with_target("hyper", LevelFilter::WARN)
             .with_target("lb_ebpf", LevelFilter::DEBUG);
         let mut all = LevelFilter::INFO;

@@ -112,7 +112,8 @@ fn shorten(text: String, short: bool) -> String {
 pub fn text(row: &Value, field: &str) -> String {
     match &row[field] {
         Value::Null => String::new(),
-        Value::String(text) => text.clone(),
+        // A name is one line, whatever is in it.
+        Value::String(text) => crate::text::clean(text).into_owned(),
         Value::Array(values) => {
             let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             values.iter().map(text).collect::<Vec<_>>().join(", ")

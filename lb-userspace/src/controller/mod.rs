@@ -478,9 +478,8 @@ impl Controller {
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
         let mut changes = plan.ops.len();
-        // At the start there is too much to tell.
-        let notice =
-            self.served.map(|_| Notice::look(&self.settings.interface, self.datapath.tables(), &plan.ops));
+        let look = if self.served.is_some() { Notice::look } else { Notice::first };
+        let notice = look(&self.settings.interface, self.datapath.tables(), &plan.ops);
         self.apply(plan.ops)?;
         if plan.again {
             plan = self.planner.plan(&view, self.datapath.tables(), &limits);
@@ -488,7 +487,7 @@ impl Controller {
             self.apply(plan.ops)?;
         }
         complaints.extend(plan.refused);
-        for event in notice.into_iter().flat_map(|notice| notice.tell(self.datapath.tables())) {
+        for event in notice.tell(self.datapath.tables()) {
             self.settings.events.record(event);
         }
         for index in self.datapath.task_links() {

@@ -43,6 +43,14 @@ fn shown(label: &BackendLabel, state: u8) -> Shown {
 }
 
 impl Notice {
+    /// Looks at what a first plan is about to make: there is too much to tell, but for what is wrong with services.
+    pub fn first(interface: &str, tables: &Tables, ops: &[MapOp]) -> Self {
+        let mut notice = Self::look(interface, tables, ops);
+        notice.said.retain(|event| matches!(event.kind, Kind::ServiceProblem | Kind::PortLeftToSwarm));
+        (notice.services, notice.before) = (BTreeMap::new(), BTreeMap::new());
+        notice
+    }
+
     /// Looks at what `ops` are about to change.
     pub fn look(interface: &str, tables: &Tables, ops: &[MapOp]) -> Self {
         let mut notice = Self {

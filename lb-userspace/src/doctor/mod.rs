@@ -156,9 +156,12 @@ fn attached(questions: &Questions, snapshot: &Snapshot, findings: &mut Findings)
         }
     };
     if names.is_empty() {
-        let up = snapshot.links.values().filter(|link| link.up && link.kind != "veth" && link.mac != [0; 6]);
-        let candidates: Vec<&str> = up
-            .filter(|link| !snapshot.addresses_of(link.index).is_empty() && link.kind != "bridge")
+        // Ports of bridges, and bridges, are where tasks are.
+        let candidates: Vec<&str> = snapshot
+            .links
+            .values()
+            .filter(|link| link.up && link.mac != [0; 6] && link.master.is_none() && link.kind != "bridge")
+            .filter(|link| !snapshot.addresses_of(link.index).is_empty())
             .map(|link| link.name.as_str())
             .collect();
         let name = candidates.first().copied().unwrap_or("IF");

@@ -180,7 +180,7 @@ function events(list) {
     const time = new Date(event.time);
     const warning = WARNINGS.has(event.kind);
     return element("li", { class: warning ? "problem" : null, title: event.kind },
-      element("time", { datetime: time.toISOString() }, time.toLocaleTimeString()),
+      element("time", { datetime: time.toISOString() }, time.toLocaleTimeString([], { hour12: false })),
       element("span", { role: "img", "aria-label": warning ? "warning" : "information" }, warning ? "!" : "·"),
       element("span", { class: "text" }, event.text));
   }));
@@ -231,7 +231,7 @@ async function look() {
     fills(one);
     events(happened.events);
     remember(one, at);
-    byId("updated").textContent = `updated ${new Date().toLocaleTimeString()}`;
+    byId("updated").textContent = `updated ${new Date().toLocaleTimeString([], { hour12: false })}`;
     document.body.dataset.looks = String(Number(document.body.dataset.looks || 0) + 1);
   } catch (error) {
     lost(String(error.message || error));

@@ -115,7 +115,6 @@ impl Listing {
             let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
             let name = service.spec.name.clone();
-            notes.extend(problems.iter().map(|problem| format!("service {name}: {problem}")));
             services.push(Arc::new(Service {
                 name,
                 addresses: Vec::new(),
@@ -398,8 +397,12 @@ mod tests {
         let picture = listing().picture(Tunnel::default());
         let seconds = picture.cluster.services[1].timers.seconds;
         assert_eq!((seconds[Phase::Established as usize], seconds[Phase::HalfOpen as usize]), (900, 30));
-        let said = "service web: label lb.timers.idle=9: there is no timer \"idle\"";
-        assert!(picture.notes.iter().any(|note| note.starts_with(said)), "{:?}", picture.notes);
+        let said = "label lb.timers.idle=9: there is no timer \"idle\"";
+        assert!(
+            picture.cluster.services[1].problem.starts_with(said),
+            "{}",
+            picture.cluster.services[1].problem
+        );
     }
 
     #[test]
@@ -408,13 +411,14 @@ mod tests {
             let mut listing = listing();
             listing.services[0].spec.labels.insert(IDLE_LABEL.into(), value.into());
             let picture = listing.picture(Tunnel::default());
-            let note = picture.notes.into_iter().find(|note| note.contains(IDLE_LABEL));
-            (picture.cluster.services[1].idle, note)
+            let service = &picture.cluster.services[1];
+            let said = service.problem.split("; ").find(|said| said.contains(IDLE_LABEL));
+            (service.idle, said.map(str::to_owned))
         };
         assert_eq!(listing().picture(Tunnel::default()).cluster.services[1].idle, Idle::Forget);
         assert_eq!(idle("forget"), (Idle::Forget, None));
         assert_eq!(idle("reset"), (Idle::Reset, None));
-        let said = "service web: label lb.idle=kill is neither forget nor reset".to_owned();
+        let said = "label lb.idle=kill is neither forget nor reset".to_owned();
         assert_eq!(idle("kill"), (Idle::Forget, Some(said)));
     }
 
@@ -428,7 +432,7 @@ mod tests {
             "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), \
              *:6081->80/tcp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
         );
-        assert_eq!(picture.notes.len(), 4, "{:?}", picture.notes);
+        assert_eq!(picture.notes.len(), 3, "{:?}", picture.notes);
         assert_eq!(web.returns, Some(Return::Direct));
         let quiet = &picture.cluster.services[0];
         assert_eq!((quiet.name.as_str(), quiet.ports.len(), quiet.left.as_str()), ("quiet", 0, ""));
