@@ -42,24 +42,19 @@ pub struct Door(Arc<Mutex<Inner>>);
 
 #[derive(Debug)]
 struct Inner {
-    /// From where the swarm's agents speak.
-    known: HashSet<IpAddr>,
+    /// From where the swarm's agents speak; `None` while that is not known, and everybody may be one.
+    known: Option<HashSet<IpAddr>>,
     /// Who has not shown who it is, by order of arrival; dropping the sender hangs up on it.
     waiting: BTreeMap<u64, (IpAddr, oneshot::Sender<()>)>,
-    paces: HashMap<IpAddr, Pace>,
+    /// By source, and whether it was known.
+    paces: HashMap<(IpAddr, bool), Pace>,
     strangers: Pace,
     next: u64,
 }
 
 impl Default for Inner {
     fn default() -> Self {
-        Self {
-            known: HashSet::new(),
-            waiting: BTreeMap::new(),
-            paces: HashMap::new(),
-            strangers: STRANGERS,
-            next: 0,
-        }
+        Self { known: None, waiting: BTreeMap::new(), paces: HashMap::new(), strangers: STRANGERS, next: 0 }
     }
 }
 
@@ -68,7 +63,7 @@ impl Inner {
     /// host of IPv6 has addresses of.
     fn source(&self, from: IpAddr) -> (IpAddr, bool) {
         match from.to_canonical() {
-            from if self.known.contains(&from) => (from, true),
+            from if self.known.as_ref().is_none_or(|known| known.contains(&from)) => (from, true),
             IpAddr::V6(v6) => {
                 let [a, b, c, d, ..] = v6.segments();
                 (Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into(), false)
@@ -92,8 +87,9 @@ impl Door {
     }
 
     /// From where the swarm's agents speak, as far as that is known.
-    pub fn know(&self, addresses: impl IntoIterator<Item = IpAddr>) {
-        self.inner().known = addresses.into_iter().map(|address| address.to_canonical()).collect();
+    pub fn know(&self, addresses: Option<impl Iterator<Item = IpAddr>>) {
+        self.inner().known =
+            addresses.map(|addresses| addresses.map(|address| address.to_canonical()).collect());
     }
 
     /// A place for somebody who has connected; whoever has waited longest may lose his for it.
@@ -107,7 +103,8 @@ impl Door {
         if same.len() >= OF_A_SOURCE {
             inner.waiting.remove(&same[0]);
         } else if !known {
-            let strange = inner.waiting.iter().filter(|(_, (source, _))| !inner.known.contains(source));
+            let known = |source: &IpAddr| inner.known.as_ref().is_some_and(|known| known.contains(source));
+            let strange = inner.waiting.iter().filter(|(_, (source, _))| !known(source));
             let strange: Vec<u64> = strange.map(|(number, _)| *number).collect();
             if strange.len() >= OF_STRANGERS {
                 inner.waiting.remove(&strange[0]);
@@ -133,7 +130,7 @@ impl Door {
                 return Err(Closed::Pace);
             }
         }
-        let pace = inner.paces.entry(from).or_insert(if known { KNOWN } else { UNKNOWN });
+        let pace = inner.paces.entry((from, known)).or_insert(if known { KNOWN } else { UNKNOWN });
         let own = pace.take(now);
         if own && (known || inner.strangers.take(now)) { Ok(()) } else { Err(Closed::Pace) }
     }
@@ -167,7 +164,7 @@ mod tests {
     #[test]
     fn strangers_take_places_from_strangers_alone_and_the_longest_wait_ends() {
         let door = Door::default();
-        door.know([ip("192.0.2.2")]);
+        door.know(Some([ip("192.0.2.2")].into_iter()));
         let mut agent = door.enter(ip("192.0.2.2"));
         let mut early = door.enter(ip("198.51.100.1"));
         // One source never has more than its share.
@@ -187,7 +184,7 @@ mod tests {
     #[test]
     fn a_network_of_ipv6_is_one_source() {
         let door = Door::default();
-        door.know([ip("2001:db8:1:2::1")]);
+        door.know(Some([ip("2001:db8:1:2::1")].into_iter()));
         let source = |from: &str| door.inner().source(ip(from));
         assert_eq!(source("2001:db8:1:2:3:4:5:6"), (ip("2001:db8:1:2::"), false));
         assert_eq!(source("2001:db8:1:2::1"), (ip("2001:db8:1:2::1"), true));
@@ -197,13 +194,17 @@ mod tests {
     #[test]
     fn handshakes_of_strangers_are_few_and_cost_the_swarm_none() {
         let door = Door::default();
-        door.know([ip("192.0.2.2")]);
+        door.know(Some([ip("192.0.2.2")].into_iter()));
         let now = Instant::now();
         let begun = |from: IpAddr| (0..1000).filter(|_| door.begin(from, now).is_ok()).count();
         assert_eq!(begun(ip("203.0.113.9")), 10);
         let all: usize = (0..255).map(|last| begun(IpAddr::from([10, 0, last, 1]))).sum();
         assert_eq!(all, 90);
         assert_eq!(begun(ip("192.0.2.2")), 40);
+        // Before anybody is known each source has its share, and all of a swarm come at once.
+        let early = Door::default();
+        let all = (0..255).filter(|last| early.begin(IpAddr::from([10, 0, *last, 1]), now).is_ok()).count();
+        assert_eq!(all, 255);
         // In ten seconds: of strangers 50 a second, however many they are.
         let mut later = 0;
         for tenth in 1..=100 {

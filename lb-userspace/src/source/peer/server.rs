@@ -160,7 +160,7 @@ async fn receive(listener: TcpListener, mut hall: Hall) {
             Some(_) = talks.join_next() => continue,
             Ok(()) = hall.telling.changed() => {
                 let told = hall.telling.borrow_and_update().clone();
-                hall.door.know(told.iter().flat_map(|told| told.addresses()));
+                hall.door.know(told.as_ref().map(|told| told.addresses()));
                 continue;
             }
             () = hall.words.closed() => return,
