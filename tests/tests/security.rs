@@ -11,8 +11,8 @@ use std::{
 use lb_tests::{
     agent::{Agent, json, program, text, verb},
     cluster::Cluster,
-    netns::{Netns, run, within},
-    swarm::{Node, PATIENCE, Swarm},
+    netns::{Netns, Running, run, within},
+    swarm::{Node, PATIENCE, Swarm, packaging},
 };
 use lb_userspace::source::peer::tls::{Keeper, manager_name};
 use nix::sys::signal::Signal;
@@ -293,4 +293,83 @@ fn what_tests_ask_for_needs_a_test() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{errors}");
     assert!(errors.contains("LB_TEST=1 is set") && errors.contains("by a fail point"), "{errors}");
+}
+
+/// The unit under a real systemd, in namespaces of its own: what it forbids the agent can do without.
+#[test]
+fn the_unit_confines_the_agent_and_it_serves() {
+    let unit = std::fs::read_to_string(packaging("lb-userspace.service")).expect("the unit");
+    let exposure = Command::new("systemd-analyze")
+        .args(["security", "--offline=true", "--threshold=20", "--no-pager"])
+        .arg(packaging("lb-userspace.service"))
+        .output()
+        .expect("start systemd-analyze");
+    assert!(exposure.status.success(), "{}", String::from_utf8_lossy(&exposure.stdout));
+    let cluster = Cluster::new(1);
+    let path = cluster.write_all_running();
+    let (netns, folder) = (&cluster.nodes[0].netns, cluster.folder());
+    // As it is, but for where things are; what it starts is under /run, which it does not hide.
+    let keeps = |line: &&str| !line.starts_with("ExecStart=") && !line.starts_with("EnvironmentFile=");
+    let unit: Vec<&str> = unit.lines().filter(keeps).collect();
+    let here = format!(
+        "[Unit]\nDefaultDependencies=no\n[Service]\n\
+         ExecStart=/run/lb/lb-userspace attach --iface eth1 --cluster /run/lb/cluster.toml --on-exit keep\n\
+         StandardOutput=append:{0}/agent.log\nStandardError=append:{0}/agent.log\n",
+        folder.display()
+    );
+    // What may not be done under it.
+    let forbidden =
+        "for path in /sys/fs/bpf/other /etc/other /proc/sys/net/core/somaxconn; do echo 1 >$path; done; true";
+    let confined =
+        unit.join("\n").replace("Restart=always", "Restart=no").replace("Type=notify", "Type=oneshot");
+    let units = folder.join("units");
+    std::fs::create_dir(&units).expect("make a folder");
+    let write = |name: &str, text: String| std::fs::write(units.join(name), text).expect("write a unit");
+    write("lb-userspace.service", format!("{}\n{here}", unit.join("\n")));
+    write(
+        "forbidden.service",
+        format!(
+            "{confined}\n[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/sh -c '{forbidden}'\n\
+             StandardError=append:{}/forbidden.log\n",
+            folder.display()
+        ),
+    );
+    write(
+        "test.target",
+        "[Unit]\nDefaultDependencies=no\nWants=lb-userspace.service forbidden.service\n".into(),
+    );
+    let boot = "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir /run/lb && cp \"$AGENT\" /run/lb/lb-userspace \
+                && cp \"$CLUSTER\" /run/lb/cluster.toml && mount -t bpf bpf /sys/fs/bpf \
+                && exec /lib/systemd/systemd --system --unit=test.target --show-status=no";
+    let mut command = netns.command("unshare");
+    command.args([
+        "--mount",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--cgroup",
+        "--uts",
+        "--ipc",
+        "--kill-child",
+    ]);
+    command.args(["sh", "-c", boot]).env("AGENT", program()).env("CLUSTER", path).env("container", "test");
+    command.env("SYSTEMD_UNIT_PATH", &units).env("SYSTEMD_LOG_TARGET", "console");
+    let log = std::fs::File::create(folder.join("systemd.log")).expect("create the log");
+    command.stdout(log.try_clone().expect("share the log")).stderr(log);
+    let _systemd = Running::start(&mut command);
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+    let end = Instant::now() + PATIENCE * 2;
+    while !(read("agent.log").contains("serving ") && read("forbidden.log").lines().count() >= 3) {
+        assert!(
+            Instant::now() < end,
+            "{}{}{}",
+            read("systemd.log"),
+            read("agent.log"),
+            read("forbidden.log")
+        );
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!read("agent.log").contains("WARN"), "{}", read("agent.log"));
+    let refused = read("forbidden.log").lines().filter(|line| line.contains("Read-only file system")).count();
+    assert_eq!(refused, 3, "{}", read("forbidden.log"));
 }
