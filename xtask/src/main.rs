@@ -6,9 +6,11 @@ mod bench;
 mod check;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod image;
 mod kernel;
 mod run;
+mod sbom;
 mod test;
 mod toolchain;
 
@@ -52,6 +54,16 @@ enum Verb {
         #[arg(long, requires = "kernel", conflicts_with = "filter")]
         short: bool,
     },
+    /// Feed files, labels, Docker's answers and agents' messages that nobody would write, found by where they lead
+    Fuzz {
+        /// Only these targets: `cluster_file`, `labels`, `engine_api`, `agents`
+        targets: Vec<String>,
+        /// For so many seconds each
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
+    /// What the agent is made of, as CycloneDX: target/lb-userspace.cdx.json
+    Sbom,
     /// What things cost, beside what a user would pick instead, as root; `bench -- --help` has its own arguments
     Bench {
         /// How long changes of a real swarm take to reach every node's datapath, instead
@@ -70,6 +82,9 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    if fuzz::compiles() {
+        return ExitCode::SUCCESS;
+    }
     match run(Cli::parse().verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -89,6 +104,8 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Check => check::run(),
         Verb::Test { filter, kernel: None, .. } => test::run(filter.as_deref()),
         Verb::Test { filter, kernel: Some(wanted), short } => test::run_on(&wanted, filter.as_deref(), short),
+        Verb::Fuzz { targets, seconds } => fuzz::run(&targets, seconds),
+        Verb::Sbom => sbom::run(),
         Verb::Bench { swarm: true, .. } => bench::run_swarm(),
         Verb::Bench { swarm: false, arguments } => bench::run(&arguments),
         Verb::Demo { keep } => demo::run(keep),

@@ -316,12 +316,7 @@ impl Engine {
     /// # Errors
     /// As [`Self::get`].
     pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, EngineError> {
-        let raw: Option<Vec<Box<RawValue>>> = self.get(path).await?;
-        let items = raw.unwrap_or_default().into_iter().filter_map(|item| {
-            let decoded = serde_json::from_str(item.get());
-            decoded.inspect_err(|error| log::warn!("an entry of {path} is left out: {error}")).ok()
-        });
-        Ok(items.collect())
+        Ok(entries(path, self.get(path).await?))
     }
 
     /// Follows events; each that is heard, whatever it says, is news.
@@ -334,6 +329,15 @@ impl Engine {
         let response = self.doubt(send.await.map_err(|_| EngineError::Late { path: path.clone() })?)?;
         Ok(Events { body: response.into_body() })
     }
+}
+
+/// What is understood of a list.
+pub(super) fn entries<T: DeserializeOwned>(path: &str, raw: Option<Vec<Box<RawValue>>>) -> Vec<T> {
+    let items = raw.unwrap_or_default().into_iter().filter_map(|item| {
+        let decoded = serde_json::from_str(item.get());
+        decoded.inspect_err(|error| log::warn!("an entry of {path} is left out: {error}")).ok()
+    });
+    items.collect()
 }
 
 /// A stream of events.

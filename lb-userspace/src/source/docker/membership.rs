@@ -65,7 +65,7 @@ impl Member {
     }
 }
 
-fn of(info: Info) -> Membership {
+pub(super) fn of(info: Info) -> Membership {
     let swarm = info.swarm;
     match swarm.local_node_state.as_str() {
         "active" if !swarm.node_id.is_empty() => {

@@ -11,6 +11,8 @@
 
 mod agents;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod listing;
 mod local;
 mod manager;

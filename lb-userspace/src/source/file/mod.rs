@@ -15,6 +15,8 @@
 //! addresses = ["172.18.0.3"]
 //! ```
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod parse;
 mod pieces;
 mod safe;

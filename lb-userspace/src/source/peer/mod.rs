@@ -13,6 +13,8 @@
 
 pub mod client;
 mod door;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod lines;
 mod pace;
 mod prove;
