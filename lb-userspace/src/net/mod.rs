@@ -35,8 +35,8 @@ use netlink_packet_route::{
 pub use probe::{Asked, Prober, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
-pub use sandbox::Sandbox;
 use sandbox::Sandboxes;
+pub use sandbox::{Sandbox, newest};
 use tokio::sync::mpsc;
 pub use ways::{Found, Ways};
 

@@ -33,6 +33,13 @@ pub struct Sandbox {
     pub others: Vec<IpAddr>,
 }
 
+/// The namespace that something holds for. Somebody may keep a namespace whose container has ended (a capture of its
+/// packets, a monitor), and Docker gives its addresses to the next container: the newer veth is that one's, for the
+/// kernel counts interfaces upwards.
+pub fn newest(sandboxes: &[Sandbox], holds: impl Fn(&Sandbox) -> bool) -> Option<&Sandbox> {
+    sandboxes.iter().filter(|sandbox| holds(sandbox)).max_by_key(|sandbox| sandbox.port)
+}
+
 /// An address may come a moment after its interface: until so long after the veth was first seen it is read each time.
 const SETTLED: Duration = Duration::from_secs(5);
 /// And after this time again, in case another came later.

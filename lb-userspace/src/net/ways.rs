@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::backend::VIA_TC;
 
-use super::{Link, Net, Route, Snapshot, netdev};
+use super::{Link, Net, Route, Snapshot, netdev, newest};
 use crate::plan::{Reach, Way};
 
 /// What is remembered from one search to the next.
@@ -77,7 +77,7 @@ impl Ways {
             ));
         }
         let leads_there = |port: &Link| port.index == device.index || port.master == Some(device.index);
-        let inside = snapshot.sandboxes.iter().find(|sandbox| {
+        let inside = newest(&snapshot.sandboxes, |sandbox| {
             sandbox.addresses.contains(&address) && snapshot.links.get(&sandbox.port).is_some_and(leads_there)
         });
         let mac = match inside {

@@ -14,7 +14,7 @@ use super::{
     model,
 };
 use crate::{
-    net::{Net, Snapshot},
+    net::{Net, Snapshot, newest},
     source::facts::{NodeFacts, TaskFacts, task_name},
 };
 
@@ -125,7 +125,10 @@ impl Local {
             tasks.insert(name, TaskFacts { addresses, ailing });
         }
         (facts.tasks, facts.complete) = (tasks, true);
-        (self.told, self.listed) = (None, true);
+        if self.told.take().is_some() {
+            log::info!("Docker answers again: this node's own tasks are listed");
+        }
+        self.listed = true;
         Ok(found)
     }
 
@@ -174,12 +177,13 @@ impl Local {
 /// Where a container is reached on this node, found by its address on the cluster's network: both are in one namespace.
 fn behind(snapshot: &Snapshot, overlay: IpAddr) -> Vec<IpAddr> {
     let bridge = snapshot.link(GATEWAY_BRIDGE).map(|link| link.index);
-    let ports = snapshot.sandboxes.iter().filter(|sandbox| sandbox.others.contains(&overlay));
     let on_bridge = |port: u32| {
         let master = snapshot.links.get(&port).and_then(|link| link.master);
         master.is_some() && master == bridge
     };
-    ports.filter(|sandbox| on_bridge(sandbox.port)).flat_map(|sandbox| &sandbox.addresses).copied().collect()
+    let inside =
+        newest(&snapshot.sandboxes, |sandbox| sandbox.others.contains(&overlay) && on_bridge(sandbox.port));
+    inside.map(|sandbox| sandbox.addresses.clone()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -225,6 +229,11 @@ mod tests {
             ..Snapshot::default()
         };
         assert_eq!(behind(&snapshot, ip("10.0.0.7")), [ip("172.18.0.3")]);
+        // Somebody holds the namespace of an earlier container, whose address another has by now.
+        let mut held = snapshot.clone();
+        held.links.insert(9, link(9, "veth3", "veth", Some(5)).1);
+        held.sandboxes.insert(0, sandbox(9, "172.18.0.4"));
+        assert_eq!(behind(&held, ip("10.0.0.7")), [ip("172.18.0.4")]);
         assert_eq!(behind(&snapshot, ip("10.0.0.8")), Vec::<IpAddr>::new());
     }
 }

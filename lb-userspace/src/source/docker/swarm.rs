@@ -50,6 +50,10 @@ pub(super) struct Swarm {
     lists_problem: Option<String>,
     /// What other nodes' agents said.
     pub(super) agents: Agents,
+    /// Whether connections are served by what was known before this node managed, which the agents' word must complete.
+    takes_over: bool,
+    /// The nodes whose agents are waited for, once that was said.
+    waiting: BTreeSet<String>,
     /// What managers' agents said, by identifier.
     managers: BTreeMap<String, Manager>,
     /// The one whose word counts.
@@ -105,6 +109,8 @@ impl Swarm {
             picture: None,
             lists_problem: None,
             agents: Agents::default(),
+            takes_over: false,
+            waiting: BTreeSet::new(),
             managers: BTreeMap::new(),
             chosen: None,
             base: None,
@@ -143,7 +149,10 @@ impl Swarm {
         }
         let since = match &self.membership {
             Some((_, since)) if manager == managed => *since,
-            _ => Instant::now(),
+            _ => {
+                self.takes_over = self.settings.adopts || self.sent.state.is_some();
+                Instant::now()
+            }
         };
         self.membership = Some((membership.clone(), since));
     }
@@ -240,10 +249,21 @@ impl Swarm {
         };
         let own = Heard { facts: Arc::new(self.own.borrow().clone()?), now: true };
         let mut state = if manager {
-            let picture = self.picture.as_ref()?;
-            if self.waits_for_facts(picture) {
+            let awaited = self.awaited();
+            if !awaited.is_empty() {
+                if awaited != self.waiting {
+                    let names: Vec<&str> = awaited.iter().map(String::as_str).collect();
+                    log::info!(
+                        "changes wait until the agents of {} have told of their tasks, {} s at most: the running \
+                         datapath serves as before",
+                        names.join(", "),
+                        FACTS.as_secs()
+                    );
+                    self.waiting = awaited;
+                }
                 return None;
             }
+            let picture = self.picture.as_ref()?;
             let mut state = picture.cluster.clone();
             state.this = Some(node.clone()).filter(|node| picture.members.contains(node));
             let claimed = self.agents.place(&mut state.nodes, &picture.down, (&node, &own.facts.addresses));
@@ -275,14 +295,20 @@ impl Swarm {
         Some(state)
     }
 
-    /// Whether other nodes' agents may yet come with what they know, and flows would be cut off without it: they find a new
-    /// manager's agent within seconds.
-    fn waits_for_facts(&self, picture: &Picture) -> bool {
-        let runs = self.settings.adopts || self.sent.state.is_some();
+    /// The nodes whose agents may yet come with what they know, while connections would be cut without it: those that a
+    /// datapath serves which ran before this agent, or that were served before this node managed. They find a manager's
+    /// agent within seconds.
+    fn awaited(&self) -> BTreeSet<String> {
         let fresh = self.membership.as_ref().is_some_and(|(_, since)| since.elapsed() < FACTS);
+        let Some(picture) = self.picture.as_ref().filter(|_| self.takes_over && fresh) else {
+            return BTreeSet::new();
+        };
         let own = self.member().map(|member| member.node.as_str());
-        runs && fresh
-            && picture.members.iter().any(|id| Some(id.as_str()) != own && !self.agents.is_settled(id))
+        let unheard = picture.cluster.nodes.iter().filter(|node| {
+            let id = node.name.as_str();
+            Some(id) != own && !picture.down.contains(id) && !self.agents.is_settled(id)
+        });
+        unheard.map(|node| node.shown().to_owned()).collect()
     }
 
     /// What the chosen manager's agent says; another is chosen only when that one is not heard. Nobody heard, what was last
@@ -328,6 +354,9 @@ impl Swarm {
         }
         let problem = self.problem();
         let doubts = problem != self.sent.problem;
+        if problem.is_none() && self.sent.problem.is_some() && state.is_some() {
+            log::info!("the cluster's state is known again, and followed");
+        }
         self.sent.problem.clone_from(&problem);
         let Some(mut state) = state else {
             if let Some(reason) = problem.filter(|_| doubts) {
