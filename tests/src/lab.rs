@@ -20,6 +20,7 @@ use lb_userspace::{
 };
 
 use crate::{
+    frames::assert_frame,
     netns::Netns,
     packet::{NODE_MAC, Packet},
 };
@@ -450,14 +451,15 @@ impl Lab {
     /// Asserts that XDP passes a frame untouched, and counts it once, so.
     pub fn passes(&self, what: &str, frame: &[u8], outcome: Outcome) {
         let (verdict, counted) = self.counting(|lab| lab.xdp(frame));
-        assert_eq!(verdict, Verdict { action: PASS, frame: frame.to_vec(), note: None }, "{what}");
+        assert_frame(what, &verdict.frame, frame);
+        assert_eq!((verdict.action, verdict.note), (PASS, None), "{what}");
         assert_eq!(counted, BTreeMap::from([(outcome, 1)]), "{what}");
     }
 
     /// Asserts that XDP sends a packet on as another, and counts it once, so.
     pub fn becomes(&self, what: &str, packet: &Packet, expected: &Packet, outcome: Outcome) {
         let (verdict, counted) = self.counting(|lab| lab.xdp(&packet.bytes()));
-        assert_eq!(verdict.frame, expected.bytes(), "{what}: {packet:?}");
+        assert_frame(&format!("{what}: {packet:?}"), &verdict.frame, &expected.bytes());
         crate::packet::assert_checksums(&verdict.frame);
         assert_eq!((verdict.action, verdict.note), (TX, None), "{what}");
         assert_eq!(counted, BTreeMap::from([(outcome, 1)]), "{what}");
@@ -466,7 +468,8 @@ impl Lab {
     /// The task that XDP leaves a note for, with the packet as it came.
     pub fn delivered_to(&self, packet: &Packet) -> String {
         let (verdict, counted) = self.counting(|lab| lab.xdp(&packet.bytes()));
-        assert_eq!((verdict.action, &verdict.frame), (PASS, &packet.bytes()));
+        assert_frame("on its way to a task here", &verdict.frame, &packet.bytes());
+        assert_eq!(verdict.action, PASS);
         assert_eq!(counted, BTreeMap::from([(Outcome::Local, 1)]));
         self.task_of(verdict.note.expect("a note"))
     }

@@ -8,6 +8,7 @@ pub mod bench;
 pub mod browser;
 pub mod cluster;
 pub mod flood;
+pub mod frames;
 pub mod kernel;
 pub mod lab;
 pub mod large;
