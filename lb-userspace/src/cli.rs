@@ -51,8 +51,11 @@ pub enum Command {
     #[command(after_help = "Example:\n  sudo lb-userspace detach --iface eth1")]
     Detach {
         /// The interface
-        #[arg(long, value_name = "IF", required = true)]
+        #[arg(long, value_name = "IF", required_unless_present = "all")]
         iface: Vec<String>,
+        /// Every interface that has one
+        #[arg(long, conflicts_with = "iface")]
+        all: bool,
     },
     /// Show whether all is well: what is attached, who controls it, what is wrong
     ///
@@ -116,6 +119,14 @@ pub enum Command {
         #[arg(short, long)]
         watch: bool,
     },
+    /// Write files that are made from the code
+    #[command(hide = true)]
+    Generate {
+        /// Which files
+        artifact: Artifact,
+        /// Where to
+        folder: PathBuf,
+    },
     /// Print the metrics, or serve them where no controller runs
     ///
     /// A controller serves the same, with a page to look at, as `attach --listen` says.
@@ -140,6 +151,17 @@ pub enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// What can be made from the code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Artifact {
+    /// Manual pages
+    Man,
+    /// Completions for shells
+    Completions,
+    /// The reference pages of the book
+    Reference,
 }
 
 const STATS_EXAMPLES: &str = "\
@@ -191,14 +213,21 @@ Where the cluster's state comes from, unless --source says:
   this node manages a swarm    its Docker's lists
   this node works in one       the agents of the managers, over TLS with the swarm's own certificates
 Docker is found as its own client finds it: DOCKER_HOST, else the local socket. A node that is promoted, demoted
-or not there yet is followed without a restart. The agents talk on the tunnel's port, UDP and TCP.";
+or not there yet is followed without a restart. The agents talk on the tunnel's port, UDP and TCP.
+
+An option that is not given is taken from the environment, else from the file of --config, by the same name:
+--peer-timeout 2s is LB_PEER_TIMEOUT=2s there, and peer-timeout = \"2s\" in the file.";
 
 /// Options of `attach`.
 #[derive(Clone, Debug, Args)]
 pub struct Attach {
     /// Interface that clients and other nodes reach; may be given more than once
-    #[arg(long, value_name = "IF", required = true)]
+    #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub iface: Vec<String>,
+    /// File with the options that neither the command line nor the environment gives
+    /// [default: /etc/lb-userspace/agent.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Where the cluster's state comes from
     #[arg(long, value_enum, default_value_t = SourceKind::Auto)]
     pub source: SourceKind,

@@ -1,18 +1,17 @@
 //! The agent: parses the command line, runs the verb, says in one line what went wrong.
 
-use std::process::ExitCode;
+use std::{os::unix::process::CommandExt as _, process::ExitCode};
 
 use anyhow::Result;
-use clap::{CommandFactory as _, Parser as _};
 use lb_userspace::{
-    cli::{Cli, Command},
-    cmd,
-    datapath::DatapathError,
-    logging, text,
+    cli::Command,
+    cmd::{self, attach::End},
+    datapath::{DatapathError, attached_interfaces},
+    logging, settings, supervisor, text,
 };
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = settings::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
     if !matches!(cli.command, Command::Attach(_)) {
         end_with_the_reader();
     }
@@ -38,8 +37,17 @@ fn end_with_the_reader() {
 async fn run(command: Command) -> Result<ExitCode> {
     let done = ExitCode::SUCCESS;
     match command {
-        Command::Attach(arguments) => cmd::attach::run(arguments).await.map(|()| done),
-        Command::Detach { iface } => cmd::detach::run(&iface).await.map(|()| done),
+        Command::Attach(arguments) => {
+            for name in settings::misspelt(std::env::vars_os().map(|(name, _)| name)) {
+                log::warn!("{name} is set and is no option; `lb-userspace attach --help` names them all");
+            }
+            match cmd::attach::run(arguments).await? {
+                End::Stop => Ok(done),
+                End::Reload => Err(start_anew().into()),
+            }
+        }
+        Command::Detach { all: true, .. } => cmd::detach::run(&attached_interfaces()?).await.map(|()| done),
+        Command::Detach { iface, .. } => cmd::detach::run(&iface).await.map(|()| done),
         Command::Status { read, verbose } => cmd::status::run(&read, verbose)
             .map(|healthy| if healthy { done } else { ExitCode::from(DEGRADED) }),
         Command::Doctor(arguments) => cmd::doctor::run(&arguments).await.map(ExitCode::from),
@@ -52,8 +60,9 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Top { iface } => cmd::top::run(iface.as_deref()).map(|()| done),
         Command::SupportBundle { to } => cmd::support::run(to.as_deref()).await.map(|()| done),
         Command::Stats { read, watch } => cmd::stats::run(&read, watch).await.map(|()| done),
+        Command::Generate { artifact, folder } => cmd::generate::run(artifact, &folder).map(|()| done),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "lb-userspace", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut settings::command(), "lb-userspace", &mut std::io::stdout());
             Ok(done)
         }
     }
@@ -61,6 +70,16 @@ async fn run(command: Command) -> Result<ExitCode> {
 
 /// It serves, but not as it should.
 const DEGRADED: u8 = 5;
+
+/// Puts the program as it is installed by now in this one's place, with the same command line: systemd, and whoever else
+/// started this process, sees no other one. Returns only if that fails.
+fn start_anew() -> std::io::Error {
+    supervisor::reloading();
+    match settings::program() {
+        Ok(program) => std::process::Command::new(program).args(std::env::args_os().skip(1)).exec(),
+        Err(error) => error,
+    }
+}
 
 /// Exit codes, as `--help` lists them.
 fn code(error: &anyhow::Error) -> u8 {

@@ -287,6 +287,13 @@ impl Node {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// The engine's major version.
+    pub fn docker_version(&self) -> u32 {
+        let version = self.docker(&["version", "--format", "{{.Server.Version}}"]);
+        let major = version.split('.').next().and_then(|major| major.parse().ok());
+        major.unwrap_or_else(|| panic!("the engine's version: {version}"))
+    }
+
     /// `docker swarm init`.
     pub fn init(&self) {
         self.docker(&["swarm", "init", "--advertise-addr", &self.address().to_string()]);
@@ -430,23 +437,26 @@ pub fn packaging(name: &str) -> PathBuf {
 }
 
 impl Swarm {
-    /// The agent as an image on every node, by the project's own recipe. What that starts from cannot be had without a
-    /// registry: in its place stands an image with nothing but the libraries.
+    /// The agent as an image on every node, by the project's own recipe. The agent that is tested is not linked statically
+    /// as the one that is given away: its image starts from one with its libraries.
     pub fn build_agent_image(&self) {
         let context = self.folder().join("agent-image");
         let base = context.join("base");
-        fs::create_dir_all(base.join("usr/local/sbin")).expect("make the image");
-        copy_program(&base, &crate::agent::program(), "usr/local/sbin/lb-userspace");
-        fs::remove_file(base.join("usr/local/sbin/lb-userspace")).expect("take the agent out again");
+        fs::create_dir_all(base.join("usr/sbin")).expect("make the image");
+        copy_program(&base, &crate::agent::program(), "usr/sbin/lb-userspace");
+        fs::remove_file(base.join("usr/sbin/lb-userspace")).expect("take the agent out again");
         let base = pack(&base);
         let send = context.join("context");
         fs::create_dir_all(&send).expect("make a folder");
         fs::copy(crate::agent::program(), send.join("lb-userspace")).expect("copy the agent");
-        let (recipe, send) = (packaging("Dockerfile"), send.display().to_string());
+        let recipe = fs::read_to_string(packaging("Dockerfile")).expect("the recipe");
+        assert!(recipe.contains("FROM scratch\n"), "{recipe}");
+        let recipe = recipe.replace("FROM scratch\n", "FROM lb-libraries\n");
+        fs::write(send.join("Dockerfile"), recipe).expect("write the recipe");
+        let send = send.display().to_string();
         for node in &self.nodes {
-            node.import(&base, "debian:12-slim", &[]);
-            let build =
-                ["build", "-q", "-t", "lb-userspace:latest", "-f", recipe.to_str().expect("text"), &send];
+            node.import(&base, "lb-libraries:latest", &[]);
+            let build = ["build", "-q", "-t", "lb-userspace:latest", &send];
             let mut command = node.docker_command(&build);
             // The builder that asks no registry about what is here.
             run(command.env("DOCKER_BUILDKIT", "0"));

@@ -578,10 +578,13 @@ fn the_unit_is_in_order_and_its_powers_suffice() {
     let swarm = Swarm::new(2);
     // Where the unit's program is on this machine.
     let copy = swarm.folder().join("lb-userspace.service");
-    let here = unit.replace("/usr/local/sbin/lb-userspace", agent::program().to_str().expect("text"));
+    let here = unit.replace("/usr/sbin/lb-userspace", agent::program().to_str().expect("text"));
     std::fs::write(&copy, here).expect("write the unit");
-    let verified =
-        Command::new("systemd-analyze").arg("verify").arg(&copy).output().expect("start systemd-analyze");
+    let verified = Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .arg(&copy)
+        .output()
+        .expect("start systemd-analyze");
     let said = [verified.stdout, verified.stderr].concat();
     assert_eq!(String::from_utf8_lossy(&said), "");
     // A manager and a worker, adopted by themselves, with these powers alone.
@@ -648,12 +651,15 @@ fn the_agent_runs_as_a_global_service() {
         let here = stack
             .replace("/var/run/docker.sock:", &format!("{}:", socket.trim_start_matches("unix://")))
             .replace("/var/lib/docker/", &format!("{}/", root.display()))
-            // This Docker is older than 23.
-            .replace("[BPF, NET_ADMIN, NET_RAW, PERFMON]", "[NET_ADMIN, NET_RAW, SYS_ADMIN]")
             .replace(
                 "mode: global",
                 &format!("mode: global\n      placement: {{constraints: [node.hostname == {}]}}", node.name),
             );
+        // Docker before 23 knows neither BPF nor PERFMON.
+        let here = match node.docker_version() {
+            ..23 => here.replace("[BPF, NET_ADMIN, NET_RAW, PERFMON]", "[NET_ADMIN, NET_RAW, SYS_ADMIN]"),
+            _ => here,
+        };
         let file = swarm.folder().join(format!("stack{number}.yml"));
         std::fs::write(&file, here).expect("write the stack");
         manager.docker(&["stack", "deploy", "-c", file.to_str().expect("text"), &format!("lb{number}")]);

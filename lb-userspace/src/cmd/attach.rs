@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use crate::{
-    cli::{Attach, ModeArg, OnExit, ReturnArg, SourceKind},
+    cli::{Attach, Command, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings, counted},
     datapath::{DatapathError, FlowLog, PinDir, Sizes},
@@ -19,23 +19,35 @@ use crate::{
     events::{Kind, Recorder},
     net::Net,
     serve::{self, Changed, Listen, Shared, Source},
+    settings,
     source::{Origin, Update, docker, file},
-    testing,
+    supervisor, testing,
 };
+
+/// Why the agent ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was asked to.
+    Stop,
+    /// It is to start anew in this process, with its configuration and its program as they are by then. The datapath goes
+    /// on meanwhile.
+    Reload,
+}
 
 /// Attaches to every interface named, and stays until a signal comes.
 ///
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
-pub async fn run(arguments: Attach) -> Result<()> {
+pub async fn run(arguments: Attach) -> Result<End> {
     testing::warnings().iter().for_each(|warning| log::warn!("{warning}"));
     // A connection to each node's agent takes a descriptor, and each table and program.
     descriptors::raise();
-    let (sender, mut stopped) = watch::channel(false);
+    let (sender, mut stopped) = watch::channel(None);
     let (reload, reloads) = watch::channel(0);
+    let running = format!("{arguments:?}");
     tokio::spawn(async move {
-        if wait_for_signal(&reload).await.is_ok() {
-            let _ = sender.send(true);
+        if let Ok(end) = wait_for_signal(&reload, &running).await {
+            let _ = sender.send(Some(end));
         }
         // Who listens for reloads goes on doing so until the end.
         std::future::pending::<()>().await;
@@ -45,7 +57,7 @@ pub async fn run(arguments: Attach) -> Result<()> {
     let started = tokio::select! {
         started = start(&arguments, &events, &reloads) => started,
         // What was begun is undone as it is dropped.
-        _ = stopped.wait_for(|stopped| *stopped) => return Ok(()),
+        end = stopped.wait_for(Option::is_some) => return Ok(end.ok().and_then(|end| *end).unwrap_or(End::Stop)),
     };
     let mut controllers = started?;
     serve(&arguments, &controllers, &events)?;
@@ -66,16 +78,25 @@ pub async fn run(arguments: Attach) -> Result<()> {
         if on_exit == OnExit::Keep { "goes on" } else { "is removed" },
         if arguments.on_exit.is_none() { " (--on-exit says otherwise)" } else { "" }
     );
+    supervisor::ready();
+    let pulses: Vec<_> = controllers.iter().map(Controller::pulse).collect();
+    let reporter = tokio::spawn(async move { supervisor::report(&pulses).await });
     join_all(controllers.iter_mut().map(|controller| {
         let mut stopped = stopped.clone();
         controller.run(async move {
-            let _ = stopped.wait_for(|stopped| *stopped).await;
+            let _ = stopped.wait_for(Option::is_some).await;
         })
     }))
     .await;
+    reporter.abort();
     for controller in &controllers {
         controller.record(Kind::ControllerStopped, "the controller stops");
     }
+    if *stopped.borrow() == Some(End::Reload) {
+        log::info!("starting anew; the datapath serves meanwhile");
+        return Ok(End::Reload);
+    }
+    supervisor::stopping();
     match on_exit {
         OnExit::Detach => {
             join_all(controllers.into_iter().map(Controller::remove)).await;
@@ -83,7 +104,7 @@ pub async fn run(arguments: Attach) -> Result<()> {
         }
         OnExit::Keep => log::info!("the datapath goes on without its controller; `attach` adopts it again"),
     }
-    Ok(())
+    Ok(End::Stop)
 }
 
 /// Starts a controller on every interface. If one cannot be, what was made anew for the others is taken away;
@@ -95,7 +116,7 @@ async fn start(
 ) -> Result<Vec<Controller>> {
     let mut controllers: Vec<Controller> = Vec::new();
     for (interface, updates) in arguments.iface.iter().zip(sources(arguments, reloads)?) {
-        let settings = settings(arguments, interface, events.clone(), reloads.clone());
+        let settings = controller_settings(arguments, interface, events.clone(), reloads.clone());
         match Controller::start(settings, updates).await {
             Ok(controller) => controllers.push(controller),
             Err(error) => {
@@ -145,7 +166,7 @@ async fn present(wanted: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn settings(
+fn controller_settings(
     arguments: &Attach,
     interface: &str,
     events: Arc<Recorder>,
@@ -180,6 +201,7 @@ fn settings(
         events,
         reload,
         changed: Changed::default(),
+        pulse: Arc::default(),
     }
 }
 
@@ -223,16 +245,27 @@ fn is_attached(name: &str) -> bool {
     PinDir::of(name).and_then(|pins| pins.exists()).unwrap_or_default()
 }
 
-/// Waits for a signal to stop; SIGHUP has everything looked at again, as is usual.
-async fn wait_for_signal(reload: &watch::Sender<u64>) -> Result<()> {
+/// Waits for a signal to stop. SIGHUP has everything looked at again; where the configuration or the program is another
+/// one by now, it starts anew. `running` is the configuration that runs.
+async fn wait_for_signal(reload: &watch::Sender<u64>, running: &str) -> Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     loop {
         tokio::select! {
-            _ = hangup.recv() => reload.send_modify(|count| *count += 1),
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => {}
+            _ = terminate.recv() => return Ok(End::Stop),
+            _ = interrupt.recv() => return Ok(End::Stop),
+        }
+        // What could not be started must not end what runs.
+        match settings::parse(std::env::args_os()).map(|cli| cli.command) {
+            Ok(Command::Attach(wanted)) if format!("{wanted:?}") == running && !settings::is_replaced() => {
+                reload.send_modify(|count| *count += 1);
+            }
+            Ok(_) => return Ok(End::Reload),
+            Err(error) => {
+                log::error!("SIGHUP: the configuration stays as it was: {}", error.to_string().trim());
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ pub mod detach;
 pub mod doctor;
 pub mod drain;
 pub mod events;
+pub mod generate;
 mod list;
 pub mod log_level;
 pub mod metrics;

@@ -35,6 +35,7 @@ use crate::{
     report::{self, Drain, Drained, SourceReport},
     serve::Changed,
     source::{Origin, Update},
+    supervisor::Pulse,
 };
 use notice::Notice;
 use refusals::Refusals;
@@ -68,6 +69,8 @@ pub struct Settings {
     pub reload: watch::Receiver<u64>,
     /// Told when the tables have changed.
     pub changed: Changed,
+    /// Where the controller shows that it is alive.
+    pub pulse: Arc<Pulse>,
 }
 
 /// The controller of one interface.
@@ -301,6 +304,7 @@ impl Controller {
                 Some(()) = self.changes.recv() => self.network = None,
                 () = silence(self.prober.as_mut()) => {}
                 _ = ticks.tick() => {
+                    self.settings.pulse.beat(self.serves());
                     if let Err(error) = self.look_after_flows() {
                         log::debug!("{}: {error}", self.settings.interface);
                     }
@@ -321,6 +325,23 @@ impl Controller {
             }
             synced = Instant::now();
         }
+    }
+
+    /// Where it shows that it is alive.
+    pub fn pulse(&self) -> Arc<Pulse> {
+        self.settings.pulse.clone()
+    }
+
+    /// What it serves, in a line.
+    fn serves(&self) -> String {
+        let tables = self.datapath.tables();
+        let interface = &self.settings.interface;
+        let problem = self.report.problem.as_ref().map(|problem| format!(" ({problem})")).unwrap_or_default();
+        format!(
+            "{interface}: {} services on {} listeners{problem}",
+            tables.services.len(),
+            tables.listeners.len()
+        )
     }
 
     /// Takes note of what the source says; whether the tables may have to change.
