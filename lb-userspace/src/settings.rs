@@ -178,8 +178,8 @@ const REPLACED: &str = " (deleted)";
 /// Whether a variable of the environment is one of ours that no option has: a misspelt one would say nothing.
 pub fn misspelt(variables: impl IntoIterator<Item = OsString>) -> Vec<String> {
     /// What is no option of `attach`: for tests alone.
-    const OTHERS: [&str; 6] =
-        ["LB_AGENT", "LB_CONFIG", "LB_FAULT", "LB_KERNEL_LACKS", "LB_OBJECT", "LB_PATIENCE"];
+    const OTHERS: [&str; 7] =
+        ["LB_AGENT", "LB_CONFIG", "LB_FAULT", "LB_KERNEL_LACKS", "LB_OBJECT", "LB_PATIENCE", "LB_TEST"];
     let known: Vec<String> = options().iter().filter_map(clap::Arg::get_long).map(variable).collect();
     let ours = |name: &OsStr| name.to_str().filter(|name| name.starts_with("LB_")).map(str::to_owned);
     let ours = variables.into_iter().filter_map(|name| ours(&name));

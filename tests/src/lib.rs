@@ -7,6 +7,7 @@ pub mod agent;
 pub mod bench;
 pub mod browser;
 pub mod cluster;
+pub mod engine;
 pub mod flood;
 pub mod frames;
 pub mod kernel;

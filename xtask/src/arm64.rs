@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     apt::Apt,
     ebpf,
-    run::{cargo, exec, find, output, target},
+    run::{self, exec, find, output, target},
     toolchain,
 };
 
@@ -20,18 +20,16 @@ const LINKER: &str = "aarch64-linux-gnu-gcc";
 /// Debian's standard library for its compiler.
 const LIBRARY: &str = "libstd-rust-web-dev";
 
-/// Builds it, by rustup's compiler if it has the target, else by Debian's.
+/// A cargo that compiles for arm64: rustup's compiler if it has the target, else Debian's.
 ///
 /// # Errors
-/// Neither compiler has a standard library for arm64, or the build fails.
-pub fn build() -> Result<PathBuf> {
+/// Neither compiler has a standard library for arm64.
+pub fn cargo() -> Result<Command> {
     toolchain::arm64_tools()?;
-    let object = ebpf::build()?;
-    let folder = target().join("arm64");
     let mut command = if has_target() {
-        cargo()
+        run::cargo()
     } else {
-        let sysroot = debian_sysroot(&folder)?;
+        let sysroot = debian_sysroot(&target().join("arm64"))?;
         let mut command = toolchain::debian_cargo();
         // Only what runs there is compiled with it: build scripts and macros have the machine's own.
         command.env(
@@ -40,7 +38,18 @@ pub fn build() -> Result<PathBuf> {
         );
         command
     };
-    command.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", LINKER).env("LB_EBPF_OBJECT", object);
+    command.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", LINKER);
+    Ok(command)
+}
+
+/// Builds the agent.
+///
+/// # Errors
+/// Neither compiler has a standard library for arm64, or the build fails.
+pub fn build() -> Result<PathBuf> {
+    ebpf::build()?;
+    let folder = target().join("arm64");
+    let mut command = cargo()?;
     command.args(["build", "--release", "--package", "lb-userspace", "--target", TARGET, "--target-dir"]);
     exec(command.arg(&folder))?;
     let agent = folder.join(TARGET).join("release/lb-userspace");

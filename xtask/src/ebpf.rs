@@ -12,6 +12,7 @@ use lb_common::abi::{program, table};
 
 use crate::{
     run::{cargo, exec, find, output, root, target},
+    steps,
     toolchain::{self, Compiler},
 };
 
@@ -23,20 +24,34 @@ const FLAGS: &str =
 
 /// Builds the balancer's object and lets the kernel's verifier look at it.
 pub fn build() -> Result<PathBuf> {
-    let object = build_package("lb-ebpf")?;
+    let object = build_package("lb-ebpf", exec)?;
     if nix::unistd::geteuid().is_root() {
         verify(&object)?;
     }
+    say_size(&object)?;
     Ok(object)
+}
+
+/// Builds the balancer's object for the demo: whose agents have the kernel verify it anyway.
+pub fn build_quietly() -> Result<PathBuf> {
+    build_package("lb-ebpf", steps::build)
 }
 
 /// Builds the object of the benches.
 pub fn build_bench() -> Result<PathBuf> {
-    build_package("lb-bench-ebpf")
+    let object = build_package("lb-bench-ebpf", exec)?;
+    say_size(&object)?;
+    Ok(object)
 }
 
-/// Builds a package's object, refuses one that can panic, says how large it is.
-fn build_package(package: &str) -> Result<PathBuf> {
+fn say_size(object: &Path) -> Result<()> {
+    let bytes = fs::metadata(object).with_context(|| format!("read {}", object.display()))?.len();
+    eprintln!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(object).display(), bytes / 1024);
+    Ok(())
+}
+
+/// Builds a package's object, and refuses one that can panic.
+fn build_package(package: &str, run: impl FnOnce(&mut Command) -> Result<()>) -> Result<PathBuf> {
     let compiler = toolchain::compiler()?;
     let linker = toolchain::linker()?;
     let folder = target().join("ebpf");
@@ -63,11 +78,9 @@ fn build_package(package: &str) -> Result<PathBuf> {
     if let Compiler::Nightly(_) = compiler {
         command.args(["-Z", "build-std=core"]);
     }
-    exec(&mut command)?;
+    run(&mut command)?;
     let object = folder.join(TARGET).join("release").join(package);
     refuse_panics(&object)?;
-    let bytes = fs::metadata(&object).with_context(|| format!("read {}", object.display()))?.len();
-    eprintln!("{}: {} KiB with BTF", object.strip_prefix(root()).unwrap_or(&object).display(), bytes / 1024);
     Ok(object)
 }
 
@@ -128,22 +141,26 @@ fn refuse_panics(object: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds the agent with the object in it.
+/// Builds the agent with the object in it, which its build script finds.
 pub fn build_agent() -> Result<PathBuf> {
-    let object = build()?;
-    exec(cargo().env("LB_EBPF_OBJECT", object).args(["build", "--release", "--package", "lb-userspace"]))?;
-    let agent = target().join("release/lb-userspace");
+    build()?;
+    exec(cargo().args(["build", "--release", "--package", "lb-userspace"]))?;
+    let agent = agent();
     eprintln!("{}", agent.strip_prefix(root()).unwrap_or(&agent).display());
     Ok(agent)
 }
 
+/// Where the balancer's object is built to.
+pub fn object() -> PathBuf {
+    target().join("ebpf").join(TARGET).join("release/lb-ebpf")
+}
+
+/// Where the agent is built to.
+pub fn agent() -> PathBuf {
+    target().join("release/lb-userspace")
+}
+
 /// Builds the programs of the `tests` package.
-pub fn build_tests(object: &Path) -> Result<()> {
-    exec(cargo().env("LB_EBPF_OBJECT", object).args([
-        "build",
-        "--release",
-        "--package",
-        "lb-tests",
-        "--bins",
-    ]))
+pub fn build_tests() -> Result<()> {
+    exec(cargo().args(["build", "--release", "--package", "lb-tests", "--bins"]))
 }

@@ -5,12 +5,18 @@ mod arm64;
 mod bench;
 mod check;
 mod demo;
+mod docker;
+mod docs;
 mod ebpf;
 mod fuzz;
-mod image;
+mod install;
 mod kernel;
+mod packages;
+mod release;
 mod run;
 mod sbom;
+mod steps;
+mod suites;
 mod test;
 mod toolchain;
 
@@ -41,19 +47,24 @@ enum Verb {
     },
     /// Build the agent's container image: lb-userspace:latest
     Image,
+    /// Build the agent as it is given away, static and stripped, and pack it: target/package
+    Package {
+        /// How; all by default
+        #[arg(value_enum)]
+        formats: Vec<release::Format>,
+        /// For which machines
+        #[arg(long, value_enum, default_value = "amd64")]
+        arch: release::Architecture,
+        /// Install each package in a root of its own, try it, and take it away again
+        #[arg(long, conflicts_with_all = ["formats", "arch"])]
+        test: bool,
+    },
     /// Formatting, lints, tests that need no root, licences
     Check,
+    /// Build the book: target/book/html
+    Docs,
     /// Everything `check` does not: tests in network namespaces, as root
-    Test {
-        /// Only tests whose name holds this
-        filter: Option<String>,
-        /// On these kernels instead of this machine's, in an emulator: `6.1`, `6.1,6.12`, or `all` that Debian has
-        #[arg(long, value_name = "SERIES")]
-        kernel: Option<kernel::Wanted>,
-        /// There only how the programs load, attach and serve, and the tables
-        #[arg(long, requires = "kernel", conflicts_with = "filter")]
-        short: bool,
-    },
+    Test(test::Arguments),
     /// Feed files, labels, Docker's answers and agents' messages that nobody would write, found by where they lead
     Fuzz {
         /// Only these targets: `cluster_file`, `labels`, `engine_api`, `agents`
@@ -69,6 +80,9 @@ enum Verb {
         /// How long changes of a real swarm take to reach every node's datapath, instead
         #[arg(long)]
         swarm: bool,
+        /// What a manager's agent takes in swarms of 1,000 to 100,000 tasks, instead
+        #[arg(long, conflicts_with = "swarm")]
+        scale: bool,
         /// What the bench is given: parts to measure, `--quick`, `-o json`, `--compare PINNED_PROGRAM…`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, conflicts_with = "swarm")]
         arguments: Vec<OsString>,
@@ -100,14 +114,17 @@ fn run(verb: Verb) -> Result<()> {
         Verb::BuildEbpf => ebpf::build().and_then(|_| ebpf::build_bench()).map(drop),
         Verb::Build { arm64: false } => ebpf::build_agent().map(drop),
         Verb::Build { arm64: true } => arm64::build().map(drop),
-        Verb::Image => image::run(),
+        Verb::Image => release::image(),
+        Verb::Package { test: true, .. } => release::test(),
+        Verb::Package { formats, arch, .. } => release::run(&formats, arch),
         Verb::Check => check::run(),
-        Verb::Test { filter, kernel: None, .. } => test::run(filter.as_deref()),
-        Verb::Test { filter, kernel: Some(wanted), short } => test::run_on(&wanted, filter.as_deref(), short),
+        Verb::Docs => docs::run(),
+        Verb::Test(arguments) => test::run(&arguments),
         Verb::Fuzz { targets, seconds } => fuzz::run(&targets, seconds),
         Verb::Sbom => sbom::run(),
         Verb::Bench { swarm: true, .. } => bench::run_swarm(),
-        Verb::Bench { swarm: false, arguments } => bench::run(&arguments),
+        Verb::Bench { scale: true, arguments, .. } => bench::run_scale(&arguments),
+        Verb::Bench { arguments, .. } => bench::run(&arguments),
         Verb::Demo { keep } => demo::run(keep),
     }
 }

@@ -44,6 +44,19 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Runs a command quietly. What it said is part of the error.
+///
+/// # Errors
+/// It cannot be started, or does not succeed.
+pub fn capture(command: &mut Command, what: &str) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {what}"))?;
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].concat();
+        bail!("{what}: {}:\n{}", output.status, String::from_utf8_lossy(&said).trim_end());
+    }
+    Ok(())
+}
+
 fn show(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
@@ -66,8 +79,8 @@ pub fn find(program: &str) -> Option<PathBuf> {
     places.find_map(|place| Some(place.join(program)).filter(|path| path.is_file()))
 }
 
-/// A command run as root: by sudo for an ordinary user.
-pub fn as_root(program: impl AsRef<Path>) -> Command {
+/// A command run as root: by sudo for an ordinary user, who is told what for.
+pub fn as_root(program: impl AsRef<Path>, why: &str) -> Command {
     // Root by `su` has an ordinary user's search path.
     let path = format!("{}:/usr/sbin:/sbin", env::var("PATH").unwrap_or_default());
     if nix::unistd::geteuid().is_root() {
@@ -75,7 +88,7 @@ pub fn as_root(program: impl AsRef<Path>) -> Command {
         command.env("PATH", path);
         return command;
     }
-    eprintln!("(root is needed for this step: {})", program.as_ref().display());
+    eprintln!("(sudo: root is needed to {why})");
     let mut command = Command::new("sudo");
     command.arg("--preserve-env=RUST_LOG,RUST_BACKTRACE").arg(program.as_ref());
     command

@@ -1,55 +1,123 @@
 //! `test`: the tests that need root.
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    ebpf,
+    docker, ebpf,
     kernel::{self, Tests, Wanted},
     run::{as_root, cargo, exec, output},
+    steps::seconds,
+    suites::{self, Choice, Suite, Tier},
     toolchain,
 };
 
-/// Builds everything, then runs each test program as root.
-pub fn run(filter: Option<&str>) -> Result<()> {
-    toolchain::test_tools()?;
-    let object = ebpf::build()?;
+/// What to run.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only tests whose name holds this
+    filter: Option<String>,
+    /// Only this suite, a file of tests/tests; may be given more than once
+    #[arg(long, value_name = "NAME")]
+    suite: Vec<String>,
+    /// Only suites that need no more of the machine than this
+    #[arg(long, value_enum, value_name = "TIER")]
+    tier: Option<Tier>,
+    /// Only tests of single packets: no Docker, no servers, 2 minutes; the same as --tier packets
+    #[arg(long, conflicts_with = "tier")]
+    fast: bool,
+    /// Show the suites, or with a filter the tests, and run nothing
+    #[arg(long)]
+    list: bool,
+    /// The suites of real swarms, on this Docker from Debian in place of the machine's own
+    #[arg(long, value_name = "VERSION", conflicts_with_all = ["kernel", "tier", "fast"])]
+    docker: Option<docker::Version>,
+    /// On these kernels instead of this machine's, in an emulator: `6.1`, `6.1,6.12`, or `all` that Debian has
+    #[arg(long, value_name = "SERIES", conflicts_with_all = ["suite", "tier", "fast"])]
+    kernel: Option<Wanted>,
+    /// There only how the programs load, attach and serve, and the tables
+    #[arg(long, requires = "kernel", conflicts_with = "filter")]
+    short: bool,
+}
+
+/// Runs what is asked for.
+///
+/// # Errors
+/// Something cannot be built, or a test fails.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let filter = arguments.filter.as_deref();
+    if let Some(wanted) = &arguments.kernel {
+        return run_on(wanted, filter, arguments.short);
+    }
+    let tier = if arguments.fast { Some(Tier::Packets) } else { arguments.tier };
+    let mut suites = suites::chosen(&Choice { suites: &arguments.suite, tier })?;
+    if arguments.docker.is_some() {
+        suites.retain(|suite| suite.docker);
+    }
+    if let Some(filter) = filter {
+        suites.retain(|suite| suite.tests.iter().any(|name| name.contains(filter)));
+        if suites.is_empty() {
+            bail!("no test's name holds {filter:?}; `cargo xtask test --list` shows the suites");
+        }
+    }
+    if arguments.list {
+        suites::list(&suites, filter);
+        return Ok(());
+    }
+    toolchain::tools(&suites::tools(&suites))?;
+    let engine = arguments.docker.map(docker::fetch).transpose()?;
+    run_suites(&suites, filter, engine.as_deref())
+}
+
+/// Builds everything, then runs each suite as root.
+fn run_suites(suites: &[Suite], filter: Option<&str>, engine: Option<&Path>) -> Result<()> {
     let agent = ebpf::build_agent()?;
-    let mut failed = Vec::new();
-    for program in programs(&object)? {
-        let mut command: Command = as_root("env");
+    let object = ebpf::object();
+    let programs = programs(suites)?;
+    let (mut failed, mut times) = (Vec::new(), Vec::new());
+    for program in &programs {
+        let mut command = as_root("env", "run the tests");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
+        if let Some(engine) = engine {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.arg(format!("PATH={}:{path}:/usr/sbin:/sbin", engine.display()));
+        }
         // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
-        command.arg(&program).arg("--test-threads=2").args(filter);
+        command.arg(program).arg("--test-threads=2").args(filter);
+        let start = Instant::now();
         // The others are run all the same.
         if let Err(error) = exec(&mut command) {
             failed.push(error.to_string());
         }
+        times.push((kernel::test_name(program)?, start.elapsed()));
     }
+    println!("\ntime by suite:");
+    for (name, time) in &times {
+        println!("  {name:<14} {:>12}", seconds(*time));
+    }
+    println!("  {:<14} {:>12}", "all", seconds(times.iter().map(|(_, time)| *time).sum()));
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
 }
 
 /// Builds everything, then runs tests on other kernels.
-pub fn run_on(wanted: &Wanted, filter: Option<&str>, short: bool) -> Result<()> {
-    toolchain::demo_tools()?;
-    let object = ebpf::build()?;
+fn run_on(wanted: &Wanted, filter: Option<&str>, short: bool) -> Result<()> {
+    toolchain::tools(&suites::tools(&suites::chosen(&Choice { tier: Some(Tier::Network), suites: &[] })?))?;
     let agent = ebpf::build_agent()?;
-    let programs = programs(&object)?;
+    let object = ebpf::object();
+    let programs = programs(&suites::chosen(&Choice::default())?)?;
     kernel::run(wanted, &Tests { agent: &agent, object: &object, programs: &programs, filter, short })
 }
 
-/// The test programs, built as an ordinary user.
-fn programs(object: &std::path::Path) -> Result<Vec<PathBuf>> {
-    let built = output(cargo().env("LB_EBPF_OBJECT", object).args([
-        "test",
-        "--release",
-        "--package",
-        "lb-tests",
-        "--no-run",
-        "--message-format=json",
-    ]))
-    .context("build the tests")?;
+/// The suites' programs, built as an ordinary user.
+fn programs(suites: &[Suite]) -> Result<Vec<PathBuf>> {
+    let mut command = cargo();
+    command.args(["test", "--release", "--package", "lb-tests", "--no-run", "--message-format=json"]);
+    command.args(suites.iter().flat_map(|suite| ["--test", &suite.name]));
+    let built = output(&mut command).context("build the tests")?;
     let mut programs: Vec<PathBuf> = built
         .lines()
         .filter(|line| line.contains("\"test\":true"))

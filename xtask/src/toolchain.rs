@@ -1,16 +1,21 @@
-//! Finding the two halves of the toolchain, and installing what is missing where that is possible.
+//! Finding the two halves of the toolchain and the programs that tests call, and installing what is missing where that is
+//! possible.
 //!
 //! The eBPF object can be built by either of two compilers: a rustup nightly with `rust-src`, or Debian's
 //! `rustc-web`, which brings a ready-made `core` for the BPF target.
 
 use std::{
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
-use crate::run::{as_root, cargo, exec, find, root};
+use crate::{
+    packages::{self, Missing},
+    run::{cargo, exec, find, root},
+    steps,
+};
 
 /// What builds the eBPF object.
 pub enum Compiler {
@@ -20,25 +25,24 @@ pub enum Compiler {
     Debian,
 }
 
-const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
+/// The linker of eBPF objects, and its version.
+pub const LINKER: (&str, &str) = ("bpf-linker", "0.13.0");
 const DENY: (&str, &str) = ("cargo-deny", "0.20.2");
-const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
-/// Debian's packages by the program of each that is called, or another file of it.
-type Tools = [(&'static str, &'static str)];
-/// What the demo calls.
-const DEMO_TOOLS: &Tools = &[
-    ("ip", "iproute2"),
-    ("busybox", "busybox-static"),
-    ("nginx", "nginx-light"),
-    ("curl", "curl"),
-    ("iperf3", "iperf3"),
-    ("ethtool", "ethtool"),
-    ("tcpdump", "tcpdump"),
-    ("sysctl", "procps"),
-    ("nsenter", "util-linux"),
-];
-/// What the tests call beside those: Docker itself, and what it calls.
-const TEST_TOOLS: &Tools = &[
+const DEBIAN_BUILD: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", LLVM];
+const LLVM: &str = "llvm-22-dev";
+
+/// Programs that are called, each with Debian's package of it; or another file of the package.
+pub type Tools = [(&'static str, &'static str)];
+/// What the tests of packets call.
+pub const PACKET_TOOLS: &Tools = &[("ip", "iproute2"), ("sysctl", "procps"), ("nsenter", "util-linux")];
+/// What the demo calls beside those.
+pub const DEMO_TOOLS: &Tools = &[("nginx", "nginx-light"), ("curl", "curl"), ("ethtool", "ethtool")];
+/// What tests of whole clusters in network namespaces call beside those.
+pub const NETWORK_TOOLS: &Tools =
+    &[("busybox", "busybox-static"), ("iperf3", "iperf3"), ("tcpdump", "tcpdump")];
+/// What tests of real swarms, and of what operators look at, call beside those: Docker itself and what it calls,
+/// Prometheus, a browser.
+pub const SWARM_TOOLS: &Tools = &[
     ("dockerd", "docker.io"),
     ("iptables", "iptables"),
     ("tar", "tar"),
@@ -59,20 +63,51 @@ const BENCH_TOOLS: &Tools = &[
 /// What tests on other kernels need.
 const GUEST_TOOLS: &Tools =
     &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd")];
-/// What links programs for arm64.
-const ARM64_TOOLS: &Tools = &[("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")];
-/// The C library that goes with them, and a file of it.
-const ARM64_LIBC: (&str, &str) = ("/usr/aarch64-linux-gnu/lib/libc.so.6", "libc6-dev-arm64-cross");
+/// What tries packages in roots of their own.
+const PACKAGE_TOOLS: &Tools =
+    &[("busybox", "busybox-static"), ("rpm", "rpm"), ("dpkg", "dpkg"), ("tar", "tar"), ("gzip", "gzip")];
+/// What links programs for arm64, and a file of the C library that goes with it.
+const ARM64_TOOLS: &Tools = &[
+    ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+    ("/usr/aarch64-linux-gnu/lib/libc.so.6", "libc6-dev-arm64-cross"),
+];
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
+    let missing = missing(&[PACKET_TOOLS, DEMO_TOOLS, NETWORK_TOOLS, SWARM_TOOLS], true);
+    install(&missing)?;
     compiler()?;
     linker()?;
-    test_tools()?;
     components()?;
     deny()?;
     eprintln!("setup: everything is there");
     Ok(())
+}
+
+/// The packages that are missing for these programs, and for the eBPF object.
+pub fn missing(tools: &[&Tools], object: bool) -> Missing {
+    let programs = tools.iter().flat_map(|tools| tools.iter());
+    let programs = programs.filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package);
+    let compiler = if object && present().is_none() { &DEBIAN_BUILD[..] } else { &[] };
+    let llvm = (object && !has_linker() && !llvm().exists()).then_some(LLVM);
+    Missing::of(programs.chain(compiler.iter().copied()).chain(llvm))
+}
+
+/// Installs packages, and says so and how much it is before.
+pub fn install(missing: &Missing) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("installing by apt: {}", missing.names());
+    if let Some(size) = missing.size() {
+        eprintln!("  {} packages, {} to fetch, {} on disk", size.packages, size.fetched, size.disk);
+    }
+    missing.install()
+}
+
+/// Installs the programs that are missing.
+pub fn tools(tools: &[&Tools]) -> Result<()> {
+    install(&missing(tools, false))
 }
 
 /// The compiler for the eBPF object, installed if need be.
@@ -80,8 +115,8 @@ pub fn compiler() -> Result<Compiler> {
     if let Some(found) = present() {
         return Ok(found);
     }
-    if is_debian() && has_candidate(DEBIAN_BUILD[0]) {
-        apt(&DEBIAN_BUILD)?;
+    if packages::is_debian() && packages::has_candidate(DEBIAN_BUILD[0]) {
+        install(&Missing::of(DEBIAN_BUILD))?;
         if let Some(found) = present() {
             return Ok(found);
         }
@@ -127,44 +162,49 @@ fn present() -> Option<Compiler> {
     })
 }
 
+fn installed_linker() -> Option<PathBuf> {
+    let (name, version) = LINKER;
+    let found = find(name)?;
+    let said = Command::new(&found).arg("--version").output().ok()?;
+    String::from_utf8_lossy(&said.stdout).contains(version).then_some(found)
+}
+
+/// Whether the linker for the eBPF object is there.
+pub fn has_linker() -> bool {
+    installed_linker().is_some()
+}
+
+fn llvm() -> &'static Path {
+    Path::new("/usr/lib/llvm-22/lib")
+}
+
 /// The linker for the eBPF object, installed if need be.
 pub fn linker() -> Result<PathBuf> {
-    let (name, version) = LINKER;
-    if let Some(found) = find(name)
-        && let Ok(said) = Command::new(&found).arg("--version").output()
-        && String::from_utf8_lossy(&said.stdout).contains(version)
-    {
+    if let Some(found) = installed_linker() {
         return Ok(found);
     }
-    let llvm = Path::new("/usr/lib/llvm-22");
-    if !llvm.join("lib").exists() && is_debian() && has_candidate("llvm-22-dev") {
-        apt(&["llvm-22-dev"])?;
+    let (name, version) = LINKER;
+    if !llvm().exists() && packages::is_debian() && packages::has_candidate(LLVM) {
+        install(&Missing::of([LLVM]))?;
     }
-    if !llvm.join("lib").exists() {
-        bail!(
+    let llvm = llvm().parent().filter(|llvm| llvm.exists()).with_context(|| {
+        format!(
             "no {name} was found. Install it: cargo binstall {name}, or cargo install {name} with LLVM 22 at hand"
-        );
-    }
-    exec(cargo().env("LLVM_PREFIX", llvm).args([
-        "install",
-        "--force",
-        name,
-        "--version",
-        version,
-        "--no-default-features",
-        "--features",
-        "llvm-22",
-    ]))?;
-    find(name).ok_or_else(|| anyhow::anyhow!("{name} was installed, but is not on the search path"))
+        )
+    })?;
+    let mut command = cargo();
+    command.env("LLVM_PREFIX", llvm).args(["install", "--locked", "--force", name, "--version", version]);
+    steps::build(command.args(["--no-default-features", "--features", "llvm-22"]))?;
+    find(name).with_context(|| format!("{name} was installed, but is not on the search path"))
 }
 
 /// cargo-deny, installed if need be.
 pub fn deny() -> Result<PathBuf> {
     let (name, version) = DENY;
     if find(name).is_none() {
-        exec(cargo().args(["install", name, "--version", version, "--locked"]))?;
+        steps::build(cargo().args(["install", name, "--version", version, "--locked"]))?;
     }
-    find(name).ok_or_else(|| anyhow::anyhow!("{name} was installed, but is not on the search path"))
+    find(name).with_context(|| format!("{name} was installed, but is not on the search path"))
 }
 
 /// What a minimal profile of rustup leaves out.
@@ -177,110 +217,27 @@ pub fn components() -> Result<()> {
     Ok(())
 }
 
-/// The programs that tests call.
-pub fn test_tools() -> Result<()> {
-    let all: Vec<_> = DEMO_TOOLS.iter().chain(TEST_TOOLS).copied().collect();
-    install(&all)
-}
-
 /// The programs that the benches call.
 pub fn bench_tools() -> Result<()> {
-    test_tools()?;
-    install(BENCH_TOOLS)
+    tools(&[PACKET_TOOLS, DEMO_TOOLS, NETWORK_TOOLS, SWARM_TOOLS, BENCH_TOOLS])
 }
 
-/// The programs that the demo calls.
-pub fn demo_tools() -> Result<()> {
-    install(DEMO_TOOLS)
+/// The programs that pack, and that try what was packed.
+pub fn package_tools() -> Result<()> {
+    tools(&[PACKAGE_TOOLS])
 }
 
 /// The programs that boot guests with other kernels.
 pub fn guest_tools() -> Result<()> {
-    install(GUEST_TOOLS)
+    tools(&[GUEST_TOOLS])
 }
 
 /// What links programs for arm64.
 pub fn arm64_tools() -> Result<()> {
-    install(ARM64_TOOLS)?;
-    let (file, package) = ARM64_LIBC;
-    if !Path::new(file).exists() && is_debian() {
-        apt(&[package])?;
-    }
-    Ok(())
+    tools(&[ARM64_TOOLS])
 }
 
-/// The names of the programs that the demo, and tests without Docker, call.
-pub fn demo_programs() -> impl Iterator<Item = &'static str> {
-    DEMO_TOOLS.iter().map(|(program, _)| *program)
-}
-
-fn install(tools: &Tools) -> Result<()> {
-    let (programs, packages): (Vec<&str>, Vec<&str>) =
-        tools.iter().filter(|(program, _)| find(program).is_none()).copied().unzip();
-    if programs.is_empty() {
-        return Ok(());
-    }
-    if is_debian() {
-        return apt(&packages);
-    }
-    bail!("these programs are needed, install them first: {}", programs.join(" "))
-}
-
-fn is_debian() -> bool {
-    find("apt-get").is_some() && find("dpkg").is_some()
-}
-
-/// Whether apt knows the package, if need be after an update of its lists.
-fn has_candidate(package: &str) -> bool {
-    let known = || {
-        Command::new("apt-cache")
-            .args(["show", package])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .ok()
-    };
-    if known().is_some_and(|status| status.success()) {
-        return true;
-    }
-    // A machine that was just made has no lists.
-    let updated = exec(as_root("apt-get").args(["-q", "update"]));
-    updated.is_ok() && known().is_some_and(|status| status.success())
-}
-
-/// Installs packages without starting their services: tests and benches start these themselves. What starts services asks
-/// this file first (invoke-rc.d(8), deb-systemd-invoke); a machine's own is left alone.
-const INSTALL: &str = r#"
-policy=/usr/sbin/policy-rc.d
-if [ ! -e $policy ]; then
-    trap 'rm -f $policy' EXIT
-    trap 'exit 1' INT TERM
-    printf '#!/bin/sh\nexit 101\n' > $policy && chmod +x $policy || exit 1
-fi
-DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"
-"#;
-
-fn apt(packages: &[&str]) -> Result<()> {
-    eprintln!("setup: installing {}", packages.join(" "));
-    if !has_candidate(packages[0]) {
-        bail!("apt has no package {}; check /etc/apt/sources.list", packages[0]);
-    }
-    let install = || exec(as_root("sh").args(["-c", INSTALL, "sh"]).args(packages).stdin(Stdio::null()));
-    // Lists that are older than the archive name packages that are no more.
-    if install().is_err() {
-        exec(as_root("apt-get").args(["-q", "update"]))?;
-        install()?;
-    }
-    // Nor are they to be started with the machine.
-    for (package, services) in [
-        ("nginx-light", &["nginx"][..]),
-        ("docker.io", &["docker.socket", "docker"]),
-        ("prometheus", &["prometheus"]),
-        ("haproxy", &["haproxy"]),
-    ] {
-        if packages.contains(&package) && Path::new("/run/systemd/system").exists() {
-            exec(as_root("systemctl").args(["disable", "--now"]).args(services))?;
-        }
-    }
-    Ok(())
+/// The programs that tests without Docker call.
+pub fn network_programs() -> impl Iterator<Item = &'static str> {
+    [PACKET_TOOLS, DEMO_TOOLS, NETWORK_TOOLS].into_iter().flatten().map(|(program, _)| *program)
 }

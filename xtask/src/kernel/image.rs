@@ -35,7 +35,7 @@ pub fn build(kernel: &Kernel, tests: &Tests<'_>, place: &Path) -> Result<PathBuf
     let busybox = find("busybox").context("busybox was not found")?;
     tree.file("bin/busybox", &busybox)?;
     let mut linked = BTreeSet::new();
-    for name in toolchain::demo_programs().chain(PROGRAMS).filter(|name| *name != "busybox") {
+    for name in toolchain::network_programs().chain(PROGRAMS).filter(|name| *name != "busybox") {
         let program = find(name).with_context(|| format!("{name} was not found"))?;
         tree.file(&format!("usr/bin/{name}"), &program)?;
         linked.insert(program);

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use archive::Kernel;
 pub use archive::Wanted;
+pub use image::test_name;
 
 use crate::{run::target, toolchain};
 
@@ -47,7 +48,7 @@ impl Tests<'_> {
         let owned = |(program, filter): &(&str, &str)| ((*program).to_owned(), (*filter).to_owned());
         match self.filter {
             Some(filter) => {
-                let names = self.programs.iter().map(|program| image::test_name(program));
+                let names = self.programs.iter().map(|program| test_name(program));
                 names.map(|name| Ok((name?, filter.to_owned()))).collect()
             }
             None if kernel.series() < OLDEST => Ok(REFUSED.iter().map(owned).collect()),
