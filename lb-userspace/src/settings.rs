@@ -162,7 +162,7 @@ fn wrong(message: &str) -> clap::Error {
 }
 
 /// The program as it is installed by now. The kernel marks the file that runs when another has been put in its place.
-pub fn program() -> std::io::Result<PathBuf> {
+pub fn program() -> io::Result<PathBuf> {
     let path = std::env::current_exe()?;
     let name = path.to_string_lossy();
     Ok(name.strip_suffix(REPLACED).map_or_else(|| path.clone(), PathBuf::from))
