@@ -8,7 +8,8 @@ use super::Cli;
 fn pages(command: &mut Command, path: &str, pages: &mut Vec<(String, String)>) {
     let help = command.render_long_help().to_string();
     pages.push((path.to_owned(), help.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")));
-    for verb in command.get_subcommands_mut().filter(|verb| verb.get_name() != "help") {
+    let shown = |verb: &&mut Command| verb.get_name() != "help" && !verb.is_hide_set();
+    for verb in command.get_subcommands_mut().filter(shown) {
         let path = format!("{path}-{}", verb.get_name());
         self::pages(verb, &path, pages);
     }
