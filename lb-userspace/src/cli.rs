@@ -29,7 +29,7 @@ pub enum Command {
     /// Serve published ports on an interface, until stopped
     #[command(after_help = ATTACH_EXAMPLES)]
     Attach(Attach),
-    /// Remove the datapath of an interface, with its tables and flows
+    /// Remove the datapath of an interface, with its tables and connections
     #[command(after_help = "Example:\n  sudo lb-userspace detach --iface eth1")]
     Detach {
         /// The interface
@@ -74,8 +74,8 @@ Examples:
   # What happens to packets right now, and why
   lb-userspace stats --watch
 
-  # New flows that no task took
-  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_flows}'";
+  # New connections that no task took
+  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_connections}'";
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
@@ -117,7 +117,7 @@ pub struct Attach {
     /// How answers of tasks on other nodes travel, unless the service's label lb.return says; a cluster file has its own
     #[arg(long = "return", value_enum, value_name = "WAY", default_value_t = ReturnArg::Tunnel)]
     pub returns: ReturnArg,
-    /// Another node whose datapath is silent for this long gets no new flows
+    /// Another node whose datapath is silent for this long gets no new connections
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = timeout)]
     pub peer_timeout: Duration,
     /// Name of this node [default: the node with an address of this machine]
@@ -132,29 +132,22 @@ pub struct Attach {
     /// Source ports for tasks reached by snat, outside the host's own ephemeral ports
     #[arg(long, value_name = "LOW-HIGH", default_value = "16384-32767", value_parser = ports)]
     pub snat_ports: [u16; 2],
-    /// Log each new flow and each that no task took, from the kernel; costly under load
+    /// Log each new connection, from the kernel; costly under load
     #[arg(long)]
     pub log_flows: bool,
-    /// New flows a second and CPU above which they are placed by hash, and stored only once their client goes on; 0 is
-    /// never
-    #[arg(long, value_name = "RATE", default_value_t = lb_common::guard::DEFAULT_RATE)]
-    pub flood_rate: u32,
+    /// New connections a second above which they are placed by hash, and stored only once their client goes on; 0 is never
+    /// [default: a quarter of --max-connections]
+    #[arg(long, value_name = "RATE")]
+    pub flood_rate: Option<u32>,
     /// Pass everything to the host when there was no controller for so long, as in 90s, 10m or 2h [default: keep serving]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub stale_after: Option<Duration>,
-    /// Start anew where another version or other sizes are pinned: established flows are lost
+    /// Start anew where another version or other sizes are pinned: established connections are lost
     #[arg(long)]
     pub replace_state: bool,
-    /// Room for flows of each family [default: 262144]
+    /// Connections of each family that the table is made for, which has room for twice as many [default: 262144]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
-    pub max_flows: Option<u32>,
-    /// Room for flows of each family that are not established yet [default: 65536]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
-    pub max_half_open: Option<u32>,
-    /// Room for what lost entries are made of again, of each family: up to two a connection with consistent placement
-    /// [default: 131072]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=67_108_864))]
-    pub max_spares: Option<u32>,
+    pub max_connections: Option<u32>,
     /// Room for services [default: 16384]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub max_services: Option<u32>,
@@ -186,7 +179,8 @@ fn duration(text: &str) -> Result<Duration, String> {
         _ => return Err(error()),
     };
     let seconds = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
-    let seconds = seconds.filter(|seconds| (1..=u64::from(lb_common::flow::Timers::MOST)).contains(seconds));
+    let seconds =
+        seconds.filter(|seconds| (1..=u64::from(lb_common::conntrack::Timers::MOST)).contains(seconds));
     seconds.map(Duration::from_secs).ok_or_else(error)
 }
 

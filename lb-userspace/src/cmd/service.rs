@@ -43,7 +43,7 @@ fn ls(read: &Read) -> Result<()> {
     for (interface, set) in attached {
         let tables = set.read_labelled()?;
         let counters = set.counters(&tables)?;
-        let mut rows = table(["NAME", "REPLICAS", "PORTS", "FLOWS", "REFUSED", "HEALED"]);
+        let mut rows = table(["NAME", "REPLICAS", "PORTS", "CONNECTIONS", "REFUSED"]);
         let mut services = Vec::new();
         let mut by_name: Vec<_> = tables.services.iter().collect();
         by_name.sort_by(|a, b| a.1.name.cmp(&b.1.name));
@@ -62,13 +62,12 @@ fn ls(read: &Read) -> Result<()> {
                 service.name.clone(),
                 if served { format!("{active}/{}", service.tasks) } else { "-".to_owned() },
                 ports.join(", "),
-                stats.flows.to_string(),
+                stats.connections.to_string(),
                 stats.refused.to_string(),
-                stats.healed.to_string(),
             ]);
             services.push(json!({
                 "name": service.name, "active_tasks": active, "tasks": service.tasks, "ports": ports, "left_to_swarm": service.left,
-                "flows": stats.flows, "refused_flows": stats.refused, "healed_flows": stats.healed,
+                "connections": stats.connections, "refused_connections": stats.refused,
             }));
         }
         documents.push(json!({ "interface": interface, "services": services }));
@@ -91,7 +90,7 @@ fn ps(name: &str, read: &Read) -> Result<()> {
             continue;
         };
         let mut rows =
-            table(["NAME", "NODE", "STATE", "VIA", "ADDRESS", "FLOWS", "OPEN", "FAILOVERS", "PROBLEM"]);
+            table(["NAME", "NODE", "STATE", "VIA", "ADDRESS", "CONNECTIONS", "OPEN", "FAILOVERS", "PROBLEM"]);
         for task in &tasks {
             let text =
                 |field: &str| task[field].as_str().map_or_else(|| task[field].to_string(), str::to_owned);
@@ -103,8 +102,8 @@ fn ps(name: &str, read: &Read) -> Result<()> {
                 text("state"),
                 text("via"),
                 addresses.join(", "),
-                text("flows"),
-                text("open_flows"),
+                text("connections"),
+                text("open_connections"),
                 text("failovers"),
                 task["problem"].as_str().unwrap_or_default().to_owned(),
             ]);
@@ -132,7 +131,7 @@ fn tasks(set: &TableSet, name: &str) -> Result<Option<Vec<Value>>> {
         return Ok(None);
     };
     let counters = set.counters(&tables)?;
-    let open = set.open_flows(&tables)?;
+    let open = set.open_connections(&tables)?;
     let mut tasks: BTreeMap<(usize, &str), Vec<(u32, &BackendEntry)>> = BTreeMap::new();
     for (number, entry) in &tables.backends {
         if entry.backend.service == index {
@@ -164,8 +163,8 @@ fn task(
     json!({
         "name": label.task, "node": tables.node_shown(&label.node), "state": label.state.to_string(), "via": via,
         "addresses": addresses, "problem": problem,
-        "flows": stats.flows,
-        "open_flows": backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>(),
+        "connections": stats.connections,
+        "open_connections": backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>(),
         "failovers": stats.failovers,
         "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
         "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,

@@ -47,7 +47,7 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
     let guard = match config.flood_rate {
         0 => "off".to_owned(),
         rate => format!(
-            "above {rate} new flows a second and CPU; took over {} times, placed {placed} flows",
+            "above {rate} new connections a second; took over {} times, placed {placed} connections",
             state.switches
         ),
     };
@@ -76,9 +76,7 @@ fn describe(interface: &str, set: &TableSet) -> Result<serde_json::Value> {
         "listeners": tables.listeners.len(),
         "backends": tables.backends.len(),
         "flood_guard": guard,
-        "half_open_room": set.entries(lb_common::abi::table::HALF_OPEN4)?,
-        "spare_room": set.entries(lb_common::abi::table::SPARES4)?,
-        "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,
+        "connection_room": set.entries(lb_common::abi::table::CONNECTIONS4)? * lb_common::conntrack::line::WAYS,
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),
     }))
@@ -98,6 +96,6 @@ fn note(config: &Config) -> &'static str {
     if config.mode == Mode::Native as u32 && config.metadata_refused == 0 {
         "metadata of the frame"
     } else {
-        "nothing; TC looks flows up itself"
+        "nothing; TC looks connections up itself"
     }
 }

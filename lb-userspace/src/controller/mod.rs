@@ -2,7 +2,7 @@
 //! true. It owns the order of things; each thing is done elsewhere.
 
 mod attach;
-mod flows;
+mod connections;
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
@@ -43,10 +43,10 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// Whether each new flow is logged.
     pub flow_log: FlowLog,
-    /// How long another node's datapath may be silent before new flows go elsewhere.
+    /// How long another node's datapath may be silent before new connections go elsewhere.
     pub peer_timeout: Duration,
-    /// New flows a second and CPU above which they are placed by hash; zero is never.
-    pub flood_rate: u32,
+    /// New connections a second above which they are placed by hash, if not as the table's size asks; zero is never.
+    pub flood_rate: Option<u32>,
     /// How long the datapath serves without a controller; `None` is for ever.
     pub stale_after: Option<Duration>,
     /// Whether what is pinned and does not fit is removed.
@@ -110,7 +110,7 @@ impl Controller {
         let datapath = match open() {
             Err(error) if settings.replace_state && error.is_misfit() => {
                 log::warn!(
-                    "{}: {error}; removed, with its flows, as --replace-state asks",
+                    "{}: {error}; removed, with its connections, as --replace-state asks",
                     settings.interface
                 );
                 let names: Vec<String> = snapshot.links.values().map(|link| link.name.clone()).collect();
@@ -152,7 +152,7 @@ impl Controller {
         controller.keep_report();
         let interface = controller.settings.interface.clone();
         if adopted {
-            log::info!("{interface}: adopted the running datapath, with its flows");
+            log::info!("{interface}: adopted the running datapath, with its connections");
         }
         let logged = match controller.settings.flow_log {
             FlowLog::On => controller.datapath.log_flows().map_err(Into::into),
@@ -188,7 +188,7 @@ impl Controller {
                 Some(()) = self.changes.recv() => self.network = None,
                 () = silence(self.prober.as_mut()) => {}
                 _ = ticks.tick() => {
-                    if let Err(error) = self.look_after_flows() {
+                    if let Err(error) = self.look_after_connections() {
                         log::debug!("{}: {error}", self.settings.interface);
                     }
                     continue;

@@ -186,7 +186,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             left: String::new(),
-            timers: lb_common::flow::Timers::DEFAULT,
+            timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };
         ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }

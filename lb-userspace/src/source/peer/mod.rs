@@ -290,7 +290,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             left: String::new(),
-            timers: lb_common::flow::Timers::DEFAULT,
+            timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };
         let node =

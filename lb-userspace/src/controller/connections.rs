@@ -1,4 +1,4 @@
-//! What is due once a second: the heartbeat, the walk through the flows and what comes of it, the guard.
+//! What is due once a second: the heartbeat, removing connections that have ended and what comes of it, the guard.
 
 use std::io::ErrorKind;
 
@@ -10,28 +10,27 @@ use crate::{
 };
 
 impl Controller {
-    /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, takes flows out that
-    /// have ended, and says when the flood guard takes over and lets go.
-    pub(super) fn look_after_flows(&mut self) -> Result<(), DatapathError> {
+    /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, removes connections
+    /// that have ended, and says when the flood guard takes over and lets go.
+    pub(super) fn look_after_connections(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
         self.settle_in()?;
         let mut resets = Vec::new();
-        let swept = self.datapath.sweep(&mut resets);
-        // Their flows are gone, whatever became of the walk.
+        let collected = self.datapath.collect(&mut resets);
+        // Their lines are gone, whatever became of the rest.
         self.reset(&resets);
         let interface = &self.settings.interface;
-        if let Some(sweep) = swept? {
-            if sweep.removed > 0 {
-                log::debug!(
-                    "{interface}: {} of {} flows had ended, {} resets for idle ones",
-                    sweep.removed,
-                    sweep.seen,
-                    sweep.resets
-                );
-            }
-            for full in sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
-                log::warn!("{interface}: {full}");
-            }
+        let collection = collected?;
+        if collection.removed > 0 {
+            log::debug!(
+                "{interface}: {} of {} connections had ended, {} resets for idle ones",
+                collection.removed,
+                collection.seen,
+                collection.resets
+            );
+        }
+        for full in collection.fills.into_iter().filter_map(|fill| self.watch.fill(fill)) {
+            log::warn!("{interface}: {full}");
         }
         for full in self.watch.counters(|outcome| self.datapath.outcome(outcome).ok()) {
             log::warn!("{interface}: {full}");
@@ -41,13 +40,13 @@ impl Controller {
             self.flooded = guard.on;
             if guard.on {
                 log::warn!(
-                    "{interface}: more than {} new flows a second on a CPU: until there are fewer they are placed by \
-                     hash, and leave no entry before the client goes on",
-                    self.settings.flood_rate
+                    "{interface}: more than {} new connections a second: until there are fewer they are placed by hash, \
+                     and leave no line before the client goes on",
+                    self.datapath.config().flood_rate
                 );
             } else {
                 log::warn!(
-                    "{interface}: the flood is over; {} flows were placed by hash so far",
+                    "{interface}: the flood is over; {} connections were placed by hash so far",
                     guard.placed
                 );
             }
