@@ -65,6 +65,8 @@ impl Root {
         for file in FILES {
             ensure!(self.has(file), "{what} brings no /{file}");
         }
+        let link = self.0.join("usr/sbin/lb");
+        ensure!(link.is_symlink(), "{what}: /usr/sbin/lb is no link");
         for program in ["/usr/sbin/lb-userspace", "/usr/sbin/lb"] {
             let said = output(as_root("chroot", "run it there").arg(&self.0).args([program, "--version"]))?;
             ensure!(said.starts_with("lb-userspace "), "{what}: {program} says {said}");
@@ -73,9 +75,8 @@ impl Root {
     }
 
     fn edit(&self) -> Result<()> {
-        let path = self.0.join(CONFIG);
-        let text = fs::read_to_string(&path).context("read the configuration")?;
-        fs::write(path, text.replace("#iface =", "iface =")).context("edit the configuration")
+        let mut command = as_root("sed", "edit a file of that root");
+        capture(command.args(["-i", "s/^#iface =/iface =/"]).arg(self.0.join(CONFIG)), "sed")
     }
 
     fn is_edited(&self, name: &str) -> bool {

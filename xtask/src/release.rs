@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     arm64, ebpf,
-    run::{cargo, exec, find, output, root, target},
+    run::{cargo, exec, output, root, target},
     steps, toolchain,
 };
 
@@ -128,7 +128,7 @@ fn refuse_dynamic(agent: &Path) -> Result<()> {
 
 /// Everything that a package brings, as it lies on the machine.
 fn tree(agent: &Path, architecture: Architecture) -> Result<PathBuf> {
-    let tree = stage().join("root");
+    let tree = stage().join("tree");
     let _ = fs::remove_dir_all(&tree);
     let put = |from: &Path, to: &str, mode: u32| -> Result<()> {
         let to = tree.join(to);
@@ -174,7 +174,7 @@ fn generate(agent: &Path, architecture: Architecture) -> Result<PathBuf> {
 }
 
 fn deb(folder: &Path, architecture: Architecture) -> Result<PathBuf> {
-    tool(CARGO_DEB)?;
+    toolchain::cargo_tool(CARGO_DEB, &[])?;
     let packed = folder.join(format!("lb-userspace_{}.deb", architecture.name()));
     let mut command = cargo();
     command.args([
@@ -217,14 +217,6 @@ fn tar(folder: &Path, tree: &Path, architecture: Architecture) -> Result<PathBuf
     let owner = ["--owner=0", "--group=0", "--sort=name"];
     exec(Command::new("tar").args(owner).arg("-C").arg(tree).arg("-czf").arg(&packed).arg("."))?;
     Ok(packed)
-}
-
-/// Installs one of cargo's tools, if need be.
-fn tool((name, version): (&str, &str)) -> Result<()> {
-    if find(name).is_none() {
-        steps::build(cargo().args(["install", name, "--version", version, "--locked"]))?;
-    }
-    Ok(())
 }
 
 /// Builds the images, and gives the one of this machine to the Docker that is at hand.
