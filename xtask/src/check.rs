@@ -10,6 +10,7 @@ use crate::{
 /// Formatting, lints, host tests, documentation, licences.
 pub fn run() -> Result<()> {
     toolchain::components()?;
+    toolchain::fuzz_tools()?;
     exec(cargo().args(["fmt", "--all", "--", "--check"]))?;
     exec(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     exec(cargo().args([

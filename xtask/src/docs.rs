@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     ebpf,
-    run::{cargo, exec, find, root, target},
-    steps,
+    run::{exec, root, target},
+    toolchain,
 };
 
 const MDBOOK: (&str, &str) = ("mdbook", "0.5.4");
@@ -36,23 +36,15 @@ pub fn run() -> Result<()> {
         let text = fs::read_to_string(root().join(file)).with_context(|| format!("read {file}"))?;
         fs::write(source.join(chapter), as_chapter(&text)).with_context(|| format!("write {chapter}"))?;
     }
-    let agent = ebpf::agent();
-    if !agent.exists() {
-        ebpf::build_agent()?;
-    }
+    // By the agent as it is now: an older one would tell of older options.
+    let agent = ebpf::build_agent()?;
     exec(Command::new(agent).args(["generate", "reference"]).arg(source.join("reference")))?;
     let broken = broken_links(&source)?;
     if !broken.is_empty() {
         bail!("links that lead nowhere:\n{}", broken.join("\n"));
     }
-    let (name, version) = MDBOOK;
-    if find(name).is_none() {
-        let mut command = cargo();
-        command.args(["install", name, "--version", version, "--locked", "--no-default-features"]);
-        steps::build(&mut command)?;
-    }
     exec(
-        Command::new(find(name).unwrap_or_else(|| name.into()))
+        Command::new(toolchain::cargo_tool(MDBOOK, &["--no-default-features"])?)
             .arg("build")
             .arg(&source)
             .args(["--dest-dir".as_ref(), book.join("html").as_os_str()]),
@@ -68,10 +60,12 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         let to = to.join(entry.file_name());
         if entry.path().is_dir() {
             copy(&entry.path(), &to)?;
-        } else {
+        } else if entry.path().extension().is_some_and(|extension| extension == "md") {
             let text = fs::read_to_string(entry.path())
                 .with_context(|| format!("read {}", entry.path().display()))?;
             fs::write(&to, as_document(&text)).with_context(|| format!("write {}", to.display()))?;
+        } else {
+            fs::copy(entry.path(), &to).with_context(|| format!("copy {}", to.display()))?;
         }
     }
     Ok(())

@@ -8,7 +8,10 @@ use std::{env, ffi::OsString, fs, os::unix::process::CommandExt as _, path::Path
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run::{cargo, exec, root, target};
+use crate::{
+    run::{cargo, exec, root, target},
+    toolchain,
+};
 
 /// Says that this program was started in the place of rustc.
 const AS_COMPILER: &str = "LB_XTASK_COMPILES";
@@ -56,6 +59,7 @@ pub fn run(targets: &[String], seconds: u32) -> Result<()> {
     if let Some(unknown) = targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
         bail!("there is no fuzz target {unknown}; those there are: {}", TARGETS.join(", "));
     }
+    toolchain::fuzz_tools()?;
     let own = env::current_exe().context("find this program")?;
     let mut build = cargo();
     build.env("RUSTC_WORKSPACE_WRAPPER", own).env(AS_COMPILER, "1");

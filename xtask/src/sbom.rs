@@ -12,6 +12,8 @@ use crate::run::{cargo, output, root, target};
 
 /// The program that is described.
 const AGENT: &str = "lb-userspace";
+/// And the crate of its eBPF object.
+const OBJECT: &str = "lb-ebpf";
 
 /// Writes it.
 pub fn run() -> Result<()> {
@@ -42,8 +44,10 @@ fn document(metadata: &Value, checksums: &BTreeMap<(String, String), String>) ->
         .collect();
     let graph = dependencies(metadata)?;
     let agent = packages.iter().find(|(_, package)| package["name"] == AGENT).map(|(id, _)| *id)?;
-    let mut used = BTreeSet::from([agent]);
-    let mut next = vec![agent];
+    // The agent carries the object in it.
+    let object = packages.iter().find(|(_, package)| package["name"] == OBJECT).map(|(id, _)| *id);
+    let mut used: BTreeSet<&str> = [agent].into_iter().chain(object).collect();
+    let mut next: Vec<&str> = used.iter().copied().collect();
     while let Some(id) = next.pop() {
         next.extend(graph.get(id)?.iter().filter(|id| used.insert(**id)));
     }

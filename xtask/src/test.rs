@@ -58,12 +58,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.docker.is_some() {
         suites.retain(|suite| suite.docker);
     }
-    if let Some(filter) = filter {
-        suites.retain(|suite| suite.tests.iter().any(|name| name.contains(filter)));
-        if suites.is_empty() {
-            bail!("no test's name holds {filter:?}; `cargo xtask test --list` shows the suites");
-        }
-    }
+    let suites = holding(suites, filter)?;
     if arguments.list {
         suites::list(&suites, filter);
         return Ok(());
@@ -71,6 +66,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     toolchain::tools(&suites::tools(&suites))?;
     let engine = arguments.docker.map(docker::fetch).transpose()?;
     run_suites(&suites, filter, engine.as_deref())
+}
+
+/// The suites with a test whose name holds the filter.
+fn holding(mut suites: Vec<Suite>, filter: Option<&str>) -> Result<Vec<Suite>> {
+    if let Some(filter) = filter {
+        suites.retain(|suite| suite.tests.iter().any(|name| name.contains(filter)));
+        if suites.is_empty() {
+            bail!("no test's name holds {filter:?}; `cargo xtask test --list` shows the suites");
+        }
+    }
+    Ok(suites)
 }
 
 /// Builds everything, then runs each suite as root.
@@ -108,7 +114,7 @@ fn run_on(wanted: &Wanted, filter: Option<&str>, short: bool) -> Result<()> {
     toolchain::tools(&suites::tools(&suites::chosen(&Choice { tier: Some(Tier::Network), suites: &[] })?))?;
     let agent = ebpf::build_agent()?;
     let object = ebpf::object();
-    let programs = programs(&suites::chosen(&Choice::default())?)?;
+    let programs = programs(&holding(suites::chosen(&Choice::default())?, filter)?)?;
     kernel::run(wanted, &Tests { agent: &agent, object: &object, programs: &programs, filter, short })
 }
 

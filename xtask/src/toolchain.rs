@@ -63,6 +63,8 @@ const BENCH_TOOLS: &Tools = &[
 /// What tests on other kernels need.
 const GUEST_TOOLS: &Tools =
     &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("xz", "xz-utils"), ("zstd", "zstd")];
+/// What builds libFuzzer, which every lint of the workspace builds along.
+const FUZZ_TOOLS: &Tools = &[("c++", "g++")];
 /// What tries packages in roots of their own.
 const PACKAGE_TOOLS: &Tools =
     &[("busybox", "busybox-static"), ("rpm", "rpm"), ("dpkg", "dpkg"), ("tar", "tar"), ("gzip", "gzip")];
@@ -74,7 +76,7 @@ const ARM64_TOOLS: &Tools = &[
 
 /// Installs what is missing, or says what to install. Does nothing where all is there.
 pub fn setup() -> Result<()> {
-    let missing = missing(&[PACKET_TOOLS, DEMO_TOOLS, NETWORK_TOOLS, SWARM_TOOLS], true);
+    let missing = missing(&[PACKET_TOOLS, DEMO_TOOLS, NETWORK_TOOLS, SWARM_TOOLS, FUZZ_TOOLS], true);
     install(&missing)?;
     compiler()?;
     linker()?;
@@ -200,11 +202,21 @@ pub fn linker() -> Result<PathBuf> {
 
 /// cargo-deny, installed if need be.
 pub fn deny() -> Result<PathBuf> {
-    let (name, version) = DENY;
+    cargo_tool(DENY, &[])
+}
+
+/// One of cargo's tools by its name and version, installed with these arguments if need be.
+pub fn cargo_tool((name, version): (&str, &str), arguments: &[&str]) -> Result<PathBuf> {
     if find(name).is_none() {
-        steps::build(cargo().args(["install", name, "--version", version, "--locked"]))?;
+        let mut command = cargo();
+        steps::build(command.args(["install", name, "--version", version, "--locked"]).args(arguments))?;
     }
     find(name).with_context(|| format!("{name} was installed, but is not on the search path"))
+}
+
+/// What builds libFuzzer.
+pub fn fuzz_tools() -> Result<()> {
+    tools(&[FUZZ_TOOLS])
 }
 
 /// What a minimal profile of rustup leaves out.
