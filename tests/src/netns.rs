@@ -8,6 +8,7 @@ use std::{
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
+    task::Poll,
     thread,
     time::{Duration, Instant},
 };
@@ -17,6 +18,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, geteuid},
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -86,6 +88,16 @@ impl Netns {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Takes away what agents keep in /run by the namespace's number, which never comes again.
+    fn forget_runtime(&self) {
+        let Ok(file) = File::open(self.path()) else { return };
+        let forget = move || {
+            setns(file, CloneFlags::CLONE_NEWNET).ok()?;
+            std::fs::remove_dir_all(lb_userspace::events::runtime_folder().ok()?).ok()
+        };
+        let _ = thread::spawn(forget).join();
+    }
+
     /// Runs a closure on a thread of its own in the namespace.
     pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
@@ -114,6 +126,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
+        self.forget_runtime();
         // Removes its interfaces too: veths go with either end.
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
@@ -226,17 +239,59 @@ fn bpffs() {
         if kind != Ok(nix::sys::statfs::BPF_FS_MAGIC) {
             run(Command::new("mount").args(["-t", "bpf", "bpf", path]));
         }
-        sweep();
+        sweep(|owner| kill(Pid::from_raw(owner), None).is_err());
+        sweep_at_the_end();
     });
 }
 
-/// Removes what runs that were killed have left: namespaces of processes that are no more, and their pins.
-fn sweep() {
+/// Takes this process's namespaces away when a signal ends it: no destructor runs then. Who has a handler of its own ends in
+/// order.
+fn sweep_at_the_end() {
+    const SIGNALS: [(Signal, fn() -> SignalKind); 3] = [
+        (Signal::SIGHUP, SignalKind::hangup),
+        (Signal::SIGINT, SignalKind::interrupt),
+        (Signal::SIGTERM, SignalKind::terminate),
+    ];
+    let handlers = SIGNALS.map(|(signal, _)| handler(signal));
+    if handlers.iter().any(|handler| ![libc::SIG_DFL, libc::SIG_IGN].contains(handler)) {
+        return;
+    }
+    let ends = SIGNALS.into_iter().zip(handlers).filter(|(_, handler)| *handler == libc::SIG_DFL);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut streams: Vec<_> = {
+        let _entered = runtime.enter();
+        ends.map(|((number, kind), _)| (number, signal(kind()).expect("watch for signals"))).collect()
+    };
+    thread::spawn(move || {
+        let number = runtime.block_on(std::future::poll_fn(|context| {
+            let came = streams
+                .iter_mut()
+                .find_map(|(number, stream)| stream.poll_recv(context).is_ready().then_some(*number as i32));
+            came.map_or(Poll::Pending, Poll::Ready)
+        }));
+        sweep(|owner| owner == std::process::id() as i32);
+        std::process::exit(128 + number);
+    });
+}
+
+/// What this process does at a signal.
+fn handler(signal: Signal) -> libc::sighandler_t {
+    // SAFETY: nothing is changed; what is filled in is plain data.
+    unsafe {
+        let mut now = std::mem::zeroed::<libc::sigaction>();
+        libc::sigaction(signal as i32, std::ptr::null(), &mut now);
+        now.sa_sigaction
+    }
+}
+
+/// Removes the namespaces of these processes with all that runs in them, and their pins: what runs that were killed have left,
+/// or what this one has when it is.
+fn sweep(owned: impl Fn(i32) -> bool) {
     let listed = Command::new("ip").args(["netns", "list"]).output().expect("start ip");
     for line in String::from_utf8_lossy(&listed.stdout).lines() {
         let name = line.split_whitespace().next().unwrap_or_default();
         let owner = name.strip_prefix("lb").and_then(|rest| rest.split('-').next()?.parse::<i32>().ok());
-        let Some(owner) = owner.filter(|pid| kill(Pid::from_raw(*pid), None).is_err()) else {
+        let Some(owner) = owner.filter(|pid| owned(*pid)) else {
             continue;
         };
         println!("removing {name}, which process {owner} has left");

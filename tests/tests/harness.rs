@@ -1,10 +1,21 @@
-//! What the tests say when they fail.
+//! What the tests say when they fail, and what they leave when they are ended.
 
-use std::{fs, panic};
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader},
+    panic,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use lb_tests::{
     frames::{assert_frame, difference},
+    netns::Netns,
     packet::{Packet, SYN},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 
 fn request() -> Packet {
@@ -39,4 +50,38 @@ fn frames_that_differ_are_left_for_wireshark() {
     assert_eq!(kept.len(), 24 + 16 + expected.bytes().len() + 16 + got.bytes().len());
     fs::remove_file(path).expect("remove the file");
     assert_frame("the same", &expected.bytes(), &expected.bytes());
+}
+
+#[test]
+#[ignore = "is run by the test below, which ends it"]
+fn holds_a_namespace_until_it_is_ended() {
+    let netns = Netns::new("held");
+    let mut sleeper = netns.command("sleep").arg("infinity").spawn().expect("start a process in it");
+    println!("\nholds {} {}", netns.name(), sleeper.id());
+    sleeper.wait().expect("wait for what never ends by itself");
+}
+
+#[test]
+fn a_signal_leaves_nothing_behind() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut test = Command::new(env::current_exe().expect("this program"))
+            .args(["--ignored", "--exact", "--nocapture", "holds_a_namespace_until_it_is_ended"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start it again");
+        let lines = BufReader::new(test.stdout.take().expect("its output")).lines();
+        let held =
+            lines.map_while(Result::ok).find_map(|line| line.strip_prefix("holds ").map(str::to_owned));
+        let held = held.expect("a namespace");
+        let (name, sleeper) = held.split_once(' ').expect("its name and a process");
+        let netns = Path::new("/run/netns").join(name);
+        assert!(netns.exists());
+        kill(Pid::from_raw(test.id() as i32), signal).expect("end it");
+        let ended = test.wait().expect("its end");
+        assert_eq!(ended.code(), Some(128 + signal as i32));
+        assert!(!netns.exists(), "{name} is gone after {signal}");
+        let process = Path::new("/proc").join(sleeper).join("stat");
+        let state = fs::read_to_string(process).unwrap_or_default();
+        assert!(state.is_empty() || state.contains(") Z "), "the process in it has ended: {state}");
+    }
 }
