@@ -32,6 +32,10 @@ use crate::{
 const GRACE: Duration = Duration::from_secs(3);
 /// Other nodes' agents find a new manager's in this time: they look for managers every few seconds.
 const FACTS: Duration = Duration::from_secs(6);
+/// What comes and goes is said again after so long.
+const SAID_AGAIN: Duration = Duration::from_secs(600);
+/// So many things are remembered as said.
+const NOTES: usize = 4096;
 
 /// What this node is told, and what it makes of it.
 pub(super) struct Swarm {
@@ -66,7 +70,8 @@ pub(super) struct Swarm {
     pub(super) gossip: Option<Gossip>,
     changed: Option<SystemTime>,
     youngest: Option<SystemTime>,
-    notes: BTreeSet<String>,
+    /// What was said, and when it was so last.
+    notes: BTreeMap<String, Instant>,
     sent: Sent,
 }
 
@@ -118,7 +123,7 @@ impl Swarm {
             gossip: None,
             changed: None,
             youngest: None,
-            notes: BTreeSet::new(),
+            notes: BTreeMap::new(),
             sent: Sent::default(),
         }
     }
@@ -195,10 +200,21 @@ impl Swarm {
         self.agents.expire(members, Instant::now());
     }
 
-    /// Says what the operator should hear, once for as long as it is so.
+    /// Says what the operator should hear, once for as long as it is so: what comes and goes is said again after a while.
     fn note(&mut self, notes: BTreeSet<String>) {
-        notes.difference(&self.notes).for_each(|note| log::warn!("{}", text::clean(note)));
-        self.notes = notes;
+        let now = Instant::now();
+        self.notes.retain(|note, since| {
+            if notes.contains(note) {
+                *since = now;
+            }
+            now.duration_since(*since) < SAID_AGAIN
+        });
+        for note in notes {
+            // A node in the wrong hands can claim anything.
+            if self.notes.len() < NOTES && self.notes.insert(note.clone(), now).is_none() {
+                log::warn!("{}", text::clean(&note));
+            }
+        }
     }
 
     pub(super) fn manager_said(&mut self, word: peer::client::Word) {
@@ -371,6 +387,10 @@ impl Swarm {
         let told = state.changed.take();
         let news = self.sent.state.as_ref() != Some(&state);
         if !news && !doubts {
+            // A node that was a worker for a while has nothing new, and has told nobody since.
+            if self.telling.borrow().is_none() {
+                self.tell_agents(&state, problem);
+            }
             return;
         }
         let first = self.sent.state.replace(state.clone()).is_none();

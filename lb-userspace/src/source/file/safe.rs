@@ -73,12 +73,18 @@ fn take(file: &File, bytes: u64) -> Result<String, ReadError> {
     String::from_utf8(text).map_err(|_| ReadError::Text)
 }
 
-/// Where the links that a path ends in lead, and whose they are.
+/// Where the links that a path ends in lead, and whose they and those on the way are.
 fn resolve(path: &Path) -> Result<(PathBuf, Vec<(PathBuf, u32)>), ReadError> {
     let (mut place, mut links) = (path.to_owned(), Vec::new());
     loop {
         let meta = fs::symlink_metadata(&place)?;
         if !meta.is_symlink() {
+            for folder in place.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty()) {
+                let meta = fs::symlink_metadata(folder)?;
+                if meta.is_symlink() {
+                    links.push((folder.to_owned(), meta.uid()));
+                }
+            }
             return Ok((place, links));
         }
         if links.len() == LINKS {
@@ -173,6 +179,11 @@ mod tests {
         }
         lchown("secret", 65534);
         assert_eq!(says(&at("twice")), "8 bytes");
+        // A folder of another's on the way.
+        symlink(folder.path(), at("folder")).unwrap();
+        lchown("folder", 1);
+        let said = says(&at("folder").join("secret"));
+        assert!(said.contains("of user 1 leads to a file of user 65534"), "{said}");
         lchown("twice", 1);
         assert!(says(&at("twice")).contains("of user 1 leads to a file of user 65534"));
     }

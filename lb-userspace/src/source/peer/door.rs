@@ -19,6 +19,8 @@ use super::pace::Pace;
 const OF_A_SOURCE: usize = 8;
 /// At once from all sources that no agent is known to speak from.
 const OF_STRANGERS: usize = 64;
+/// Places for all together while it is not known who is a stranger.
+const OF_ALL: usize = 4096;
 /// Handshakes of a machine of the swarm: its agent, and whoever else shares its address.
 const KNOWN: Pace = Pace::new(40, Duration::from_millis(50));
 /// Handshakes of another source.
@@ -99,14 +101,19 @@ impl Door {
         let of_source = |inner: &Inner| -> Vec<u64> {
             inner.waiting.iter().filter(|(_, (source, _))| *source == from).map(|(n, _)| *n).collect()
         };
+        // While nothing is known all may be the swarm's, and have room as its largest needs it.
+        let (most, bounded) = match inner.known {
+            None => (OF_ALL, true),
+            Some(_) => (OF_STRANGERS, !known),
+        };
         let same = of_source(&inner);
         if same.len() >= OF_A_SOURCE {
             inner.waiting.remove(&same[0]);
-        } else if !known {
+        } else if bounded {
             let known = |source: &IpAddr| inner.known.as_ref().is_some_and(|known| known.contains(source));
             let strange = inner.waiting.iter().filter(|(_, (source, _))| !known(source));
             let strange: Vec<u64> = strange.map(|(number, _)| *number).collect();
-            if strange.len() >= OF_STRANGERS {
+            if strange.len() >= most {
                 inner.waiting.remove(&strange[0]);
             }
         }
