@@ -39,7 +39,8 @@ Exit codes:
   2  the command line is wrong
   3  no datapath is attached, or one is just being attached
   4  another controller holds the interface
-  5  it serves, but not as it should (status, doctor)";
+  5  it serves, but not as it should (status)
+`doctor` ends with 0 where all is well, 1 where it warns, 2 where something is wrong.";
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -139,7 +140,7 @@ pub enum Command {
         level: Level,
     },
     /// Write everything that helps to find out what is wrong into one file of text, without secrets
-    #[command(after_help = "Example:\n  sudo lb-userspace support-bundle --to /tmp/lb.txt")]
+    #[command(after_help = "Example:\n  sudo lb-userspace support-bundle --to lb.txt")]
     SupportBundle {
         /// The file, which must not be there yet [default: lb-support-HOST-TIME.txt]
         #[arg(long, value_name = "FILE")]
@@ -273,6 +274,9 @@ pub struct Attach {
     /// Start anew where another version or other sizes are pinned: established flows are lost
     #[arg(long)]
     pub replace_state: bool,
+    /// Only say whether it could be started so
+    #[arg(long, hide = true)]
+    pub check: bool,
     /// Room for flows of each family [default: 262144]
     #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
     pub max_flows: Option<u32>,

@@ -43,7 +43,9 @@ async fn run(command: Command) -> Result<ExitCode> {
             }
             match cmd::attach::run(arguments).await? {
                 End::Stop => Ok(done),
-                End::Reload => Err(start_anew().into()),
+                End::Reload => Err(anyhow::Error::from(start_anew()).context(
+                    "start the installed program anew (the datapath goes on); install lb-userspace again, then start the agent",
+                )),
             }
         }
         Command::Detach { all: true, .. } => cmd::detach::run(&attached_interfaces()?).await.map(|()| done),
@@ -75,6 +77,9 @@ const DEGRADED: u8 = 5;
 /// started this process, sees no other one. Returns only if that fails.
 fn start_anew() -> std::io::Error {
     supervisor::reloading();
+    if let Err(error) = supervisor::signals().thread_block() {
+        log::debug!("hold signals back: {error}");
+    }
     match settings::program() {
         Ok(program) => std::process::Command::new(program).args(std::env::args_os().skip(1)).exec(),
         Err(error) => error,

@@ -49,7 +49,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap:
 pub fn command() -> Command {
     Cli::command().mut_subcommand(VERB, |verb| {
         verb.mut_args(|arg| {
-            let Some(long) = arg.get_long().filter(|long| !matches!(*long, "help" | "version")) else {
+            let hidden = arg.is_hide_set();
+            let Some(long) = arg.get_long().filter(|long| !hidden && !matches!(*long, "help" | "version"))
+            else {
                 return arg;
             };
             // clap wants names that live as long as the program; they are made once or twice in its life.
@@ -73,9 +75,11 @@ pub fn options() -> Vec<clap::Arg> {
     let command = Cli::command();
     let verb = command.find_subcommand(VERB);
     let all = verb.into_iter().flat_map(Command::get_arguments);
-    all.filter(|arg| arg.get_long().is_some_and(|long| !matches!(long, "help" | "version" | CONFIG)))
-        .cloned()
-        .collect()
+    all.filter(|arg| {
+        !arg.is_hide_set() && arg.get_long().is_some_and(|long| !matches!(long, "help" | "version" | CONFIG))
+    })
+    .cloned()
+    .collect()
 }
 
 /// The file and its text; none where none is named and the usual one is not there.
@@ -250,7 +254,8 @@ mod tests {
     fn every_option_has_a_variable_and_a_misspelt_one_is_found() {
         let command = command();
         let verb = command.find_subcommand(VERB).unwrap();
-        for arg in verb.get_arguments().filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
+        let shown = verb.get_arguments().filter(|arg| !arg.is_hide_set());
+        for arg in shown.filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
             let name = variable(arg.get_long().unwrap());
             assert_eq!(arg.get_env(), Some(OsStr::new(&name)), "{name}");
         }

@@ -6,12 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
+
+use crate::text;
 
 /// A controller that has not gone round its loop for so long is stuck.
 const STUCK: Duration = Duration::from_secs(20);
 /// The status is told so often, and the watchdog at least as often as it asks for.
 const OFTEN: Duration = Duration::from_secs(2);
+
+/// A start may take so long: the kernel's verifier takes its time on a slow machine. The unit says the same.
+const START: Duration = Duration::from_secs(180);
 
 /// The last sign of life of a controller, and what it serves.
 #[derive(Debug)]
@@ -34,9 +40,18 @@ impl Pulse {
     }
 }
 
+/// The signals that end the agent or have it start anew. They are held back while one program takes another's place in the
+/// process.
+pub fn signals() -> SigSet {
+    [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM].into_iter().collect()
+}
+
 /// Tells systemd that the agent serves.
 pub fn ready() {
     notify(&[NotifyState::Ready]);
+    if let Some(limit) = sd_notify::watchdog_enabled() {
+        notify(&[NotifyState::WatchdogUsec(limit.as_micros() as u32)]);
+    }
 }
 
 /// Tells systemd that the agent stops.
@@ -50,6 +65,10 @@ pub fn reloading() {
         Ok(now) => notify(&[NotifyState::Reloading, now]),
         Err(error) => log::debug!("read the clock: {error}"),
     }
+    // Until it serves again nobody beats.
+    if sd_notify::watchdog_enabled().is_some() {
+        notify(&[NotifyState::WatchdogUsec(START.as_micros() as u32)]);
+    }
 }
 
 /// Tells systemd what is served, and that all controllers are alive, for as long as they are.
@@ -61,6 +80,8 @@ pub async fn report(pulses: &[std::sync::Arc<Pulse>]) {
         ticks.tick().await;
         let beats: Vec<(Instant, String)> = pulses.iter().map(|pulse| pulse.read()).collect();
         let status = beats.iter().map(|(_, serves)| serves.as_str()).collect::<Vec<_>>().join("; ");
+        // Names and errors hold what others have written, and a line's end begins another word to systemd.
+        let status = text::clean(&status).into_owned();
         if status != said {
             notify(&[NotifyState::Status(&status)]);
             said = status;

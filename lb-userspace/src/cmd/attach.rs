@@ -6,12 +6,12 @@ use anyhow::{Context as _, Result, bail};
 use futures::future::join_all;
 use lb_common::abi::Mode;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
 };
 
 use crate::{
-    cli::{Attach, Command, ModeArg, OnExit, ReturnArg, SourceKind},
+    cli::{Attach, Cli, Command, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings, counted},
     datapath::{DatapathError, FlowLog, PinDir, Sizes},
@@ -39,28 +39,52 @@ pub enum End {
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
 pub async fn run(arguments: Attach) -> Result<End> {
+    if arguments.check {
+        present(&arguments.iface).await?;
+        return Ok(End::Stop);
+    }
     testing::warnings().iter().for_each(|warning| log::warn!("{warning}"));
     // A connection to each node's agent takes a descriptor, and each table and program.
     descriptors::raise();
     let (sender, mut stopped) = watch::channel(None);
     let (reload, reloads) = watch::channel(0);
     let running = format!("{arguments:?}");
+    let mut signals = Signals::listen()?;
     tokio::spawn(async move {
-        if let Ok(end) = wait_for_signal(&reload, &running).await {
+        // Who is asked to stop while it ends to start anew, stops.
+        loop {
+            let end = signals.wait(&reload, &running).await;
             let _ = sender.send(Some(end));
+            if end == End::Stop {
+                break;
+            }
         }
         // Who listens for reloads goes on doing so until the end.
         std::future::pending::<()>().await;
     });
     present(&arguments.iface).await?;
     let events = Arc::new(Recorder::open());
+    let mut controllers = Vec::new();
     let started = tokio::select! {
-        started = start(&arguments, &events, &reloads) => started,
-        // What was begun is undone as it is dropped.
-        end = stopped.wait_for(Option::is_some) => return Ok(end.ok().and_then(|end| *end).unwrap_or(End::Stop)),
+        started = start(&arguments, &events, &reloads, &mut controllers) => started.map(|()| None),
+        // The one that was begun is undone as it is dropped.
+        end = stopped.wait_for(Option::is_some) => Ok(Some(end.ok().and_then(|end| *end).unwrap_or(End::Stop))),
     };
-    let mut controllers = started?;
-    serve(&arguments, &controllers, &events)?;
+    match started {
+        Ok(None) => {}
+        Ok(Some(end)) => {
+            remove_fresh(controllers).await;
+            return Ok(end);
+        }
+        Err(error) => {
+            remove_fresh(controllers).await;
+            return Err(error);
+        }
+    }
+    if let Err(error) = serve(&arguments, &controllers, &events) {
+        remove_fresh(controllers).await;
+        return Err(error);
+    }
     // What passes XDP does not pass the host's packet filter: an operator should hear it.
     log::info!(
         "published ports bypass the host's packet filter (nftables, ufw, DOCKER-USER); \
@@ -94,6 +118,10 @@ pub async fn run(arguments: Attach) -> Result<End> {
     }
     if *stopped.borrow() == Some(End::Reload) {
         log::info!("starting anew; the datapath serves meanwhile");
+        let wanted = configuration().map_or_else(|_| arguments.iface.clone(), |wanted| wanted.iface);
+        let (_, left): (Vec<_>, Vec<_>) =
+            controllers.into_iter().partition(|controller| wanted.contains(&controller.settings().interface));
+        leave(left, on_exit).await;
         return Ok(End::Reload);
     }
     supervisor::stopping();
@@ -107,26 +135,41 @@ pub async fn run(arguments: Attach) -> Result<End> {
     Ok(End::Stop)
 }
 
-/// Starts a controller on every interface. If one cannot be, what was made anew for the others is taken away;
-/// what was adopted goes on as it was.
+/// Starts a controller on every interface.
 async fn start(
     arguments: &Attach,
     events: &Arc<Recorder>,
     reloads: &watch::Receiver<u64>,
-) -> Result<Vec<Controller>> {
-    let mut controllers: Vec<Controller> = Vec::new();
+    controllers: &mut Vec<Controller>,
+) -> Result<()> {
     for (interface, updates) in arguments.iface.iter().zip(sources(arguments, reloads)?) {
         let settings = controller_settings(arguments, interface, events.clone(), reloads.clone());
-        match Controller::start(settings, updates).await {
-            Ok(controller) => controllers.push(controller),
-            Err(error) => {
-                let fresh = controllers.into_iter().filter(|controller| !controller.datapath().adopted());
-                join_all(fresh.map(Controller::remove)).await;
-                return Err(error);
+        controllers.push(Controller::start(settings, updates).await?);
+    }
+    Ok(())
+}
+
+/// Lets go of interfaces that the configuration names no more.
+async fn leave(controllers: Vec<Controller>, on_exit: OnExit) {
+    for controller in controllers {
+        let interface = controller.settings().interface.clone();
+        match on_exit {
+            OnExit::Detach => {
+                controller.remove().await;
+                log::info!("{interface} is no longer in the configuration: detached");
             }
+            OnExit::Keep => log::warn!(
+                "{interface} is no longer in the configuration: its datapath goes on without a controller; `lb-userspace \
+                 detach --iface {interface}` removes it"
+            ),
         }
     }
-    Ok(controllers)
+}
+
+/// Takes away what was made anew; what was adopted goes on as it was.
+async fn remove_fresh(controllers: Vec<Controller>) {
+    let fresh = controllers.into_iter().filter(|controller| !controller.datapath().adopted());
+    join_all(fresh.map(Controller::remove)).await;
 }
 
 /// Serves metrics and the page. Where nothing was asked for, another program may have the usual port.
@@ -245,27 +288,67 @@ fn is_attached(name: &str) -> bool {
     PinDir::of(name).and_then(|pins| pins.exists()).unwrap_or_default()
 }
 
-/// Waits for a signal to stop. SIGHUP has everything looked at again; where the configuration or the program is another
-/// one by now, it starts anew. `running` is the configuration that runs.
-async fn wait_for_signal(reload: &watch::Sender<u64>, running: &str) -> Result<End> {
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
-    loop {
-        tokio::select! {
-            _ = hangup.recv() => {}
-            _ = terminate.recv() => return Ok(End::Stop),
-            _ = interrupt.recv() => return Ok(End::Stop),
-        }
-        // What could not be started must not end what runs.
-        match settings::parse(std::env::args_os()).map(|cli| cli.command) {
-            Ok(Command::Attach(wanted)) if format!("{wanted:?}") == running && !settings::is_replaced() => {
+/// The configuration as it is by now.
+fn configuration() -> Result<Attach, String> {
+    match settings::parse(std::env::args_os()) {
+        Ok(Cli { command: Command::Attach(wanted), .. }) => Ok(wanted),
+        Ok(_) => Err("it is no `attach` any more".to_owned()),
+        Err(error) => Err(error.to_string().trim().to_owned()),
+    }
+}
+
+/// The signals that the agent does something at.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let signals = Self {
+            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+            hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
+        };
+        // Whoever started this program anew in its own process has held them back.
+        supervisor::signals().thread_unblock().context("let signals through")?;
+        Ok(signals)
+    }
+
+    /// Waits for a signal to stop. SIGHUP has everything looked at again; where the configuration or the program is another
+    /// one by now, it starts anew, if the installed program says that it can. `running` is the configuration that runs.
+    async fn wait(&mut self, reload: &watch::Sender<u64>, running: &str) -> End {
+        loop {
+            tokio::select! {
+                _ = self.hangup.recv() => {}
+                _ = self.terminate.recv() => return End::Stop,
+                _ = self.interrupt.recv() => return End::Stop,
+            }
+            let same = configuration().is_ok_and(|wanted| format!("{wanted:?}") == running);
+            if same && !settings::is_replaced() {
                 reload.send_modify(|count| *count += 1);
+                continue;
             }
-            Ok(_) => return Ok(End::Reload),
-            Err(error) => {
-                log::error!("SIGHUP: the configuration stays as it was: {}", error.to_string().trim());
+            // What could not be started must not end what runs.
+            match could_start().await {
+                Ok(()) => return End::Reload,
+                Err(reason) => log::error!("SIGHUP: the agent goes on as it was: {reason}"),
             }
         }
+    }
+}
+
+/// Asks the program as it is installed by now whether it could be started with the configuration as it is by now.
+async fn could_start() -> Result<(), String> {
+    let again = "install lb-userspace again";
+    let program = settings::program().map_err(|error| format!("find the program: {error}; {again}"))?;
+    let mut command = tokio::process::Command::new(&program);
+    command.args(std::env::args_os().skip(1)).arg("--check").stdin(std::process::Stdio::null());
+    let output =
+        command.output().await.map_err(|error| format!("start {}: {error}; {again}", program.display()))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
     }
 }
