@@ -443,7 +443,8 @@ fn pins_that_do_not_fit_are_replaced_when_asked_for() {
     let refused = verb(node, &[&["attach", "--iface", "eth1", "--cluster", path], &arguments[..]].concat());
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1));
-    assert!(said.contains("HALF_OPEN4 differs in entries: it has 65536, 2048 is asked for"), "{said}");
+    let expected = "--max-half-open 2048: the datapath that runs has 65536 (entries of HALF_OPEN4)";
+    assert!(said.contains(expected), "{said}");
     assert!(said.contains("--replace-state"), "{said}");
     // Refusing changed nothing.
     assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
