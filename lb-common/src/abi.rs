@@ -182,6 +182,17 @@ pub enum Mode {
     Tc = 3,
 }
 
+impl Mode {
+    /// Its name in sentences.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native XDP",
+            Self::Generic => "generic XDP",
+            Self::Tc => "TC alone",
+        }
+    }
+}
+
 impl TryFrom<u32> for Mode {
     type Error = u32;
 

@@ -226,7 +226,7 @@ impl Store {
     fn open() -> io::Result<Self> {
         let path = path()?;
         let folder = path.parent().unwrap_or(Path::new("/"));
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        make_folder(folder).map_err(io::Error::other)?;
         let lines = fs::read_to_string(&path).map_or(0, |text| text.lines().count());
         Ok(Self { file: append_to(&path)?, path, lines })
     }
@@ -240,7 +240,9 @@ impl Store {
                 serde_json::to_writer(&mut text, event)?;
                 text.push(b'\n');
             }
-            fs::write(&new, text)?;
+            let mut file =
+                fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
+            file.write_all(&text)?;
             fs::rename(&new, &self.path)?;
             (self.file, self.lines) = (append_to(&self.path)?, last.len());
             return Ok(());
@@ -264,6 +266,21 @@ fn append_to(path: &Path) -> io::Result<fs::File> {
 /// The kernel does not tell the namespace.
 pub fn runtime_folder() -> io::Result<PathBuf> {
     Ok(Path::new("/run/lb-userspace").join(datapath::netns_cookie()?.to_string()))
+}
+
+/// Makes that folder, root's own, if it is not there.
+///
+/// # Errors
+/// It cannot be made.
+pub fn make_folder(folder: &Path) -> anyhow::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|error| {
+        let step = if error.kind() == io::ErrorKind::PermissionDenied {
+            "; this needs root: run it with sudo"
+        } else {
+            ""
+        };
+        anyhow::anyhow!("make {}: {error}{step}", folder.display())
+    })
 }
 
 /// Where events are kept.

@@ -91,6 +91,8 @@ pub fn assess(inventory: &Inventory, around: &Surroundings) -> Health {
             moment(inventory.report.since)
         ));
     }
+    let failing = inventory.report.failing.iter();
+    problems.extend(failing.map(|error| format!("what is served may not be what it should be: {error}")));
     for node in inventory.nodes().into_iter().filter(|node| node.agent == Agent::Silent) {
         problems.push(format!("node {}: {}", node.name, node.problem.unwrap_or_default()));
     }

@@ -204,7 +204,9 @@ impl Inventory {
     pub fn drained_name(&self, drain: &Drain) -> String {
         match drain.what {
             Drained::Task => drain.name.clone(),
-            Drained::Node => self.tables.node_shown(&drain.name).to_owned(),
+            Drained::Node => {
+                self.node_names().remove(drain.name.as_str()).unwrap_or_else(|| drain.name.clone())
+            }
         }
     }
 

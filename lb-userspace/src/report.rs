@@ -4,6 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+/// Version of the fields in JSON; it changes when one goes or changes its meaning, not when one is added.
+pub const SCHEMA: u32 = 2;
+
 /// Where the tables' content comes from, and how that goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceReport {
@@ -14,6 +17,9 @@ pub struct SourceReport {
     /// Why the last state may be out of date.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// Why the tables do not follow the last state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failing: Option<String>,
     /// When the last state came, or since when there is no newer one: seconds since 1970.
     pub since: u64,
     /// From a change in the cluster to the tables knowing.

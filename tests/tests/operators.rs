@@ -42,17 +42,27 @@ fn shell(netns: &Netns, line: &str) -> Output {
 }
 
 /// A request over any stream; the answer's head and body.
-fn http(mut stream: impl std::io::Read + std::io::Write, path: &str, host: &str) -> (String, String) {
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("ask");
+fn http(stream: impl std::io::Read + std::io::Write, path: &str, host: &str) -> (String, String) {
+    try_http(stream, path, host).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+fn try_http(
+    mut stream: impl std::io::Read + std::io::Write,
+    path: &str,
+    host: &str,
+) -> std::io::Result<(String, String)> {
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("an answer: {answer:?}"));
+    stream.read_to_string(&mut answer)?;
+    let Some((head, body)) = answer.split_once("\r\n\r\n") else {
+        return Err(std::io::Error::other(format!("no whole answer: {answer:?}")));
+    };
     let body = if head.to_lowercase().contains("transfer-encoding: chunked") {
         unchunk(body)
     } else {
         body.to_owned()
     };
-    (head.to_owned(), body)
+    Ok((head.to_owned(), body))
 }
 
 fn unchunk(mut rest: &str) -> String {
@@ -148,14 +158,24 @@ fn a_hangup_reloads_and_a_wrong_level_is_said() {
     eventually("it is said", || agent.log().contains("as SIGHUP asks"));
     assert!(agent.is_running());
     // The level changes while it runs.
-    let cut = |agent: &Agent<'_>| agent.log().lines().filter(|line| line.contains("DEBUG")).count();
+    let written = fs::read_to_string(cluster.folder().join("cluster.toml")).expect("the file");
+    let rename = |to: &str| {
+        cluster.write(
+            &written
+                .replace("[[service.task]]\nname = \"web.3\"", &format!("[[service.task]]\nname = \"{to}\"")),
+        );
+        eventually("it is served", || text(node, &["service", "ps", "web"]).contains(to));
+    };
+    let applied = |agent: &Agent<'_>| agent.log().matches("applied ").count();
     text(node, &["log-level", "warn"]);
-    eventually("it is said", || agent.log().contains("warn is logged from now on") || cut(&agent) > 0);
+    eventually("it is said", || agent.log().contains("warn is logged from now on"));
+    let before = applied(&agent);
+    rename("web.8");
+    assert_eq!(applied(&agent), before, "a change is no warning");
     text(node, &["log-level", "debug"]);
-    let touched = fs::read_to_string(cluster.folder().join("cluster.toml")).expect("the file");
-    cluster
-        .write(&touched.replace("[[service.task]]\nname = \"web.3\"", "[[service.task]]\nname = \"web.9\""));
-    eventually("a change is told in full again", || agent.log().contains("applied "));
+    eventually("it is said", || agent.log().contains("debug is logged from now on"));
+    rename("web.9");
+    eventually("a change is told in full again", || applied(&agent) > before);
     drop(agent);
     let output = shell(
         node,
@@ -393,7 +413,7 @@ fn metrics_are_well_formed_and_a_real_prometheus_takes_them() {
         let answer = node.enter(|| {
             let stream = TcpStream::connect("127.0.0.1:9090").ok()?;
             stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-            Some(http(stream, &path, "localhost").1)
+            try_http(stream, &path, "localhost").ok().map(|(_, body)| body)
         });
         answer.and_then(|body| serde_json::from_str(&body).ok()).unwrap_or_default()
     };

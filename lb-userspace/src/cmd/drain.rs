@@ -1,6 +1,9 @@
 //! `task drain`, `node drain` and their opposites: by hand, kept in the tables, so that they outlive controllers.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -9,7 +12,7 @@ use super::{inventories, out, unknown};
 use crate::{
     cli::{DrainArgs, Read, UndrainArgs},
     datapath::PinDir,
-    events::runtime_folder,
+    events::{make_folder, runtime_folder},
     inventory::Inventory,
     report::{Drain, Drained, now},
 };
@@ -51,18 +54,26 @@ pub async fn drain(what: Drained, arguments: &DrainArgs) -> Result<()> {
 /// One was not drained, or it cannot be kept.
 pub fn undrain(what: Drained, arguments: &UndrainArgs) -> Result<()> {
     let read = reads(&arguments.iface);
+    // It may be drained on one of several interfaces alone.
+    let mut ended = BTreeSet::new();
     change(&read, |inventory, drains| {
         for name in &arguments.names {
             let before = drains.len();
             // It may be gone meanwhile.
             let known = known(what, name, inventory).unwrap_or_else(|_| name.clone());
             drains.retain(|drain| drain.what != what || drain.name != known);
-            if drains.len() == before {
-                bail!("{} {name} is not drained by hand; `lb-userspace status` lists what is", word(what));
+            if drains.len() != before {
+                ended.insert(name.clone());
             }
         }
         Ok(())
-    })
+    })?;
+    match arguments.names.iter().find(|name| !ended.contains(*name)) {
+        None => Ok(()),
+        Some(name) => {
+            bail!("{} {name} is not drained by hand; `lb-userspace status` lists what is", word(what))
+        }
+    }
 }
 
 fn reads(iface: &Option<String>) -> Read {
@@ -90,9 +101,9 @@ fn known(what: Drained, name: &str, inventory: &Inventory) -> Result<String> {
 }
 
 /// Changes what is drained on each interface; of two that do so at once one waits.
-fn change(read: &Read, change: impl Fn(&Inventory, &mut Vec<Drain>) -> Result<()>) -> Result<()> {
+fn change(read: &Read, mut change: impl FnMut(&Inventory, &mut Vec<Drain>) -> Result<()>) -> Result<()> {
     let folder = runtime_folder().context("ask the kernel for the network namespace")?;
-    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    make_folder(&folder)?;
     let directory = std::fs::File::open(&folder).with_context(|| format!("open {}", folder.display()))?;
     let _lock = Flock::lock(directory, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
@@ -112,9 +123,13 @@ async fn wait(what: Drained, names: &[String], read: &Read, limit: Option<Durati
         let (mut open, mut offered) = (0, false);
         for (inventory, set) in inventories(read)? {
             let counts = set.open_flows(&inventory.tables)?;
+            // A node may have been named by its identifier.
+            let nodes = inventory.nodes().into_iter();
+            let nodes = nodes.filter(|node| names.contains(&node.name) || names.contains(&node.id));
+            let nodes: BTreeSet<String> = nodes.map(|node| node.name).collect();
             let its = inventory.tasks(|_| true, Some(&counts)).into_iter().filter(|task| match what {
                 Drained::Task => names.contains(&task.name),
-                Drained::Node => names.contains(&task.node),
+                Drained::Node => nodes.contains(&task.node),
             });
             for task in its {
                 open += task.open_flows.unwrap_or_default();

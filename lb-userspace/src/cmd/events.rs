@@ -37,7 +37,8 @@ pub async fn run(arguments: &EventArgs) -> Result<()> {
     let chosen = |event: &Event| list::chooses(&serde_json::to_value(event)?, &arguments.filter);
     let since = arguments
         .since
-        .map_or(0, |age| Event::now("", events::Kind::Problem, "").time - age.as_millis() as u64);
+        .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
+        .map_or(0, |age| Event::now("", events::Kind::Problem, "").time.saturating_sub(age));
     let mut kept = Vec::new();
     for event in events.drain(..).filter(|event| event.time >= since) {
         if chosen(&event)? {
@@ -103,14 +104,17 @@ struct Changes {
 impl Changes {
     fn of(path: &Path) -> Result<Self> {
         let (wake, woken) = mpsc::channel(1);
-        let mut watcher = notify::recommended_watcher(move |_| {
-            // A full channel means that a reading is due already.
-            let _ = wake.try_send(());
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // That it is read is no change of it.
+            if !event.is_ok_and(|event| matches!(event.kind, notify::EventKind::Access(_))) {
+                // A full channel means that a reading is due already.
+                let _ = wake.try_send(());
+            }
         })
         .context("watch files")?;
         let folder = path.parent().unwrap_or(Path::new("/"));
         // An agent may come later.
-        fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        events::make_folder(folder)?;
         watcher
             .watch(folder, RecursiveMode::NonRecursive)
             .with_context(|| format!("watch {}", folder.display()))?;

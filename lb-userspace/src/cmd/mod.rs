@@ -18,8 +18,6 @@ pub mod support;
 pub mod task;
 pub mod top;
 
-pub use out::SCHEMA;
-
 use anyhow::Result;
 use serde_json::{Value, json};
 

@@ -5,8 +5,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-/// Version of the fields in JSON; it changes when one goes or changes its meaning, not when one is added.
-pub const SCHEMA: u32 = 2;
+use crate::report::SCHEMA;
 
 /// Writes text and a line's end.
 ///

@@ -7,7 +7,6 @@ use serde_json::json;
 use super::{inventories, out};
 use crate::{
     cli::{Output, Read},
-    controller::name,
     datapath::{self, PinDir, TableSet, TcHook},
     health::{Health, Surroundings, Verdict, assess},
     inventory::{self, Agent, Inventory},
@@ -23,7 +22,7 @@ pub fn run(read: &Read, verbose: bool) -> Result<bool> {
     for (inventory, set) in inventories(read)? {
         let around = Surroundings::read(&inventory.interface, &set)?;
         let health = assess(&inventory, &around);
-        healthy &= health.verdict != Verdict::Degraded;
+        healthy &= health.verdict == Verdict::Serving;
         let facts = describe(&inventory, &around, &set)?;
         if read.output == Output::Json {
             let mut document = facts;
@@ -53,7 +52,7 @@ pub fn run(read: &Read, verbose: bool) -> Result<bool> {
 /// The short of it, for people.
 fn say(inventory: &Inventory, around: &Surroundings, health: &Health, memory: u64) -> Result<()> {
     let report = &inventory.report;
-    let mode = Mode::try_from(around.config.mode).map_or("not attached yet", name);
+    let mode = Mode::try_from(around.config.mode).map_or("not attached yet", Mode::name);
     let controller = match around.controller {
         None => NO_CONTROLLER.to_owned(),
         Some(pid) => format!("process {pid}, up {}", ago(report.started)),
@@ -120,7 +119,7 @@ pub(super) fn describe(
     let delay = report.delay;
     Ok(json!({
         "interface": interface,
-        "mode": Mode::try_from(config.mode).map_or("not attached", name),
+        "mode": Mode::try_from(config.mode).map_or("not attached", Mode::name),
         "kernel": datapath::release(),
         "tc_hook": if pins.has_tc_link() { TcHook::Tcx } else { TcHook::Clsact }.to_string(),
         "xdp_frags": config.flags & XDP_FRAGS != 0,

@@ -1,9 +1,10 @@
 //! `support-bundle`: everything that helps somebody else to find out what is wrong, in one file of text.
 
-use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path, process::Command};
+use std::{fs, io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use tokio::process::Command;
 
 use super::{inventories, out, status};
 use crate::{
@@ -25,6 +26,9 @@ const COMMANDS: [&[&str]; 9] = [
     &["docker", "version"],
     &["journalctl", "-u", "lb-userspace", "-n", "1000", "--no-pager", "-o", "short-iso"],
 ];
+
+/// What a command may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Writes the bundle.
 ///
@@ -55,15 +59,7 @@ pub async fn run(to: Option<&Path>) -> Result<()> {
         .collect();
     section("events", &happened.join("\n"));
     for command in COMMANDS {
-        let output = Command::new(command[0]).args(&command[1..]).output();
-        let said = output.map_or_else(
-            |error| error.to_string(),
-            |output| {
-                String::from_utf8_lossy(&output.stdout).into_owned()
-                    + &String::from_utf8_lossy(&output.stderr)
-            },
-        );
-        section(&command.join(" "), &said);
+        section(&command.join(" "), &said(command).await);
     }
     for file in ["/proc/meminfo", "/proc/cpuinfo", "/etc/os-release"] {
         section(file, &fs::read_to_string(file).unwrap_or_else(|error| error.to_string()));
@@ -76,6 +72,18 @@ pub async fn run(to: Option<&Path>) -> Result<()> {
         path.display(),
         text.len().div_ceil(1024)
     ))
+}
+
+/// What a command prints. One that hangs, as Docker's may just then, is left behind.
+async fn said(command: &[&str]) -> String {
+    let output = Command::new(command[0]).args(&command[1..]).kill_on_drop(true).output();
+    match tokio::time::timeout(PATIENCE, output).await {
+        Ok(Ok(output)) => {
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer in {} s", PATIENCE.as_secs()),
+    }
 }
 
 fn pretty(value: &Value) -> String {

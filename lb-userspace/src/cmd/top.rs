@@ -8,7 +8,6 @@ use lb_common::abi::Mode;
 use super::inventories;
 use crate::{
     cli::{Output, Read},
-    controller::name,
     health::{Surroundings, assess},
     top::{self, Seen},
 };
@@ -24,7 +23,7 @@ pub fn run(interface: Option<&str>) -> Result<()> {
         let open = set.open_flows(&inventory.tables)?;
         let around = Surroundings::read(&inventory.interface, &set)?;
         let health = assess(&inventory, &around);
-        let mode = Mode::try_from(around.config.mode).map_or("not attached yet", name);
+        let mode = Mode::try_from(around.config.mode).map_or("not attached yet", Mode::name);
         let controller = around.controller.map_or("no controller".to_owned(), |pid| format!("process {pid}"));
         let outcomes = inventory
             .counters

@@ -36,7 +36,7 @@ impl Controller {
                 Ok(()) => {
                     let hook = self.datapath.tc_hook();
                     let since = problems.iter().map(|p| format!("; not {p}")).collect::<String>();
-                    let text = format!("{}: served by {} ({hook}){since}", uplink.name, name(mode));
+                    let text = format!("{}: served by {} ({hook}){since}", uplink.name, mode.name());
                     // What was not asked for is worth a look.
                     let slower = !problems.is_empty();
                     if slower {
@@ -44,12 +44,12 @@ impl Controller {
                     } else {
                         log::info!("{text}")
                     }
-                    if self.served.is_some_and(|_| before != Some(mode)) {
+                    if before.is_some_and(|before| before != mode) {
                         self.record(Kind::ModeChanged, text);
                     }
                     return Ok(());
                 }
-                Err(problem) => problems.push(format!("{}: {problem}", name(mode))),
+                Err(problem) => problems.push(format!("{}: {problem}", mode.name())),
             }
         }
         Err(anyhow!("{}", problems.join("; ")))
@@ -177,15 +177,6 @@ fn transmission(ifindex: u32, mode: Mode, veth: bool) -> u32 {
             Some(features) if features & NDO_XMIT != 0 => XDP_TRANSMITS | XDP_REDIRECTS,
             _ => 0,
         },
-    }
-}
-
-/// The name of a mode in sentences.
-pub fn name(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Native => "native XDP",
-        Mode::Generic => "generic XDP",
-        Mode::Tc => "TC alone",
     }
 }
 

@@ -14,7 +14,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-pub use attach::name;
 use lb_common::{
     abi::{Config, Mode},
     net::Be16,
@@ -190,6 +189,8 @@ impl Controller {
         controller.datapath.forget_log_level()?;
         controller.drains = drains(&controller.datapath);
         controller.cluster = controller.drained();
+        controller.refusals.adopt(controller.datapath.troubles()?);
+        controller.report.failing = None;
         controller.keep_report();
         let interface = controller.settings.interface.clone();
         if adopted {
@@ -256,9 +257,10 @@ impl Controller {
             return;
         }
         if let Some(level) = asked.as_ref().and_then(|text| text.parse().ok()) {
-            log::info!("{level} is logged from now on");
-            if let Err(error) = logging::set(&level) {
-                log::warn!("change what is logged: {error}");
+            // A warning, so that it is said at most levels, and after the change, which it confirms.
+            match logging::set(&level) {
+                Ok(()) => log::warn!("{level} is logged from now on"),
+                Err(error) => log::warn!("change what is logged: {error}"),
             }
         }
         self.log_level = asked;
@@ -280,6 +282,10 @@ impl Controller {
         }
         for drain in before.iter().filter(|drain| !self.drains.1.iter().any(|other| same(drain, other))) {
             self.record(Kind::Undrained, format!("{} is no longer drained by hand", name(drain)));
+        }
+        // How long ago the cluster changed says nothing of how long this takes.
+        if let Some(told) = &mut self.told {
+            told.changed = None;
         }
         self.cluster = self.drained();
         true
@@ -319,9 +325,14 @@ impl Controller {
                 }
                 () = tokio::time::sleep_until(synced + pause) => self.network = None,
             }
-            if let Err(error) = self.sync().await {
+            let failing = self.sync().await.err().map(|error| format!("{error:#}"));
+            if let Some(error) = &failing {
                 self.network = None;
-                self.complain([format!("{error:#}; trying again")].into());
+                self.complain([format!("{error}; trying again")].into());
+            }
+            if failing != self.report.failing {
+                self.report.failing = failing;
+                self.keep_report();
             }
             synced = Instant::now();
         }

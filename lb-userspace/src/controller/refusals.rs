@@ -9,7 +9,7 @@ use crate::report::Trouble;
 
 /// Backends looked at in one go, which comes about once a second: each costs a system call.
 pub const SLICE: usize = 4_096;
-/// A task that has taken connections, and refused none, for so many seconds takes them again.
+/// A task that was given connections, and has refused none for so many seconds after the first, takes them again.
 const QUIET: u64 = 10;
 
 /// What is known of the backends.
@@ -29,6 +29,8 @@ struct Seen {
     stats: BackendStats,
     /// New flows when it last failed.
     flows: u64,
+    /// When it was first given a flow after that: whether it has taken it shows a second later, as the client asks again.
+    given: Option<u64>,
 }
 
 /// What became of a backend.
@@ -43,6 +45,11 @@ pub enum Change {
 }
 
 impl Refusals {
+    /// Goes on with what another controller has said.
+    pub fn adopt(&mut self, troubled: BTreeMap<u32, Trouble>) {
+        self.troubled = troubled;
+    }
+
     /// The backends to look at now.
     pub fn due(&mut self, there: impl Iterator<Item = u32> + Clone) -> Vec<u32> {
         let next = self.next;
@@ -64,7 +71,7 @@ impl Refusals {
 
     /// Looks at a backend's counters at a moment, in seconds since 1970.
     pub fn look(&mut self, index: u32, generation: u32, stats: BackendStats, now: u64) -> Option<Change> {
-        let new = Seen { generation, stats, flows: stats.flows };
+        let new = Seen { generation, stats, flows: stats.flows, given: None };
         let seen = self.seen.entry(index).or_insert(new);
         // What was counted before this controller came is not news; another task has counters of its own.
         if seen.generation != generation || stats.failovers < seen.stats.failovers {
@@ -74,7 +81,7 @@ impl Refusals {
         let failed = stats.failovers - seen.stats.failovers;
         seen.stats = stats;
         if failed > 0 {
-            seen.flows = stats.flows;
+            (seen.flows, seen.given) = (stats.flows, None);
             let known = self.troubled.contains_key(&index);
             let trouble =
                 self.troubled.entry(index).or_insert(Trouble { failovers: 0, since: now, last: now });
@@ -82,8 +89,10 @@ impl Refusals {
             trouble.last = now;
             return Some(if known { Change::StillRefuses(*trouble) } else { Change::Refuses(*trouble) });
         }
-        let trouble = self.troubled.get(&index)?;
-        if stats.flows > seen.flows && now.saturating_sub(trouble.last) >= QUIET {
+        if !self.troubled.contains_key(&index) || stats.flows <= seen.flows {
+            return None;
+        }
+        if now.saturating_sub(*seen.given.get_or_insert(now)) >= QUIET {
             self.troubled.remove(&index);
             return Some(Change::Takes);
         }
@@ -112,8 +121,24 @@ mod tests {
         assert_eq!(look(14, 6, 103), Some(Change::StillRefuses(trouble)));
         // Nobody has asked it since: nothing is known.
         assert_eq!(look(14, 6, 200), None);
-        assert_eq!(look(15, 6, 201), Some(Change::Takes));
-        assert_eq!(look(16, 6, 202), None);
+        // The client that it is given now may be refused a second later.
+        assert_eq!(look(15, 6, 201), None);
+        let trouble = Trouble { failovers: 4, since: 102, last: 202 };
+        assert_eq!(look(15, 7, 202), Some(Change::StillRefuses(trouble)));
+        assert_eq!(look(16, 7, 301), None);
+        assert_eq!(look(16, 7, 310), None);
+        assert_eq!(look(16, 7, 311), Some(Change::Takes));
+        assert_eq!(look(17, 7, 312), None);
+    }
+
+    #[test]
+    fn the_next_controller_goes_on_with_what_the_last_one_said() {
+        let mut refusals = Refusals::default();
+        refusals.adopt(BTreeMap::from([(7, Trouble { failovers: 2, since: 90, last: 95 })]));
+        let mut look = |flows, now| refusals.look(7, 1, stats(flows, 2), now);
+        assert_eq!(look(10, 100), None);
+        assert_eq!(look(11, 101), None);
+        assert_eq!(look(11, 111), Some(Change::Takes));
     }
 
     #[test]

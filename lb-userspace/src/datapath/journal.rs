@@ -1,16 +1,22 @@
-//! What was done to links and filters since the datapath was last whole, and how each is undone.
+//! What was done to links and filters since the datapath was last whole; [`super::links::undo`] undoes it.
 //!
 //! The programs that ran before stay pinned until those that take their place run everywhere: an attach that fails in
 //! the middle puts them back. (The kernel gives a program out by its number only to CAP_SYS_ADMIN; a pin will do.)
 
-use aya::programs::{SchedClassifier, Xdp};
-use aya_obj::programs::XdpAttachType;
-use lb_common::abi::{Mode, program};
+use lb_common::abi::Mode;
 
-use super::{
-    links::{self, AttachProblem, Place},
-    pin::{self, PinDir},
-};
+/// Where a TC program goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Name of the interface.
+    pub(super) interface: String,
+    /// Name of the link's pin.
+    pub(super) link: String,
+    /// Interface index of the uplink.
+    pub(super) uplink: u32,
+    /// Name of the program.
+    pub(super) program: &'static str,
+}
 
 /// One step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,44 +56,10 @@ impl Journal {
         self.steps.clear();
     }
 
-    /// Undoes what was done since a mark, the last first. The interfaces that were given a clsact qdisc, which may carry
-    /// others' filters by now.
-    pub(super) fn undo(&mut self, pins: &PinDir, mark: usize) -> Vec<String> {
-        let mut qdiscs = Vec::new();
-        for step in self.steps.drain(mark..).rev() {
-            match &step {
-                Step::Qdisc(interface) => qdiscs.push(interface.clone()),
-                step => {
-                    if let Err(problem) = revert(pins, step) {
-                        log::warn!("undo {step:?}: {problem}");
-                    }
-                }
-            }
-        }
-        qdiscs
+    /// The steps since a mark, the last first; they are forgotten.
+    pub(super) fn take(&mut self, mark: usize) -> Vec<Step> {
+        let mut steps = self.steps.split_off(mark);
+        steps.reverse();
+        steps
     }
-}
-
-fn revert(pins: &PinDir, step: &Step) -> Result<(), AttachProblem> {
-    match step {
-        Step::Linked(name) => pins.remove_link(&pins.link(name)),
-        Step::XdpSwapped => links::swap_xdp(&pins.link(pin::XDP), &mut former_xdp(pins)?)?,
-        Step::XdpUnlinked(ifindex, mode) => links::link_xdp(pins, &mut former_xdp(pins)?, *ifindex, *mode)?,
-        Step::TcSwapped(place) => {
-            let mut program = SchedClassifier::from_pin(pins.program(place.program))?;
-            let link = pins.link(&place.link);
-            if link.exists() {
-                links::swap_tc(&link, &mut program)?;
-            } else {
-                links::swap_filter(&mut program, place)?;
-            }
-        }
-        Step::Filtered(place) => links::detach_clsact(&place.interface, place.uplink),
-        Step::Qdisc(_) => {}
-    }
-    Ok(())
-}
-
-fn former_xdp(pins: &PinDir) -> Result<Xdp, AttachProblem> {
-    Ok(Xdp::from_pin(pins.program(program::UPLINK_XDP), XdpAttachType::Interface)?)
 }

@@ -7,12 +7,13 @@ use aya::programs::{
     links::{FdLink, LinkError, PinnedLink},
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
-use lb_common::abi::Mode;
+use aya_obj::programs::XdpAttachType;
+use lb_common::abi::{Mode, program};
 
 use super::{
     error::{chain, errno},
     fault,
-    journal::{Journal, Step},
+    journal::{Journal, Place, Step},
     pin::{self, PinDir},
 };
 
@@ -63,19 +64,6 @@ const PRIORITY: u16 = 1;
 
 fn handle(uplink: u32) -> TcHandle {
     TcHandle::new(0x6c62, uplink as u16)
-}
-
-/// Where a TC program goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
-    /// Name of the interface.
-    pub(super) interface: String,
-    /// Name of the link's pin.
-    pub(super) link: String,
-    /// Interface index of the uplink.
-    pub(super) uplink: u32,
-    /// Name of the program.
-    pub(super) program: &'static str,
 }
 
 /// Attaches XDP, or swaps the program where our link is attached already in this mode. `there` says what is known of it.
@@ -277,4 +265,45 @@ pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
     for interface in interfaces {
         detach_clsact(interface, uplink);
     }
+}
+
+/// Undoes what was done since a mark, the last first. The interfaces that were given a clsact qdisc, which may carry others'
+/// filters by now.
+pub(super) fn undo((pins, journal): (&PinDir, &mut Journal), mark: usize) -> Vec<String> {
+    let mut qdiscs = Vec::new();
+    for step in journal.take(mark) {
+        match step {
+            Step::Qdisc(interface) => qdiscs.push(interface),
+            step => {
+                if let Err(problem) = revert(pins, &step) {
+                    log::warn!("undo {step:?}: {problem}");
+                }
+            }
+        }
+    }
+    qdiscs
+}
+
+fn revert(pins: &PinDir, step: &Step) -> Result<(), AttachProblem> {
+    match step {
+        Step::Linked(name) => pins.remove_link(&pins.link(name)),
+        Step::XdpSwapped => swap_xdp(&pins.link(pin::XDP), &mut former_xdp(pins)?)?,
+        Step::XdpUnlinked(ifindex, mode) => link_xdp(pins, &mut former_xdp(pins)?, *ifindex, *mode)?,
+        Step::TcSwapped(place) => {
+            let mut program = SchedClassifier::from_pin(pins.program(place.program))?;
+            let link = pins.link(&place.link);
+            if link.exists() {
+                swap_tc(&link, &mut program)?;
+            } else {
+                swap_filter(&mut program, place)?;
+            }
+        }
+        Step::Filtered(place) => detach_clsact(&place.interface, place.uplink),
+        Step::Qdisc(_) => {}
+    }
+    Ok(())
+}
+
+fn former_xdp(pins: &PinDir) -> Result<Xdp, AttachProblem> {
+    Ok(Xdp::from_pin(pins.program(program::UPLINK_XDP), XdpAttachType::Interface)?)
 }

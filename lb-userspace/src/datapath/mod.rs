@@ -36,7 +36,7 @@ pub use counters::{Counters, OutcomeCount};
 pub use error::{DatapathError, Hint};
 pub use features::{Features, release};
 pub use foreign::{Loaded, loaded, own};
-use journal::Journal;
+use journal::{Journal, Place};
 use lb_common::{
     abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
     backend::Backend,
@@ -44,7 +44,6 @@ use lb_common::{
     outcome::Outcome,
     stats::BackendStats,
 };
-use links::Place;
 pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
@@ -219,7 +218,7 @@ impl Datapath {
         let Some(found) = self.found.take() else {
             return Vec::new();
         };
-        self.qdiscs.extend(self.journal.undo(&self.pins, 0));
+        self.qdiscs.extend(links::undo((&self.pins, &mut self.journal), 0));
         let qdiscs = std::mem::take(&mut self.qdiscs);
         if !self.adopted {
             self.pins.remove_all();
@@ -410,6 +409,14 @@ impl Datapath {
         self.set.set_log_level(None)
     }
 
+    /// The tasks of which it was said that they do not take connections, by the number of their backend.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn troubles(&self) -> Result<BTreeMap<u32, Trouble>, DatapathError> {
+        Ok(self.set.troubles(&self.set.counters(&self.tables)?.backends))
+    }
+
     /// Keeps what is wrong with a backend, for the verbs; `None` is nothing.
     ///
     /// # Errors
@@ -502,7 +509,7 @@ impl Datapath {
     fn conclude<T>(&mut self, mark: usize, done: Result<T, AttachProblem>) -> Result<T, AttachProblem> {
         if self.found.is_none() {
             if done.is_err() {
-                self.qdiscs.extend(self.journal.undo(&self.pins, mark));
+                self.qdiscs.extend(links::undo((&self.pins, &mut self.journal), mark));
             }
             self.journal.clear();
         }

@@ -24,8 +24,8 @@ struct Version {
 /// It answers at once or is said not to.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Looks at Docker. Where it is not there the cluster may come from a file: that is a note.
-pub async fn docker(findings: &mut Findings) -> Docker {
+/// Looks at Docker. Where it is not there, or the cluster comes from a file (`by_file`), that is a note.
+pub async fn docker(findings: &mut Findings, by_file: bool) -> Docker {
     const CHECK: &str = "docker";
     let asked = async {
         let engine = Engine::from_environment()?;
@@ -54,6 +54,8 @@ pub async fn docker(findings: &mut Findings) -> Docker {
     let text = format!("Docker {version} (API {api_version}) at {place}, {part}");
     match state {
         "active" => findings.ok(CHECK, text),
+        // The swarm is not where the cluster comes from.
+        _ if by_file => findings.note(CHECK, text),
         "locked" => findings.error(CHECK, format!("{text}: it is locked"), "docker swarm unlock"),
         _ => findings.warn(
             CHECK,

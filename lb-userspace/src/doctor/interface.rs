@@ -6,7 +6,6 @@ use lb_common::abi::{Mode, program};
 
 use super::{Attached, Findings};
 use crate::{
-    controller::name,
     datapath::{self, PinDir},
     net::{self, Snapshot},
 };
@@ -56,8 +55,11 @@ fn mode(findings: &mut Findings, one: &Attached, link: &net::Link) {
         );
         return;
     }
-    let text =
-        format!("{interface}: {}, driver {driver}, MTU {}", mode.map_or("not attached yet", name), link.mtu);
+    let text = format!(
+        "{interface}: {}, driver {driver}, MTU {}",
+        mode.map_or("not attached yet", Mode::name),
+        link.mtu
+    );
     match mode {
         Some(Mode::Native) => findings.ok(CHECK, text),
         Some(Mode::Tc) => {

@@ -28,8 +28,9 @@ pub fn root(findings: &mut Findings) {
         "capabilities",
         format!("{} missing: an agent with the rights of this process cannot serve", missing.join(", ")),
         format!(
-            "run it with sudo; systemd: AmbientCapabilities={names}; Docker: cap_add: [{names}]",
-            names = missing.iter().map(|name| name.trim_start_matches("CAP_")).collect::<Vec<_>>().join(", ")
+            "run it with sudo; systemd: AmbientCapabilities={}; Docker: cap_add: [{}]",
+            missing.join(" "),
+            missing.iter().map(|name| name.trim_start_matches("CAP_")).collect::<Vec<_>>().join(", ")
         ),
     );
 }

@@ -127,8 +127,9 @@ pub async fn examine(questions: &Questions) -> Result<Findings> {
     machine::kernel(&mut findings);
     let (net, _changes) = Net::connect()?;
     let snapshot = net.snapshot().await?;
-    let docker = docker::docker(&mut findings).await;
     let attached = attached(questions, &snapshot, &mut findings);
+    let by_file = attached.iter().any(|one| one.inventory.report.kind == "file");
+    let docker = docker::docker(&mut findings, by_file).await;
     machine::ranges(&mut findings);
     machine::firewall(&mut findings, !attached.is_empty());
     machine::abandoned(&mut findings);

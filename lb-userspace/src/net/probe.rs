@@ -366,7 +366,9 @@ mod tests {
             // What is sent there comes to the prober.
             let asker = std::net::UdpSocket::bind((own, 0)).unwrap();
             asker.send_to(b"x", (own, port)).unwrap();
-            assert_eq!(prober.recv_from(&mut [0; 8]).await.unwrap().0, 1);
+            let mut buffer = [0; 8];
+            let heard = tokio::time::timeout(Duration::from_secs(20), prober.recv_from(&mut buffer)).await;
+            assert_eq!(heard.expect("it comes").unwrap().0, 1);
         }
     }
 }

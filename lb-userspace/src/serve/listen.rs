@@ -25,6 +25,8 @@ use tokio::{
 const CONNECTIONS: usize = 64;
 /// A request's head comes within this time, or the connection ends.
 const HEAD: Duration = Duration::from_secs(10);
+/// A whole request has this time, its answer included.
+const WHOLE: Duration = Duration::from_secs(60);
 /// After a failure to accept (too many open files) so long is waited.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -140,9 +142,10 @@ where
         let service = TowerToHyperService::new(router.clone());
         tokio::spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
-            http.timer(TokioTimer::new()).header_read_timeout(HEAD);
-            // Who goes away early has what it wanted.
-            let _ = http.serve_connection(TokioIo::new(stream), service).await;
+            http.keep_alive(false).timer(TokioTimer::new()).header_read_timeout(HEAD);
+            // Who goes away early has what it wanted; who does not read must not hold a place for ever.
+            let served = http.serve_connection(TokioIo::new(stream), service);
+            let _ = tokio::time::timeout(WHOLE, served).await;
             drop(permit);
         });
     }

@@ -18,7 +18,6 @@ use prometheus_client::{
 
 use crate::{
     cluster::TaskState,
-    controller::name,
     datapath,
     health::{Health, Surroundings, Verdict},
     inventory::{Agent, DRAINED, Inventory, Task},
@@ -169,7 +168,7 @@ impl Metrics {
     fn agent(&self, to: &mut Families<'_>) -> fmt::Result {
         let kernel = datapath::release();
         let info = self.each(|exposed, interface| {
-            let mode = Mode::try_from(exposed.around.config.mode).map_or("not attached", name);
+            let mode = Mode::try_from(exposed.around.config.mode).map_or("not attached", Mode::name);
             let abi = exposed.around.config.abi_version.to_string();
             let more =
                 [("version", env!("CARGO_PKG_VERSION")), ("abi", &abi), ("mode", mode), ("kernel", &kernel)];

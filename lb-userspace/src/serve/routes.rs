@@ -157,7 +157,8 @@ async fn overview(State(shared): State<Shared>) -> Answer {
             Err(error) => json!({ "interface": interface, "error": format!("{error:#}") }),
         });
     }
-    Ok(Json(json!({ "schema": crate::cmd::SCHEMA, "now": now(), "interfaces": interfaces })).into_response())
+    Ok(Json(json!({ "schema": crate::report::SCHEMA, "now": now(), "interfaces": interfaces }))
+        .into_response())
 }
 
 fn document(exposed: &Exposed) -> Result<Value, Failure> {
@@ -174,7 +175,7 @@ fn document(exposed: &Exposed) -> Result<Value, Failure> {
         "interface": inventory.interface,
         "verdict": exposed.health.verdict,
         "problems": exposed.health.problems,
-        "mode": mode.map_or("not attached", crate::controller::name),
+        "mode": mode.map_or("not attached", lb_common::abi::Mode::name),
         "controller": around.controller,
         "started": inventory.report.started,
         "source": inventory.report.kind,
@@ -197,7 +198,7 @@ struct Last {
 async fn events(State(shared): State<Shared>, Query(asked): Query<Last>) -> Answer {
     let last = asked.last.unwrap_or(KEPT);
     let events = shared.events.as_ref().map(|events| events.last(last)).unwrap_or_default();
-    Ok(Json(json!({ "schema": crate::cmd::SCHEMA, "events": events })).into_response())
+    Ok(Json(json!({ "schema": crate::report::SCHEMA, "events": events })).into_response())
 }
 
 #[cfg(test)]

@@ -58,6 +58,9 @@ fn watch(
 
 /// Does what a key asks for; false at the end.
 pub fn press(model: &mut Model, key: KeyEvent) -> bool {
+    if key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL) {
+        return false;
+    }
     if let Some(filter) = &mut model.typing {
         match key.code {
             KeyCode::Enter => model.filter = model.typing.take().unwrap_or_default(),
@@ -69,7 +72,6 @@ pub fn press(model: &mut Model, key: KeyEvent) -> bool {
         return true;
     }
     match key.code {
-        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return false,
         KeyCode::Char('q') => return false,
         KeyCode::Char('?' | 'h') => model.help = !model.help,
         KeyCode::Char('/') => model.typing = Some(model.filter.clone()),
