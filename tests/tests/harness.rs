@@ -59,6 +59,10 @@ fn holds_a_namespace_until_it_is_ended() {
     let mut sleeper = netns.command("sleep").arg("infinity").spawn().expect("start a process in it");
     println!("\nholds {} {}", netns.name(), sleeper.id());
     sleeper.wait().expect("wait for what never ends by itself");
+    // It is ended with its namespace, a moment before this process.
+    loop {
+        std::thread::park();
+    }
 }
 
 #[test]

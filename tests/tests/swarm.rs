@@ -343,7 +343,7 @@ fn managers_change_and_workers_follow() {
     second.kill_docker();
     let mut agents = swarm.attach();
     let said = json(&second.netns, &["status"])["source_problem"].as_str().unwrap_or_default().to_owned();
-    assert!(said.contains("connect to Docker at unix://"), "{said:?}");
+    assert!(said.contains("Docker is not running at unix://"), "{said:?}");
     second.restart_docker();
     first.init();
     second.join(first, "worker");
