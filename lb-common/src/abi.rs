@@ -1,9 +1,13 @@
 //! The contract between programs, pinned tables and controllers: names, sizes, version.
 
-use crate::{net::Be16, pod};
+use crate::{
+    conntrack::{hash::HashKeys, table::Longest},
+    net::Be16,
+    pod,
+};
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -15,35 +19,27 @@ pub mod table {
     pub const LISTENERS4: &str = "LISTENERS4";
     /// Listeners, IPv6.
     pub const LISTENERS6: &str = "LISTENERS6";
-    /// [`crate::endpoint::Replies`] by endpoint of the task, IPv4.
-    pub const REPLIES4: &str = "REPLIES4";
-    /// Replies, IPv6.
-    pub const REPLIES6: &str = "REPLIES6";
+    /// [`crate::endpoint::TaskEndpoint`] by endpoint of the task, IPv4.
+    pub const TASK_ENDPOINTS4: &str = "TASK_ENDPOINTS4";
+    /// The same, IPv6.
+    pub const TASK_ENDPOINTS6: &str = "TASK_ENDPOINTS6";
     /// Backend indexes, in ranges that listeners name.
     pub const SLOTS: &str = "SLOTS";
     /// [`crate::backend::Backend`] by index.
     pub const BACKENDS: &str = "BACKENDS";
     /// Round-robin cursor of each published port.
     pub const CURSORS: &str = "CURSORS";
-    /// [`crate::flow::Flow`] by five-tuple, IPv4: those that are established.
-    pub const FLOWS4: &str = "FLOWS4";
-    /// Flows, IPv6.
-    pub const FLOWS6: &str = "FLOWS6";
-    /// Flows that are not established yet, IPv4.
-    pub const HALF_OPEN4: &str = "HALF_OPEN4";
+    /// The connection table, [`crate::conntrack::Set`] by index, IPv4.
+    pub const CONNECTIONS4: &str = "CONNECTIONS4";
     /// The same, IPv6.
-    pub const HALF_OPEN6: &str = "HALF_OPEN6";
-    /// [`crate::flow::Spare`] by five-tuple, IPv4.
-    pub const SPARES4: &str = "SPARES4";
-    /// Spares, IPv6.
-    pub const SPARES6: &str = "SPARES6";
-    /// [`crate::flow::Timers`] by service.
+    pub const CONNECTIONS6: &str = "CONNECTIONS6";
+    /// [`crate::conntrack::Timers`] by service.
     pub const TIMERS: &str = "TIMERS";
     /// [`crate::guard::Guard`], one entry.
     pub const GUARD: &str = "GUARD";
     /// [`crate::guard::Rate`], by CPU.
     pub const RATES: &str = "RATES";
-    /// When the controller was last there: the clock of flows, one entry.
+    /// When the controller was last there: the clock of connections, one entry.
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// [`crate::fragment::Ports`] by [`crate::fragment::FragmentKey`], IPv4.
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
@@ -67,22 +63,18 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 29] = [
+    pub const ALL: [&str; 25] = [
         CONFIG,
         FILTER,
         LISTENERS4,
         LISTENERS6,
-        REPLIES4,
-        REPLIES6,
+        TASK_ENDPOINTS4,
+        TASK_ENDPOINTS6,
         SLOTS,
         BACKENDS,
         CURSORS,
-        FLOWS4,
-        FLOWS6,
-        HALF_OPEN4,
-        HALF_OPEN6,
-        SPARES4,
-        SPARES6,
+        CONNECTIONS4,
+        CONNECTIONS6,
         TIMERS,
         GUARD,
         RATES,
@@ -109,11 +101,14 @@ pub mod program {
     /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
     pub const TASK_TC: &str = "task_tc";
 
-    /// Never attached: run by user space (BPF_PROG_TEST_RUN) it returns the clock of flows, jiffies, low 32 bits.
+    /// Never attached: run by user space (BPF_PROG_TEST_RUN) it returns the clock of connections, jiffies, low 32 bits.
     pub const CLOCK: &str = "clock";
 
+    /// Never attached: run by user space on a batch of [`super::Removal`]s it takes lines out of the connection table.
+    pub const GC: &str = "gc";
+
     /// All of them.
-    pub const ALL: [&str; 4] = [UPLINK_XDP, UPLINK_TC, TASK_TC, CLOCK];
+    pub const ALL: [&str; 5] = [UPLINK_XDP, UPLINK_TC, TASK_TC, CLOCK, GC];
 }
 
 /// No XDP program decides, though one may be attached for a moment: TC on the uplink does all.
@@ -125,22 +120,22 @@ pub const XDP_REDIRECTS: u32 = 4;
 /// Frames of a local stack may arrive here with an unfinished checksum (veth, virtio): XDP checks for it.
 pub const PARTIAL_CHECKSUMS: u32 = 8;
 
-/// XDP runs on socket buffers: its notes do not reach TC, which may get frames whose link header the kernel has
+/// XDP runs on socket buffers: its metadata does not reach TC, which may get frames whose link header the kernel has
 /// hidden. XDP decides, TC does the rest.
 pub const XDP_GENERIC: u32 = 16;
 
 /// XDP takes frames in several pieces; the programs were loaded so, and do not read it.
 pub const XDP_FRAGS: u32 = 32;
 
-/// XDP takes no packet the short way: for tests, which hold that both ways come to the same.
+/// XDP takes no packet the fast path: for tests, which hold that both ways come to the same.
 pub const STAGES_ONLY: u32 = 64;
 
-/// XDP came a moment ago: frames that the device took in before have no note. TC decides them too; of the others it comes
+/// XDP came a moment ago: frames that the device took in before have no metadata. TC decides them too; of the others it comes
 /// to what XDP has come to, and does not count it again.
 pub const XDP_IS_NEW: u32 = 128;
 
 /// What the programs need to know of their surroundings; read on the fly, so that it may change.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Config {
     /// [`ABI_VERSION`] of the controller that made the tables.
@@ -156,18 +151,28 @@ pub struct Config {
     pub host_ports: [u16; 2],
     /// How the uplink is served: [`Mode`]; the programs do not read it.
     pub mode: u32,
-    /// Jiffies a second, the unit of the flows' timestamps.
+    /// Jiffies a second, the unit of the connections' timestamps.
     pub jiffies_per_second: u32,
     /// UDP port of the tunnel, network order.
     pub tunnel_port: Be16,
     /// Zero.
     pub _pad: u16,
-    /// New flows a second and CPU above which they are placed by hash; zero is never.
+    /// New connections a second above which they are placed by hash; zero is never.
     pub flood_rate: u32,
     /// Seconds without a controller after which nothing is served any more; zero is never.
     pub stale_after: u32,
-    /// Set by XDP when the driver has no room for metadata, so that TC looks flows up itself.
+    /// Set by XDP when the driver has no room for metadata, so that TC looks connections up itself.
     pub metadata_refused: u32,
+    /// Marks metadata as this datapath's: random, made with the tables.
+    pub nonce: u32,
+    /// Hardware address of the uplink.
+    pub uplink_mac: [u8; 6],
+    /// Zero.
+    pub _pad2: [u16; 3],
+    /// The longest timers of all services, by class of a line.
+    pub longest: Longest,
+    /// Of the connection table.
+    pub hash_keys: HashKeys,
 }
 
 /// How an uplink is served.
@@ -206,23 +211,58 @@ impl TryFrom<u32> for Mode {
     }
 }
 
-/// What XDP tells TC about a frame. The same for every frame of a flow, since GRO merges only equal metadata.
+/// What XDP tells TC about a frame. The same for every frame of a connection, since GRO merges only equal metadata.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Handover {
-    /// [`HANDOVER_MAGIC`].
-    pub magic: u32,
-    /// Index of the local backend to deliver to, or [`HANDOVER_DECIDE`].
+pub struct XdpMetadata {
+    /// [`Config::nonce`].
+    pub nonce: u32,
+    /// Index of the local backend to deliver to, [`META_TC_DECIDES`] or [`META_TC_SENDS_REPLY`].
     pub backend: u32,
+    /// The client's port as the task is to see it, network order.
+    pub port: Be16,
+    /// Zero.
+    pub _pad: u16,
 }
 
-/// Marks metadata as ours.
-pub const HANDOVER_MAGIC: u32 = 0x6c62_7864;
 /// XDP could not forward the frame itself and has not counted it: TC decides anew.
-pub const HANDOVER_DECIDE: u32 = u32::MAX;
+pub const META_TC_DECIDES: u32 = u32::MAX;
 
-/// A task's answer out of the tunnel: TC emits it to the client. No index of a backend is as high.
-pub const HANDOVER_EMIT: u32 = u32::MAX - 1;
+/// A task's reply out of the tunnel: TC sends it to the client. No index of a backend is as high.
+pub const META_TC_SENDS_REPLY: u32 = u32::MAX - 1;
+
+/// A line of the connection table that user space has found to have ended.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Removal {
+    /// Its control word, as it was read.
+    pub control: u64,
+    /// Its number. Of a home: that of its way.
+    pub slot: u32,
+    /// When it was last seen, as it was read. Of a home: its home word.
+    pub seen: u32,
+    /// [`remove::CONNECTION4`] or those after it.
+    pub what: u32,
+    /// Whether it was removed: 1, written by the program.
+    pub done: u32,
+}
+
+impl Removal {
+    /// How many one run takes: they fit a frame of one page.
+    pub const BATCH: usize = 128;
+}
+
+/// What is removed.
+pub mod remove {
+    /// A line of IPv4.
+    pub const CONNECTION4: u32 = 1;
+    /// A line of IPv6.
+    pub const CONNECTION6: u32 = 2;
+    /// The mark of a home that lines of it lie in other sets, IPv4.
+    pub const SPILLED4: u32 = 3;
+    /// The same, IPv6.
+    pub const SPILLED6: u32 = 4;
+}
 
 /// What a label names.
 #[repr(C)]
@@ -269,12 +309,17 @@ pub struct Label {
 
 /// Sizes of the tables when nothing else is asked for.
 pub mod size {
-    /// Flows of each family.
-    pub const FLOWS: usize = 262_144;
-    /// Flows of each family that are not established yet.
-    pub const HALF_OPEN: usize = 65_536;
-    /// Spares of each family: a connection has two at most.
-    pub const SPARES: usize = 131_072;
+    /// Connections of each family that the table is made for: half of its lines.
+    pub const CONNECTIONS: usize = 262_144;
+    /// Sets of that table.
+    pub const SETS: usize = sets(CONNECTIONS as u32) as usize;
+
+    /// Sets of a table for so many connections: half full it finds a place for nearly all, and there are three at least.
+    pub const fn sets(connections: u32) -> u32 {
+        let sets = connections.div_ceil(crate::conntrack::line::WAYS / 2);
+        if sets < 3 { 3 } else { sets }
+    }
+
     /// Listeners of each family.
     pub const LISTENERS: usize = 16_384;
     /// Services.
@@ -292,8 +337,8 @@ pub mod size {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 44 && size_of::<Handover>() == 8);
+    assert!(size_of::<Config>() == 152 && size_of::<XdpMetadata>() == 12 && size_of::<Removal>() == 24);
     assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
 };
 
-pod!(Config, Handover, LabelKey, Label);
+pod!(Config, XdpMetadata, Removal, LabelKey, Label);

@@ -63,8 +63,6 @@ impl TryFrom<u8> for State {
     }
 }
 
-/// More than one listener leads to this backend, so that a new flow is checked for a twin.
-pub const SHARED: u8 = 1;
 /// XDP cannot transmit on `ifindex`: TC forwards instead.
 pub const VIA_TC: u8 = 2;
 /// The task's node sends answers straight to the client (peer).
@@ -72,8 +70,6 @@ pub const RETURN_DIRECT: u8 = 4;
 
 /// A single listener leads to this backend, so that its answers tell by themselves where they go.
 pub const SINGLE: u8 = 8;
-/// Its service places flows by hash: its connections have spares, [`crate::flow::Spare`].
-pub const CONSISTENT: u8 = 16;
 /// [`Backend::source`] is the name that other nodes have for the task (local).
 pub const NAMED: u8 = 32;
 
@@ -110,7 +106,7 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// [`SHARED`], [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`CONSISTENT`], [`NAMED`].
+    /// [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`NAMED`].
     pub flags: u8,
 }
 

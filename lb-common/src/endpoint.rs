@@ -1,11 +1,11 @@
-//! Listeners (where a service answers) and reply sources (where its tasks answer from).
+//! Listeners (where a service answers) and its tasks' endpoints (where replies come from).
 
 use crate::{
     net::{Be16, V4, V6},
     pod,
 };
 
-/// An address, protocol and port: the key of a listener, or of the tasks' side of a flow.
+/// An address, protocol and port: the key of a listener, or of the tasks' side of a connection.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord, Default)]
 pub struct Endpoint<A> {
@@ -46,46 +46,29 @@ pub struct Listener {
     pub flags: u32,
 }
 
-/// New flows of a listener are placed by a hash of their five-tuple, so that one whose entry is lost is found again.
+/// New connections of a listener are placed by a hash of their five-tuple, so that one whose line is lost is found again.
 pub const CONSISTENT: u32 = 1;
 
-/// How many listeners may lead to one port of one task.
-///
-/// A reply is matched against each of them, so this bounds the work of a reply and the size of [`Replies`].
-pub const MAX_REPLY_LISTENERS: usize = 8;
-
-/// A listener as a candidate for the source of a reply.
+/// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
+/// table.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
-pub struct ReplySource<A> {
-    /// Network order.
-    pub address: A,
-    /// Network order.
-    pub port: Be16,
+pub struct TaskEndpoint<A> {
+    /// Index of its backend.
+    pub backend: u32,
+    /// The listener that leads to it, if a single one does. Network order.
+    pub listener: A,
+    /// Its port, network order; zero if none or several do.
+    pub listener_port: Be16,
     /// Zero.
     pub _pad: u16,
-}
-
-/// The listeners that lead to one port of one task, keyed by that [`Endpoint`].
-///
-/// A reply is turned around by asking the flow table for each of them; nearly always there is one.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-pub struct Replies<A> {
-    /// Index of the backend whose replies these are.
-    pub backend: u32,
-    /// How many of `sources` are set.
-    pub count: u32,
-    /// The candidates.
-    pub sources: [ReplySource<A>; MAX_REPLY_LISTENERS],
 }
 
 const _: () = {
     assert!(size_of::<Endpoint<V4>>() == 8 && align_of::<Endpoint<V4>>() == 4);
     assert!(size_of::<Endpoint<V6>>() == 20 && align_of::<Endpoint<V6>>() == 4);
     assert!(size_of::<Listener>() == 20);
-    assert!(size_of::<Replies<V4>>() == 8 + 8 * MAX_REPLY_LISTENERS);
-    assert!(size_of::<Replies<V6>>() == 8 + 20 * MAX_REPLY_LISTENERS);
+    assert!(size_of::<TaskEndpoint<V4>>() == 12 && size_of::<TaskEndpoint<V6>>() == 24);
 };
 
-pod!(Endpoint<V4>, Endpoint<V6>, Listener, Replies<V4>, Replies<V6>);
+pod!(Endpoint<V4>, Endpoint<V6>, Listener, TaskEndpoint<V4>, TaskEndpoint<V6>);

@@ -4,19 +4,22 @@
 //! This crate owns layouts and meaning, never I/O. Every type in a table is `#[repr(C)]`, has its padding
 //! spelled out, and holds neither `bool` nor `enum`: a byte read back from a map may hold anything.
 #![cfg_attr(not(test), no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod abi;
 pub mod backend;
 pub mod checksum;
+pub mod conntrack;
 pub mod endpoint;
 pub mod filter;
-pub mod flow;
 pub mod fragment;
 pub mod guard;
 pub mod net;
 pub mod outcome;
 pub mod stats;
+pub mod tags;
 pub mod tunnel;
+pub mod verifier;
 
 /// Declares that a type is plain data without padding, so that user space may copy it to and from a map.
 macro_rules! pod {

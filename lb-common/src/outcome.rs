@@ -41,7 +41,7 @@ outcomes! {
     Snat = "forwarded_snat",
     /// Sent through the tunnel to the agent of the task's node.
     Peer = "forwarded_peer",
-    /// A task's answer, turned around to the client.
+    /// A task's reply, turned around to the client.
     Reply = "forwarded_reply",
     /// Neither IPv4 nor IPv6, or more than two VLAN tags.
     NotIp = "not_ip",
@@ -49,7 +49,7 @@ outcomes! {
     NotUnicast = "not_unicast",
     /// Neither TCP, UDP nor an ICMP error about them.
     OtherProtocol = "other_protocol",
-    /// No listener and no flow of ours.
+    /// No listener and no connection of ours.
     NotOurs = "not_ours",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
@@ -61,41 +61,41 @@ outcomes! {
     ExtensionHeaders = "extension_headers",
     /// TTL or hop limit used up.
     TtlExpired = "ttl_expired",
-    /// TCP for a listener, but no flow of ours and no SYN: a connection the host or Swarm's mesh carries.
-    NoFlow = "no_flow",
-    /// A new flow for a listener without an eligible task.
+    /// TCP for a listener, but no connection of ours and no SYN: one that the host or Swarm's mesh carries.
+    NoConnection = "no_connection",
+    /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
-    /// The task of the flow is gone.
+    /// The task of the connection is gone.
     BackendGone = "backend_gone",
     /// The task of the connection is gone: answered with a reset in place of the packet.
     Reset = "reset",
-    /// The task of the flow cannot be reached now: no next hop, or its interface is down. Dropped, so that the
+    /// The task of the connection cannot be reached now: no next hop, or its interface is down. Dropped, so that the
     /// client sends again.
     BackendUnreachable = "backend_unreachable",
     /// A task refused a connection (RST to a SYN); kept from the client, whose next SYN goes to another task.
     TaskRefused = "task_refused",
-    /// An answer of a task to a client that has been given to another task meanwhile.
-    LateAnswer = "late_answer",
-    /// Each task tried already serves this client address and port through another listener.
+    /// A reply of a task to a client that has been given to another task meanwhile.
+    LateReply = "late_reply",
+    /// A reply to a translated port whose connection is gone: dropped, for it would leave with the task's address.
+    StaleAlias = "stale_alias",
+    /// Two CPUs began a connection of one client port to one task at once, and this one was second: the client sends again.
     SourceCollision = "source_collision",
-    /// No free source port for another flow to this task.
+    /// No free source port for another connection to this task.
     SnatPortsExhausted = "snat_ports_exhausted",
-    /// The kernel refused an entry in the flow table.
-    FlowTableFull = "flow_table_full",
+    /// The connection table has no place for a connection that needs one.
+    TableFull = "table_full",
     /// Too long for the way to its task and not to be fragmented; answered with an ICMP error that says the
     /// right length.
     TooBig = "too_big",
     /// An ICMP error about a tunnel packet of this node; the path's MTU is noted.
     TunnelError = "tunnel_error",
-    /// Through the tunnel from an address that no other node of the cluster has, or an answer from an address that is
+    /// Through the tunnel from an address that no other node of the cluster has, or a reply from an address that is
     /// not this node's.
     TunnelNotPeer = "tunnel_not_peer",
     /// Through the tunnel for a task that is not on this node, or takes no packets.
     TunnelNoTask = "tunnel_no_task",
     /// Through the tunnel with a version, option or packet that is not understood.
     TunnelMalformed = "tunnel_malformed",
-    /// Through the tunnel for a task that already serves this client address and port through another listener.
-    TunnelCollision = "tunnel_collision",
     /// A probe by which nodes learn that each other's datapath is there: sent back, or passed to the controller that
     /// waits for it.
     TunnelProbe = "tunnel_probe",
@@ -113,19 +113,20 @@ impl Outcome {
     }
 
     /// Whether the packet was dropped; all that are neither forwarded nor dropped were passed to the host as
-    /// they came. The host would answer a packet of our flow with a reset.
+    /// they came. The host would answer a packet of our connection with a reset.
     #[inline(always)]
     pub const fn is_dropped(self) -> bool {
         matches!(
             self,
             Self::BackendUnreachable
                 | Self::TaskRefused
-                | Self::LateAnswer
+                | Self::LateReply
+                | Self::StaleAlias
+                | Self::SourceCollision
                 | Self::TooBig
                 | Self::TunnelNotPeer
                 | Self::TunnelNoTask
                 | Self::TunnelMalformed
-                | Self::TunnelCollision
         )
     }
 }

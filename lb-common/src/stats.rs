@@ -6,9 +6,9 @@ use crate::pod;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct BackendStats {
-    /// New flows.
-    pub flows: u64,
-    /// Flows given to another task because this one did not answer, or refused.
+    /// New connections.
+    pub connections: u64,
+    /// Connections given to another task because this one did not answer, or refused.
     pub failovers: u64,
     /// Packets sent to the task.
     pub request_packets: u64,
@@ -20,16 +20,14 @@ pub struct BackendStats {
     pub reply_bytes: u64,
 }
 
-/// What a service did with new flows; the rest of a service's figures is the sum over its backends.
+/// What a service did with new connections; the rest of a service's figures is the sum over its backends.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ServiceStats {
-    /// New flows given to a task.
-    pub flows: u64,
-    /// New flows given to none, passed to the host.
+    /// New connections given to a task.
+    pub connections: u64,
+    /// New connections given to none, passed to the host.
     pub refused: u64,
-    /// Entries of flows that were lost and made again of their spares (consistent placement).
-    pub healed: u64,
 }
 
 impl BackendStats {
@@ -37,7 +35,7 @@ impl BackendStats {
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
         Self {
-            flows: self.flows + other.flows,
+            connections: self.connections + other.connections,
             failovers: self.failovers + other.failovers,
             request_packets: self.request_packets + other.request_packets,
             request_bytes: self.request_bytes + other.request_bytes,
@@ -51,11 +49,7 @@ impl ServiceStats {
     /// The sum of both.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self {
-            flows: self.flows + other.flows,
-            refused: self.refused + other.refused,
-            healed: self.healed + other.healed,
-        }
+        Self { connections: self.connections + other.connections, refused: self.refused + other.refused }
     }
 }
 

@@ -1,0 +1,101 @@
+//! How long a connection may be silent: each phase of its life has a timer.
+
+use super::line::Control;
+use crate::pod;
+
+/// Jiffies from `then` to `now`, both their low 32 bits; none if another CPU has noted `then` after `now` was read.
+#[inline(always)]
+pub const fn elapsed(then: u32, now: u32) -> u32 {
+    let elapsed = now.wrapping_sub(then);
+    if elapsed >> 31 == 0 { elapsed } else { 0 }
+}
+
+/// In which part of its life a connection is.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// TCP, not established.
+    HalfOpen = 0,
+    /// TCP, established.
+    Established = 1,
+    /// TCP, and either side has begun to close.
+    Closing = 2,
+    /// UDP without a reply.
+    OneWay = 4,
+    /// UDP with replies.
+    Answered = 5,
+}
+
+/// Seconds of silence after which a connection has ended, by [`Phase`]; those of a service.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Timers {
+    /// By the phase's discriminant; what stands for no phase is zero.
+    pub seconds: [u32; 8],
+}
+
+impl Timers {
+    /// What stands where nothing is set. Established: RFC 5382, REQ-5. UDP: RFC 4787, REQ-5 asks for two minutes at
+    /// least where replies come, and recommends five.
+    pub const DEFAULT: Self = Self { seconds: [30, 7440, 120, 0, 60, 300, 0, 0] };
+    /// Less than this no timer may be, in seconds: shorter silences are not looked at.
+    pub const LEAST: u32 = 3;
+    /// More than this no timer may be, in seconds: the clock of connections turns around.
+    pub const MOST: u32 = 1_000_000;
+
+    /// The timer of a phase in seconds.
+    #[inline(always)]
+    pub const fn of(&self, phase: Phase) -> u32 {
+        self.seconds[phase as usize]
+    }
+
+    /// Whether a connection in this state, last seen then, has been silent for longer than its timer. All times in
+    /// jiffies, low 32 bits.
+    #[inline(always)]
+    pub fn expired(&self, control: Control, seen: u32, now: u32, jiffies_per_second: u32) -> bool {
+        // The compiler knows that no phase is as high, and would take the mask away that tells the verifier.
+        let phase = crate::verifier::opaque(control.phase().into()) as usize & 7;
+        elapsed(seen, now) > self.seconds[phase].wrapping_mul(jiffies_per_second)
+    }
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+const _: () = assert!(size_of::<Timers>() == 32);
+
+pod!(Timers);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::line::{ANSWERED, CLIENT_FIN, ESTABLISHED, OTHERS, RESET, UDP};
+
+    #[test]
+    fn each_phase_has_its_timer_and_the_clock_may_turn_around() {
+        let timers = Timers::DEFAULT;
+        let hz = 250;
+        let cases = [
+            (0, 30),
+            (ANSWERED, 30),
+            (ANSWERED | ESTABLISHED, 7440),
+            (ANSWERED | ESTABLISHED | CLIENT_FIN, 120),
+            (RESET | OTHERS, 120),
+            (UDP, 60),
+            (UDP | ANSWERED | ESTABLISHED, 300),
+        ];
+        for (state, seconds) in cases {
+            let control = Control::default().with_state(state);
+            assert_eq!(timers.of(control.phase().try_into().unwrap()), seconds, "{state}");
+            for seen in [0, u32::MAX - 100] {
+                assert!(!timers.expired(control, seen, seen.wrapping_add(seconds * hz), hz), "{state}");
+                assert!(timers.expired(control, seen, seen.wrapping_add(seconds * hz + 1), hz), "{state}");
+                // Seen by another CPU after this one has read the clock.
+                assert!(!timers.expired(control, seen, seen.wrapping_sub(1), hz), "{state}");
+            }
+        }
+    }
+}
