@@ -1,73 +1,66 @@
 //! The packet path of the balancer: what runs on the uplink (XDP, then TC) and where tasks' replies arrive (TC).
 //!
-//! This file holds the entry points, and only here is a verdict chosen: every stage below returns either where
-//! a packet goes or the [`Outcome`] that says why it is passed on as it came.
+//! This file holds the entry points, and only here is a verdict said to the kernel: every stage below returns a typed
+//! [`Action`], or the [`Outcome`] that says why a packet is passed on as it came.
 //!
 //! ```text
-//! parse ─► filter ─► classify ─► (select ─► flow made) ─► rewrite ─► forward
+//! wire ◄─ io ◄─ parse ◄─ conntrack ◄─ forward ◄─ main          imports
+//! parse ─► filter ─► connection, or listener ─► task ─► new connection ─► NAT or tunnel ─► next hop
 //! ```
 // On the host, where this is only checked and never run, std stands in.
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![no_main]
 #![expect(
     missing_docs,
-    reason = "the macros of the entry points wrap them in functions without documentation"
+    reason = "the macros of the entry points wrap them in functions without documentation, and wire formats have the names \
+              of their RFCs"
 )]
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
-#![cfg_attr(target_arch = "bpf", expect(internal_features, reason = "atomic add without compare-and-swap"))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(internal_features, reason = "atomics that the standard library has not")
+)]
 
-mod classify;
-mod count;
-mod express;
-mod family;
-mod flow;
+mod conntrack;
 mod forward;
-mod fragment;
-mod frame;
-mod guard;
-mod heal;
-mod icmp;
-mod maps;
-mod mtu;
-mod neighbour;
-mod packet;
+mod io;
 mod parse;
-mod reply;
-mod reset;
-mod rewrite;
-mod segment;
-mod select;
-mod snat;
-mod track;
-mod tunnel;
+mod wire;
 
 use aya_ebpf::{
     bindings::{
         TC_ACT_SHOT, TC_ACT_UNSPEC,
-        xdp_action::{XDP_DROP, XDP_PASS},
+        xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
     },
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
+use aya_log_ebpf::debug;
 use lb_common::{
-    abi::{Config, HANDOVER_DECIDE, HANDOVER_EMIT, TC_ALONE, XDP_GENERIC, XDP_IS_NEW},
+    abi::{Config, META_TC_DECIDES, META_TC_SENDS_REPLY, Removal, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, remove},
+    net::{Be16, V4, V6},
     outcome::Outcome,
     tunnel::{PROBE, SELF, TO_TASK},
 };
 
 use crate::{
-    classify::Scope,
-    family::Family,
-    frame::{Frame, Skb, XdpFrame},
-    packet::{Arrival, Packet, Scratch},
+    conntrack::{Scope, Step, apart::Tracked, table},
+    forward::{Action, encap, fast_path, headers::Back, pack, unpack},
+    io::{
+        clock as time, counters,
+        family::Family,
+        frame::{Frame, Skb, XdpFrame},
+        maps,
+        packet::{Packet, Scratch, TunnelMeta},
+        verifier,
+    },
     parse::{IS_IPV4, IS_IPV6, IS_OUTCOME},
-    track::Entries,
 };
 
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
 #[xdp(frags)]
 pub fn uplink_xdp(context: XdpContext) -> u32 {
-    let frame = XdpFrame::new(context);
+    let mut frame = XdpFrame::new(context);
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(0)) else {
         return XDP_PASS;
     };
@@ -75,57 +68,76 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
         return XDP_PASS;
     }
     if maps::is_stale(config) {
-        count::outcome(Outcome::Stale as u32, 1);
+        counters::outcome(Outcome::Stale as u32, 1);
         return XDP_PASS;
     }
-    let done = match express::read(&frame, config, scratch) {
-        express::NOT_OURS => -1 - Outcome::NotOurs as i32,
-        express::PLAIN4 => plain_in_xdp(&frame, &mut scratch.v4),
-        express::PLAIN6 => plain_in_xdp(&frame, &mut scratch.v6),
-        _ => staged_in_xdp(&frame, scratch),
+    let done = match fast_path::read(&frame, config, scratch) {
+        fast_path::NOT_OURS => pack(Err(Outcome::NotOurs)),
+        fast_path::SIMPLE4 => simple_in_xdp(&mut frame, &mut scratch.v4),
+        fast_path::SIMPLE6 => simple_in_xdp(&mut frame, &mut scratch.v6),
+        _ => staged_in_xdp(&mut frame, scratch),
     };
-    match decode(done) {
-        Ok(action) => action as u32,
+    match unpack(done) {
+        Ok(Action::DROP) => XDP_DROP,
+        Ok(Action::BACK) => XDP_TX,
+        Ok(action) => action.answer().unwrap_or(XDP_PASS),
         Err(outcome) => {
-            count::outcome(outcome, 1);
+            counters::outcome(outcome, 1);
             if is_dropped(outcome) { XDP_DROP } else { XDP_PASS }
         }
     }
 }
 
-/// What [`express::read`] has read.
+/// What [`fast_path::read`] has read.
 #[inline(always)]
-fn plain_in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>) -> i32 {
-    match express::forward(frame, packet) {
-        express::UNUSUAL => in_xdp(frame, packet, true),
-        express::UNKNOWN => in_xdp(frame, packet, false),
-        action => action,
+fn simple_in_xdp<A: Back>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> u64 {
+    match fast_path::forward(frame, packet) {
+        fast_path::SLOW_PATH => in_xdp(frame, packet),
+        done => done,
     }
 }
 
 /// What it has not.
 #[inline(always)]
-fn staged_in_xdp(frame: &XdpFrame, scratch: &mut Scratch) -> i32 {
+fn staged_in_xdp(frame: &mut XdpFrame, scratch: &mut Scratch) -> u64 {
     let parsed = parse::frame(frame, scratch);
     match tunnelled(frame, parsed, scratch) {
-        PLAIN => match parsed {
-            IS_IPV4 => in_xdp(frame, &mut scratch.v4, true),
-            IS_IPV6 => in_xdp(frame, &mut scratch.v6, true),
-            other => -1 - (other - IS_OUTCOME) as i32,
+        NOT_TUNNELLED => match parsed {
+            IS_IPV4 => in_xdp(frame, &mut scratch.v4),
+            IS_IPV6 => in_xdp(frame, &mut scratch.v6),
+            other => refused(other - IS_OUTCOME),
         },
-        ARRIVED if !takes_out_of_tunnel() => forward::leave_to_tc(frame),
-        ARRIVED if scratch.arrival.kind == PROBE => forward::answer_probe_in_xdp(frame, &scratch.arrival),
-        ARRIVED => match out_of_tunnel(frame, scratch) {
-            IS_IPV4 => arrived_in_xdp(frame, &mut scratch.v4, &mut scratch.arrival),
-            IS_IPV6 => arrived_in_xdp(frame, &mut scratch.v6, &mut scratch.arrival),
-            _ => drop_in_xdp(Outcome::TunnelMalformed) as i32,
-        },
-        refused => -1 - (refused - REFUSED) as i32,
+        ARRIVED if !decapsulates() => pack(Ok(forward::xdp::leave_to_tc(frame))),
+        ARRIVED if scratch.tunnel.kind == PROBE => forward::xdp::answer_probe(frame, &scratch.tunnel),
+        ARRIVED => ended(match out_of_tunnel(frame, scratch) {
+            IS_IPV4 => arrived_in_xdp(frame, &mut scratch.v4, &mut scratch.tunnel),
+            IS_IPV6 => arrived_in_xdp(frame, &mut scratch.v6, &mut scratch.tunnel),
+            _ => pack(Err(Outcome::TunnelMalformed)),
+        }),
+        other => refused(other - REFUSED),
+    }
+}
+
+/// Packs a discriminant of an outcome.
+#[inline(always)]
+fn refused(outcome: u32) -> u64 {
+    pack(Err(verifier::outcome(outcome)))
+}
+
+/// What has left the tunnel ends here whatever is wrong with it: the host would make nothing of it.
+#[inline(always)]
+fn ended(done: u64) -> u64 {
+    match unpack(done) {
+        Ok(_) => done,
+        Err(outcome) => {
+            counters::outcome(outcome, 1);
+            pack(Ok(Action::DROP))
+        }
     }
 }
 
 /// Not the tunnel's business.
-const PLAIN: u32 = 0;
+const NOT_TUNNELLED: u32 = 0;
 /// A peer's packet, still in the tunnel.
 const ARRIVED: u32 = 1;
 /// This and the discriminant of the outcome for which it stays there.
@@ -135,64 +147,79 @@ const REFUSED: u32 = 2;
 #[inline(always)]
 fn tunnelled<F: Frame>(frame: &F, parsed: u32, scratch: &mut Scratch) -> u32 {
     match parsed {
-        IS_IPV4 if tunnel::is_for(&scratch.v4) => open_tunnel(frame, &scratch.v4, &mut scratch.arrival),
-        IS_IPV6 if tunnel::is_for(&scratch.v6) => open_tunnel(frame, &scratch.v6, &mut scratch.arrival),
-        IS_IPV4 if tunnel::is_error(&scratch.v4) => REFUSED + tunnel::note_error(frame, &scratch.v4) as u32,
-        IS_IPV6 if tunnel::is_error(&scratch.v6) => REFUSED + tunnel::note_error(frame, &scratch.v6) as u32,
-        _ => PLAIN,
+        IS_IPV4 if encap::is_for(&scratch.v4) => open_tunnel(frame, &scratch.v4, &mut scratch.tunnel),
+        IS_IPV6 if encap::is_for(&scratch.v6) => open_tunnel(frame, &scratch.v6, &mut scratch.tunnel),
+        IS_IPV4 if encap::is_error(&scratch.v4) => REFUSED + encap::note_error(frame, &scratch.v4) as u32,
+        IS_IPV6 if encap::is_error(&scratch.v6) => REFUSED + encap::note_error(frame, &scratch.v6) as u32,
+        _ => NOT_TUNNELLED,
     }
 }
 
 #[inline(never)]
-fn open_tunnel<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, arrival: &mut Arrival) -> u32 {
-    match tunnel::open(frame, packet, arrival) {
+fn open_tunnel<F: Frame, A: Family>(frame: &F, packet: &Packet<A>, tunnel: &mut TunnelMeta) -> u32 {
+    match encap::open(frame, packet, tunnel) {
         Ok(()) => ARRIVED,
         // Another program's.
-        Err(Outcome::NotOurs) => PLAIN,
+        Err(Outcome::NotOurs) => NOT_TUNNELLED,
         Err(outcome) => REFUSED + outcome as u32,
     }
 }
 
 /// Whether XDP takes packets out of the tunnel itself: only where it can tell TC about them.
 #[inline(always)]
-fn takes_out_of_tunnel() -> bool {
+fn decapsulates() -> bool {
     maps::config().is_some_and(|config| config.flags & XDP_GENERIC == 0 && config.metadata_refused == 0)
 }
 
 /// Takes the packet out of the tunnel and parses it.
 #[inline(always)]
-fn out_of_tunnel<F: Frame>(frame: &F, scratch: &mut Scratch) -> u32 {
-    match tunnel::unwrap(frame, &scratch.arrival) {
+fn out_of_tunnel<F: Frame>(frame: &mut F, scratch: &mut Scratch) -> u32 {
+    match encap::decapsulate(frame, &scratch.tunnel) {
         Some(()) => parse::frame(frame, scratch),
         None => IS_OUTCOME,
     }
 }
 
-/// What a peer sent for a task of this node or for a client. What is wrong with it ends here: the host would make nothing
-/// of a packet that has left the tunnel.
-#[inline(never)]
-fn arrived_in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>, arrival: &mut Arrival) -> i32 {
-    let done = if arrival.kind == TO_TASK {
-        forward::arrived_in_xdp(frame, packet, arrival)
-    } else {
-        forward::emit_in_xdp(frame, packet, arrival)
-    };
-    match done {
-        Ok(action) => action as i32,
-        Err(outcome) => drop_in_xdp(outcome) as i32,
+/// What a peer sent for a task of this node or for a client.
+#[inline(always)]
+fn arrived_in_xdp<A: Tracked>(frame: &mut XdpFrame, packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> u64 {
+    if tunnel.kind != TO_TASK {
+        return emit_in_xdp(frame, packet, tunnel);
+    }
+    match verifier::unpack_raw(from_peer(packet, tunnel)) {
+        Ok(_) => to_task_in_xdp(frame, packet, tunnel),
+        Err(outcome) => refused(outcome),
     }
 }
 
+/// Finds or makes the connection of what a peer sent to a task of this node.
 #[inline(always)]
-fn drop_in_xdp(outcome: Outcome) -> u32 {
-    count::outcome(outcome as u32, 1);
-    XDP_DROP
+fn from_peer<A: Tracked>(packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> u64 {
+    match for_task(packet, tunnel) {
+        step if step == Step::Place as u64 => verifier::pack(conntrack::place(packet)),
+        step => step,
+    }
+}
+
+#[inline(never)]
+fn for_task<A: Tracked>(packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> u64 {
+    verifier::pack(conntrack::for_task(packet, tunnel))
+}
+
+#[inline(never)]
+fn to_task_in_xdp<A: Tracked>(frame: &mut XdpFrame, packet: &Packet<A>, tunnel: &TunnelMeta) -> u64 {
+    pack(forward::xdp::arrived(frame, packet, tunnel, packet.draft.backend))
+}
+
+#[inline(never)]
+fn emit_in_xdp<A: Tracked>(frame: &mut XdpFrame, packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u64 {
+    pack(forward::xdp::emit(frame, packet, tunnel))
 }
 
 /// [`Outcome::is_dropped`] of a discriminant.
 #[inline(always)]
 fn is_dropped(outcome: u32) -> bool {
-    DROPPED >> outcome & 1 != 0
+    DROPPED >> (outcome & 63) & 1 != 0
 }
 
 /// The outcomes that drop, a bit each.
@@ -207,35 +234,70 @@ const DROPPED: u64 = {
     bits
 };
 
-/// What a stage came to, as the plain number that a function of its own may return: an action, which is not
-/// negative, or one less than the negated outcome. Each family has functions of its own because the stack of
-/// both together would be too much.
+/// What the stages make of a packet. Finding its connection and sending it are functions of their own beside each other, and
+/// each family has its own: one within the other would take more of the stack than there is.
 #[inline(always)]
-fn encode(done: Result<i32, Outcome>) -> i32 {
-    match done {
-        Ok(action) => action,
-        Err(outcome) => -1 - outcome as i32,
+fn in_xdp<A: Back>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> u64 {
+    match verifier::unpack_raw(track(frame, packet, true)) {
+        Ok(direction) => send_in_xdp(frame, packet, direction),
+        Err(RESET) => reset_in_xdp(frame, packet),
+        Err(outcome) => refused(outcome),
     }
 }
 
+const RESET: u32 = Outcome::Reset as u32;
+
+/// Finds the packet's connection, or makes it, step by step: the packed last step.
 #[inline(always)]
-fn decode(done: i32) -> Result<i32, u32> {
-    if done < 0 { Err((-1 - done) as u32) } else { Ok(done) }
-}
-
-#[inline(never)]
-fn in_xdp<A: Family>(frame: &XdpFrame, packet: &mut Packet<A>, known: bool) -> i32 {
-    let entries = if known { Entries::All } else { Entries::HalfOpen };
-    let found = classify::uplink(frame, packet, Scope::All, entries);
-    if let Err(Outcome::Reset) = found {
-        return reset_in_xdp(frame, packet);
+fn track<F: Frame, A: Tracked>(frame: &F, packet: &mut Packet<A>, all: bool) -> u64 {
+    let mut step = find(frame, packet, all);
+    if step == Step::Open as u64 {
+        step = open(packet);
     }
-    encode(found.and_then(|found| forward::from_xdp(frame, packet, &found)).map(|action| action as i32))
+    if step == Step::Choose as u64 {
+        let chosen = A::choose(packet);
+        step = take(packet, chosen);
+    }
+    if step == Step::Place as u64 {
+        step = verifier::pack(conntrack::place(packet));
+        log_new(frame, packet.draft.backend);
+    }
+    step
 }
 
 #[inline(never)]
-fn reset_in_xdp<A: Family>(frame: &XdpFrame, packet: &Packet<A>) -> i32 {
-    encode(forward::reset_in_xdp(frame, packet).map(|action| action as i32))
+fn find<F: Frame, A: Tracked>(frame: &F, packet: &mut Packet<A>, all: bool) -> u64 {
+    let scope = if all { Scope::All } else { Scope::Connections };
+    verifier::pack(conntrack::uplink(frame, packet, scope).map(|step| step as u32))
+}
+
+#[inline(never)]
+fn open<A: Tracked>(packet: &mut Packet<A>) -> u64 {
+    verifier::pack(conntrack::admission::open(packet).map(|step| step as u32))
+}
+
+#[inline(never)]
+fn take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> u64 {
+    let step = conntrack::admission::take(packet, chosen);
+    verifier::pack(step.map(|step| conntrack::remembered(packet, step) as u32))
+}
+
+/// Tells of a new connection, where that is asked for.
+#[inline(never)]
+fn log_new<F: Frame>(frame: &F, backend: u32) -> u32 {
+    let service = maps::BACKENDS.get(backend).map_or(0, |backend| backend.service);
+    debug!(frame.ebpf(), "service {}: new connection to backend {}", service, backend);
+    0
+}
+
+#[inline(never)]
+fn send_in_xdp<A: Back>(frame: &mut XdpFrame, packet: &Packet<A>, direction: u32) -> u64 {
+    pack(conntrack::classified(packet, direction).and_then(|found| forward::xdp::send(frame, packet, &found)))
+}
+
+#[inline(never)]
+fn reset_in_xdp<A: Back>(frame: &mut XdpFrame, packet: &Packet<A>) -> u64 {
+    pack(forward::xdp::reset(frame, packet))
 }
 
 /// TC ingress on the uplink: delivers to local tasks what XDP decided, and does all of XDP's work where XDP
@@ -246,57 +308,86 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(1)) else {
         return TC_ACT_UNSPEC;
     };
-    let frame = Skb::new(context, config.flags & XDP_GENERIC != 0);
+    let mut frame = Skb::new(context, config.flags & XDP_GENERIC != 0);
     if maps::is_stale(config) {
         // XDP has counted it, where there is one.
         if config.flags & TC_ALONE != 0 {
-            count::outcome(Outcome::Stale as u32, frame.packets());
+            counters::outcome(Outcome::Stale as u32, frame.packets());
         }
         return TC_ACT_UNSPEC;
     }
-    let task = match frame.handover() {
-        Some(HANDOVER_DECIDE) => Task::Decide(Scope::All),
-        Some(HANDOVER_EMIT) => {
-            // XDP has looked at who sent it.
-            scratch.arrival.peer = SELF;
-            Task::Emit
-        }
-        Some(backend) => Task::Deliver(backend),
-        None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Task::Decide(Scope::All),
-        None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Task::Decide(Scope::Flows),
-        None => return TC_ACT_UNSPEC,
+    let Some(task) = task_of(&frame, config) else {
+        return TC_ACT_UNSPEC;
     };
     frame.pull_headers();
     let parsed = parse::frame(&frame, scratch);
     if let Task::Decide(_) = task {
         match tunnelled(&frame, parsed, scratch) {
-            PLAIN => {}
-            ARRIVED if scratch.arrival.kind == PROBE => {
-                return forward::answer_probe_in_tc(&frame, &scratch.arrival);
+            NOT_TUNNELLED => {}
+            ARRIVED if scratch.tunnel.kind == PROBE => {
+                return in_tc_terms(forward::tc::answer_probe(&mut frame, &scratch.tunnel));
             }
-            ARRIVED => return out_of_tunnel_in_tc(&frame, scratch),
-            refused => return decided_in_tc(&frame, config, refused - REFUSED),
+            ARRIVED => return out_of_tunnel_in_tc(&mut frame, scratch),
+            other => return decided_in_tc(&frame, config, other - REFUSED),
         }
     }
+    if let Task::SendReply = task {
+        // XDP has looked at who sent it.
+        scratch.tunnel.peer = SELF;
+    }
     let done = match (parsed, task) {
-        (IS_IPV4, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v4, backend),
-        (IS_IPV6, Task::Deliver(backend)) => deliver(&frame, &mut scratch.v6, backend),
-        (IS_IPV4, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v4, scope == Scope::All),
-        (IS_IPV6, Task::Decide(scope)) => in_tc(&frame, &mut scratch.v6, scope == Scope::All),
-        (IS_IPV4, Task::Emit) => emit_in_tc(&frame, &mut scratch.v4, &scratch.arrival),
-        (IS_IPV6, Task::Emit) => emit_in_tc(&frame, &mut scratch.v6, &scratch.arrival),
-        (other, _) => -1 - (other - IS_OUTCOME) as i32,
+        (IS_IPV4, Task::Deliver(backend, port)) => deliver(&mut frame, &mut scratch.v4, backend, port.raw()),
+        (IS_IPV6, Task::Deliver(backend, port)) => deliver(&mut frame, &mut scratch.v6, backend, port.raw()),
+        (IS_IPV4, Task::Decide(scope)) => in_tc(&mut frame, &mut scratch.v4, scope == Scope::All),
+        (IS_IPV6, Task::Decide(scope)) => in_tc(&mut frame, &mut scratch.v6, scope == Scope::All),
+        (IS_IPV4, Task::SendReply) => emit_in_tc(&mut frame, &mut scratch.v4, &scratch.tunnel),
+        (IS_IPV6, Task::SendReply) => emit_in_tc(&mut frame, &mut scratch.v6, &scratch.tunnel),
+        (other, _) => refused(other - IS_OUTCOME),
     };
-    match (decode(done), task) {
-        (Ok(action), _) => action,
+    match (unpack(done), task) {
+        (Ok(_), _) => in_tc_terms(done),
         (Err(outcome), Task::Decide(Scope::All)) => decided_in_tc(&frame, config, outcome),
         // What XDP passed to the host it has counted already.
-        (Err(_), Task::Decide(Scope::Flows)) => TC_ACT_UNSPEC,
-        (Err(_), Task::Deliver(_)) => end_in_tc(&frame, Outcome::HandoverLost as u32),
-        (Err(outcome), Task::Emit) => {
-            count::outcome(outcome, frame.packets());
-            TC_ACT_SHOT
+        (Err(_), Task::Decide(Scope::Connections)) => TC_ACT_UNSPEC,
+        (Err(_), Task::Deliver(..)) => end_in_tc(&frame, Outcome::HandoverLost as u32),
+        (Err(outcome), Task::SendReply) => drop_in_tc(&frame, outcome),
+    }
+}
+
+/// What is left for TC to do with a frame.
+#[derive(Clone, Copy)]
+enum Task {
+    /// XDP decided and counted: deliver to this local backend, from this port.
+    Deliver(u32, Be16),
+    /// Decide here.
+    Decide(Scope),
+    /// XDP took a reply out of the tunnel: send it to the client.
+    SendReply,
+}
+
+#[inline(always)]
+fn task_of(frame: &Skb, config: &Config) -> Option<Task> {
+    match frame.metadata(config.nonce) {
+        Some(metadata) => Some(match metadata.backend {
+            META_TC_DECIDES => Task::Decide(Scope::All),
+            META_TC_SENDS_REPLY => Task::SendReply,
+            backend => Task::Deliver(backend, metadata.port),
+        }),
+        None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Some(Task::Decide(Scope::All)),
+        None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => {
+            Some(Task::Decide(Scope::Connections))
         }
+        None => None,
+    }
+}
+
+/// An action in TC's terms; an outcome passes.
+#[inline(always)]
+fn in_tc_terms(done: u64) -> i32 {
+    match unpack(done) {
+        Ok(Action::DROP) => TC_ACT_SHOT,
+        Ok(action) => action.answer().map_or(TC_ACT_UNSPEC, |answer| answer as i32),
+        Err(_) => TC_ACT_UNSPEC,
     }
 }
 
@@ -304,83 +395,90 @@ pub fn uplink_tc(context: TcContext) -> i32 {
 /// what it would have dropped it has not seen.
 #[inline(always)]
 fn decided_in_tc(frame: &Skb, config: &Config, outcome: u32) -> i32 {
-    let passed = config.flags & XDP_IS_NEW != 0 && !is_dropped(outcome) && frame.handover().is_none();
+    let passed =
+        config.flags & XDP_IS_NEW != 0 && !is_dropped(outcome) && frame.metadata(config.nonce).is_none();
     if passed { TC_ACT_UNSPEC } else { end_in_tc(frame, outcome) }
 }
 
 /// Ends the way of a frame in TC.
 #[inline(always)]
 fn end_in_tc(frame: &Skb, outcome: u32) -> i32 {
-    count::outcome(outcome, frame.packets());
+    counters::outcome(outcome, frame.packets());
     if is_dropped(outcome) { TC_ACT_SHOT } else { TC_ACT_UNSPEC }
+}
+
+#[inline(always)]
+fn drop_in_tc(frame: &Skb, outcome: u32) -> i32 {
+    counters::outcome(outcome, frame.packets());
+    TC_ACT_SHOT
 }
 
 /// Takes the packet out of the tunnel where XDP has not, and sends it on.
 #[inline(always)]
-fn out_of_tunnel_in_tc(frame: &Skb, scratch: &mut Scratch) -> i32 {
-    let headed = scratch.arrival.headless == 0 || forward::put_link_header(frame).is_some();
-    let parsed = match tunnel::unwrap(frame, &scratch.arrival) {
+fn out_of_tunnel_in_tc(frame: &mut Skb, scratch: &mut Scratch) -> i32 {
+    let headed = scratch.tunnel.headless == 0 || forward::tc::put_link_header(frame).is_some();
+    let parsed = match encap::decapsulate(frame, &scratch.tunnel) {
         Some(()) if headed => {
             frame.pull_headers();
             parse::frame(frame, scratch)
         }
         _ => IS_OUTCOME,
     };
-    let done = match (parsed, scratch.arrival.kind) {
-        (IS_IPV4, TO_TASK) => arrived_in_tc(frame, &mut scratch.v4, &mut scratch.arrival),
-        (IS_IPV6, TO_TASK) => arrived_in_tc(frame, &mut scratch.v6, &mut scratch.arrival),
-        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4, &scratch.arrival),
-        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6, &scratch.arrival),
-        _ => encode(Err(Outcome::TunnelMalformed)),
+    let done = match (parsed, scratch.tunnel.kind) {
+        (IS_IPV4, TO_TASK) => arrived_in_tc(frame, &mut scratch.v4, &mut scratch.tunnel),
+        (IS_IPV6, TO_TASK) => arrived_in_tc(frame, &mut scratch.v6, &mut scratch.tunnel),
+        (IS_IPV4, _) => emit_in_tc(frame, &mut scratch.v4, &scratch.tunnel),
+        (IS_IPV6, _) => emit_in_tc(frame, &mut scratch.v6, &scratch.tunnel),
+        _ => pack(Err(Outcome::TunnelMalformed)),
     };
-    match decode(done) {
-        Ok(action) => action,
-        Err(outcome) => {
-            count::outcome(outcome, frame.packets());
-            TC_ACT_SHOT
-        }
+    match unpack(done) {
+        Ok(_) => in_tc_terms(done),
+        Err(outcome) => drop_in_tc(frame, outcome),
+    }
+}
+
+#[inline(always)]
+fn arrived_in_tc<A: Tracked>(frame: &mut Skb, packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> u64 {
+    match verifier::unpack_raw(from_peer(packet, tunnel)) {
+        Ok(_) => to_task_in_tc(frame, packet, tunnel),
+        Err(outcome) => refused(outcome),
     }
 }
 
 #[inline(never)]
-fn arrived_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &mut Arrival) -> i32 {
-    encode(forward::arrived_in_tc(frame, packet, arrival))
+fn to_task_in_tc<A: Tracked>(frame: &mut Skb, packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u64 {
+    let index = packet.draft.backend;
+    pack(forward::tc::arrived(frame, packet, tunnel, index))
 }
 
 #[inline(never)]
-fn emit_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, arrival: &Arrival) -> i32 {
-    encode(forward::emit_in_tc(frame, packet, arrival))
-}
-
-/// What is left for TC to do with a frame.
-#[derive(Clone, Copy)]
-enum Task {
-    /// XDP decided and counted: deliver to this local backend.
-    Deliver(u32),
-    /// Decide here.
-    Decide(Scope),
-    /// XDP took an answer out of the tunnel: emit it to the client.
-    Emit,
+fn emit_in_tc<A: Tracked>(frame: &mut Skb, packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u64 {
+    pack(forward::tc::emit(frame, packet, tunnel))
 }
 
 #[inline(never)]
-fn deliver<A: Family>(frame: &Skb, packet: &mut Packet<A>, backend: u32) -> i32 {
-    encode(forward::handed_over(frame, packet, backend))
+fn deliver<A: Family>(frame: &mut Skb, packet: &mut Packet<A>, backend: u32, port: u16) -> u64 {
+    pack(forward::tc::deliver(frame, packet, backend, Be16::from_raw(port)))
 }
 
-#[inline(never)]
-fn in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>, all: bool) -> i32 {
-    let scope = if all { Scope::All } else { Scope::Flows };
-    let found = classify::uplink(frame, packet, scope, Entries::All);
-    if let Err(Outcome::Reset) = found {
-        return reset_in_tc(frame, packet);
+#[inline(always)]
+fn in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, all: bool) -> u64 {
+    match verifier::unpack_raw(track(frame, packet, all)) {
+        Ok(direction) => send_in_tc(frame, packet, direction),
+        Err(RESET) => reset_in_tc(frame, packet),
+        Err(outcome) => refused(outcome),
     }
-    encode(found.and_then(|found| forward::from_uplink_tc(frame, packet, &found)))
 }
 
 #[inline(never)]
-fn reset_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
-    encode(forward::reset_in_tc(frame, packet))
+fn send_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, direction: u32) -> u64 {
+    let found = conntrack::classified(packet, direction);
+    pack(found.and_then(|found| forward::tc::from_uplink(frame, packet, &found)))
+}
+
+#[inline(never)]
+fn reset_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>) -> u64 {
+    pack(forward::tc::reset(frame, packet))
 }
 
 /// TC ingress where tasks answer: turns replies around to the client. A task's own traffic is nobody's business
@@ -388,7 +486,7 @@ fn reset_in_tc<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
 #[classifier]
 #[inline(always)]
 pub fn task_tc(context: TcContext) -> i32 {
-    let frame = Skb::new(context, false);
+    let mut frame = Skb::new(context, false);
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(2)) else {
         return TC_ACT_UNSPEC;
     };
@@ -397,27 +495,66 @@ pub fn task_tc(context: TcContext) -> i32 {
     }
     frame.pull_headers();
     let done = match parse::frame(&frame, scratch) {
-        IS_IPV4 => from_task(&frame, &mut scratch.v4),
-        IS_IPV6 => from_task(&frame, &mut scratch.v6),
-        _ => TC_ACT_UNSPEC,
+        IS_IPV4 => from_task(&mut frame, &mut scratch.v4),
+        IS_IPV6 => from_task(&mut frame, &mut scratch.v6),
+        _ => return TC_ACT_UNSPEC,
     };
-    match decode(done) {
-        Ok(action) => action,
-        // An answer of ours that cannot go its way now: by the host's it would show the task's address.
+    match unpack(done) {
+        // A reply of ours that cannot go its way now: by the host's it would show the task's address.
         Err(outcome) if is_dropped(outcome) => end_in_tc(&frame, outcome),
-        Err(_) => TC_ACT_UNSPEC,
+        _ => in_tc_terms(done),
+    }
+}
+
+#[inline(always)]
+fn from_task<A: Back>(frame: &mut Skb, packet: &mut Packet<A>) -> u64 {
+    match verifier::unpack_raw(find_reply(frame, packet)) {
+        Ok(direction) => reply_in_tc(frame, packet, direction),
+        Err(outcome) => refused(outcome),
     }
 }
 
 #[inline(never)]
-fn from_task<A: Family>(frame: &Skb, packet: &mut Packet<A>) -> i32 {
-    encode(classify::task(frame, packet).and_then(|found| forward::from_task_tc(frame, packet, &found)))
+fn find_reply<A: Tracked>(frame: &Skb, packet: &mut Packet<A>) -> u64 {
+    verifier::pack(conntrack::task(frame, packet).map(|direction| direction as u32))
 }
 
-/// Tells user space what time it is for flows; never attached.
+#[inline(never)]
+fn reply_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, direction: u32) -> u64 {
+    let found = conntrack::classified(packet, direction);
+    pack(found.and_then(|found| forward::tc::from_task(frame, packet, &found)))
+}
+
+/// Tells user space what time it is for connections; never attached.
 #[xdp]
 pub fn clock(_: XdpContext) -> u32 {
-    neighbour::jiffies() as u32
+    time::now()
+}
+
+/// Takes lines out of the connection table that user space has found to have ended, so that only programs write it; never
+/// attached. The frame is a batch of [`Removal`]s; what was done is written into them.
+#[xdp]
+pub fn gc(context: XdpContext) -> u32 {
+    let mut frame = XdpFrame::new(context);
+    let mut next = 0;
+    while next < Removal::BATCH {
+        let Some(removal) = frame.at::<Removal>(next * size_of::<Removal>()) else {
+            break;
+        };
+        let Removal { control, slot, seen, what, .. } = *removal;
+        let done = match what {
+            remove::CONNECTION4 => table::expire::<V4>(slot, control, seen),
+            remove::CONNECTION6 => table::expire::<V6>(slot, control, seen),
+            remove::SPILLED4 => table::gather::<V4>(slot, seen),
+            remove::SPILLED6 => table::gather::<V6>(slot, seen),
+            _ => false,
+        };
+        if let Some(removal) = frame.at::<Removal>(next * size_of::<Removal>()) {
+            removal.done = done as u32;
+        }
+        next += 1;
+    }
+    XDP_PASS
 }
 
 #[cfg(target_arch = "bpf")]

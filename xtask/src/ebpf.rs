@@ -87,17 +87,12 @@ fn build_package(package: &str, run: impl FnOnce(&mut Command) -> Result<()>) ->
 /// Loads the programs, on the smallest of tables, and says what the verifier made of them.
 fn verify(object: &Path) -> Result<()> {
     let mut loader = EbpfLoader::new();
-    for name in [
-        table::FLOWS4,
-        table::FLOWS6,
-        table::HALF_OPEN4,
-        table::HALF_OPEN6,
-        table::BACKENDS,
-        table::BACKEND_STATS,
-        table::SLOTS,
-    ] {
+    for name in
+        [table::CONNECTIONS4, table::CONNECTIONS6, table::BACKENDS, table::BACKEND_STATS, table::SLOTS]
+    {
         loader.map_max_entries(name, 64);
     }
+    loader.override_global("SETS", &64_u32, true);
     // As it is loaded by default: without the log of flows.
     loader.override_global(aya_log::LEVEL, &0_u8, true);
     let mut ebpf = loader.load_file(object).context("load the eBPF object")?;

@@ -2,60 +2,38 @@
 //! not matter: nothing here or later changes its length.
 
 use lb_common::{
+    conntrack::line::CONNECTION,
     net::{Address, Be16, TCP, UDP, V4, V6},
     outcome::Outcome,
 };
 
-use super::{ipv4, ipv6, transport};
+use super::transport;
 use crate::{
-    frame::Frame,
-    packet::{ERROR, Link, Packet, WHOLE},
+    io::{
+        frame::Frame,
+        packet::{ERROR, Link, Packet, WHOLE},
+    },
+    wire::{
+        icmp::{INFORMATIONAL, Icmp, PARAMETER_PROBLEM, QuotedPorts, TIME_EXCEEDED, UNREACHABLE},
+        ipv4::{self, Ipv4},
+        ipv6::{self, Ipv6},
+    },
 };
-
-/// The header of an ICMP message; the last word depends on the type.
-#[repr(C)]
-pub struct Header {
-    pub kind: u8,
-    pub code: u8,
-    pub checksum: u16,
-    pub rest: u32,
-}
-
-/// The quote's first eight bytes after its network header are there always (RFC 792).
-#[repr(C)]
-struct Ports {
-    source: u16,
-    destination: u16,
-    rest: u32,
-}
-
-/// "Destination unreachable".
-pub const UNREACHABLE: u8 = 3;
-/// Its code "fragmentation needed and DF set".
-pub const FRAGMENTATION_NEEDED: u8 = 4;
-const TIME_EXCEEDED: u8 = 11;
-const PARAMETER_PROBLEM: u8 = 12;
-/// "Packet too big" of ICMPv6.
-pub const PACKET_TOO_BIG: u8 = 2;
-/// ICMPv6 types from here on are no errors (RFC 4443, 2.1).
-const INFORMATIONAL: u8 = 128;
 
 /// Parses an ICMP message in an IPv4 packet.
 #[inline(always)]
 pub fn parse4<F: Frame>(frame: &F, link: &Link, at: usize, packet: &mut Packet<V4>) -> Result<(), Outcome> {
-    if packet.form != WHOLE {
+    if packet.kind != WHOLE {
         return Err(Outcome::OtherProtocol);
     }
     match kind(frame, at)? {
         UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM => {}
         _ => return Err(Outcome::OtherProtocol),
     }
-    let quoted_at = at + size_of::<Header>();
-    let quoted = frame.at::<ipv4::Header>(quoted_at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let quoted = unsafe { &*quoted };
+    let quoted_at = at + size_of::<Icmp>();
+    let quoted = frame.read::<Ipv4>(quoted_at).ok_or(Outcome::Malformed)?;
     let header_bytes = ((quoted.version_and_length & 0xf) as usize) * 4;
-    if quoted.version_and_length >> 4 != 4 || header_bytes < size_of::<ipv4::Header>() {
+    if quoted.version_and_length >> 4 != 4 || header_bytes < size_of::<Ipv4>() {
         return Err(Outcome::Malformed);
     }
     // Only a first fragment says whose it is.
@@ -74,13 +52,11 @@ pub fn parse4<F: Frame>(frame: &F, link: &Link, at: usize, packet: &mut Packet<V
 /// Parses an ICMPv6 message.
 #[inline(always)]
 pub fn parse6<F: Frame>(frame: &F, link: &Link, at: usize, packet: &mut Packet<V6>) -> Result<(), Outcome> {
-    if packet.form != WHOLE || kind(frame, at)? >= INFORMATIONAL {
+    if packet.kind != WHOLE || kind(frame, at)? >= INFORMATIONAL {
         return Err(Outcome::OtherProtocol);
     }
-    let quoted_at = at + size_of::<Header>();
-    let quoted = frame.at::<ipv6::Header>(quoted_at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let quoted = unsafe { &*quoted };
+    let quoted_at = at + size_of::<Icmp>();
+    let quoted = frame.read::<Ipv6>(quoted_at).ok_or(Outcome::Malformed)?;
     // Word by word: a copy between memory that may overlap would be a call.
     for word in 0..4 {
         if packet.key.destination.0[word] != quoted.source[word] {
@@ -89,12 +65,10 @@ pub fn parse6<F: Frame>(frame: &F, link: &Link, at: usize, packet: &mut Packet<V
         packet.key.source.0[word] = quoted.destination[word];
     }
     let mut next = quoted.next;
-    let mut transport_at = quoted_at + size_of::<ipv6::Header>();
+    let mut transport_at = quoted_at + size_of::<Ipv6>();
     // Of the extension headers only the one that fragmenting puts there.
     if next == ipv6::FRAGMENT {
-        let fragment = frame.at::<ipv6::Fragment>(transport_at).ok_or(Outcome::Malformed)?;
-        // SAFETY: `at` checked the bounds.
-        let fragment = unsafe { &*fragment };
+        let fragment = frame.read::<ipv6::Fragment>(transport_at).ok_or(Outcome::Malformed)?;
         if fragment.offset & ipv6::OFFSET != 0 {
             return Err(Outcome::Fragment);
         }
@@ -107,9 +81,7 @@ pub fn parse6<F: Frame>(frame: &F, link: &Link, at: usize, packet: &mut Packet<V
 
 #[inline(always)]
 fn kind<F: Frame>(frame: &F, at: usize) -> Result<u8, Outcome> {
-    let header = frame.at::<Header>(at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    Ok(unsafe { (*header).kind })
+    frame.read::<Icmp>(at).map(|header| header.kind).ok_or(Outcome::Malformed)
 }
 
 /// Completes the packet: the quoted ports turned around, and where everything is.
@@ -123,16 +95,16 @@ fn finish<F: Frame, A: Address>(
     if packet.key.protocol != TCP && packet.key.protocol != UDP {
         return Err(Outcome::OtherProtocol);
     }
-    let ports = frame.at::<Ports>(transport_at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let ports = unsafe { &*ports };
-    if transport_at + size_of::<Ports>() > at + packet.transport_bytes as usize {
+    let ports = frame.read::<QuotedPorts>(transport_at).ok_or(Outcome::Malformed)?;
+    if transport_at + size_of::<QuotedPorts>() > at + packet.transport_bytes as usize {
         return Err(Outcome::Malformed);
     }
+    packet.key.kind = CONNECTION;
+    packet.key.generation = 0;
     packet.key.source_port = Be16::from_raw(ports.destination);
     packet.key.destination_port = Be16::from_raw(ports.source);
-    packet.flags = 0;
-    packet.form = ERROR;
+    packet.tcp_flags = 0;
+    packet.kind = ERROR;
     packet.quoted_at = quoted_at as u16;
     packet.quoted_transport_at = transport_at as u16;
     transport::place(link, at, packet);

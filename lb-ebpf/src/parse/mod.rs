@@ -1,4 +1,5 @@
-//! Parsing: check, advance, say what comes next. Nothing here writes or looks anything up.
+//! Parsing: a frame into a packet. Check, advance, say what comes next; nothing here writes the frame or looks anything up.
+//! Imports `wire` and `io`.
 
 pub mod icmp;
 pub mod ipv4;
@@ -6,14 +7,17 @@ pub mod ipv6;
 pub mod transport;
 
 use lb_common::{
-    flow::{Tags, VlanTag},
-    net::Be16,
+    net::{Be16, V4, V6},
     outcome::Outcome,
+    tags::{Tags, VlanTag},
 };
 
 use crate::{
-    frame::Frame,
-    packet::{Link, Scratch},
+    io::{
+        frame::Frame,
+        packet::{Link, Packet, Scratch},
+    },
+    wire::ethernet::{Ethernet, GROUP, IPV4, IPV6, Tag, is_tag},
 };
 
 /// What [`frame`] answers for an IPv4 packet.
@@ -23,31 +27,26 @@ pub const IS_IPV6: u32 = 1;
 /// What [`frame`] answers for an outcome: this and its discriminant.
 pub const IS_OUTCOME: u32 = 2;
 
-/// An Ethernet header (IEEE 802.3). Addresses in words, as they are compared and copied.
-#[repr(C)]
-pub struct Ethernet {
-    pub destination: [u16; 3],
-    pub source: [u16; 3],
-    pub kind: u16,
+/// What of a family's header the fast path reads.
+pub trait Simple: Sized {
+    /// Reads the header, behind a link header without tags, of a TCP or UDP packet that has nothing unusual; false if it
+    /// has.
+    fn simple<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool;
 }
 
-#[repr(C)]
-struct Tag {
-    tci: u16,
-    kind: u16,
+impl Simple for V4 {
+    #[inline(always)]
+    fn simple<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool {
+        ipv4::simple(frame, packet)
+    }
 }
 
-/// Bytes of an Ethernet header without tags.
-pub const LINK: usize = size_of::<Ethernet>();
-
-/// EtherType of IPv4.
-pub const IPV4: u16 = 0x0800_u16.to_be();
-/// EtherType of IPv6.
-pub const IPV6: u16 = 0x86dd_u16.to_be();
-const VLAN: u16 = 0x8100_u16.to_be();
-const VLAN_SERVICE: u16 = 0x88a8_u16.to_be();
-/// The group bit is the lowest of the first byte on the wire.
-pub const GROUP: u16 = 0x0100_u16.to_be();
+impl Simple for V6 {
+    #[inline(always)]
+    fn simple<F: Frame>(frame: &F, packet: &mut Packet<Self>) -> bool {
+        ipv6::simple(frame, packet)
+    }
+}
 
 /// Parses a frame into the scratch. A function of its own, for the verifier's sake, so that it returns a plain
 /// number: [`IS_IPV4`], [`IS_IPV6`], or from [`IS_OUTCOME`] on the outcome of what is none of ours.
@@ -62,7 +61,7 @@ pub fn frame<F: Frame>(frame: &F, scratch: &mut Scratch) -> u32 {
 #[inline(always)]
 fn packet<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<u32, Outcome> {
     let (link, kind) = match frame.without_link_header() {
-        Some(kind) => (Link { network: 0, tags: Tags { outer: VlanTag::NONE, inner: VlanTag::NONE } }, kind),
+        Some(kind) => (Link { network: 0, tags: Tags::NONE, source: [0; 3] }, kind),
         None => link(frame)?,
     };
     match kind {
@@ -75,14 +74,12 @@ fn packet<F: Frame>(frame: &F, scratch: &mut Scratch) -> Result<u32, Outcome> {
 /// Parses the Ethernet header and up to two VLAN tags (IEEE 802.1Q), offloaded or not.
 #[inline(always)]
 fn link<F: Frame>(frame: &F) -> Result<(Link, u16), Outcome> {
-    let header = frame.at::<Ethernet>(0).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let (destination, mut kind) = unsafe { ((*header).destination[0], (*header).kind) };
+    let header = frame.read::<Ethernet>(0).ok_or(Outcome::Malformed)?;
+    let (destination, source, mut kind) = (header.destination[0], header.source, header.kind);
     if destination & GROUP != 0 {
         return Err(Outcome::NotUnicast);
     }
-    let mut link =
-        Link { network: size_of::<Ethernet>(), tags: Tags { outer: VlanTag::NONE, inner: VlanTag::NONE } };
+    let mut link = Link { network: size_of::<Ethernet>(), tags: Tags::NONE, source };
     match frame.offloaded_tag() {
         Some(tag) => link.tags.outer = tag,
         None if is_tag(kind) => link.tags.outer = inline_tag(frame, &mut link.network, &mut kind)?,
@@ -94,20 +91,12 @@ fn link<F: Frame>(frame: &F) -> Result<(Link, u16), Outcome> {
     Ok((link, kind))
 }
 
-#[inline(always)]
-fn is_tag(kind: u16) -> bool {
-    kind == VLAN || kind == VLAN_SERVICE
-}
-
 /// Steps over a tag that lies in the frame's bytes.
 #[inline(always)]
 fn inline_tag<F: Frame>(frame: &F, at: &mut usize, kind: &mut u16) -> Result<VlanTag, Outcome> {
-    let tag = frame.at::<Tag>(*at).ok_or(Outcome::Malformed)?;
+    let tag = frame.read::<Tag>(*at).ok_or(Outcome::Malformed)?;
     *at += size_of::<Tag>();
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        let seen = VlanTag { protocol: Be16::from_raw(*kind), tci: Be16::from_raw((*tag).tci) };
-        *kind = (*tag).kind;
-        Ok(seen)
-    }
+    let seen = VlanTag { protocol: Be16::from_raw(*kind), tci: Be16::from_raw(tag.tci) };
+    *kind = tag.kind;
+    Ok(seen)
 }

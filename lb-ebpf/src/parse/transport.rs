@@ -1,36 +1,18 @@
 //! TCP (RFC 9293) and UDP (RFC 768): ports, flags, plausibility.
 
 use lb_common::{
+    conntrack::line::CONNECTION,
     net::{Address, Be16, TCP, UDP},
     outcome::Outcome,
 };
 
 use crate::{
-    frame::Frame,
-    packet::{FIRST, LATER, Link, Packet},
+    io::{
+        frame::Frame,
+        packet::{FIRST, LATER, Link, Packet},
+    },
+    wire::transport::{Tcp, Udp},
 };
-
-/// A TCP header without options; multi-byte fields in network order.
-#[repr(C)]
-pub struct Tcp {
-    pub source: u16,
-    pub destination: u16,
-    pub sequence: u32,
-    pub acknowledgment: u32,
-    pub offset: u8,
-    pub flags: u8,
-    pub window: u16,
-    pub checksum: u16,
-    pub urgent: u16,
-}
-
-#[repr(C)]
-struct Udp {
-    source: u16,
-    destination: u16,
-    length: u16,
-    checksum: u16,
-}
 
 /// Whether the packet's own length holds its headers, and the frame holds the packet.
 #[inline(always)]
@@ -52,7 +34,7 @@ pub fn check_length<F: Frame>(
 
 /// Reads the header at `at` of a packet that is no fragment, and completes its five-tuple; false if it contradicts itself.
 #[inline(always)]
-pub fn plain<F: Frame, A>(frame: &F, at: usize, packet: &mut Packet<A>) -> bool {
+pub fn simple<F: Frame, A>(frame: &F, at: usize, packet: &mut Packet<A>) -> bool {
     let bytes = packet.transport_bytes;
     let read = if packet.is_tcp() { tcp(frame, at, bytes, packet) } else { udp(frame, at, bytes) };
     let Ok((source_port, destination_port, flags, header)) = read else {
@@ -60,9 +42,9 @@ pub fn plain<F: Frame, A>(frame: &F, at: usize, packet: &mut Packet<A>) -> bool 
     };
     packet.key.source_port = source_port;
     packet.key.destination_port = destination_port;
-    packet.key._pad = 0;
-    packet.key._pad2 = 0;
-    packet.flags = flags;
+    packet.key.kind = CONNECTION;
+    packet.key.generation = 0;
+    packet.tcp_flags = flags;
     packet.header_bytes = header;
     true
 }
@@ -79,9 +61,9 @@ pub fn parse<F: Frame, A: Address>(
 ) -> Result<(), Outcome> {
     const NONE: Be16 = Be16::from_raw(0);
     // A first fragment's UDP length is that of the whole datagram.
-    let room = if packet.form == FIRST { u16::MAX } else { packet.transport_bytes };
+    let room = if packet.kind == FIRST { u16::MAX } else { packet.transport_bytes };
     let (source_port, destination_port, flags, header) = match protocol {
-        TCP | UDP if packet.form == LATER => (NONE, NONE, 0, 0),
+        TCP | UDP if packet.kind == LATER => (NONE, NONE, 0, 0),
         TCP => tcp(frame, at, room, packet)?,
         UDP => udp(frame, at, room)?,
         _ => return Err(Outcome::OtherProtocol),
@@ -89,7 +71,9 @@ pub fn parse<F: Frame, A: Address>(
     packet.key.source_port = source_port;
     packet.key.destination_port = destination_port;
     packet.key.protocol = protocol;
-    packet.flags = flags;
+    packet.key.kind = CONNECTION;
+    packet.key.generation = 0;
+    packet.tcp_flags = flags;
     packet.header_bytes = header;
     place(link, at, packet);
     Ok(())
@@ -99,6 +83,7 @@ pub fn parse<F: Frame, A: Address>(
 #[inline(always)]
 pub fn place<A>(link: &Link, at: usize, packet: &mut Packet<A>) {
     packet.tags = link.tags;
+    packet.source_mac = link.source;
     packet.network_at = link.network as u16;
     packet.transport_at = at as u16;
 }
@@ -110,9 +95,7 @@ fn tcp<F: Frame, A>(
     bytes: u16,
     packet: &mut Packet<A>,
 ) -> Result<(Be16, Be16, u8, u8), Outcome> {
-    let header = frame.at::<Tcp>(at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let header = unsafe { &*header };
+    let header = frame.read::<Tcp>(at).ok_or(Outcome::Malformed)?;
     let length = ((header.offset >> 4) as u16) * 4;
     if length < size_of::<Tcp>() as u16 || length > bytes {
         return Err(Outcome::Malformed);
@@ -124,9 +107,7 @@ fn tcp<F: Frame, A>(
 
 #[inline(always)]
 fn udp<F: Frame>(frame: &F, at: usize, bytes: u16) -> Result<(Be16, Be16, u8, u8), Outcome> {
-    let header = frame.at::<Udp>(at).ok_or(Outcome::Malformed)?;
-    // SAFETY: `at` checked the bounds.
-    let header = unsafe { &*header };
+    let header = frame.read::<Udp>(at).ok_or(Outcome::Malformed)?;
     let length = u16::from_be(header.length);
     if length < size_of::<Udp>() as u16 || length > bytes {
         return Err(Outcome::Malformed);

@@ -1,13 +1,13 @@
-//! The tunnel between nodes: [`wrap`] puts a packet into Geneve, [`receive`] takes one out.
+//! The tunnel between nodes: [`encapsulate`] puts a packet into Geneve, [`decapsulate`] takes one out.
 //!
 //! A packet travels as it came, so that the node with the task sees what the client sent; nothing of it is changed
-//! here but its maximum segment size ([`crate::segment`]).
+//! here but its maximum segment size ([`super::mss`]).
 
 use lb_common::{
     backend::{self, Backend},
     checksum::fold,
-    flow::FlowKey,
-    net::{Address, Be16, UDP, V4, Wide},
+    conntrack::FiveTuple,
+    net::{Address as _, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
         CRITICAL, DATA_WORDS, Header, MIN_MTU, NAMES_TASK, OPTION_CLASS, PATH_SECONDS, PROBE_ANSWER, Peer,
@@ -16,17 +16,24 @@ use lb_common::{
 };
 
 use crate::{
-    family::Family,
-    frame::Frame,
-    maps::{self, PEER_NUMBERS, PEER_PATHS, PEERS},
-    neighbour::jiffies,
-    packet::{Arrival, ERROR, Packet, WHOLE},
-    parse::{Ethernet, IPV4, IPV6, icmp, ipv4, ipv6},
-    rewrite::words,
+    conntrack::is_own,
+    io::{
+        clock,
+        family::Family,
+        frame::Frame,
+        maps::{self, PEER_NUMBERS, PEER_PATHS, PEERS},
+        packet::{ERROR, Packet, TunnelMeta, WHOLE},
+    },
+    wire::{
+        ethernet::{Ethernet, IPV4, IPV6, words},
+        icmp::{FRAGMENTATION_NEEDED, Icmp, PACKET_TOO_BIG, UNREACHABLE},
+        ipv4::{DONT_FRAGMENT, Ipv4, PLAIN},
+        ipv6::Ipv6,
+    },
 };
 
-/// Hops that a tunnel packet may take.
-const HOPS: u8 = 64;
+/// Time to live of a tunnel packet.
+const TTL: u8 = 64;
 /// Differentiated services; the two bits of congestion notification stay behind, as in the compatibility mode of
 /// RFC 6040, because they would have to be put together again at the other end.
 const SERVICE: u8 = 0xfc;
@@ -44,12 +51,12 @@ pub fn peer(number: u32) -> Result<&'static Peer, Outcome> {
 /// The largest packet that fits into the tunnel to a peer, in bytes: what its route lets pass, or less if a router on
 /// the way said so not long ago.
 #[inline(always)]
-pub fn room(number: u32, peer: &Peer) -> u32 {
+pub fn inner_mtu(number: u32, peer: &Peer) -> u32 {
     let mut mtu = peer.mtu as u32;
     if let (Some(path), Some(config)) = (PEER_PATHS.get(number), maps::config())
         && path.mtu != 0
         && path.mtu < mtu
-        && (jiffies() as u32).wrapping_sub(path.seen) < PATH_SECONDS * config.jiffies_per_second
+        && (clock::now()).wrapping_sub(path.seen) < PATH_SECONDS * config.jiffies_per_second
     {
         mtu = path.mtu;
     }
@@ -57,7 +64,7 @@ pub fn room(number: u32, peer: &Peer) -> u32 {
 }
 
 /// What the tunnel is told about a packet.
-pub struct Cargo<'a> {
+pub struct EncapParams<'a> {
     /// Address in the option.
     pub address: &'a Wide,
     /// Port in the option.
@@ -67,7 +74,7 @@ pub struct Cargo<'a> {
     /// Flags of the option.
     pub flags: u8,
     /// Type of service of the packet.
-    pub service: u8,
+    pub tos: u8,
     /// EtherType of the packet, network order.
     pub ether: u16,
     /// Bytes of the packet.
@@ -78,17 +85,17 @@ pub struct Cargo<'a> {
     pub segment: u32,
 }
 
-impl<'a> Cargo<'a> {
+impl<'a> EncapParams<'a> {
     /// A packet for a task or from one, whose network and transport header are so many bytes.
     #[inline(always)]
     pub fn new<A: Family>(
-        key: &FlowKey<A>,
-        service: u8,
+        key: &FiveTuple<A>,
+        tos: u8,
         headers: u32,
         backend: &'a Backend,
         kind: u8,
         bytes: u16,
-        room: u32,
+        inner_mtu: u32,
     ) -> Self {
         let (address, flags) = if kind == TO_TASK {
             (
@@ -103,120 +110,108 @@ impl<'a> Cargo<'a> {
             port: backend.port,
             kind,
             flags,
-            service,
-            ether: A::KIND,
+            tos,
+            ether: A::ETHER_TYPE,
             bytes,
-            hash: key.hash(),
-            segment: room.saturating_sub(headers),
+            hash: key.flow_hash(),
+            segment: inner_mtu.saturating_sub(headers),
         }
     }
 }
 
 /// Puts the packet, whose link header is not tagged, into the tunnel. False if there is no room for it; nothing has
-/// changed then. Packet pointers are void afterwards.
+/// changed then.
 #[inline(never)]
-pub fn wrap<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
-    put_into(frame, cargo, peer)
+pub fn encapsulate<F: Frame>(frame: &mut F, params: &EncapParams<'_>, peer: &Peer) -> bool {
+    encapsulate_inline(frame, params, peer)
 }
 
-/// [`wrap`] without a call.
+/// [`encapsulate`] without a call.
 #[inline(always)]
-pub fn put_into<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer) -> bool {
+pub fn encapsulate_inline<F: Frame>(frame: &mut F, params: &EncapParams<'_>, peer: &Peer) -> bool {
     let outer_v4 = peer.family == 4;
-    if !frame.make_room(overhead(outer_v4) as u32, outer_v4, cargo.segment) {
+    if !frame.make_room(overhead(outer_v4) as u32, outer_v4, params.segment) {
         return false;
     }
-    let length = cargo.bytes.wrapping_add(size_of::<Header>() as u16);
+    let length = params.bytes.wrapping_add(size_of::<Header>() as u16);
     let Some(ethernet) = frame.at::<Ethernet>(0) else {
         return false;
     };
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        (*ethernet).destination = words(&peer.mac);
-        (*ethernet).source = words(&peer.source_mac);
-        (*ethernet).kind = if outer_v4 { IPV4 } else { IPV6 };
-    }
-    let at = if outer_v4 { outer4(frame, cargo, peer, length) } else { outer6(frame, cargo, peer, length) };
+    ethernet.destination = words(&peer.mac);
+    ethernet.source = words(&peer.source_mac);
+    ethernet.kind = if outer_v4 { IPV4 } else { IPV6 };
+    let at = if outer_v4 { outer4(frame, params, peer, length) } else { outer6(frame, params, peer, length) };
     let Some(at) = at else {
         return false;
     };
     let Some(header) = frame.at::<Header>(at) else {
         return false;
     };
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        // Dynamic ports (RFC 6335), as RFC 8926, 3.3 advises.
-        (*header).source_port = Be16::new(0xc000 | (cargo.hash >> 18) as u16);
-        (*header).destination_port = maps::config().map_or(Be16::from_raw(0), |config| config.tunnel_port);
-        (*header).length = Be16::new(length);
-        (*header).checksum = 0;
-        (*header).version_and_length = VERSION_AND_LENGTH;
-        (*header).flags = CRITICAL;
-        (*header).protocol = Be16::from_raw(cargo.ether);
-        (*header).network = 0;
-        (*header).class = OPTION_CLASS;
-        (*header).kind = cargo.kind;
-        (*header).words = DATA_WORDS;
-        (*header).version = VERSION;
-        (*header).option_flags = cargo.flags;
-        (*header).port = cargo.port;
-        (*header).address[0] = cargo.address[0];
-        (*header).address[1] = cargo.address[1];
-        (*header).address[2] = cargo.address[2];
-        (*header).address[3] = cargo.address[3];
-    }
+    // Dynamic ports (RFC 6335), as RFC 8926, 3.3 advises.
+    header.source_port = Be16::new(0xc000 | (params.hash >> 18) as u16);
+    header.destination_port = maps::config().map_or(Be16::from_raw(0), |config| config.tunnel_port);
+    header.length = Be16::new(length);
+    header.checksum = 0;
+    header.version_and_length = VERSION_AND_LENGTH;
+    header.flags = CRITICAL;
+    header.protocol = Be16::from_raw(params.ether);
+    header.network = 0;
+    header.class = OPTION_CLASS;
+    header.kind = params.kind;
+    header.words = DATA_WORDS;
+    header.version = VERSION;
+    header.option_flags = params.flags;
+    header.port = params.port;
+    header.address[0] = params.address[0];
+    header.address[1] = params.address[1];
+    header.address[2] = params.address[2];
+    header.address[3] = params.address[3];
     true
 }
 
 /// Writes the outer IPv4 header; where the next one goes.
 #[inline(always)]
-fn outer4<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> Option<usize> {
-    const BYTES: usize = size_of::<ipv4::Header>();
-    let header = frame.at::<ipv4::Header>(LINK)?;
+fn outer4<F: Frame>(frame: &mut F, params: &EncapParams<'_>, peer: &Peer, length: u16) -> Option<usize> {
+    const BYTES: usize = size_of::<Ipv4>();
+    let header = frame.at::<Ipv4>(LINK)?;
     let (source, destination) = (V4::from_wide(peer.source), V4::from_wide(peer.address));
-    let service = cargo.service & SERVICE;
+    let tos = params.tos & SERVICE;
     let total = length.wrapping_add(BYTES as u16).to_be();
     let sum = source.sum()
         + destination.sum()
-        + u16::from_ne_bytes([0x45, service]) as u32
+        + u16::from_ne_bytes([PLAIN, tos]) as u32
         + total as u32
-        + ipv4::DONT_FRAGMENT as u32
-        + u16::from_ne_bytes([HOPS, UDP]) as u32;
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        (*header).version_and_length = 0x45;
-        (*header).service = service;
-        (*header).total_length = total;
-        // Never fragmented, so that it needs no identification (RFC 6864).
-        (*header).identification = 0;
-        (*header).fragment = ipv4::DONT_FRAGMENT;
-        (*header).ttl = HOPS;
-        (*header).protocol = UDP;
-        (*header).checksum = !fold(sum);
-        (*header).source = source.0;
-        (*header).destination = destination.0;
-    }
+        + DONT_FRAGMENT as u32
+        + u16::from_ne_bytes([TTL, UDP]) as u32;
+    header.version_and_length = PLAIN;
+    header.tos = tos;
+    header.total_length = total;
+    // Never fragmented, so that it needs no identification (RFC 6864).
+    header.identification = 0;
+    header.fragment = DONT_FRAGMENT;
+    header.ttl = TTL;
+    header.protocol = UDP;
+    header.checksum = !fold(sum);
+    header.source = source.0;
+    header.destination = destination.0;
     Some(LINK + BYTES)
 }
 
 /// Writes the outer IPv6 header; where the next one goes.
 #[inline(always)]
-fn outer6<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> Option<usize> {
-    let header = frame.at::<ipv6::Header>(LINK)?;
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        let class = (cargo.service & SERVICE) as u32;
-        // The flow label spreads what looks no further (RFC 6438).
-        (*header).version_and_flow = (0x6000_0000 | class << 20 | cargo.hash >> 12).to_be();
-        (*header).payload_length = length.to_be();
-        (*header).next = UDP;
-        (*header).hop_limit = HOPS;
-        for word in 0..4 {
-            (*header).source[word] = peer.source[word];
-            (*header).destination[word] = peer.address[word];
-        }
+fn outer6<F: Frame>(frame: &mut F, params: &EncapParams<'_>, peer: &Peer, length: u16) -> Option<usize> {
+    let header = frame.at::<Ipv6>(LINK)?;
+    let class = (params.tos & SERVICE) as u32;
+    // The flow label spreads what looks no further (RFC 6438).
+    header.version_and_flow = (0x6000_0000 | class << 20 | params.hash >> 12).to_be();
+    header.payload_length = length.to_be();
+    header.next = UDP;
+    header.hop_limit = TTL;
+    for word in 0..4 {
+        header.source[word] = peer.source[word];
+        header.destination[word] = peer.address[word];
     }
-    Some(LINK + size_of::<ipv6::Header>())
+    Some(LINK + size_of::<Ipv6>())
 }
 
 /// Whether the packet is addressed to the tunnel's port. What carries a tag belongs to an interface on top of the
@@ -224,7 +219,7 @@ fn outer6<F: Frame>(frame: &F, cargo: &Cargo<'_>, peer: &Peer, length: u16) -> O
 #[inline(always)]
 pub fn is_for<A>(packet: &Packet<A>) -> bool {
     packet.key.protocol == UDP
-        && packet.form == WHOLE
+        && packet.kind == WHOLE
         && !packet.tagged()
         && maps::config().is_some_and(|config| config.tunnel_port == packet.key.destination_port)
 }
@@ -233,7 +228,7 @@ pub fn is_for<A>(packet: &Packet<A>) -> bool {
 #[inline(always)]
 pub fn is_error<A>(packet: &Packet<A>) -> bool {
     packet.key.protocol == UDP
-        && packet.form == ERROR
+        && packet.kind == ERROR
         && maps::config().is_some_and(|config| config.tunnel_port == packet.key.source_port)
 }
 
@@ -243,11 +238,9 @@ pub fn is_error<A>(packet: &Packet<A>) -> bool {
 pub fn open<F: Frame, A: Family>(
     frame: &F,
     packet: &Packet<A>,
-    arrival: &mut Arrival,
+    tunnel: &mut TunnelMeta,
 ) -> Result<(), Outcome> {
-    let header = frame.at::<Header>(packet.transport()).ok_or(Outcome::NotOurs)?;
-    // SAFETY: `at` checked the bounds.
-    let header = unsafe { &*header };
+    let header = frame.read::<Header>(packet.transport()).ok_or(Outcome::NotOurs)?;
     let ours = header.version_and_length >> 6 == 0
         && header.version_and_length & 0x3f != 0
         && header.class == OPTION_CLASS
@@ -273,67 +266,56 @@ pub fn open<F: Frame, A: Family>(
     if sender == SELF || sender == NOBODY {
         return Err(Outcome::TunnelNotPeer);
     }
-    arrival.peer = sender;
+    tunnel.peer = sender;
     if !known || !plain {
         return Err(Outcome::TunnelMalformed);
     }
     if header.kind == PROBE_ANSWER {
         return Err(Outcome::TunnelProbe);
     }
-    let task = &mut arrival.task;
+    let task = &mut tunnel.task;
     task.port = header.port;
     for word in 0..4 {
         task.address[word] = header.address[word];
     }
-    arrival.kind = header.kind;
-    arrival.flags = header.option_flags;
-    arrival.outer_v4 = A::IS_V4 as u8;
-    arrival.inner_v4 = (header.protocol.raw() == IPV4) as u8;
-    arrival.headless = (packet.network_at == 0) as u8;
+    tunnel.kind = header.kind;
+    tunnel.flags = header.option_flags;
+    tunnel.outer_v4 = A::IS_V4 as u8;
+    tunnel.inner_v4 = (header.protocol.raw() == IPV4) as u8;
+    tunnel.headless = (packet.network_at == 0) as u8;
     Ok(())
 }
 
 /// Turns a probe, whose frame has a link header, into its answer: back to where it came from. `None` if the frame is not
 /// what it was.
 #[inline(always)]
-pub fn answer_probe<F: Frame>(frame: &F, outer_v4: bool) -> Option<()> {
+pub fn answer_probe<F: Frame>(frame: &mut F, outer_v4: bool) -> Option<()> {
     let ethernet = frame.at::<Ethernet>(0)?;
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        let (destination, source) = ((*ethernet).destination, (*ethernet).source);
-        (*ethernet).destination = source;
-        (*ethernet).source = destination;
-    }
+    let (destination, source) = (ethernet.destination, ethernet.source);
+    ethernet.destination = source;
+    ethernet.source = destination;
     let at = if outer_v4 {
-        let header = frame.at::<ipv4::Header>(LINK)?;
-        // SAFETY: as above. The checksum does not mind the order of its terms.
-        unsafe {
-            let (source, destination) = ((*header).source, (*header).destination);
-            (*header).source = destination;
-            (*header).destination = source;
-        }
-        LINK + size_of::<ipv4::Header>()
+        let header = frame.at::<Ipv4>(LINK)?;
+        // The checksum does not mind the order of its terms.
+        let (source, destination) = (header.source, header.destination);
+        header.source = destination;
+        header.destination = source;
+        LINK + size_of::<Ipv4>()
     } else {
-        let header = frame.at::<ipv6::Header>(LINK)?;
+        let header = frame.at::<Ipv6>(LINK)?;
         for word in 0..4 {
-            // SAFETY: as above.
-            unsafe {
-                let (source, destination) = ((*header).source[word], (*header).destination[word]);
-                (*header).source[word] = destination;
-                (*header).destination[word] = source;
-            }
+            let (source, destination) = (header.source[word], header.destination[word]);
+            header.source[word] = destination;
+            header.destination[word] = source;
         }
-        LINK + size_of::<ipv6::Header>()
+        LINK + size_of::<Ipv6>()
     };
     let header = frame.at::<Header>(at)?;
-    // SAFETY: as above.
-    unsafe {
-        let (source, destination) = ((*header).source_port, (*header).destination_port);
-        (*header).source_port = destination;
-        (*header).destination_port = source;
-        (*header).checksum = 0;
-        (*header).kind = PROBE_ANSWER;
-    }
+    let (source, destination) = (header.source_port, header.destination_port);
+    header.source_port = destination;
+    header.destination_port = source;
+    header.checksum = 0;
+    header.kind = PROBE_ANSWER;
     Some(())
 }
 
@@ -349,29 +331,19 @@ fn number<A: Family>(address: &A) -> u32 {
     unsafe { PEER_NUMBERS.get(mapped) }.copied().unwrap_or(NOBODY)
 }
 
-/// Whether the address is one of this node's.
+/// Takes the packet out of the tunnel; the link header goes on before it.
 #[inline(always)]
-pub fn is_own<A: Family>(address: &A) -> bool {
-    number(address) == SELF
-}
-
-/// Takes the packet out of the tunnel; the link header goes on before it. Packet pointers are void afterwards.
-#[inline(always)]
-pub fn unwrap<F: Frame>(frame: &F, arrival: &Arrival) -> Option<()> {
-    let (outer_v4, inner_v4) = (arrival.outer_v4 != 0, arrival.inner_v4 != 0);
+pub fn decapsulate<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> {
+    let (outer_v4, inner_v4) = (tunnel.outer_v4 != 0, tunnel.inner_v4 != 0);
     let ethernet = frame.at::<Ethernet>(0)?;
-    // SAFETY: `at` checked the bounds.
-    let (destination, source) = unsafe { ((*ethernet).destination, (*ethernet).source) };
+    let (destination, source) = (ethernet.destination, ethernet.source);
     if !frame.take_room(overhead(outer_v4) as u32, outer_v4, inner_v4) {
         return None;
     }
     let ethernet = frame.at::<Ethernet>(0)?;
-    // SAFETY: as above.
-    unsafe {
-        (*ethernet).destination = destination;
-        (*ethernet).source = source;
-        (*ethernet).kind = if inner_v4 { IPV4 } else { IPV6 };
-    }
+    ethernet.destination = destination;
+    ethernet.source = source;
+    ethernet.kind = if inner_v4 { IPV4 } else { IPV6 };
     Some(())
 }
 
@@ -383,14 +355,13 @@ pub fn note_error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Outcome
     if number == NOBODY {
         return Outcome::NotOurs;
     }
-    let Some(header) = frame.at::<icmp::Header>(packet.transport()) else {
+    let Some(header) = frame.read::<Icmp>(packet.transport()) else {
         return Outcome::TunnelError;
     };
-    // SAFETY: `at` checked the bounds.
-    let (kind, code, rest) = unsafe { ((*header).kind, (*header).code, u32::from_be((*header).rest)) };
+    let (kind, code, rest) = (header.kind, header.code, u32::from_be(header.rest));
     let mtu = match (kind, code) {
-        (icmp::UNREACHABLE, icmp::FRAGMENTATION_NEEDED) if A::IS_V4 => rest & 0xffff,
-        (icmp::PACKET_TOO_BIG, _) if !A::IS_V4 => rest,
+        (UNREACHABLE, FRAGMENTATION_NEEDED) if A::IS_V4 => rest & 0xffff,
+        (PACKET_TOO_BIG, _) if !A::IS_V4 => rest,
         _ => 0,
     };
     let least = MIN_MTU[usize::from(!A::IS_V4)];
@@ -399,7 +370,7 @@ pub fn note_error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Outcome
     {
         // SAFETY: an array's entry is valid while the program runs; both words are written whole.
         unsafe {
-            (*path).seen = jiffies() as u32;
+            (*path).seen = clock::now();
             (*path).mtu = mtu;
         }
     }

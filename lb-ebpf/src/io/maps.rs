@@ -1,16 +1,17 @@
 //! The tables, as `lb_common::abi` names and sizes them. User space may ask for other sizes when it loads.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    Global,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::{
     abi::{Config, Label, LabelKey, size},
     backend::Backend,
-    endpoint::{Endpoint, Listener, Replies},
+    conntrack::{Set, Timers, elapsed},
+    endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
-    flow::{Flow, FlowKey, Spare, Timers, elapsed},
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
     net::{V4, V6, Wide},
@@ -19,22 +20,30 @@ use lb_common::{
     tunnel::{Path, Peer, TaskKey},
 };
 
-use crate::packet::Scratch;
+use super::{clock, packet::Scratch};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+/// Values begin at a page: one of 64 bytes is one cache line. Others begin 312 bytes after one.
+const ALIGNED: usize = BPF_F_MMAPABLE as usize;
 
+/// Connections of one family.
+pub type Connections<A> = Array<Set<A>, { size::SETS }, ALIGNED>;
 /// Listeners of one family.
 pub type Listeners<A> = HashMap<Endpoint<A>, Listener, { size::LISTENERS }, ON_DEMAND>;
 /// Tasks' endpoints of one family.
-pub type ReplyTable<A> = HashMap<Endpoint<A>, Replies<A>, { size::BACKENDS }, ON_DEMAND>;
-/// Flows of one family.
-pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::FLOWS }>;
-/// Flows of one family that are not established.
-pub type HalfOpen<A> = LruHashMap<FlowKey<A>, Flow<A>, { size::HALF_OPEN }>;
-/// What lost entries of one family are made of again.
-pub type Spares<A> = LruHashMap<FlowKey<A>, Spare<A>, { size::SPARES }>;
+pub type TaskEndpoints<A> = HashMap<Endpoint<A>, TaskEndpoint<A>, { size::BACKENDS }, ON_DEMAND>;
 /// Fragmented datagrams of one family.
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, Ports, { size::FRAGMENTS }>;
+
+/// Sets of the connection tables; the loader says.
+#[unsafe(no_mangle)]
+static SETS: Global<u32> = Global::new(size::SETS as u32);
+
+/// Sets of the connection table of each family.
+#[inline(always)]
+pub fn sets() -> u32 {
+    SETS.load()
+}
 
 #[btf_map]
 pub static CONFIG: Array<Config, 1> = Array::new();
@@ -49,37 +58,25 @@ pub static LISTENERS4: Listeners<V4> = HashMap::new();
 pub static LISTENERS6: Listeners<V6> = HashMap::new();
 
 #[btf_map]
-pub static REPLIES4: ReplyTable<V4> = HashMap::new();
+pub static TASK_ENDPOINTS4: TaskEndpoints<V4> = HashMap::new();
 
 #[btf_map]
-pub static REPLIES6: ReplyTable<V6> = HashMap::new();
+pub static TASK_ENDPOINTS6: TaskEndpoints<V6> = HashMap::new();
 
 #[btf_map]
 pub static SLOTS: Array<u32, { size::SLOTS }> = Array::new();
 
 #[btf_map]
-pub static BACKENDS: Array<Backend, { size::BACKENDS }> = Array::new();
+pub static BACKENDS: Array<Backend, { size::BACKENDS }, ALIGNED> = Array::new();
 
 #[btf_map]
 pub static CURSORS: Array<u64, { size::LISTENERS }> = Array::new();
 
 #[btf_map]
-pub static FLOWS4: Flows<V4> = LruHashMap::new();
+pub static CONNECTIONS4: Connections<V4> = Array::new();
 
 #[btf_map]
-pub static FLOWS6: Flows<V6> = LruHashMap::new();
-
-#[btf_map]
-pub static HALF_OPEN4: HalfOpen<V4> = LruHashMap::new();
-
-#[btf_map]
-pub static HALF_OPEN6: HalfOpen<V6> = LruHashMap::new();
-
-#[btf_map]
-pub static SPARES4: Spares<V4> = LruHashMap::new();
-
-#[btf_map]
-pub static SPARES6: Spares<V6> = LruHashMap::new();
+pub static CONNECTIONS6: Connections<V6> = Array::new();
 
 #[btf_map]
 pub static TIMERS: Array<Timers, { size::SERVICES }> = Array::new();
@@ -100,7 +97,7 @@ pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();
 pub static FRAGMENTS6: Fragments<V6> = LruHashMap::new();
 
 #[btf_map]
-pub static PEERS: Array<Peer, { size::NODES }> = Array::new();
+pub static PEERS: Array<Peer, { size::NODES }, ALIGNED> = Array::new();
 
 #[btf_map]
 pub static PEER_PATHS: Array<Path, { size::NODES }> = Array::new();
@@ -121,7 +118,7 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
 
-/// What each program is working on, see [`crate::packet::Packet`]: one entry a program. Not pinned: whoever
+/// What each program is working on, see [`super::packet::Packet`]: one entry a program. Not pinned: whoever
 /// loads the programs gets one of its own.
 #[btf_map]
 pub static SCRATCH: PerCpuArray<Scratch, 3> = PerCpuArray::new();
@@ -154,7 +151,7 @@ pub fn is_stale(config: &Config) -> bool {
 #[inline(never)]
 fn is_silent(config: &Config) -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| {
-        let silent = elapsed(*beat, crate::neighbour::jiffies() as u32);
+        let silent = elapsed(*beat, clock::now());
         silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
     })
 }

@@ -1,7 +1,7 @@
 //! The maximum segment size of connections that go through the tunnel (RFC 9293, 3.7.1): lowered in SYN and SYN-ACK to
 //! what fits, so that no packet of theirs is too long.
 
-use crate::{frame::Frame, packet::Packet};
+use crate::io::{frame::Frame, packet::Packet};
 
 const END: u8 = 0;
 const NOTHING: u8 = 1;
@@ -18,9 +18,9 @@ struct Kind {
 }
 
 /// Lowers the maximum segment size in the packet, if it has one, to what leaves `room` bytes for the whole packet.
-/// `finished` tells whether its checksum is a whole one. Packet pointers are void afterwards.
+/// `finished` tells whether its checksum is a whole one.
 #[inline(never)]
-pub fn clamp<F: Frame, A>(frame: &F, packet: &Packet<A>, room: u32, finished: bool) -> Option<()> {
+pub fn clamp<F: Frame, A>(frame: &mut F, packet: &Packet<A>, room: u32, finished: bool) -> Option<()> {
     // A header without options or extension headers (RFC 6691): 20 or 40 bytes, and TCP's own.
     let headers = if size_of::<A>() == 4 { 40 } else { 60 };
     let most = room.saturating_sub(headers) as u16;
@@ -30,16 +30,13 @@ pub fn clamp<F: Frame, A>(frame: &F, packet: &Packet<A>, room: u32, finished: bo
         if at >= end {
             return Some(());
         }
-        let option = frame.at::<Kind>(at)?;
-        // SAFETY: `at` checked the bounds.
-        let (kind, length) = unsafe { ((*option).kind, (*option).length) };
+        let option = frame.read::<Kind>(at)?;
+        let (kind, length) = (option.kind, option.length);
         match kind {
             END => return Some(()),
             NOTHING => at += 1,
             MAXIMUM_SEGMENT_SIZE => {
-                let size = frame.at::<[u8; 2]>(at + 2)?;
-                // SAFETY: `at` checked the bounds.
-                let size = unsafe { u16::from_be_bytes(*size) };
+                let size = u16::from_be_bytes(*frame.read::<[u8; 2]>(at + 2)?);
                 if length == 4 && size > most {
                     lower(frame, packet, at + 2, most, finished)?;
                 }
@@ -54,14 +51,12 @@ pub fn clamp<F: Frame, A>(frame: &F, packet: &Packet<A>, room: u32, finished: bo
 
 /// Writes the size. Checksums count words of the header; the size may lie across two of them.
 #[inline(always)]
-fn lower<F: Frame, A>(frame: &F, packet: &Packet<A>, at: usize, size: u16, finished: bool) -> Option<()> {
+fn lower<F: Frame, A>(frame: &mut F, packet: &Packet<A>, at: usize, size: u16, finished: bool) -> Option<()> {
     let [high, low] = size.to_be_bytes();
     if (at - packet.transport()) & 1 == 0 {
         return frame.replace_word(packet, at, u16::from_ne_bytes([high, low]), finished);
     }
-    let before = frame.at::<[u8; 4]>(at - 1)?;
-    // SAFETY: `at` checked the bounds.
-    let [first, _, _, last] = unsafe { *before };
+    let [first, _, _, last] = *frame.read::<[u8; 4]>(at - 1)?;
     frame.replace_word(packet, at - 1, u16::from_ne_bytes([first, high]), finished)?;
     frame.replace_word(packet, at + 1, u16::from_ne_bytes([low, last]), finished)
 }

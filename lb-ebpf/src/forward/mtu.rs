@@ -3,8 +3,8 @@
 
 use aya_ebpf::helpers::generated::bpf_check_mtu;
 
-use crate::{
-    frame::{Frame, Skb},
+use crate::io::{
+    frame::{Frame as _, Skb},
     packet::Packet,
 };
 

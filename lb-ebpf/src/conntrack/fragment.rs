@@ -6,7 +6,7 @@ use lb_common::{
     outcome::Outcome,
 };
 
-use crate::{family::Family, maps, neighbour::jiffies, packet::Packet};
+use crate::io::{clock, family::Family, maps, packet::Packet};
 
 #[inline(always)]
 fn key<A: Family>(packet: &Packet<A>) -> FragmentKey<A> {
@@ -24,7 +24,7 @@ pub fn remember<A: Family>(packet: &Packet<A>) -> i32 {
     let ports = Ports {
         source: packet.key.source_port,
         destination: packet.key.destination_port,
-        seen: jiffies() as u32,
+        seen: clock::now(),
     };
     // Where there is no room the later fragments pass with their reason.
     A::FRAGMENTS.insert(key(packet), ports, BPF_ANY as u64).err().unwrap_or(0)
@@ -36,7 +36,7 @@ pub fn follow<A: Family>(packet: &mut Packet<A>) -> Result<(), Outcome> {
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     // SAFETY: copied at once.
     let ports = unsafe { A::FRAGMENTS.get(key(packet)) }.copied().ok_or(Outcome::Fragment)?;
-    if (jiffies() as u32).wrapping_sub(ports.seen) > FRAGMENT_SECONDS * hz {
+    if (clock::now()).wrapping_sub(ports.seen) > FRAGMENT_SECONDS * hz {
         return Err(Outcome::Fragment);
     }
     packet.key.source_port = ports.source;

@@ -1,10 +1,17 @@
-//! What the parser learned about a packet, passed through the stages.
+//! What the parser and connection tracking learned about a packet, passed through the stages.
 
 use lb_common::{
-    flow::{ACK, FIN, Flow, FlowKey, RST, SYN, Segment, Spare, Tags},
-    net::{TCP, V4, V6},
+    conntrack::{
+        FiveTuple, Segment,
+        tcp::{ACK, FIN, RST, SYN},
+    },
+    endpoint::Listener,
+    net::{Be16, TCP, V4, V6},
+    tags::Tags,
     tunnel::TaskKey,
 };
+
+use crate::wire::{ethernet::Mac, transport::checksum_at};
 
 /// A whole TCP or UDP packet.
 pub const WHOLE: u8 = 0;
@@ -24,18 +31,46 @@ pub struct Link {
     pub network: usize,
     /// Its VLAN tags.
     pub tags: Tags,
+    /// The sender's hardware address; zero if it is hidden.
+    pub source: Mac,
+}
+
+/// Where the headers of a TCP or UDP packet are.
+pub struct Offsets {
+    /// Offset of the network header in bytes.
+    pub network: usize,
+    /// Offset of the transport header in bytes.
+    pub transport: usize,
+    /// Its protocol.
+    pub protocol: u8,
+}
+
+impl Offsets {
+    /// As the parser saw them.
+    #[inline(always)]
+    pub fn of<A>(packet: &Packet<A>) -> Self {
+        Self { network: packet.network(), transport: packet.transport(), protocol: packet.key.protocol }
+    }
+
+    /// Offset of the transport checksum.
+    #[inline(always)]
+    pub fn checksum(&self) -> usize {
+        self.transport + checksum_at(self.protocol)
+    }
 }
 
 /// A TCP or UDP packet, a fragment of one, or an ICMP error about one. An error's five-tuple is that of the packet it
-/// quotes turned around, which is the way the error itself travels. It lives in a per-CPU table ([`crate::maps::SCRATCH`]), not on the stack: there is
-/// not room enough, and the verifier, which forgets what it knew of a value that was stored there, has one
+/// quotes turned around, which is the way the error itself travels. It lives in a per-CPU table ([`super::maps::SCRATCH`]), not
+/// on the stack: there is not room enough, and the verifier, which forgets what it knew of a value that was stored there, has one
 /// packet to follow through the later stages instead of one for each way through the parser.
 #[repr(C)]
 pub struct Packet<A> {
     /// Its five-tuple.
-    pub key: FlowKey<A>,
+    pub key: FiveTuple<A>,
     /// The frame's VLAN tags.
     pub tags: Tags,
+    /// Hardware address that the frame came from; zero if it is hidden.
+    pub source_mac: Mac,
     /// Offset of the network header in bytes; read by [`Packet::network`].
     pub network_at: u16,
     /// Offset of the transport header in bytes; read by [`Packet::transport`].
@@ -51,34 +86,126 @@ pub struct Packet<A> {
     /// Bytes of the transport header and the payload.
     pub transport_bytes: u16,
     /// Time to live or hop limit.
-    pub hops: u8,
+    pub ttl: u8,
     /// Bytes of the TCP or UDP header.
     pub header_bytes: u8,
     /// TCP flags; zero for UDP, later fragments and errors.
-    pub flags: u8,
+    pub tcp_flags: u8,
     /// [`WHOLE`], [`FIRST`], [`LATER`] or [`ERROR`].
-    pub form: u8,
+    pub kind: u8,
     /// Type of service or traffic class.
-    pub service: u8,
+    pub tos: u8,
     /// Of TCP: sequence number, host order.
     pub sequence: u32,
     /// Of TCP: what it acknowledges, host order.
     pub acknowledgment: u32,
-    /// Its flow: a copy of the entry, or the entry that is being made. The later stages know this copy alone, so that it
-    /// does not matter to them which table it comes from.
-    pub flow: Flow<A>,
-    /// The backend that is not to take the flow which is being made, because it has not answered; [`NOBODY`] if all may.
+    /// Its connection: what the later stages need of its line. They know this copy alone, so that it does not matter to them
+    /// where the line was found.
+    pub connection: Connection<A>,
+    /// Its line.
+    pub line: Located,
+    /// What else the search for its line has come to.
+    pub search: Search,
+    /// The listener of the connection that is being made.
+    pub listener: Listener,
+    /// The line that is being made.
+    pub draft: Draft<A>,
+    /// The five-tuple that is sought, where that is not the packet's own.
+    pub sought: FiveTuple<A>,
+    /// The other one of the same pair, see [`crate::conntrack::table::find_reply`].
+    pub alias_tuple: FiveTuple<A>,
+    /// A second search: for what already has the client's port at a task.
+    pub probe: Search,
+    /// What that has found.
+    pub probed: Located,
+    /// The alias that is being made.
+    pub alias: Draft<A>,
+    /// Its line.
+    pub alias_line: Located,
+}
+
+/// What the later stages need of a connection.
+#[repr(C)]
+pub struct Connection<A> {
+    /// Its requests' five-tuple: (client, listener).
+    pub tuple: FiveTuple<A>,
+    /// Index of the task's backend.
+    pub backend: u32,
+    /// Its state.
+    pub state: u32,
+    /// Next hop to the client.
+    pub mac: Mac,
+    /// When that was last asked for, as the line has it.
+    pub hop_seen: u16,
+    /// Number of the node through which the client's packets come; zero if they come to this one.
+    pub peer: u16,
+    /// The client's port as the task sees it.
+    pub port: Be16,
+    /// Largest packet that the way to the client lets pass, in bytes; zero if nothing is known.
+    pub mtu: u16,
+    /// [`lb_common::conntrack::line::Line::link`].
+    pub link: u16,
+    /// The client's tags.
+    pub tags: Tags,
+}
+
+/// Where a line lies, and what its control word was.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Located {
+    /// The control word by which it was found.
+    pub control: u64,
+    /// [`lb_common::conntrack::line::slot`].
+    pub slot: u32,
+    /// Whether the line is to be given anew to the packet's connection.
+    pub anew: u32,
+}
+
+/// What a search has come to, beside a line: what an insertion goes on with.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Search {
+    /// Index of the endpoint's home set.
+    pub set: u32,
+    /// The home's way.
+    pub way: u32,
+    /// The home word before the search.
+    pub hints: u32,
+    /// The lower half of the endpoint's hash, and the upper.
+    pub hash: [u32; 2],
+    /// The alias by which a connection was found, if by one; [`NOBODY`] otherwise.
+    pub alias: u32,
+    /// The lower half of its control word, and the upper.
+    pub alias_control: [u32; 2],
+    /// The backend that is not to take the connection which is being made, because it has not answered; [`NOBODY`] if all may.
     pub avoid: u32,
-    /// How many tasks the flow that is being made was given to before.
-    pub retries: u8,
-    /// The key of the flow's entry, where that is not the packet's own five-tuple.
-    pub flow_key: FlowKey<A>,
-    /// The entry for that flow's replies being made (snat).
-    pub reply: Flow<A>,
-    /// Its key.
-    pub reply_key: FlowKey<A>,
-    /// The spare of an entry that is being kept.
-    pub spare: Spare<A>,
+    /// How many tasks the connection that is being made was given to before.
+    pub retries: u32,
+    /// Whether its task knows the client's port from another connection.
+    pub port_is_taken: u32,
+    /// Whether it is to be counted as new.
+    pub is_new: u32,
+    /// Whether it goes on without ever having had a line that is still known.
+    pub goes_on: u32,
+    /// Whether it may do without a line.
+    pub guarded: u32,
+}
+
+/// A line that is being made.
+#[repr(C)]
+pub struct Draft<A> {
+    /// As the line has them.
+    pub tuple: FiveTuple<A>,
+    pub backend: u32,
+    pub client_next: u32,
+    pub task_next: u32,
+    pub state: u32,
+    pub hop_seen: u16,
+    pub peer: u16,
+    pub mac: Mac,
+    pub port: Be16,
+    pub tci: [Be16; 2],
+    pub link: u16,
 }
 
 impl<A> Packet<A> {
@@ -95,39 +222,39 @@ impl<A> Packet<A> {
             sequence: self.sequence,
             acknowledgment: self.acknowledgment,
             payload: (self.transport_bytes as u32).wrapping_sub(self.header_bytes as u32),
-            flags: self.flags,
+            flags: self.tcp_flags,
         }
     }
 
     /// Whether the packet goes on with a connection: it acknowledges, and neither opens nor ends.
     #[inline(always)]
     pub fn acknowledges(&self) -> bool {
-        self.flags & (SYN | ACK | RST | FIN) == ACK
+        self.tcp_flags & (SYN | ACK | RST | FIN) == ACK
     }
 
     /// Whether the packet answers a SYN.
     #[inline(always)]
     pub fn answers_syn(&self) -> bool {
-        self.flags & (SYN | ACK | RST | FIN) == SYN | ACK
+        self.tcp_flags & (SYN | ACK | RST | FIN) == SYN | ACK
     }
 
     /// Whether the packet asks for a new connection.
     #[inline(always)]
     pub fn opens(&self) -> bool {
-        self.flags & (SYN | ACK | RST | FIN) == SYN
+        self.tcp_flags & (SYN | ACK | RST | FIN) == SYN
     }
 
-    /// Whether the packet may make a flow: any UDP datagram, of TCP only a SYN. Neither an error nor a fragment
+    /// Whether the packet may make a connection: any UDP datagram, of TCP only a SYN. Neither an error nor a fragment
     /// without ports.
     #[inline(always)]
     pub fn may_open(&self) -> bool {
-        self.form <= FIRST && (!self.is_tcp() || self.opens())
+        self.kind <= FIRST && (!self.is_tcp() || self.opens())
     }
 
     /// Whether the packet is a SYN or its answer, which may carry a maximum segment size.
     #[inline(always)]
     pub fn negotiates(&self) -> bool {
-        self.flags & SYN != 0 && self.form == WHOLE
+        self.tcp_flags & SYN != 0 && self.kind == WHOLE
     }
 
     /// Whether the frame carries a VLAN tag.
@@ -179,7 +306,7 @@ impl<A> Packet<A> {
     /// Offset of the transport checksum.
     #[inline(always)]
     pub fn checksum_offset(&self) -> usize {
-        self.transport() + if self.is_tcp() { 16 } else { 6 }
+        self.transport() + checksum_at(self.key.protocol)
     }
 }
 
@@ -191,12 +318,12 @@ pub struct Scratch {
     /// Set by the parser for an IPv6 packet.
     pub v6: Packet<V6>,
     /// Set when the packet came through the tunnel.
-    pub arrival: Arrival,
+    pub tunnel: TunnelMeta,
 }
 
 /// What the tunnel said of a packet.
 #[repr(C)]
-pub struct Arrival {
+pub struct TunnelMeta {
     /// The task that the packet is for, or from; protocol and family are the packet's own.
     pub task: TaskKey,
     /// Number of the node that sent it; [`lb_common::tunnel::SELF`] where who sent it was looked at before.
@@ -211,11 +338,4 @@ pub struct Arrival {
     pub inner_v4: u8,
     /// Whether the frame's bytes begin with the network header (generic XDP).
     pub headless: u8,
-}
-
-/// A hardware address in words as bytes.
-#[inline(always)]
-pub fn mac(words: [u16; 3]) -> [u8; 6] {
-    let ([a, b], [c, d], [e, f]) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_ne_bytes());
-    [a, b, c, d, e, f]
 }

@@ -3,35 +3,32 @@
 
 use lb_common::{
     checksum::fold,
-    flow::{ACK, RST},
+    conntrack::tcp::{ACK, RST},
     net::TCP,
 };
 
+use super::headers::{Back, turn_link};
 use crate::{
-    frame::Frame,
-    packet::Packet,
-    parse::{Ethernet, transport},
-    reply::{Back, turn_link},
+    io::{frame::Frame, packet::Packet},
+    wire::{ethernet::Ethernet, transport::Tcp},
 };
 
 const LINK: usize = size_of::<Ethernet>();
 /// Bytes of a TCP header without options.
-const HEADER: u16 = size_of::<transport::Tcp>() as u16;
+const HEADER: u16 = size_of::<Tcp>() as u16;
 /// The header's length in its own unit, four bytes, in the upper half of a byte.
 const OFFSET: u8 = (HEADER as u8 / 4) << 4;
 
-/// Turns the frame, whose link header is not tagged, into a reset for its sender. `None` if it cannot be done. Packet
-/// pointers are void afterwards.
+/// Turns the frame, whose link header is not tagged, into a reset for its sender. `None` if it cannot be done.
 #[inline(never)]
-pub fn answer<F: Frame, A: Back>(frame: &F, packet: &Packet<A>) -> Option<()> {
+pub fn answer<F: Frame, A: Back>(frame: &mut F, packet: &Packet<A>) -> Option<()> {
     if !frame.cut(LINK as u32 + A::HEADER as u32 + HEADER as u32) {
         return None;
     }
     turn_link(frame)?;
     let pseudo = A::write(frame, packet, TCP, HEADER)?;
-    let header = frame.at::<transport::Tcp>(LINK + A::HEADER as usize)?;
     // The number is the one that the receiver takes: what it acknowledged.
-    let (sequence, acknowledgment, flags) = if packet.flags & ACK != 0 {
+    let (sequence, acknowledgment, flags) = if packet.tcp_flags & ACK != 0 {
         (packet.acknowledgment, 0, RST)
     } else {
         (0, packet.segment().end(), RST | ACK)
@@ -46,17 +43,16 @@ pub fn answer<F: Frame, A: Back>(frame: &F, packet: &Packet<A>) -> Option<()> {
         + halves(sequence)
         + halves(acknowledgment)
         + offset_and_flags as u32;
-    // SAFETY: `at` checked the bounds.
-    unsafe {
-        (*header).source = key.destination_port.raw();
-        (*header).destination = key.source_port.raw();
-        (*header).sequence = sequence;
-        (*header).acknowledgment = acknowledgment;
-        (*header).offset = OFFSET;
-        (*header).flags = flags;
-        (*header).window = 0;
-        (*header).checksum = !fold(sum);
-        (*header).urgent = 0;
-    }
+    *frame.at::<Tcp>(LINK + A::HEADER)? = Tcp {
+        source: key.destination_port.raw(),
+        destination: key.source_port.raw(),
+        sequence,
+        acknowledgment,
+        offset: OFFSET,
+        flags,
+        window: 0,
+        checksum: !fold(sum),
+        urgent: 0,
+    };
     Some(())
 }

@@ -1,6 +1,6 @@
 //! Counters, all per CPU: an add is a plain memory write.
 
-use crate::maps::{BACKEND_STATS, OUTCOMES, SERVICE_STATS};
+use super::maps::{BACKEND_STATS, OUTCOMES, SERVICE_STATS};
 
 /// Counts what became of `packets` packets: an [`Outcome`](lb_common::outcome::Outcome)'s discriminant.
 #[inline(always)]
@@ -35,20 +35,20 @@ pub fn reply(backend: u32, packets: u64, bytes: u64) {
     }
 }
 
-/// Counts a new flow to a backend of a service.
+/// Counts a new connection to a backend of a service.
 #[inline(always)]
-pub fn new_flow(service: u32, backend: u32) {
+pub fn new_connection(service: u32, backend: u32) {
     if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
         // SAFETY: as above.
-        unsafe { (*stats).flows += 1 };
+        unsafe { (*stats).connections += 1 };
     }
     if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
         // SAFETY: as above.
-        unsafe { (*stats).flows += 1 };
+        unsafe { (*stats).connections += 1 };
     }
 }
 
-/// Counts a flow that a backend did not answer and another took.
+/// Counts a connection that a backend did not answer and another took.
 #[inline(always)]
 pub fn failover(backend: u32) {
     if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
@@ -57,16 +57,7 @@ pub fn failover(backend: u32) {
     }
 }
 
-/// Counts an entry of a service's flow that was lost and made again of its spare.
-#[inline(always)]
-pub fn healed(service: u32) {
-    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
-        // SAFETY: as above.
-        unsafe { (*stats).healed += 1 };
-    }
-}
-
-/// Counts a new flow that no backend took.
+/// Counts a new connection that no backend took.
 #[inline(always)]
 pub fn refused(service: u32) {
     if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {

@@ -1,0 +1,325 @@
+//! Making connections: choose a task, draft a line, put it into the table.
+
+use lb_common::{
+    backend::{Backend, Kind},
+    conntrack::{
+        Control,
+        line::{CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
+        tcp::{FIN, RST, SYN},
+    },
+    endpoint::{CONSISTENT, Endpoint, Listener},
+    net::Be16,
+    outcome::Outcome,
+    tags::Tags,
+    tunnel::RETURN_DIRECT,
+};
+
+use super::{
+    Step, alias,
+    apart::Tracked,
+    guard,
+    lifecycle::{self, Sender},
+    scheduler::PORT_IS_TAKEN,
+    table::{self, Found, Inserted},
+};
+use crate::io::{
+    clock, counters,
+    family::Family,
+    maps::BACKENDS,
+    packet::{FIRST, NOBODY, Packet, Search, TunnelMeta, WHOLE},
+    verifier,
+};
+
+/// Says whether a packet that no line was found for may start a connection, of which listener, and how its task is chosen.
+#[inline(always)]
+pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
+    let key = &packet.key;
+    let endpoint = Endpoint::new(key.destination, key.destination_port, key.protocol);
+    let listener = A::listener(&endpoint).ok_or(Outcome::NotOurs)?;
+    let goes_on = !packet.may_open() && goes_on(packet, &listener);
+    if !packet.may_open() && !goes_on {
+        return Err(Outcome::NoConnection);
+    }
+    if packet.ttl <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    // What goes on behind the guard was counted when it was placed.
+    let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
+    let guarded = goes_on || too_many;
+    if guarded {
+        // What goes on has to find the same task without a line that says who was asked before.
+        packet.search.retries = 0;
+        packet.search.avoid = NOBODY;
+    }
+    packet.search.goes_on = goes_on as u32;
+    packet.search.guarded = guarded as u32;
+    packet.listener = listener;
+    Ok(Step::Choose)
+}
+
+/// Whether the packet goes on with a connection that has no line. What was placed without one has to acknowledge the answer to
+/// a SYN; where connections are placed by hash it may be any but a SYN, for the task's own kernel knows them.
+#[inline(always)]
+fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
+    if !packet.is_tcp() || packet.kind != WHOLE || packet.tcp_flags & SYN != 0 {
+        return false;
+    }
+    listener.flags & CONSISTENT != 0 || guard::was_full() || packet.acknowledges() && guard::lingers()
+}
+
+/// Drafts the connection to the task that was chosen, [`scheduler::choose`].
+#[inline(always)]
+pub fn take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Outcome> {
+    let taken = try_take(packet, chosen);
+    if taken.is_err() {
+        counters::refused(packet.listener.service);
+    }
+    taken
+}
+
+#[inline(always)]
+fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Outcome> {
+    let index = chosen as u32;
+    let backend = BACKENDS.get(index).ok_or(Outcome::NoBackend)?;
+    let goes_on = packet.search.goes_on != 0;
+    // Its port was known to its line alone.
+    if goes_on && backend.kind == Kind::Snat as u8 {
+        return Err(Outcome::NoConnection);
+    }
+    draft(packet, index, backend);
+    packet.search.port_is_taken = (chosen & PORT_IS_TAKEN != 0) as u32;
+    // What goes on was counted when it was placed.
+    packet.search.is_new = !goes_on as u32;
+    if goes_on {
+        let segment = packet.segment();
+        packet.draft.client_next = segment.end();
+        packet.draft.task_next = segment.acknowledgment;
+        packet.draft.state |= ended(packet.tcp_flags);
+    } else if packet.search.guarded != 0 && guard::needs_no_line(backend) {
+        without_line(packet);
+        counters::new_connection(backend.service, index);
+        return Ok(Step::ToTask);
+    } else if packet.listener.slot_count > 1 {
+        packet.draft.state |= OTHERS;
+    }
+    Ok(Step::Place)
+}
+
+/// Whether the draft needs an alias before it is put into the table.
+#[inline(always)]
+pub fn needs_alias<A: Family>(packet: &Packet<A>, backend: &Backend) -> bool {
+    packet.search.port_is_taken != 0 || backend.kind == Kind::Snat as u8
+}
+
+/// Puts the draft into the table, and the connection into the packet; packed. When there is no place it goes without a line, if
+/// it can.
+#[inline(always)]
+pub fn put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> u64 {
+    verifier::pack(try_put(packet, backend))
+}
+
+#[inline(always)]
+fn try_put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32, Outcome> {
+    let (mut inserted, aliased) = (insert(packet), needs_alias(packet, backend));
+    let is_in = inserted == INSERTED || inserted == INSERTED_ELSEWHERE;
+    let sees_the_client = backend.kind == Kind::Local as u8 || backend.kind == Kind::Routed as u8;
+    if aliased {
+        if is_in { alias::bind(packet) } else { alias::release(packet) }
+    } else if inserted == INSERTED_ELSEWHERE && sees_the_client {
+        // Its replies would not find it.
+        if let Err(outcome) = alias::follow_home(packet, backend) {
+            let _ = table::remove::<A>(packet.line.slot, packet.line.control);
+            if outcome != Outcome::TableFull {
+                return Err(outcome);
+            }
+            inserted = NO_PLACE;
+        }
+    }
+    if inserted == NO_PLACE {
+        if aliased || !guard::needs_no_line(backend) {
+            return Err(Outcome::TableFull);
+        }
+        guard::full();
+        without_line(packet);
+    } else {
+        let entry = table::entry::<A>(packet.line.slot).ok_or(Outcome::TableFull)?;
+        let state = Control(packet.line.control).state();
+        table::copy(&entry, state, &mut packet.connection);
+    }
+    let Search { is_new, avoid, .. } = packet.search;
+    // What another CPU was first with it has counted.
+    if inserted != THERE && is_new != 0 {
+        counters::new_connection(backend.service, packet.draft.backend);
+        if avoid != NOBODY && avoid != packet.draft.backend {
+            counters::failover(avoid);
+        }
+    }
+    Ok(Step::ToTask as u32)
+}
+
+const INSERTED: u32 = 0;
+const INSERTED_ELSEWHERE: u32 = 1;
+const THERE: u32 = 2;
+const NO_PLACE: u32 = 3;
+
+/// Inserts the draft, unless another CPU is first with the same connection.
+#[inline(never)]
+fn insert<A: Tracked>(packet: &mut Packet<A>) -> u32 {
+    for _ in 0..8 {
+        match table::insert(packet) {
+            Inserted::AtHome => return INSERTED,
+            Inserted::Elsewhere => return INSERTED_ELSEWHERE,
+            Inserted::Full => return NO_PLACE,
+            Inserted::Again => {}
+        }
+        packet.line.anew = 0;
+        let Packet { key, line, search, .. } = packet;
+        if table::find(key, line, search) == Found::Line {
+            return THERE;
+        }
+    }
+    NO_PLACE
+}
+
+/// Lets the packet go on as its draft says, without a line.
+#[inline(always)]
+fn without_line<A: Family>(packet: &mut Packet<A>) {
+    guard::placed();
+    let Packet { key, draft, connection, .. } = packet;
+    connection.tuple.source = key.source;
+    connection.tuple.destination = key.destination;
+    connection.tuple.source_port = key.source_port;
+    connection.tuple.destination_port = key.destination_port;
+    connection.backend = draft.backend;
+    connection.state = draft.state;
+    connection.mac = draft.mac;
+    connection.hop_seen = draft.hop_seen;
+    connection.peer = draft.peer;
+    connection.port = draft.port;
+    connection.mtu = 0;
+    connection.link = draft.link;
+    connection.tags = packet.tags;
+    packet.line.slot = NOBODY;
+}
+
+/// Drafts a connection of this packet's client to a backend, under the client's own port.
+#[inline(always)]
+fn draft<A: Family>(packet: &mut Packet<A>, index: u32, backend: &Backend) {
+    let now = clock::now();
+    let Packet { key, draft, .. } = packet;
+    draft.tuple.source = key.source;
+    draft.tuple.destination = key.destination;
+    draft.tuple.source_port = key.source_port;
+    draft.tuple.destination_port = key.destination_port;
+    draft.tuple.protocol = key.protocol;
+    draft.tuple.kind = CONNECTION;
+    draft.tuple.generation = backend.generation as u16;
+    draft.backend = index;
+    draft.port = key.source_port;
+    draft.peer = 0;
+    // Until the routing table is asked, answer to where the question came from.
+    draft.hop_seen = clock::hop_ticks(now);
+    draft.mac = packet.source_mac;
+    if packet.network_at == 0 {
+        // Generic XDP hides it.
+        draft.hop_seen = clock::hop_long_ago(now);
+    }
+    let Tags { outer, inner } = packet.tags;
+    draft.tci = [outer.tci, inner.tci];
+    draft.link = packet.tags.link();
+    let udp = if packet.key.protocol == lb_common::net::UDP { UDP } else { 0 };
+    let one_way = if backend.flags & lb_common::backend::RETURN_DIRECT != 0 { ONE_WAY } else { 0 };
+    draft.state = packet.search.retries.wrapping_mul(RETRY) | udp | one_way;
+    // Data that comes with the SYN is counted when the task acknowledges it.
+    draft.client_next = packet.sequence.wrapping_add(1);
+    draft.task_next = 0;
+}
+
+/// What a client's packet says of the end of a connection that has no line: a late one does not bring it back to life.
+#[inline(always)]
+fn ended(flags: u8) -> u32 {
+    match flags {
+        flags if flags & RST != 0 => RESET,
+        flags if flags & FIN != 0 => CLIENT_FIN,
+        _ => 0,
+    }
+}
+
+/// Sees to it that the replies to a packet that a peer sent to a task of this node go back to where the client sent it: notes it
+/// in its line, or drafts that from any packet of the connection, so that a lost one heals. Packed.
+#[inline(always)]
+pub fn from_peer<A: Tracked>(
+    packet: &mut Packet<A>,
+    tunnel: &TunnelMeta,
+    backend: &Backend,
+    index: u32,
+) -> u64 {
+    verifier::pack(try_from_peer(packet, tunnel, index, backend))
+}
+
+#[inline(always)]
+fn try_from_peer<A: Tracked>(
+    packet: &mut Packet<A>,
+    tunnel: &TunnelMeta,
+    index: u32,
+    backend: &Backend,
+) -> Result<u32, Outcome> {
+    packet.search.avoid = NOBODY;
+    packet.search.retries = 0;
+    packet.line.anew = 0;
+    packet.connection.port = packet.key.source_port;
+    let Packet { key, line, search, .. } = packet;
+    let found = table::find(key, line, search) == Found::Line;
+    if found && let Some(entry) = table::entry::<A>(packet.line.slot) {
+        let control = Control(packet.line.control);
+        let same = entry.backend() == index && entry.is_of(backend);
+        if same && !(packet.opens() && control.is_closing()) {
+            packet.connection.port = entry.port();
+            // An error or a later fragment says nothing of where its connection comes from.
+            if packet.kind <= FIRST {
+                entry.set_peer(tunnel.peer as u16);
+                let link = entry.link() & !DIRECT;
+                entry.set_link(if tunnel.flags & RETURN_DIRECT != 0 { link | DIRECT } else { link });
+                let _ = lifecycle::note(&entry, control, packet, Sender::Client, false);
+            }
+            return Ok(Step::ToTask as u32);
+        }
+        // The key may be another's of this node's own, whose client comes through the tunnel now.
+        packet.line.anew = 1;
+    }
+    // An error or a later fragment makes no connection; its packet or first fragment has.
+    if packet.kind > FIRST {
+        return Ok(Step::ToTask as u32);
+    }
+    draft_by_peer(packet, tunnel, index, backend);
+    packet.search.port_is_taken = alias::is_taken(packet, backend) as u32;
+    // The node that the client used has counted it.
+    packet.search.is_new = 0;
+    Ok(Step::Place as u32)
+}
+
+#[inline(always)]
+fn draft_by_peer<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta, index: u32, backend: &Backend) {
+    let segment = packet.segment();
+    let opens = packet.opens();
+    let Packet { key, draft, .. } = packet;
+    draft.tuple.source = key.source;
+    draft.tuple.destination = key.destination;
+    draft.tuple.source_port = key.source_port;
+    draft.tuple.destination_port = key.destination_port;
+    draft.tuple.protocol = key.protocol;
+    draft.tuple.kind = CONNECTION;
+    draft.tuple.generation = backend.generation as u16;
+    draft.backend = index;
+    draft.port = key.source_port;
+    draft.peer = tunnel.peer as u16;
+    // Nothing is known of the way to the client: the next hop is due at once.
+    draft.hop_seen = clock::hop_long_ago(clock::now());
+    draft.mac = [0; 3];
+    draft.tci = [Be16::from_raw(0); 2];
+    draft.link = if tunnel.flags & RETURN_DIRECT != 0 { DIRECT } else { 0 };
+    let udp = if key.protocol == lb_common::net::UDP { UDP } else { 0 };
+    draft.state = with_fast(udp | ended(packet.tcp_flags));
+    draft.client_next = if opens { segment.sequence.wrapping_add(1) } else { segment.end() };
+    draft.task_next = if opens { 0 } else { segment.acknowledgment };
+}

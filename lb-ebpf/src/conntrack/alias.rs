@@ -1,0 +1,243 @@
+//! Aliases: where a task's reply does not find its connection by the client, because the task sees another port (translated,
+//! or an own address with snat) or because the connection's line lies outside its home. An alias is keyed as the task sees the
+//! connection; its insertion is the reservation of that pair, so that no two connections look alike to a task.
+
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use lb_common::{
+    abi::Config,
+    backend::{Backend, Kind},
+    conntrack::{
+        Control,
+        line::{ALIAS, ALIAS_KEY, ANSWERED, UDP},
+    },
+    net::Be16,
+    outcome::Outcome,
+};
+
+use super::{
+    apart::Tracked,
+    lifecycle,
+    table::{self, Found, Inserted, RESERVED},
+};
+use crate::io::{
+    clock,
+    family::Family,
+    maps::{self, BACKENDS},
+    packet::{Draft, NOBODY, Packet},
+};
+
+/// Ports tried for one connection. With nine tenths of a range in use, all fail once in thirty connections.
+const TRIES: usize = 32;
+
+/// Whether the task knows the client's port from another connection: through another listener, or another node. What was never
+/// answered may be forged, and gives way.
+#[inline(always)]
+pub fn is_taken<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> bool {
+    let sees_the_client = backend.kind == Kind::Local as u8 || backend.kind == Kind::Routed as u8;
+    sees_the_client && {
+        let (source, port) = (packet.key.source, packet.key.source_port);
+        set_pair(packet, backend, &source, port);
+        A::probe(packet) == TAKEN
+    }
+}
+
+/// The pair that is asked for: the task's endpoint, and the client's as the task would see it.
+#[inline(always)]
+fn set_pair<A: Family>(packet: &mut Packet<A>, backend: &Backend, client: &A, port: Be16) {
+    let Packet { key, sought, .. } = packet;
+    sought.source = *A::in_wide(&backend.address);
+    sought.destination = *client;
+    sought.source_port = backend.port;
+    sought.destination_port = port;
+    sought.protocol = key.protocol;
+    sought.kind = lb_common::conntrack::line::CONNECTION;
+    sought.generation = 0;
+}
+
+const FREE: u32 = 0;
+const TAKEN: u32 = 1;
+
+/// Whether a pair is taken. What has ended, or never began, gives it back.
+#[inline(always)]
+pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
+    let Packet { sought, alias_tuple, probed, probe, line, .. } = packet;
+    match table::find_reply(sought, alias_tuple, probed, probe, 0) {
+        Found::Nothing => return FREE,
+        Found::Busy => return TAKEN,
+        Found::DeadAlias => {
+            let reserved = table::entry::<A>(probe.alias).is_some_and(|alias| {
+                alias.client_next() == RESERVED && !clock::is_due(alias.seen(), clock::now())
+            });
+            if !reserved {
+                forget::<A>(probe);
+            }
+            return reserved as u32;
+        }
+        Found::Line => {}
+    }
+    // The line that is given anew to this very connection.
+    let own = line.anew != 0 && line.slot == probed.slot;
+    let Some(entry) = table::entry::<A>(probed.slot) else {
+        return FREE;
+    };
+    let control = Control(probed.control);
+    let over =
+        BACKENDS.get(entry.backend()).is_none_or(|backend| lifecycle::is_silent(&entry, control, backend));
+    // Its task has never answered, and the datagram may be forged, or the client has given up.
+    let never_began = !control.has(ANSWERED) && (control.has(UDP) || control.is_closing());
+    if own || over || never_began {
+        if probe.alias != NOBODY {
+            forget::<A>(probe);
+        }
+        if !own {
+            let _ = table::remove::<A>(probed.slot, probed.control);
+        }
+        return FREE;
+    }
+    TAKEN
+}
+
+#[inline(always)]
+fn forget<A: Family>(probe: &crate::io::packet::Search) {
+    let control = (probe.alias_control[1] as u64) << 32 | probe.alias_control[0] as u64;
+    let _ = table::remove::<A>(probe.alias, control);
+}
+
+/// Stands for no port: none is as high.
+const NO_PORT: u32 = u32::MAX;
+/// And for no place in the table.
+const NO_PLACE: u32 = u32::MAX - 1;
+
+/// Reserves a port towards the backend for the connection that is being made, and an alias for its replies: with the client's own
+/// address another port of the client's, with snat a port of this node's.
+#[inline(always)]
+pub fn reserve<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<(), Outcome> {
+    match A::free_port(packet, backend, (backend.kind == Kind::Snat as u8) as u32) {
+        NO_PORT => Err(Outcome::SnatPortsExhausted),
+        NO_PLACE => Err(Outcome::TableFull),
+        port => {
+            packet.draft.port = Be16::from_raw(port as u16);
+            packet.draft.state |= lb_common::conntrack::line::ALIASED;
+            Ok(())
+        }
+    }
+}
+
+/// A port that no connection to the backend has, network order, reserved.
+#[inline(always)]
+pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u32) -> u32 {
+    let snat = snat != 0;
+    let Some(config) = maps::config() else {
+        return NO_PORT;
+    };
+    let mut port = if snat { first_choice(config, packet.key.source_port) } else { another() };
+    let client = if snat { *A::in_wide(&backend.source) } else { packet.key.source };
+    set_pair(packet, backend, &client, port);
+    for _ in 0..TRIES {
+        packet.sought.destination_port = port;
+        if A::probe(packet) == FREE {
+            match claim(packet, RESERVED, 0) {
+                Inserted::AtHome | Inserted::Elsewhere => return port.raw() as u32,
+                Inserted::Full => return NO_PLACE,
+                Inserted::Again => continue,
+            }
+        }
+        port = if snat { any(config) } else { another() };
+    }
+    NO_PORT
+}
+
+/// Inserts the alias of the pair that was found free.
+#[inline(always)]
+fn claim<A: Tracked>(packet: &mut Packet<A>, slot: u32, version: u32) -> Inserted {
+    let Packet { key, alias, alias_tuple, alias_line, probe, .. } = packet;
+    draft(alias, slot, version, if key.protocol == lb_common::net::UDP { UDP } else { 0 });
+    alias.tuple.source = alias_tuple.source;
+    alias.tuple.destination = alias_tuple.destination;
+    alias.tuple.source_port = alias_tuple.source_port;
+    alias.tuple.destination_port = alias_tuple.destination_port;
+    alias.tuple.protocol = alias_tuple.protocol;
+    table::insert_draft(alias, alias_line, probe)
+}
+
+#[inline(always)]
+fn draft<A: Family>(alias: &mut Draft<A>, slot: u32, version: u32, state: u32) {
+    alias.tuple.kind = ALIAS_KEY;
+    alias.tuple.generation = 0;
+    alias.backend = NOBODY;
+    alias.client_next = slot;
+    alias.task_next = version;
+    alias.state = ALIAS | state;
+    alias.hop_seen = 0;
+    alias.peer = 0;
+    alias.mac = [0; 3];
+    alias.port = Be16::from_raw(0);
+    alias.tci = [Be16::from_raw(0); 2];
+    alias.link = 0;
+}
+
+/// The reserved alias is the inserted connection's.
+#[inline(always)]
+pub fn bind<A: Family>(packet: &Packet<A>) {
+    table::bind::<A>(&packet.alias_line, &packet.line);
+}
+
+/// Gives a reserved alias back.
+#[inline(always)]
+pub fn release<A: Family>(packet: &Packet<A>) {
+    let _ = table::remove::<A>(packet.alias_line.slot, packet.alias_line.control);
+}
+
+/// Makes an alias for a connection whose line lies outside its home, under the client's own port.
+#[inline(always)]
+pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<(), Outcome> {
+    for _ in 0..4 {
+        let (source, port) = (packet.key.source, packet.key.source_port);
+        set_pair(packet, backend, &source, port);
+        if A::probe(packet) != FREE {
+            // Another CPU was first with this pair: the client sends again.
+            return Err(Outcome::SourceCollision);
+        }
+        let (slot, version) = (packet.line.slot, Control(packet.line.control).version());
+        match claim(packet, slot, version) {
+            Inserted::AtHome | Inserted::Elsewhere => {
+                // In a full table the place that it took may be the connection's own.
+                let stands = table::entry::<A>(packet.line.slot)
+                    .is_some_and(|entry| entry.control().0 == packet.line.control);
+                if stands {
+                    return Ok(());
+                }
+                release(packet);
+                return Err(Outcome::TableFull);
+            }
+            Inserted::Full => return Err(Outcome::TableFull),
+            Inserted::Again => {}
+        }
+    }
+    Err(Outcome::SourceCollision)
+}
+
+/// The client's own port where it cannot clash with a connection of the host itself, else any of the range.
+#[inline(always)]
+fn first_choice(config: &Config, port: Be16) -> Be16 {
+    let [low, high] = config.host_ports;
+    if port.get() < 1024 || (low <= port.get() && port.get() <= high) { any(config) } else { port }
+}
+
+#[inline(always)]
+fn any(config: &Config) -> Be16 {
+    let [low, high] = config.snat_ports;
+    Be16::new(low.wrapping_add((random() % (high.wrapping_sub(low) as u32 + 1)) as u16))
+}
+
+/// Any port that clients use (RFC 6056, 3.2).
+#[inline(always)]
+fn another() -> Be16 {
+    Be16::new(1024 + (random() % (65_536 - 1024)) as u16)
+}
+
+#[inline(always)]
+fn random() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_get_prandom_u32() }
+}

@@ -1,0 +1,278 @@
+//! A frame in TC: a socket buffer, perhaps many segments merged.
+
+use core::{ffi::c_void, ptr::read_volatile};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
+        BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+    },
+    helpers::generated::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
+        bpf_skb_pull_data,
+    },
+    programs::TcContext,
+};
+use lb_common::{
+    abi::XdpMetadata,
+    checksum::Delta,
+    net::{Be16, UDP},
+    tags::VlanTag,
+};
+
+use super::Frame;
+use crate::{
+    io::packet::{Offsets, Packet},
+    wire::ethernet::{IPV4, IPV6},
+};
+
+/// Bytes that hold every header the datapath looks at: Ethernet, two tags, IPv6, extension headers, TCP.
+const HEADERS: u32 = 14 + 8 + 40 + 256 + 20;
+
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16): the pseudo header's addresses are IPv6, so that the
+/// device's sum over the whole packet (`CHECKSUM_COMPLETE`) does not change.
+const IPV6_SUM: u64 = 1 << 7;
+
+/// How much longer IPv6's header is than IPv4's.
+const FAMILY_BYTES: i32 = 20;
+
+/// A frame in TC: a socket buffer, perhaps many segments merged.
+pub struct Skb {
+    context: TcContext,
+    /// Generic XDP saw it before.
+    generic: bool,
+}
+
+impl Skb {
+    /// Wraps the program's context.
+    #[inline(always)]
+    pub fn new(context: TcContext, generic: bool) -> Self {
+        Self { context, generic }
+    }
+
+    /// The kernel's view of the buffer, for helpers.
+    #[inline(always)]
+    pub fn raw(&self) -> *mut __sk_buff {
+        self.context.skb.skb
+    }
+
+    /// Makes the headers readable and writable in place.
+    #[inline(always)]
+    pub fn pull_headers(&mut self) {
+        let length = self.length() as u32;
+        let wanted = if length < HEADERS { length } else { HEADERS };
+        let linear = self.data_end() - self.data();
+        if linear < wanted as usize && linear < 64 {
+            // What cannot be pulled fails its bounds check later and is passed.
+            // SAFETY: the context is the program's own.
+            unsafe { bpf_skb_pull_data(self.raw(), wanted) };
+        }
+    }
+
+    /// Bytes of the longest packet that leaves when the frame is sent as it is, from its network header on: merged ones are
+    /// cut as they came.
+    #[inline(always)]
+    pub fn longest_cut<A>(&self, packet: &Packet<A>) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        let segment = unsafe { (*self.raw()).gso_size };
+        if segment == 0 { packet.bytes as u32 } else { packet.headers() + segment }
+    }
+
+    /// What XDP said about this frame, if it was the XDP of the datapath with this nonce.
+    #[inline(always)]
+    pub fn metadata(&self, nonce: u32) -> Option<XdpMetadata> {
+        // SAFETY: the context is valid while the program runs; the metadata is bounds-checked before it is read.
+        unsafe {
+            let start = read_volatile(&raw const (*self.raw()).data_meta) as usize;
+            if start + size_of::<XdpMetadata>() > self.data() {
+                return None;
+            }
+            let metadata = *(start as *const XdpMetadata);
+            (metadata.nonce == nonce).then_some(metadata)
+        }
+    }
+}
+
+impl Frame for Skb {
+    type Context = TcContext;
+
+    #[inline(always)]
+    fn ebpf(&self) -> &TcContext {
+        &self.context
+    }
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { read_volatile(&raw const (*self.raw()).data) as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { read_volatile(&raw const (*self.raw()).data_end) as usize }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).len as usize }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).ifindex }
+    }
+
+    #[inline(always)]
+    fn context(&self) -> *mut c_void {
+        self.context.as_ptr()
+    }
+
+    #[inline(always)]
+    fn packets(&self) -> u64 {
+        // SAFETY: as above.
+        let segments = unsafe { (*self.raw()).gso_segs };
+        if segments == 0 { 1 } else { segments as u64 }
+    }
+
+    #[inline(always)]
+    fn offloaded_tag(&self) -> Option<VlanTag> {
+        // SAFETY: as above.
+        unsafe {
+            if (*self.raw()).vlan_present == 0 {
+                return None;
+            }
+            Some(VlanTag {
+                protocol: Be16::from_raw((*self.raw()).vlan_proto as u16),
+                tci: Be16::new((*self.raw()).vlan_tci as u16),
+            })
+        }
+    }
+
+    // When generic XDP copies a buffer to make room, the kernel forgets how long its link header is (seen on
+    // 6.18): TC then gets it from the network header on.
+    #[inline(always)]
+    fn without_link_header(&self) -> Option<u16> {
+        if !self.generic {
+            return None;
+        }
+        let kind = *self.read::<u16>(12)?;
+        // SAFETY: the context is valid while the program runs.
+        let protocol = unsafe { (*self.raw()).protocol as u16 };
+        (kind != protocol).then_some(protocol)
+    }
+
+    // The helper knows what the buffer's checksum state asks for: an unfinished sum takes the addresses alone.
+    #[inline(always)]
+    fn update_checksum(
+        &mut self,
+        offsets: &Offsets,
+        addresses: Delta,
+        ports: Delta,
+        ipv4: bool,
+    ) -> Option<()> {
+        let at = offsets.checksum() as u32;
+        let mangled = if offsets.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        let pseudo = mangled | BPF_F_PSEUDO_HDR as u64;
+        let (addresses, ports) = (addresses.raw() as u64, ports.raw() as u64);
+        // SAFETY: the context is the program's own; the helper checks the offset.
+        unsafe {
+            if bpf_l4_csum_replace(self.raw(), at, 0, ports, mangled) != 0 {
+                return None;
+            }
+            if ipv4 {
+                return (bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) == 0).then_some(());
+            }
+            // Kernels before 6.16 do not know the flag.
+            if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo | IPV6_SUM) != 0 {
+                if bpf_l4_csum_replace(self.raw(), at, 0, addresses, pseudo) != 0 {
+                    return None;
+                }
+                // They took the addresses off the device's sum over the whole packet, which did not change.
+                bpf_csum_update(self.raw(), addresses as u32);
+            }
+            // IPv6 has no header checksum to absorb the hop limit; a no-op without a sum from the device.
+            bpf_csum_update(self.raw(), Delta::IPV6_HOP.raw() as u32);
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&self, change: Delta) {
+        // SAFETY: the context is the program's own; without a sum the helper does nothing.
+        unsafe { bpf_csum_update(self.raw(), change.raw() as u32) };
+    }
+
+    #[inline(always)]
+    fn longest<A>(&self, packet: &Packet<A>) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        let segment = unsafe { (*self.raw()).gso_size };
+        if segment == 0 {
+            packet.bytes as u32
+        } else if packet.key.protocol == UDP {
+            packet.headers() + segment
+        } else {
+            0
+        }
+    }
+
+    #[inline(always)]
+    fn replace_word<A>(&mut self, packet: &Packet<A>, offset: usize, new: u16, _: bool) -> Option<()> {
+        let word = self.at::<u16>(offset)?;
+        let old = core::mem::replace(word, new);
+        let at = packet.checksum_offset() as u32;
+        // SAFETY: the context is the program's own; the helper checks the offset, and leaves an unfinished sum alone.
+        (unsafe { bpf_l4_csum_replace(self.raw(), at, old as u64, new as u64, 2) } == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn cut(&mut self, bytes: u32) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_skb_change_tail(self.raw(), bytes, 0) == 0 && bpf_skb_pull_data(self.raw(), bytes) == 0 }
+    }
+
+    #[inline(always)]
+    fn put_before(&mut self, bytes: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, BPF_ADJ_ROOM_MAC, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn make_room(&mut self, bytes: u32, outer_v4: bool, segment: u32) -> bool {
+        let family = if outer_v4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+        // Segments that fit stay as long as they are; longer ones the kernel cuts shorter by the room that is made.
+        // SAFETY: the context is valid while the program runs.
+        let fits = unsafe { (*self.raw()).gso_size } <= segment;
+        let size = if fits { BPF_F_ADJ_ROOM_FIXED_GSO } else { 0 };
+        let flags = (family | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | size) as u64;
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, BPF_ADJ_ROOM_MAC, flags) == 0 }
+    }
+
+    #[inline(always)]
+    fn take_room(&mut self, bytes: u32, outer_v4: bool, inner_v4: bool) -> bool {
+        let family = if inner_v4 { BPF_F_ADJ_ROOM_DECAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_DECAP_L3_IPV6 };
+        let size = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+        let shrink = -(bytes as i32);
+        // SAFETY: the context is the program's own.
+        unsafe {
+            if bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, family as u64 | size) == 0 {
+                return true;
+            }
+            // Kernels before 6.3 do not know the flag, which matters only where the families differ: there the frame
+            // becomes one of the other family first, by as many bytes as their headers differ.
+            let shrink = match (outer_v4, inner_v4) {
+                (true, false) => shrink - FAMILY_BYTES,
+                (false, true) => shrink + FAMILY_BYTES,
+                _ => shrink,
+            };
+            let protocol = if inner_v4 { IPV4 } else { IPV6 };
+            (outer_v4 == inner_v4 || bpf_skb_change_proto(self.raw(), protocol, 0) == 0)
+                && bpf_skb_adjust_room(self.raw(), shrink, BPF_ADJ_ROOM_MAC, size) == 0
+        }
+    }
+}
