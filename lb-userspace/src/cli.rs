@@ -48,7 +48,7 @@ pub enum Command {
     /// Serve published ports on an interface, until stopped
     #[command(after_help = ATTACH_EXAMPLES)]
     Attach(Attach),
-    /// Remove the datapath of an interface, with its tables and flows
+    /// Remove the datapath of an interface, with its tables and connections
     #[command(after_help = "Example:\n  sudo lb-userspace detach --iface eth1")]
     Detach {
         /// The interface
@@ -171,7 +171,7 @@ Examples:
   lb-userspace stats --watch
 
   # New connections that no task could be given
-  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, unserved_flows}'";
+  lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_connections}'";
 
 const METRICS_EXAMPLES: &str = "\
 Examples:
@@ -242,7 +242,7 @@ pub struct Attach {
     /// How answers of tasks on other nodes travel, unless the service's label lb.return says; a cluster file has its own
     #[arg(long = "return", value_enum, value_name = "WAY", default_value_t = ReturnArg::Tunnel)]
     pub returns: ReturnArg,
-    /// Another node whose datapath is silent for this long gets no new flows
+    /// Another node whose datapath is silent for this long gets no new connections
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = timeout)]
     pub peer_timeout: Duration,
     /// Where to serve metrics (/metrics), health (/-/healthy, /-/ready) and a page: an address and port, unix:/PATH, or
@@ -261,32 +261,25 @@ pub struct Attach {
     /// Source ports for tasks reached by snat, outside the host's own ephemeral ports
     #[arg(long, value_name = "LOW-HIGH", default_value = "16384-32767", value_parser = ports)]
     pub snat_ports: [u16; 2],
-    /// Log each new flow and each that no task took, from the kernel; costly under load
+    /// Log each new connection, from the kernel; costly under load
     #[arg(long)]
     pub log_flows: bool,
-    /// New flows a second and CPU above which they are placed by hash, and stored only once their client goes on; 0 is
-    /// never
-    #[arg(long, value_name = "RATE", default_value_t = lb_common::guard::DEFAULT_RATE)]
-    pub flood_rate: u32,
+    /// New connections a second above which they are placed by hash, and stored only once their client goes on; 0 is never
+    /// [default: a quarter of --max-connections]
+    #[arg(long, value_name = "RATE")]
+    pub flood_rate: Option<u32>,
     /// Pass everything to the host when there was no controller for so long, as in 90s, 10m or 2h [default: keep serving]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub stale_after: Option<Duration>,
-    /// Start anew where another version or other sizes are pinned: established flows are lost
+    /// Start anew where another version or other sizes are pinned: established connections are lost
     #[arg(long)]
     pub replace_state: bool,
     /// Only say whether it could be started so
     #[arg(long, hide = true)]
     pub check: bool,
-    /// Room for flows of each family [default: 262144]
+    /// Connections of each family that the table is made for, which has room for twice as many [default: 262144]
     #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
-    pub max_flows: Option<u32>,
-    /// Room for flows of each family that are not established yet [default: 65536]
-    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
-    pub max_half_open: Option<u32>,
-    /// Room for what lost entries are made of again, of each family: up to two a connection with consistent placement
-    /// [default: 131072]
-    #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=67_108_864))]
-    pub max_spares: Option<u32>,
+    pub max_connections: Option<u32>,
     /// Room for services [default: 16384]
     #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_services: Option<u32>,
@@ -310,7 +303,7 @@ pub struct Attach {
 
 fn duration(text: &str) -> Result<Duration, String> {
     let time: Duration = text.parse::<Time>()?.into();
-    let most = Duration::from_secs(lb_common::flow::Timers::MOST.into());
+    let most = Duration::from_secs(lb_common::conntrack::Timers::MOST.into());
     let usable = (Duration::from_secs(1)..=most).contains(&time);
     usable.then_some(time).ok_or_else(|| format!("it may be from 1s to {}s", most.as_secs()))
 }

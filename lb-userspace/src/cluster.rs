@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
 
-use lb_common::flow::{Phase, Timers};
+use lb_common::conntrack::{Phase, Timers};
 use serde::{Deserialize, Serialize};
 
 /// Everything a source knows at one moment.

@@ -20,12 +20,12 @@ pub struct Fill {
 const COUNTED: [(Outcome, &str); 2] = [
     (
         Outcome::SnatPortsExhausted,
-        "no source port is free for a new flow to a task that is reached by snat; attach again with a wider --snat-ports",
+        "no source port is free for a new connection to a task that is reached by snat; attach again with a wider --snat-ports",
     ),
     (
-        Outcome::FlowTableFull,
-        "the kernel had no room for the entry of a new flow; attach again with --replace-state and a higher \
-         --max-half-open",
+        Outcome::TableFull,
+        "the connection table had no place for a connection that needs one; attach again with --replace-state and a higher \
+         --max-connections",
     ),
 ];
 
@@ -98,10 +98,8 @@ pub fn setting_of(table: &str) -> &'static str {
 /// What a table holds, and the setting that says how much.
 fn setting(name: &str) -> (&'static str, &'static str) {
     match name {
-        table::HALF_OPEN4 | table::HALF_OPEN6 => ("flows that are not established", "--max-half-open"),
-        table::SPARES4 | table::SPARES6 => ("spare entries of connections", "--max-spares"),
         table::FRAGMENTS4 | table::FRAGMENTS6 => ("fragmented datagrams", "--max-fragments"),
-        _ => ("flows", "--max-flows"),
+        _ => ("connections", "--max-connections"),
     }
 }
 
@@ -126,9 +124,11 @@ mod tests {
     #[test]
     fn a_table_that_is_full_is_said_once_until_there_is_room() {
         let mut watch = Watch::default();
-        let mut look = |entries| watch.fill(Fill { table: table::FLOWS4, entries, room: 1_000 });
+        let mut look = |entries| watch.fill(Fill { table: table::CONNECTIONS4, entries, room: 1_000 });
         assert_eq!(look(800), None);
-        assert!(look(950).is_some_and(|said| said.contains("with 950") && said.contains("--max-flows")));
+        assert!(
+            look(950).is_some_and(|said| said.contains("with 950") && said.contains("--max-connections"))
+        );
         assert_eq!([1_000, 800, 950].map(&mut look), [None, None, None]);
         assert_eq!(look(700), None);
         assert!(look(990).is_some());

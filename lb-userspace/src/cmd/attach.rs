@@ -225,9 +225,7 @@ fn controller_settings(
             ModeArg::Tc => Some(Mode::Tc),
         },
         sizes: Sizes {
-            flows: arguments.max_flows,
-            half_open: arguments.max_half_open,
-            spares: arguments.max_spares,
+            connections: arguments.max_connections,
             services: arguments.max_services,
             listeners: arguments.max_listeners,
             backends: arguments.max_backends,

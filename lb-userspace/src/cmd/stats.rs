@@ -69,12 +69,17 @@ fn print(
         ]);
     }
     table_out(interface, several, &rows)?;
-    let mut rows = table(["SERVICE", "TASK", "FLOWS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
+    let mut rows = table(["SERVICE", "TASK", "CONNECTIONS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
     for (index, entry) in &tables.backends {
         let stats = counters.backends.get(index).copied().unwrap_or_default();
         let service = tables.services.get(&entry.backend.service).map_or("", |service| &service.name);
-        let numbers =
-            [stats.flows, stats.request_packets, stats.request_bytes, stats.reply_packets, stats.reply_bytes];
+        let numbers = [
+            stats.connections,
+            stats.request_packets,
+            stats.request_bytes,
+            stats.reply_packets,
+            stats.reply_bytes,
+        ];
         let task = format!("{} {}/{}", entry.label.task, entry.label.target, entry.label.protocol);
         rows.add_row([service.to_owned(), task].into_iter().chain(numbers.map(|number| number.to_string())));
     }
@@ -96,7 +101,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
         .iter()
         .map(|(index, service)| {
             let stats = counters.services.get(index).copied().unwrap_or_default();
-            json!({ "name": service.name, "flows": stats.flows, "unserved_flows": stats.refused, "healed_flows": stats.healed })
+            json!({ "name": service.name, "connections": stats.connections, "refused_connections": stats.refused })
         })
         .collect();
     let backends: Vec<_> = tables
@@ -107,7 +112,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
             json!({
                 "service": tables.services.get(&entry.backend.service).map(|service| &service.name),
                 "task": entry.label.task, "protocol": entry.label.protocol, "target": entry.label.target,
-                "address": entry.label.address, "flows": stats.flows, "failovers": stats.failovers,
+                "address": entry.label.address, "connections": stats.connections, "failovers": stats.failovers,
                 "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
                 "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,
             })

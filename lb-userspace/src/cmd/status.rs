@@ -111,7 +111,7 @@ pub(super) fn describe(
     let guard = match config.flood_rate {
         0 => "off".to_owned(),
         rate => format!(
-            "above {rate} new flows a second and CPU; took over {} times, placed {placed} flows",
+            "above {rate} new connections a second; took over {} times, placed {placed} connections",
             state.switches
         ),
     };
@@ -145,9 +145,7 @@ pub(super) fn describe(
         "abi_version": config.abi_version,
         "fills": around.fills,
         "drains": inventory.drains,
-        "half_open_room": set.entries(lb_common::abi::table::HALF_OPEN4)?,
-        "spare_room": set.entries(lb_common::abi::table::SPARES4)?,
-        "flow_room": set.entries(lb_common::abi::table::FLOWS4)?,
+        "connection_room": set.entries(lb_common::abi::table::CONNECTIONS4)? * lb_common::conntrack::line::WAYS,
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),
     }))
@@ -167,6 +165,6 @@ fn note(config: &Config) -> &'static str {
     if config.mode == Mode::Native as u32 && config.metadata_refused == 0 {
         "metadata of the frame"
     } else {
-        "nothing; TC looks flows up itself"
+        "nothing; TC looks connections up itself"
     }
 }

@@ -4,8 +4,9 @@
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use anyhow::{Result, anyhow, bail};
-use lb_common::abi::{
-    Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_REDIRECTS, XDP_TRANSMITS,
+use lb_common::{
+    abi::{Config, Mode, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_REDIRECTS, XDP_TRANSMITS},
+    guard::default_rate,
 };
 use tokio::time::Instant;
 
@@ -66,7 +67,11 @@ impl Controller {
             tunnel_port: before.tunnel_port,
             jiffies_per_second: jiffies_per_second(),
             mode: mode as u32,
-            flood_rate: self.settings.flood_rate,
+            flood_rate: match self.settings.flood_rate {
+                Some(rate) => rate,
+                None => default_rate(self.datapath.lines()?),
+            },
+            uplink_mac: uplink.mac,
             stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
             ..Config::default()
         };

@@ -2,7 +2,7 @@
 //! true. It owns the order of things; each thing is done elsewhere.
 
 mod attach;
-mod flows;
+mod connections;
 mod notice;
 mod refusals;
 
@@ -54,10 +54,10 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// Whether each new flow is logged.
     pub flow_log: FlowLog,
-    /// How long another node's datapath may be silent before new flows go elsewhere.
+    /// How long another node's datapath may be silent before new connections go elsewhere.
     pub peer_timeout: Duration,
-    /// New flows a second and CPU above which they are placed by hash; zero is never.
-    pub flood_rate: u32,
+    /// New connections a second above which they are placed by hash, if not as the table's size asks; zero is never.
+    pub flood_rate: Option<u32>,
     /// How long the datapath serves without a controller; `None` is for ever.
     pub stale_after: Option<Duration>,
     /// Whether what is pinned and does not fit is removed.
@@ -139,7 +139,7 @@ impl Controller {
         let datapath = match open() {
             Err(error) if settings.replace_state && error.is_misfit() => {
                 log::warn!(
-                    "{}: {error}; removed, with its flows, as --replace-state asks",
+                    "{}: {error}; removed, with its connections, as --replace-state asks",
                     settings.interface
                 );
                 let names: Vec<String> = snapshot.links.values().map(|link| link.name.clone()).collect();
@@ -194,7 +194,7 @@ impl Controller {
         controller.keep_report();
         let interface = controller.settings.interface.clone();
         if adopted {
-            log::info!("{interface}: adopted the running datapath, with its flows");
+            log::info!("{interface}: adopted the running datapath, with its connections");
         }
         if snapshot.link(&interface).is_some_and(|link| link.kind.is_empty() && link.mac == [0; 6]) {
             log::warn!(
@@ -311,7 +311,7 @@ impl Controller {
                 () = silence(self.prober.as_mut()) => {}
                 _ = ticks.tick() => {
                     self.settings.pulse.beat(self.serves());
-                    if let Err(error) = self.look_after_flows() {
+                    if let Err(error) = self.look_after_connections() {
                         log::debug!("{}: {error}", self.settings.interface);
                     }
                     self.look_at_log_level();

@@ -1,5 +1,5 @@
 //! Reading a hash table many entries at a time (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6): a system call for thousands of
-//! entries instead of two for each. And taking one out, as it is at that moment.
+//! entries instead of two for each.
 
 use std::{
     io,
@@ -12,9 +12,6 @@ use super::{DatapathError, sys};
 
 /// `BPF_MAP_LOOKUP_BATCH` of the kernel's user API.
 const LOOKUP_BATCH: libc::c_long = 24;
-
-/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`, which hash tables have since Linux 5.14.
-const LOOKUP_AND_DELETE: libc::c_long = 21;
 
 /// Entries asked for at once.
 const ENTRIES: u32 = 4_096;
@@ -30,17 +27,6 @@ struct Attributes {
     count: u32,
     map_fd: u32,
     elem_flags: u64,
-    flags: u64,
-}
-
-/// The attributes of a call for one entry.
-#[repr(C)]
-#[derive(Default)]
-struct Element {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    value: u64,
     flags: u64,
 }
 
@@ -77,24 +63,6 @@ impl<K: Pod + Default, V: Pod + Default> Batches<K, V> {
             }
         };
         Ok(Some(self.keys[..count].iter().copied().zip(self.values[..count].iter().copied())))
-    }
-
-    /// Takes an entry out; none if it is not there.
-    pub(super) fn take(&self, key: &K) -> Result<Option<V>, DatapathError> {
-        let mut value = V::default();
-        let mut attributes = Element {
-            map_fd: self.map.fd().as_fd().as_raw_fd() as u32,
-            key: std::ptr::from_ref(key) as u64,
-            value: &raw mut value as u64,
-            ..Element::default()
-        };
-        // SAFETY: the attributes are those of the call; the kernel reads a key and writes a value of the sizes that the
-        // table was opened with.
-        match unsafe { sys::bpf(LOOKUP_AND_DELETE, &mut attributes) } {
-            Ok(_) => Ok(Some(value)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(DatapathError::pin("take from", "a table of flows", error)),
-        }
     }
 
     fn read(&mut self) -> io::Result<usize> {

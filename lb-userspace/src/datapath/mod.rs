@@ -4,6 +4,7 @@
 //! tables ([`tables`]), the links ([`links`]) and the counters ([`counters`]); it decides nothing about services.
 
 mod batch;
+mod connections;
 mod counters;
 mod error;
 mod fault;
@@ -16,12 +17,12 @@ mod memory;
 mod object;
 mod pin;
 mod shape;
-mod sweep;
 mod sys;
 mod tables;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io::Read as _,
     panic::resume_unwind,
     path::Path,
     thread,
@@ -32,14 +33,22 @@ use aya::{
     maps::MapData,
     programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
 };
+use connections::Clock;
+pub use connections::Collection;
 pub use counters::{Counters, OutcomeCount};
 pub use error::{DatapathError, Hint};
 pub use features::{Features, release};
 pub use foreign::{Loaded, loaded, own};
 use journal::{Journal, Place};
 use lb_common::{
-    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
+    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, size, table},
     backend::Backend,
+    conntrack::{
+        Phase, Timers,
+        hash::HashKeys,
+        line::WAYS,
+        table::{EXCHANGE, HALF_OPEN, KEPT, Longest, OVER},
+    },
     guard::HOLD_SECONDS,
     outcome::Outcome,
     stats::BackendStats,
@@ -48,13 +57,12 @@ pub use links::{AttachProblem, TcHook};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
 use shape::Shape;
-pub use sweep::Sweep;
-use sweep::{Clock, Sweeper};
 pub use tables::{Drains, TableSet};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
+    cluster::Idle,
     net::Reset,
     plan::{Limits, MapOp, Tables},
     report::{SourceReport, Trouble},
@@ -63,12 +71,8 @@ use crate::{
 /// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
-    /// Flows of each family.
-    pub flows: Option<u32>,
-    /// Flows of each family that are not established yet.
-    pub half_open: Option<u32>,
-    /// Spares of each family.
-    pub spares: Option<u32>,
+    /// Connections of each family that the table is made for: half of its lines.
+    pub connections: Option<u32>,
     /// Services.
     pub services: Option<u32>,
     /// Listeners of each family.
@@ -96,6 +100,8 @@ pub enum FlowLog {
 
 /// The programs' constant that says whether XDP takes frames in several pieces.
 const FRAGS: &str = "FRAGS";
+/// And how many sets the connection tables have.
+const SETS: &str = "SETS";
 /// What the flood guard is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuardState {
@@ -135,8 +141,6 @@ pub struct Datapath {
     features: Features,
     /// Interfaces that carry the program for replies by a filter, which has no pin.
     filtered: BTreeSet<u32>,
-    /// The walk through the flows that is under way.
-    sweeper: Option<Sweeper>,
 }
 
 impl Datapath {
@@ -173,7 +177,6 @@ impl Datapath {
             hook: TcHook::Tcx,
             features,
             filtered: BTreeSet::new(),
-            sweeper: None,
         })
     }
 
@@ -189,7 +192,12 @@ impl Datapath {
         if !adopted {
             fault::point("say that the tables are whole").map_err(DatapathError::Fault)?;
             // From here on the tables are whole: what is cut short now is adopted by the next attach.
-            set.set_config(Config { abi_version: ABI_VERSION, ..Config::default() })?;
+            set.set_config(Config {
+                abi_version: ABI_VERSION,
+                nonce: random()?,
+                hash_keys: HashKeys { words: random()?, multiplier: random::<u64>()? | 1 },
+                ..Config::default()
+            })?;
         }
         let (tables, config) = (set.read()?, set.config()?);
         Ok((programs, set, tables, config))
@@ -269,6 +277,11 @@ impl Datapath {
         loader.override_global(aya_log::LEVEL, &level, true);
         let frags = u8::from(features.frags);
         loader.override_global(FRAGS, &frags, true);
+        let sets = Self::sets(pins, sizes)?;
+        loader.override_global(SETS, &sets, true);
+        for name in [table::CONNECTIONS4, table::CONNECTIONS6] {
+            loader.map_max_entries(name, sets);
+        }
         for shape in Shape::all(sizes) {
             if let Some(entries) = shape.entries {
                 loader.map_max_entries(shape.name, entries);
@@ -284,6 +297,15 @@ impl Datapath {
         fault::point("load the programs").map_err(DatapathError::Fault)?;
         Self::verify(&mut ebpf)?;
         Ok(Programs(ebpf))
+    }
+
+    /// Sets of the connection tables: those that are pinned, or those that are asked for.
+    fn sets(pins: Option<&PinDir>, sizes: &Sizes) -> Result<u32, DatapathError> {
+        if let Some(path) = pins.map(|pins| pins.table(table::CONNECTIONS4)).filter(|path| path.exists()) {
+            let pinned = MapData::from_pin(path).map_err(|e| DatapathError::map("open", e))?;
+            return Ok(pinned.info().map_err(|e| DatapathError::map("inspect", e))?.max_entries());
+        }
+        Ok(sizes.connections.map_or(size::SETS as u32, size::sets))
     }
 
     /// Has the kernel verify all programs and take them. That takes it seconds: each has a thread of its own.
@@ -302,7 +324,9 @@ impl Datapath {
 
     fn load_program(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {
         let loaded = match name {
-            program::UPLINK_XDP | program::CLOCK => <&mut Xdp>::try_from(program).and_then(Xdp::load),
+            program::UPLINK_XDP | program::CLOCK | program::GC => {
+                <&mut Xdp>::try_from(program).and_then(Xdp::load)
+            }
             _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
         };
         loaded.map_err(|error| DatapathError::Verify { program: name, cause: Box::new(error) })
@@ -351,10 +375,41 @@ impl Datapath {
     pub fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
         let frags = if self.features.frags { XDP_FRAGS } else { 0 };
         let flags = config.flags & !XDP_FRAGS | frags;
-        let config = Config { abi_version: ABI_VERSION, flags, ..config };
+        // What was made with the tables stays as long as they do.
+        let Config { nonce, hash_keys, .. } = self.config;
+        let longest = self.longest(config.jiffies_per_second);
+        let config = Config { abi_version: ABI_VERSION, flags, nonce, hash_keys, longest, ..config };
         self.set.set_config(config)?;
         self.config = config;
         Ok(())
+    }
+
+    /// The longest timers of all services, by class of a line: what is silent for longer has ended, whosever it is.
+    fn longest(&self, jiffies_per_second: u32) -> Longest {
+        let mut seconds = Timers::DEFAULT.seconds;
+        for service in self.tables.services.values() {
+            for (longest, timer) in seconds.iter_mut().zip(service.timers) {
+                *longest = timer.max(*longest);
+            }
+            if service.idle == Idle::Reset {
+                seconds[Phase::Established as usize] = Timers::MOST;
+            }
+        }
+        let of = |phase: Phase| seconds[phase as usize].saturating_mul(jiffies_per_second).min(u32::MAX >> 1);
+        let mut longest = Longest::default();
+        longest.jiffies[KEPT as usize] = of(Phase::Established);
+        longest.jiffies[EXCHANGE as usize] = of(Phase::Answered);
+        longest.jiffies[OVER as usize] = of(Phase::Closing);
+        longest.jiffies[HALF_OPEN as usize] = of(Phase::HalfOpen).max(of(Phase::OneWay));
+        longest
+    }
+
+    /// Lines of the connection table of each family.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn lines(&self) -> Result<u32, DatapathError> {
+        Ok(self.set.entries(table::CONNECTIONS4)? * WAYS)
     }
 
     /// Applies one operation.
@@ -581,7 +636,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// The clock of flows: jiffies, low 32 bits.
+    /// The clock of connections: jiffies, low 32 bits.
     ///
     /// # Errors
     /// The kernel does not run the program that tells it.
@@ -595,30 +650,25 @@ impl Datapath {
         clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
     }
 
-    /// Goes on for a slice with a walk through the tables of flows, which takes out those that have ended. At its end it
-    /// tells what it came to; the numbers of backends that no flow names any more are then free to be given again. The
-    /// resets for idle connections that were taken out go to `resets`, whatever else fails.
+    /// Removes all connections that have ended. The numbers of backends that none names any more are then free to be given
+    /// again. The resets for idle connections that were removed go to `resets`, whatever else fails.
     ///
     /// # Errors
-    /// The kernel refuses a read; the next call begins anew.
-    pub fn sweep(&mut self, resets: &mut Vec<Reset>) -> Result<Option<Sweep>, DatapathError> {
+    /// The kernel refuses a read, or to run the program that removes.
+    pub fn collect(&mut self, resets: &mut Vec<Reset>) -> Result<Collection, DatapathError> {
         let now = self.now()?;
-        let mut sweeper = match self.sweeper.take() {
-            Some(sweeper) => sweeper,
-            None => Sweeper::new(&self.pins, self.tables.resting.clone())?,
+        let resting = self.tables.resting.clone();
+        let Config { jiffies_per_second, hash_keys, .. } = &self.config;
+        let (tables, jiffies_per_second) = (&self.tables, *jiffies_per_second);
+        let clock = Clock { tables, now, jiffies_per_second, hash_keys };
+        let Some(Program::Xdp(program)) = self.ebpf.program(program::GC) else {
+            return Err(DatapathError::NoProgram(program::GC));
         };
-        let jiffies_per_second = self.config.jiffies_per_second;
-        if !sweeper.go_on(Clock { tables: &self.tables, now, jiffies_per_second }, resets)? {
-            self.sweeper = Some(sweeper);
-            return Ok(None);
-        }
-        let resting = std::mem::take(&mut sweeper.resting);
-        let mut done = sweeper.done();
-        done.fills.extend(self.set.fragments(now, jiffies_per_second)?);
+        let done = self.set.collect(clock, program, resets)?;
         for index in resting.difference(&done.named) {
             self.tables.resting.remove(index);
         }
-        Ok(Some(done))
+        Ok(done)
     }
 
     /// Packets that came to an outcome.
@@ -635,7 +685,12 @@ impl Datapath {
     /// The kernel refuses the write.
     pub fn beat(&mut self) -> Result<(), DatapathError> {
         let now = self.now()?;
-        self.set.set_heartbeat(now)
+        self.set.set_heartbeat(now)?;
+        // Services come and go, with timers of their own.
+        if self.config.longest != self.longest(self.config.jiffies_per_second) {
+            self.set_config(self.config)?;
+        }
+        Ok(())
     }
 
     /// What the flood guard is doing.
@@ -658,6 +713,15 @@ impl Drop for Datapath {
     fn drop(&mut self) {
         self.roll_back();
     }
+}
+
+/// Random bytes of the kernel's, as a number or an array of such.
+fn random<T: aya::Pod>() -> Result<T, DatapathError> {
+    let mut bytes = vec![0; size_of::<T>()];
+    let failed = |error| DatapathError::pin("read", "/dev/urandom", error);
+    std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).map_err(failed)?;
+    // SAFETY: any bytes are a value of plain data, and there are as many as it has.
+    Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
 /// The uplink that is served, and how. Where an attach was cut short TC does all, whatever XDP there is.

@@ -4,9 +4,9 @@ use aya::maps::{MapInfo, MapType};
 use lb_common::{
     abi::{Config, Label, LabelKey, size, table},
     backend::Backend,
-    endpoint::{Endpoint, Listener, Replies},
+    conntrack::{Set, Timers},
+    endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
-    flow::{Flow, FlowKey, Spare, Timers},
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
     net::{V4, V6, Wide},
@@ -41,22 +41,19 @@ impl Shape {
         }
         // Zero is no node's number.
         let nodes = sizes.nodes.map(|nodes| nodes + 1);
+        let sets = sizes.connections.map(size::sets);
         vec![
             shape::<u32, Config>(table::CONFIG, Array, Some(1)),
             shape::<u32, u64>(table::FILTER, Array, Some(FILTER_WORDS as u32)),
             shape::<Endpoint<V4>, Listener>(table::LISTENERS4, Hash, sizes.listeners),
             shape::<Endpoint<V6>, Listener>(table::LISTENERS6, Hash, sizes.listeners),
-            shape::<Endpoint<V4>, Replies<V4>>(table::REPLIES4, Hash, sizes.backends),
-            shape::<Endpoint<V6>, Replies<V6>>(table::REPLIES6, Hash, sizes.backends),
+            shape::<Endpoint<V4>, TaskEndpoint<V4>>(table::TASK_ENDPOINTS4, Hash, sizes.backends),
+            shape::<Endpoint<V6>, TaskEndpoint<V6>>(table::TASK_ENDPOINTS6, Hash, sizes.backends),
             shape::<u32, u32>(table::SLOTS, Array, sizes.slots),
             shape::<u32, Backend>(table::BACKENDS, Array, sizes.backends),
             shape::<u32, u64>(table::CURSORS, Array, sizes.listeners),
-            shape::<FlowKey<V4>, Flow<V4>>(table::FLOWS4, LruHash, sizes.flows),
-            shape::<FlowKey<V6>, Flow<V6>>(table::FLOWS6, LruHash, sizes.flows),
-            shape::<FlowKey<V4>, Flow<V4>>(table::HALF_OPEN4, LruHash, sizes.half_open),
-            shape::<FlowKey<V6>, Flow<V6>>(table::HALF_OPEN6, LruHash, sizes.half_open),
-            shape::<FlowKey<V4>, Spare<V4>>(table::SPARES4, LruHash, sizes.spares),
-            shape::<FlowKey<V6>, Spare<V6>>(table::SPARES6, LruHash, sizes.spares),
+            shape::<u32, Set<V4>>(table::CONNECTIONS4, Array, sets),
+            shape::<u32, Set<V6>>(table::CONNECTIONS6, Array, sets),
             shape::<u32, Timers>(table::TIMERS, Array, sizes.services),
             shape::<u32, Guard>(table::GUARD, Array, Some(1)),
             shape::<u32, Rate>(table::RATES, PerCpuArray, Some(1)),

@@ -12,8 +12,8 @@ use lb_common::{
         LABEL_TROUBLE, Label, LabelKey, table,
     },
     backend::{Backend, State},
-    endpoint::{Endpoint, Listener, MAX_REPLY_LISTENERS, Replies, ReplySource},
-    flow::{Phase, Timers},
+    conntrack::{Phase, Timers},
+    endpoint::{Endpoint, Listener, TaskEndpoint},
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats},
@@ -24,12 +24,12 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{DatapathError, PinDir, error::errno, fault};
 use crate::{
     cluster::{Idle, Protocol},
-    plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ReplySet, ServiceLabel, Tables},
+    plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ServiceLabel, Tables, TaskListener},
     report::{Drain, SourceReport, Trouble},
 };
 
 type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
-type ReplyTable<A> = HashMap<MapData, Endpoint<A>, Replies<A>>;
+type TaskEndpoints<A> = HashMap<MapData, Endpoint<A>, TaskEndpoint<A>>;
 
 /// All tables of one datapath, open.
 pub struct TableSet {
@@ -38,8 +38,8 @@ pub struct TableSet {
     filter: Array<MapData, u64>,
     listeners4: Listeners<V4>,
     listeners6: Listeners<V6>,
-    replies4: ReplyTable<V4>,
-    replies6: ReplyTable<V6>,
+    task_endpoints4: TaskEndpoints<V4>,
+    task_endpoints6: TaskEndpoints<V6>,
     slots: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     peers: Array<MapData, Peer>,
@@ -94,8 +94,8 @@ impl TableSet {
             filter: open(pins, table::FILTER)?,
             listeners4: open(pins, table::LISTENERS4)?,
             listeners6: open(pins, table::LISTENERS6)?,
-            replies4: open(pins, table::REPLIES4)?,
-            replies6: open(pins, table::REPLIES6)?,
+            task_endpoints4: open(pins, table::TASK_ENDPOINTS4)?,
+            task_endpoints6: open(pins, table::TASK_ENDPOINTS6)?,
             slots: open(pins, table::SLOTS)?,
             backends: open(pins, table::BACKENDS)?,
             peers: open(pins, table::PEERS)?,
@@ -208,8 +208,8 @@ impl TableSet {
             let (key, index) = item.map_err(|e| DatapathError::map("read", e))?;
             tables.tasks.insert(key, index);
         }
-        self.read_replies(&self.replies4, &mut tables)?;
-        self.read_replies(&self.replies6, &mut tables)?;
+        self.read_task_endpoints(&self.task_endpoints4, &mut tables)?;
+        self.read_task_endpoints(&self.task_endpoints6, &mut tables)?;
         for word in 0..self.filter.len() {
             let bits = self.filter.get(&word, 0).map_err(|e| DatapathError::map("read", e))?;
             if bits != 0 {
@@ -373,22 +373,21 @@ impl TableSet {
         Ok(())
     }
 
-    fn read_replies<A: Address>(
+    fn read_task_endpoints<A: Address>(
         &self,
-        table: &ReplyTable<A>,
+        table: &TaskEndpoints<A>,
         tables: &mut Tables,
     ) -> Result<(), DatapathError>
     where
         Endpoint<A>: Pod,
-        Replies<A>: Pod,
+        TaskEndpoint<A>: Pod,
     {
         for item in table.iter() {
-            let (endpoint, replies) = item.map_err(|e| DatapathError::map("read", e))?;
+            let (endpoint, task) = item.map_err(|e| DatapathError::map("read", e))?;
             let Some(at) = at(&endpoint) else { continue };
-            let count = (replies.count as usize).min(MAX_REPLY_LISTENERS);
-            let sources =
-                replies.sources[..count].iter().map(|s| (s.address.to_ip(), s.port.get())).collect();
-            tables.replies.insert(at, ReplySet { backend: replies.backend, sources });
+            let listener =
+                (task.listener_port.get() != 0).then(|| (task.listener.to_ip(), task.listener_port.get()));
+            tables.endpoints.insert(at, TaskListener { backend: task.backend, listener });
         }
         Ok(())
     }
@@ -479,19 +478,21 @@ impl TableSet {
                 IpAddr::V4(a) => remove(&mut self.listeners4, &endpoint(V4::from(a), at)),
                 IpAddr::V6(a) => remove(&mut self.listeners6, &endpoint(V6::from(a), at)),
             },
-            MapOp::SetReplies(at, set) => match at.address {
+            MapOp::SetTaskEndpoint(at, task) => match at.address {
                 IpAddr::V4(a) => {
                     let v4 = |ip| if let IpAddr::V4(ip) = ip { Some(V4::from(ip)) } else { None };
-                    insert(&mut self.replies4, &endpoint(V4::from(a), at), &replies(set, v4), REPLIES)
+                    let (key, value) = (endpoint(V4::from(a), at), task_endpoint(task, v4));
+                    insert(&mut self.task_endpoints4, &key, &value, TASK_ENDPOINTS)
                 }
                 IpAddr::V6(a) => {
                     let v6 = |ip| if let IpAddr::V6(ip) = ip { Some(V6::from(ip)) } else { None };
-                    insert(&mut self.replies6, &endpoint(V6::from(a), at), &replies(set, v6), REPLIES)
+                    let (key, value) = (endpoint(V6::from(a), at), task_endpoint(task, v6));
+                    insert(&mut self.task_endpoints6, &key, &value, TASK_ENDPOINTS)
                 }
             },
-            MapOp::RemoveReplies(at) => match at.address {
-                IpAddr::V4(a) => remove(&mut self.replies4, &endpoint(V4::from(a), at)),
-                IpAddr::V6(a) => remove(&mut self.replies6, &endpoint(V6::from(a), at)),
+            MapOp::RemoveTaskEndpoint(at) => match at.address {
+                IpAddr::V4(a) => remove(&mut self.task_endpoints4, &endpoint(V4::from(a), at)),
+                IpAddr::V6(a) => remove(&mut self.task_endpoints6, &endpoint(V6::from(a), at)),
             },
         }
     }
@@ -516,7 +517,7 @@ impl TableSet {
     }
 }
 
-/// A service's timers as the programs have them. They forget a flow that has ended with the next packet of it, and tell
+/// A service's timers as the programs have them. They forget a connection that has ended with the next packet of it, and tell
 /// nobody: where the ends of an idle connection are to be told, only the walk may find it, which goes by the label.
 fn timers(label: &ServiceLabel) -> Timers {
     let mut timers = Timers { seconds: label.timers };
@@ -583,7 +584,7 @@ const LOG_LEVEL: LabelKey = LabelKey { kind: LABEL_SOURCE, index: 2 };
 const FILLS: LabelKey = LabelKey { kind: LABEL_SOURCE, index: 1 };
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");
-const REPLIES: (&str, &str) = ("REPLIES", "--max-backends");
+const TASK_ENDPOINTS: (&str, &str) = ("TASK_ENDPOINTS", "--max-backends");
 const LABELS: (&str, &str) = ("LABELS", "--max-backends");
 
 /// Every change that a plan makes goes through this, [`insert`] or [`remove`].
@@ -672,14 +673,8 @@ fn endpoint<A>(address: A, at: &At) -> Endpoint<A> {
     Endpoint::new(address, Be16::new(at.port), at.protocol.number())
 }
 
-fn replies<A: Address>(set: &ReplySet, narrow: impl Fn(IpAddr) -> Option<A>) -> Replies<A> {
-    let mut replies =
-        Replies { backend: set.backend, count: 0, sources: [ReplySource::default(); MAX_REPLY_LISTENERS] };
-    for (address, port) in &set.sources {
-        let Some(address) = narrow(*address) else { continue };
-        let Some(source) = replies.sources.get_mut(replies.count as usize) else { break };
-        *source = ReplySource { address, port: Be16::new(*port), _pad: 0 };
-        replies.count += 1;
-    }
-    replies
+fn task_endpoint<A: Address>(task: &TaskListener, narrow: impl Fn(IpAddr) -> Option<A>) -> TaskEndpoint<A> {
+    let listener = task.listener.and_then(|(address, port)| Some((narrow(address)?, port)));
+    let (listener, port) = listener.unwrap_or_default();
+    TaskEndpoint { backend: task.backend, listener, listener_port: Be16::new(port), _pad: 0 }
 }

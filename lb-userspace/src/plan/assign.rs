@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::{
     abi::size::NODE_ADDRESSES,
-    backend::{self, Kind, SHARED, SINGLE, State},
+    backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
     net::Be16,
     tunnel::{SELF, TaskKey, mapped},
@@ -17,7 +17,7 @@ use super::{
     books::{Books, family, listener_mark, source_mark},
     desired::{DesiredNode, DesiredPort, DesiredService},
     numbers::Numbers,
-    tables::{At, BackendEntry, BackendLabel, PortLabel, ReplySet, ServiceLabel, Tables},
+    tables::{At, BackendEntry, BackendLabel, PortLabel, ServiceLabel, Tables, TaskListener},
     transition::Next,
 };
 use crate::{
@@ -47,7 +47,7 @@ pub(super) struct Held {
     pub ports: Vec<u32>,
     pub backends: Vec<u32>,
     pub listeners: Vec<At>,
-    pub replies: Vec<At>,
+    pub endpoints: Vec<At>,
     pub tasks: Vec<TaskKey>,
 }
 
@@ -111,7 +111,7 @@ impl<'a> Draft<'a> {
     /// Puts exactly these nodes in, those with an agent as peers; what there is no room for is said.
     pub fn set_nodes(&mut self, nodes: &[DesiredNode], refused: &mut Vec<String>) {
         let known = std::mem::take(&mut self.nodes);
-        // Numbers of nodes start at one; a number that entries for replies may still name rests.
+        // Numbers of nodes start at one; a number that entries for endpoints may still name rests.
         let mut numbers =
             Numbers::new(&self.actual.nodes, self.limits.nodes + 1, self.actual.last_node + 1, None);
         numbers.first = 1;
@@ -178,7 +178,7 @@ impl<'a> Draft<'a> {
             self.next.listeners.remove(*at);
         }
         held.ports.iter().for_each(|cursor| self.next.ports.remove(*cursor));
-        held.replies.iter().for_each(|at| self.next.replies.remove(*at));
+        held.endpoints.iter().for_each(|at| self.next.endpoints.remove(*at));
         held.tasks.iter().for_each(|key| self.next.tasks.remove(*key));
         if let Some(number) = held.number {
             self.next.services.remove(number);
@@ -246,7 +246,7 @@ impl<'a> Draft<'a> {
             // Bridges have the same range on every node: the address of a peer's task means nothing here.
             if answers_here(entry)
                 && let Some(owner) =
-                    self.next.replies.get(&at).and_then(|set| self.next.backends.get(&set.backend))
+                    self.next.endpoints.get(&at).and_then(|set| self.next.backends.get(&set.backend))
             {
                 let reason = format!(
                     "{}:{}/{} of task {} is already the address of task {}",
@@ -393,23 +393,17 @@ impl<'a> Draft<'a> {
                 entry.backend.source = task_key(&entry).address;
                 entry.backend.flags |= backend::NAMED;
             }
-            if service.placement == Placement::Consistent {
-                entry.backend.flags |= backend::CONSISTENT;
-            }
             if answers_here(&entry) && !sources.is_empty() {
-                let by_peers = local && self.peers;
-                if sources.len() > 1 || by_peers {
-                    entry.backend.flags |= SHARED;
-                }
                 if sources.len() == 1 {
                     entry.backend.flags |= SINGLE;
                 }
                 let at = endpoint(&entry);
                 // A task that goes may have handed its address to one that comes.
-                let taken = self.next.replies.contains(&at);
+                let taken = self.next.endpoints.contains(&at);
                 if !taken || entry.backend.state == State::Active as u8 {
-                    self.next.replies.set(at, ReplySet { backend: index, sources });
-                    held.replies.push(at);
+                    let listener = sources.first().copied().filter(|_| sources.len() == 1);
+                    self.next.endpoints.set(at, TaskListener { backend: index, listener });
+                    held.endpoints.push(at);
                 }
             }
             if local {

@@ -7,7 +7,6 @@ use std::{
 
 use lb_common::{
     backend::{Backend, Kind, RETURN_DIRECT, State},
-    endpoint::MAX_REPLY_LISTENERS,
     net::{Be16, wide},
     tunnel::{Peer, mapped},
 };
@@ -178,8 +177,8 @@ impl<'a> Scene<'a> {
         Self { view, reaching, nodes }
     }
 
-    /// What the tables should mean of a service; what is left out of it is said.
-    pub fn service(&self, service: &Service, said: &mut Vec<String>) -> DesiredService {
+    /// What the tables should mean of a service.
+    pub fn service(&self, service: &Service) -> DesiredService {
         DesiredService {
             label: ServiceLabel {
                 name: service.name.clone(),
@@ -190,7 +189,7 @@ impl<'a> Scene<'a> {
                 idle: service.idle,
             },
             backends: self.backends(service),
-            ports: ports(self.view, service, said),
+            ports: ports(self.view, service),
             placement: service.placement,
         }
     }
@@ -364,34 +363,8 @@ fn backend(
     }
 }
 
-fn ports(view: &View<'_>, service: &Service, said: &mut Vec<String>) -> Vec<DesiredPort> {
-    let addresses = if service.addresses.is_empty() { view.addresses } else { &service.addresses };
-    // A reply is matched against all listeners that lead to its task's port, so there is a bound to them.
-    let sharing = |port: &Port| {
-        service
-            .ports
-            .iter()
-            .filter(|other| (other.protocol, other.target) == (port.protocol, port.target))
-            .count()
-    };
-    let mut ports = Vec::new();
-    for port in &service.ports {
-        let room = MAX_REPLY_LISTENERS / sharing(port);
-        let chosen: Vec<IpAddr> = [true, false]
-            .into_iter()
-            .flat_map(|v4| addresses.iter().filter(move |address| address.is_ipv4() == v4).take(room))
-            .copied()
-            .collect();
-        if chosen.len() < addresses.len() {
-            said.push(format!(
-                "service {}: port {port} listens on {} of {} addresses: at most {MAX_REPLY_LISTENERS} listeners \
-                 of a family can lead to one port of a task; name the addresses to use in the service",
-                service.name,
-                chosen.len(),
-                addresses.len(),
-            ));
-        }
-        ports.push(DesiredPort { port: *port, addresses: chosen });
-    }
-    ports
+fn ports(view: &View<'_>, service: &Service) -> Vec<DesiredPort> {
+    let addresses =
+        if service.addresses.is_empty() { view.addresses.to_vec() } else { service.addresses.clone() };
+    service.ports.iter().map(|port| DesiredPort { port: *port, addresses: addresses.clone() }).collect()
 }

@@ -17,7 +17,7 @@ pub use assign::Limits;
 pub use desired::{Reach, View, Way};
 pub use planner::Planner;
 pub use tables::{
-    At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables,
+    At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener,
 };
 
 /// What a planning came to.

@@ -247,7 +247,7 @@ impl Planner {
             self.entries.remove(name);
             return Ok(());
         };
-        let wanted = scene.service(&service, &mut entry.said);
+        let wanted = scene.service(&service);
         match draft.add(&wanted, before) {
             Ok(held) => {
                 (entry.held, entry.refused, entry.crowded) = (held, false, false);
@@ -331,8 +331,8 @@ impl Planner {
         }
         let service =
             |index: &u32| actual.backends.get(index).map_or(u32::MAX, |entry| entry.backend.service);
-        for (at, set) in &actual.replies {
-            held.entry(service(&set.backend)).or_default().replies.push(*at);
+        for (at, task) in &actual.endpoints {
+            held.entry(service(&task.backend)).or_default().endpoints.push(*at);
         }
         for (key, index) in &actual.tasks {
             held.entry(service(index)).or_default().tasks.push(*key);

@@ -38,7 +38,7 @@ pub struct ServiceLabel {
     /// What is wrong with how it is described.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// [`lb_common::flow::Timers`].
+    /// [`lb_common::conntrack::Timers`].
     pub timers: [u32; 8],
     /// What becomes of established TCP flows that have ended by silence. Left out by agents before it was there.
     #[serde(default, skip_serializing_if = "Idle::is_default")]
@@ -117,13 +117,13 @@ pub struct BackendEntry {
     pub label: BackendLabel,
 }
 
-/// The listeners that lead to one port of one task.
+/// What is known of one port of one task, by its own endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReplySet {
+pub struct TaskListener {
     /// Number of the backend.
     pub backend: u32,
-    /// At most [`lb_common::endpoint::MAX_REPLY_LISTENERS`].
-    pub sources: Vec<(IpAddr, u16)>,
+    /// The listener that leads there, if a single one does.
+    pub listener: Option<(IpAddr, u16)>,
 }
 
 /// All tables that user space writes.
@@ -154,7 +154,7 @@ pub struct Tables {
     /// Listeners.
     pub listeners: BTreeMap<At, Listener>,
     /// Reply sources by the task's endpoint.
-    pub replies: BTreeMap<At, ReplySet>,
+    pub endpoints: BTreeMap<At, TaskListener>,
     /// The whole slot table; what no listener names has no meaning.
     pub slots: Vec<u32>,
     /// Words of the port filter that are not zero.
@@ -206,8 +206,8 @@ impl Tables {
                 self.backends.remove(&index);
                 self.resting.insert(index);
             }
-            MapOp::SetReplies(at, replies) => drop(self.replies.insert(at, replies)),
-            MapOp::RemoveReplies(at) => drop(self.replies.remove(&at)),
+            MapOp::SetTaskEndpoint(at, task) => drop(self.endpoints.insert(at, task)),
+            MapOp::RemoveTaskEndpoint(at) => drop(self.endpoints.remove(&at)),
             MapOp::SetSlots(base, slots) => {
                 self.slots[base as usize..][..slots.len()].copy_from_slice(&slots);
             }
@@ -291,10 +291,10 @@ pub enum MapOp {
     SetBackend(u32, BackendEntry),
     /// Free a backend: its flows have lost their task.
     FreeBackend(u32),
-    /// Write the reply sources of a task's endpoint.
-    SetReplies(At, ReplySet),
+    /// Write what is known of a task's endpoint.
+    SetTaskEndpoint(At, TaskListener),
     /// Forget a task's endpoint.
-    RemoveReplies(At),
+    RemoveTaskEndpoint(At),
     /// Write slots that no listener names yet.
     SetSlots(u32, Vec<u32>),
     /// Point a listener at a range of slots.

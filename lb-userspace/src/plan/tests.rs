@@ -83,7 +83,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         placement: Placement::default(),
         left: String::new(),
         problem: String::new(),
-        timers: lb_common::flow::Timers::DEFAULT,
+        timers: lb_common::conntrack::Timers::DEFAULT,
         idle: Idle::Forget,
     }
 }
@@ -159,7 +159,7 @@ proptest! {
             prop_assert_eq!(meaning(&tables), meaning(&fresh));
             prop_assert_eq!(&tables.filter, &fresh.filter);
             prop_assert_eq!(tables.backends.len(), fresh.backends.len());
-            prop_assert_eq!(tables.replies.len(), fresh.replies.len());
+            prop_assert_eq!(tables.endpoints.len(), fresh.endpoints.len());
             prop_assert_eq!(&tables.tasks.keys().collect::<Vec<_>>(), &fresh.tasks.keys().collect::<Vec<_>>());
             prop_assert_eq!(tables.peers.len(), fresh.peers.len());
             prop_assert_eq!(tables.peer_numbers.len(), fresh.peer_numbers.len());
@@ -468,7 +468,7 @@ fn a_task_behind_two_listeners_is_marked_and_knows_both() {
     let mut tables = Tables::empty(LIMITS.slots);
     plan_for(&cluster, &tables, &LIMITS).ops.into_iter().for_each(|op| tables.apply(op));
     assert_eq!(tables.backends[&0].backend.flags & SHARED, SHARED);
-    assert_eq!(tables.replies.values().next().unwrap().sources.len(), 2);
+    assert_eq!(tables.endpoints.values().next().unwrap().listener, None);
 }
 
 #[test]
@@ -573,7 +573,7 @@ fn bridges_of_one_range_behind_every_node_are_no_conflict() {
     cluster.services.push(other.into());
     let mut tables = Tables::empty(LIMITS.slots);
     assert_eq!(apply_all(&mut tables, &cluster), Vec::<String>::new());
-    assert_eq!(tables.replies.len(), 2);
+    assert_eq!(tables.endpoints.len(), 2);
     assert_eq!(tables.services.len(), 2);
 }
 

@@ -11,7 +11,7 @@ use lb_common::{
 
 use super::{
     overlay::Overlay,
-    tables::{At, BackendEntry, MapOp, NodeLabel, PortLabel, ReplySet, ServiceLabel, Tables},
+    tables::{At, BackendEntry, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener},
 };
 
 /// The tables as they are to be.
@@ -24,7 +24,7 @@ pub(super) struct Next<'a> {
     pub ports: Overlay<'a, u32, PortLabel>,
     pub backends: Overlay<'a, u32, BackendEntry>,
     pub listeners: Overlay<'a, At, Listener>,
-    pub replies: Overlay<'a, At, ReplySet>,
+    pub endpoints: Overlay<'a, At, TaskListener>,
     pub filter: Overlay<'a, u32, u64>,
     /// Slots by the start of a range that no listener reads today.
     pub slots: BTreeMap<u32, Vec<u32>>,
@@ -42,7 +42,7 @@ impl<'a> Next<'a> {
             ports: Overlay::new(&actual.ports),
             backends: Overlay::new(&actual.backends),
             listeners: Overlay::new(&actual.listeners),
-            replies: Overlay::new(&actual.replies),
+            endpoints: Overlay::new(&actual.endpoints),
             filter: Overlay::new(&actual.filter),
             slots: BTreeMap::new(),
         }
@@ -60,7 +60,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     let actual = next.backends.base;
     let (backends, backends_gone) = next.backends.split();
     let (tasks, tasks_gone) = next.tasks.split();
-    let (replies, replies_gone) = next.replies.split();
+    let (endpoints, endpoints_gone) = next.endpoints.split();
     let (listeners, listeners_gone) = next.listeners.split();
     let (before, after) = filter(next.filter);
     let (demoted, promoted): (Vec<_>, Vec<_>) =
@@ -73,17 +73,17 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(peer_numbers.into_iter().map(|(ip, i)| MapOp::SetPeerNumber(ip, i)));
     ops.extend(services.into_iter().map(|(i, label)| MapOp::SetService(i, label)));
     ops.extend(ports.into_iter().map(|(i, label)| MapOp::SetPort(i, label)));
-    // Backends that take flows, then what names them: peers, their replies, the ports that lead to them.
+    // Backends that take flows, then what names them: peers, their endpoints, the ports that lead to them.
     ops.extend(promoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
     ops.extend(tasks.into_iter().map(|(key, index)| MapOp::SetTask(key, index)));
-    ops.extend(replies.into_iter().map(|(at, set)| MapOp::SetReplies(at, set)));
+    ops.extend(endpoints.into_iter().map(|(at, task)| MapOp::SetTaskEndpoint(at, task)));
     ops.extend(before);
     ops.extend(next.slots.into_iter().map(|(base, slots)| MapOp::SetSlots(base, slots)));
     ops.extend(listeners.into_iter().map(|(at, listener)| MapOp::SetListener(at, listener)));
     // Nothing leads to what goes now.
     ops.extend(listeners_gone.into_iter().map(MapOp::RemoveListener));
     ops.extend(demoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
-    ops.extend(replies_gone.into_iter().map(MapOp::RemoveReplies));
+    ops.extend(endpoints_gone.into_iter().map(MapOp::RemoveTaskEndpoint));
     ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));
     ops.extend(backends_gone.into_iter().map(MapOp::FreeBackend));
     ops.extend(peers_gone.into_iter().map(MapOp::RemovePeer));

@@ -7,7 +7,7 @@ use std::{
     time::SystemTime,
 };
 
-use lb_common::flow::Timers;
+use lb_common::conntrack::Timers;
 
 use super::model;
 use crate::{
@@ -298,7 +298,7 @@ fn timers(service: &model::Service, problems: &mut Vec<String>) -> Timers {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::flow::Phase;
+    use lb_common::conntrack::Phase;
 
     use super::*;
 

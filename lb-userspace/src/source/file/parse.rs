@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::flow::Timers;
+use lb_common::conntrack::Timers;
 use serde::Deserialize;
 use toml::Spanned;
 

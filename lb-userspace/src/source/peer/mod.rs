@@ -293,7 +293,7 @@ mod tests {
             placement: crate::cluster::Placement::default(),
             left: String::new(),
             problem: String::new(),
-            timers: lb_common::flow::Timers::DEFAULT,
+            timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };
         let node =

@@ -1,4 +1,4 @@
-//! What is due once a second: the heartbeat, the walk through the flows and what comes of it, the guard.
+//! What is due once a second: the heartbeat, removing connections that have ended and what comes of it, the guard.
 
 use std::{collections::BTreeMap, io::ErrorKind};
 
@@ -12,36 +12,35 @@ use crate::{
 };
 
 impl Controller {
-    /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, takes flows out that
-    /// have ended, and says when the flood guard takes over and lets go.
-    pub(super) fn look_after_flows(&mut self) -> Result<(), DatapathError> {
+    /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, removes connections
+    /// that have ended, and says when the flood guard takes over and lets go.
+    pub(super) fn look_after_connections(&mut self) -> Result<(), DatapathError> {
         self.datapath.beat()?;
         self.settle_in()?;
         let mut resets = Vec::new();
-        let swept = self.datapath.sweep(&mut resets);
-        // Their flows are gone, whatever became of the walk.
+        let collected = self.datapath.collect(&mut resets);
+        // Their lines are gone, whatever became of the rest.
         self.reset(&resets);
         let interface = &self.settings.interface;
-        if let Some(sweep) = swept? {
-            if sweep.removed > 0 {
-                log::debug!(
-                    "{interface}: {} of {} flows had ended, {} resets for idle ones",
-                    sweep.removed,
-                    sweep.seen,
-                    sweep.resets
-                );
-            }
-            let fills: BTreeMap<&str, [u64; 2]> =
-                sweep.fills.iter().map(|fill| (fill.table, [fill.entries, fill.room])).collect();
-            let full: Vec<String> =
-                sweep.fills.into_iter().filter_map(|fill| self.watch.fill(fill)).collect();
-            for full in full {
-                self.record(Kind::TableFilling, full);
-            }
-            if fills != self.fills {
-                self.datapath.set_fills(&fills)?;
-                self.fills = fills;
-            }
+        let collection = collected?;
+        if collection.removed > 0 {
+            log::debug!(
+                "{interface}: {} of {} connections had ended, {} resets for idle ones",
+                collection.removed,
+                collection.seen,
+                collection.resets
+            );
+        }
+        let fills: BTreeMap<&str, [u64; 2]> =
+            collection.fills.iter().map(|fill| (fill.table, [fill.entries, fill.room])).collect();
+        let full: Vec<String> =
+            collection.fills.into_iter().filter_map(|fill| self.watch.fill(fill)).collect();
+        for full in full {
+            self.record(Kind::TableFilling, full);
+        }
+        if fills != self.fills {
+            self.datapath.set_fills(&fills)?;
+            self.fills = fills;
         }
         for full in self.watch.counters(|outcome| self.datapath.outcome(outcome).ok()) {
             self.record(Kind::LimitHit, full);
@@ -53,13 +52,13 @@ impl Controller {
             let (kind, text) = if guard.on {
                 let rate = self.settings.flood_rate;
                 let text = format!(
-                    "more than {rate} new flows a second on a CPU: until there are fewer they are placed by hash, and leave \
-                     no entry before the client goes on"
+                    "more than {rate} new connections a second: until there are fewer they are placed by hash, and leave no \
+                     line before the client goes on"
                 );
                 (Kind::GuardOn, text)
             } else {
                 let placed = guard.placed;
-                (Kind::GuardOff, format!("the flood is over; {placed} flows were placed by hash so far"))
+                (Kind::GuardOff, format!("the flood is over; {placed} connections were placed by hash so far"))
             };
             self.record(kind, text);
         }

@@ -1,0 +1,345 @@
+//! The connection tables as user space sees them: mapped, read only. What has ended is found here and removed by a program, in
+//! batches: only programs write the tables.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    os::fd::{AsFd as _, AsRawFd as _},
+    ptr::NonNull,
+};
+
+use aya::{
+    maps::MapData,
+    programs::{TestRun as _, TestRunOptions, Xdp},
+};
+use lb_common::{
+    abi::{Removal, remove, table},
+    backend::{Backend, State},
+    conntrack::{
+        Control, Line, Phase, Set, Timers, elapsed,
+        hash::{HashKeys, home},
+        line::{ALIAS, UDP, WAYS, set_of, slot, way_of},
+        table::SPILLED,
+    },
+    fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
+    net::{Address, V4, V6},
+};
+
+use super::{DatapathError, PinDir, TableSet, batch::Batches, idle};
+use crate::{cluster::Idle, limits::Fill, net::Reset, plan::Tables};
+
+/// A connection table, mapped into this process.
+pub(super) struct Mapping<A> {
+    sets: NonNull<Set<A>>,
+    count: u32,
+}
+
+// SAFETY: the mapping is read only, and goes with the value alone.
+unsafe impl<A> Send for Mapping<A> {}
+// SAFETY: as above.
+unsafe impl<A> Sync for Mapping<A> {}
+
+impl<A: Address> Mapping<A> {
+    /// Maps a pinned table.
+    pub(super) fn open(pins: &PinDir, name: &str) -> Result<Self, DatapathError> {
+        let map = map(pins, name)?;
+        let count = map.info().map_err(|error| DatapathError::map("inspect", error))?.max_entries();
+        let bytes = count as usize * size_of::<Set<A>>();
+        let fd = map.fd().as_fd().as_raw_fd();
+        // SAFETY: a new mapping of the table's whole length; the kernel keeps the table as long as it is there.
+        let address =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_SHARED, fd, 0) };
+        if address == libc::MAP_FAILED {
+            let error = std::io::Error::last_os_error();
+            return Err(DatapathError::pin("map into memory", pins.table(name), error));
+        }
+        let sets = NonNull::new(address.cast()).ok_or(DatapathError::NoProgram("mmap"))?;
+        Ok(Self { sets, count })
+    }
+
+    /// How many lines there are.
+    pub(super) fn lines(&self) -> u32 {
+        self.count * WAYS
+    }
+
+    fn line(&self, at: u32) -> *const Line<A> {
+        // SAFETY: `at` is below `lines`.
+        unsafe {
+            (&raw const (*self.sets.as_ptr().add(set_of(at) as usize)).lines[way_of(at) as usize]).cast()
+        }
+    }
+
+    /// The home word of a way.
+    fn home(&self, at: u32) -> u32 {
+        // SAFETY: as above; aligned, and written whole.
+        unsafe { (&raw const (*self.line(at)).home).read_volatile() }
+    }
+
+    /// A line that is somebody's, as it is now; `None` of any other, and of one that is given away while it is read.
+    pub(super) fn live(&self, at: u32) -> Option<(Control, Line<A>)> {
+        let line = self.line(at);
+        // SAFETY: as above. The body may be torn: the control word's version tells.
+        unsafe {
+            let control = Control((&raw const (*line).control).read_volatile());
+            if !control.is_live() {
+                return None;
+            }
+            let copy = line.read_volatile();
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+            let again = Control((&raw const (*line).control).read_volatile());
+            (again.is_live() && again.version() == control.version()).then_some((again, copy))
+        }
+    }
+}
+
+impl<A> Drop for Mapping<A> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, of this length.
+        unsafe { libc::munmap(self.sets.as_ptr().cast(), self.count as usize * size_of::<Set<A>>()) };
+    }
+}
+
+fn map(pins: &PinDir, name: &str) -> Result<MapData, DatapathError> {
+    MapData::from_pin(pins.table(name)).map_err(|error| DatapathError::map("open", error))
+}
+
+/// What decides whether a connection has ended.
+#[derive(Clone, Copy)]
+pub(super) struct Clock<'a> {
+    pub(super) tables: &'a Tables,
+    /// Jiffies, low 32 bits.
+    pub(super) now: u32,
+    pub(super) jiffies_per_second: u32,
+    pub(super) hash_keys: &'a HashKeys,
+}
+
+impl Clock<'_> {
+    /// The connection's backend, if that is still the one which it was given to.
+    fn backend<A>(&self, line: &Line<A>) -> Option<&Backend> {
+        let entry = self.tables.backends.get(&line.backend)?;
+        let backend = &entry.backend;
+        (backend.generation as u16 == line.tuple.generation && backend.state != State::Free as u8)
+            .then_some(backend)
+    }
+
+    /// Whether the connection has ended. What is left of one whose task is gone stays for a while, so that its client is told.
+    fn has_ended<A>(&self, control: Control, line: &Line<A>) -> bool {
+        match self.backend(line) {
+            None if control.has(UDP) || line.peer != 0 => true,
+            None => {
+                let told = Timers::DEFAULT.of(Phase::Closing) * self.jiffies_per_second;
+                elapsed(line.seen, self.now) > told
+            }
+            Some(backend) => {
+                let label = self.tables.services.get(&backend.service);
+                let timers = label.map_or(Timers::DEFAULT, |label| Timers { seconds: label.timers });
+                timers.expired(control, line.seen, self.now, self.jiffies_per_second)
+            }
+        }
+    }
+
+    /// The resets for a connection that has ended, if its service asks for them. Who closes, or has lost its task, is told by
+    /// others.
+    fn resets<A: Address>(&self, control: Control, line: &Line<A>) -> Vec<Reset> {
+        if control.phase() != Phase::Established as u32 {
+            return Vec::new();
+        }
+        let Some(backend) = self.backend(line) else {
+            return Vec::new();
+        };
+        let label = self.tables.services.get(&backend.service);
+        if label.is_some_and(|label| label.idle == Idle::Reset) {
+            idle::resets(line, backend)
+        } else {
+            Vec::new()
+        }
+    }
+}
+
+/// What a garbage collection has come to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Collection {
+    /// Lines that are somebody's.
+    pub seen: u64,
+    /// Lines removed, because what they stood for had ended.
+    pub removed: u64,
+    /// Resets for ends of those that were idle connections.
+    pub resets: u64,
+    /// The backends that those left name.
+    pub named: BTreeSet<u32>,
+    /// How full the tables are.
+    pub fills: Vec<Fill>,
+}
+
+/// What is to be removed, and what is told of it if it is.
+struct Ended {
+    removal: Removal,
+    resets: Vec<Reset>,
+}
+
+/// Goes once over a table, and removes what has ended.
+fn collect<A: Address>(
+    mapping: &Mapping<A>,
+    (name, lines, spilled): (&'static str, u32, u32),
+    clock: Clock<'_>,
+    program: &Xdp,
+    done: &mut Collection,
+    resets: &mut Vec<Reset>,
+) -> Result<(), DatapathError> {
+    let sets = mapping.count;
+    let mut left = 0;
+    let mut ended = Vec::new();
+    // Homes that have lines in other sets; and, of those that say so, what their word was before any line was looked at.
+    let mut away = HashSet::new();
+    let marked: Vec<(u32, u32)> = (0..mapping.lines())
+        .map(|at| (at, mapping.home(at)))
+        .filter(|(_, home)| home & SPILLED != 0)
+        .collect();
+    for at in 0..mapping.lines() {
+        let Some((control, line)) = mapping.live(at) else { continue };
+        done.seen += 1;
+        let over = if control.has(ALIAS) {
+            is_orphan(mapping, &line, clock)
+        } else {
+            clock.has_ended(control, &line)
+        };
+        if over {
+            let removal = Removal { control: control.0, slot: at, seen: line.seen, what: lines, done: 0 };
+            let resets = if control.has(ALIAS) { Vec::new() } else { clock.resets(control, &line) };
+            ended.push(Ended { removal, resets });
+            continue;
+        }
+        left += 1;
+        if !control.has(ALIAS) {
+            done.named.insert(line.backend);
+        }
+        if !marked.is_empty() {
+            let tuple = &line.tuple;
+            let endpoint = clock.hash_keys.endpoint(&tuple.source, tuple.source_port, tuple.protocol);
+            let home = home(endpoint, sets);
+            if home.set != set_of(at) {
+                away.insert(slot(home.set, home.way));
+            }
+        }
+    }
+    let empty = marked.into_iter().filter(|(at, _)| !away.contains(at));
+    let marks = empty.map(|(at, home)| Ended {
+        removal: Removal { control: 0, slot: at, seen: home, what: spilled, done: 0 },
+        resets: Vec::new(),
+    });
+    let ended: Vec<Ended> = ended.into_iter().chain(marks).collect();
+    for batch in ended.chunks(Removal::BATCH) {
+        for (ended, removed) in batch.iter().zip(remove_batch(program, batch)?) {
+            if removed && ended.removal.what == lines {
+                done.removed += 1;
+                done.resets += ended.resets.len() as u64;
+                resets.extend_from_slice(&ended.resets);
+            } else if ended.removal.what == lines {
+                left += 1;
+            }
+        }
+    }
+    done.fills.push(Fill { table: name, entries: left, room: u64::from(mapping.lines()) });
+    Ok(())
+}
+
+/// Whether an alias' connection is gone. One that was reserved for a connection which is being made has a moment.
+fn is_orphan<A: Address>(mapping: &Mapping<A>, alias: &Line<A>, clock: Clock<'_>) -> bool {
+    let (at, version) = (alias.client_next, alias.task_next);
+    if at >= mapping.lines() {
+        return elapsed(alias.seen, clock.now) > clock.jiffies_per_second;
+    }
+    mapping.live(at).is_none_or(|(control, _)| control.version() != version)
+}
+
+/// Has the program remove a batch; which were.
+fn remove_batch(program: &Xdp, batch: &[Ended]) -> Result<Vec<bool>, DatapathError> {
+    let mut frame = Vec::with_capacity(batch.len() * size_of::<Removal>());
+    for Ended { removal: Removal { control, slot, seen, what, done }, .. } in batch {
+        frame.extend(control.to_ne_bytes());
+        for word in [slot, seen, what, done] {
+            frame.extend(word.to_ne_bytes());
+        }
+    }
+    let mut out = vec![0; frame.len()];
+    let options =
+        TestRunOptions { data_in: Some(&frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+    program.test_run(options).map_err(DatapathError::Program)?;
+    let done = |removal: &[u8]| removal[size_of::<Removal>() - 4..] != [0; 4];
+    Ok(out.chunks_exact(size_of::<Removal>()).map(done).collect())
+}
+
+impl TableSet {
+    /// Removes all lines that have ended.
+    pub(super) fn collect(
+        &self,
+        clock: Clock<'_>,
+        program: &Xdp,
+        resets: &mut Vec<Reset>,
+    ) -> Result<Collection, DatapathError> {
+        let mut done = Collection::default();
+        let v4 = (table::CONNECTIONS4, remove::CONNECTION4, remove::SPILLED4);
+        let v6 = (table::CONNECTIONS6, remove::CONNECTION6, remove::SPILLED6);
+        collect(&Mapping::<V4>::open(self.pins(), v4.0)?, v4, clock, program, &mut done, resets)?;
+        collect(&Mapping::<V6>::open(self.pins(), v6.0)?, v6, clock, program, &mut done, resets)?;
+        done.fills.extend(self.fragments(clock.now, clock.jiffies_per_second)?);
+        Ok(done)
+    }
+
+    /// How full the tables of fragments are: of those that came lately, and are followed yet.
+    fn fragments(&self, now: u32, jiffies_per_second: u32) -> Result<[Fill; 2], DatapathError> {
+        let lived = FRAGMENT_SECONDS * jiffies_per_second;
+        let fresh = |ports: &Ports| elapsed(ports.seen, now) < lived;
+        let mut v4 = Batches::<FragmentKey<V4>, Ports>::new(map(self.pins(), table::FRAGMENTS4)?);
+        let mut v6 = Batches::<FragmentKey<V6>, Ports>::new(map(self.pins(), table::FRAGMENTS6)?);
+        let mut counts = [0, 0];
+        while let Some(entries) = v4.next()? {
+            counts[0] += entries.filter(|(_, ports)| fresh(ports)).count() as u64;
+        }
+        while let Some(entries) = v6.next()? {
+            counts[1] += entries.filter(|(_, ports)| fresh(ports)).count() as u64;
+        }
+        let fill = |name, entries| Ok(Fill { table: name, entries, room: room(&map(self.pins(), name)?)? });
+        Ok([fill(table::FRAGMENTS4, counts[0])?, fill(table::FRAGMENTS6, counts[1])?])
+    }
+
+    /// Open connections by backend: those that have neither ended nor lost their task.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn open_connections(&self, tables: &Tables) -> Result<BTreeMap<u32, u64>, DatapathError> {
+        let mut open = BTreeMap::new();
+        count(&Mapping::<V4>::open(self.pins(), table::CONNECTIONS4)?, tables, &mut open);
+        count(&Mapping::<V6>::open(self.pins(), table::CONNECTIONS6)?, tables, &mut open);
+        Ok(open)
+    }
+
+    /// All lines of a family as they are now, by their numbers.
+    ///
+    /// # Errors
+    /// The table cannot be mapped.
+    pub fn lines<A: Address>(&self) -> Result<Vec<(u32, Control, Line<A>)>, DatapathError> {
+        let name = if A::IS_V4 { table::CONNECTIONS4 } else { table::CONNECTIONS6 };
+        let mapping = Mapping::<A>::open(self.pins(), name)?;
+        let line = |at| mapping.live(at).map(|(control, line)| (at, control, line));
+        Ok((0..mapping.lines()).filter_map(line).collect())
+    }
+}
+
+/// Entries of a hash table that are in use when the least recently used begin to go: each CPU keeps some free, at most 128
+/// (`LOCAL_FREE_TARGET` of the kernel's `bpf_lru_list.c`).
+fn room(map: &MapData) -> Result<u64, DatapathError> {
+    let info = map.info().map_err(|error| DatapathError::map("inspect", error))?;
+    let entries = u64::from(info.max_entries());
+    let cpus = aya::util::nr_cpus().map_err(|(what, source)| DatapathError::pin("read", what, source))?;
+    Ok(entries - (128 * cpus as u64).min(entries / 2))
+}
+
+fn count<A: Address>(mapping: &Mapping<A>, tables: &Tables, open: &mut BTreeMap<u32, u64>) {
+    for (control, line) in (0..mapping.lines()).filter_map(|at| mapping.live(at)) {
+        let entry = tables.backends.get(&line.backend);
+        let its = entry.is_some_and(|entry| entry.backend.generation as u16 == line.tuple.generation);
+        if its && !control.has(ALIAS) && !control.is_closing() {
+            *open.entry(line.backend).or_default() += 1;
+        }
+    }
+}
