@@ -142,11 +142,6 @@ pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
     of_service(netns, service, "active_tasks")
 }
 
-/// Flows of a service that were lost and are there again, as `service ls` has it.
-pub fn healed_flows(netns: &Netns, service: &str) -> u64 {
-    of_service(netns, service, "healed_flows")
-}
-
 fn of_service(netns: &Netns, service: &str, figure: &str) -> u64 {
     let output = verb(netns, &["service", "ls", "-o", "json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();

@@ -3,18 +3,22 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use aya::maps::{HashMap, Map, MapData};
-use aya::programs::{Program, ProgramFd, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp};
+use aya::{
+    maps::{Array, Map, MapData, MapInfo},
+    programs::{
+        Program, ProgramFd, SchedClassifier, TestRun, TestRunOptions, TestRunResult, Xdp, loaded_programs,
+    },
+};
 use lb_common::{
-    abi::{Config, HANDOVER_MAGIC, PARTIAL_CHECKSUMS, XDP_TRANSMITS, program, table},
-    flow::{Flow, FlowKey, REPLY, Spare, Timers},
+    abi::{Config, PARTIAL_CHECKSUMS, Removal, XDP_TRANSMITS, XdpMetadata, program, remove, table},
+    conntrack::{Control, FiveTuple, Line, Set, Timers},
     net::{Be16, V4, V6},
     outcome::Outcome,
     tunnel::DEFAULT_PORT,
 };
 use lb_userspace::{
     cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
-    datapath::{Counters, Datapath, FlowLog, PinDir, Sizes, Sweep},
+    datapath::{Collection, Counters, Datapath, FlowLog, PinDir, Sizes, TableSet},
     net::Reset,
     plan::{Planner, Reach, View, Way},
 };
@@ -39,8 +43,10 @@ pub struct Verdict {
     pub action: u32,
     /// The frame afterwards.
     pub frame: Vec<u8>,
-    /// XDP's note for TC.
+    /// XDP's metadata for TC: the backend, or what TC is to do.
     pub note: Option<u32>,
+    /// And the client's port as the task is to see it.
+    pub port: Option<u16>,
 }
 
 /// `XDP_DROP`.
@@ -54,65 +60,133 @@ pub const UNSPEC: u32 = u32::MAX;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
-/// The entries of the flow tables; compared without their times.
-#[derive(Clone, Debug)]
-pub struct FlowState {
-    /// Established, half open.
-    v4: [FlowMap<V4>; 2],
-    v6: [FlowMap<V6>; 2],
+/// The connection tables as they were; compared by what their lines say, without times and places.
+#[derive(Clone)]
+pub struct ConnectionState {
+    v4: Vec<Set<V4>>,
+    v6: Vec<Set<V6>>,
 }
 
-type FlowMap<A> = std::collections::HashMap<FlowKey<A>, Flow<A>>;
+/// What a line says.
+type Said<A> = (u32, Line<A>);
 
-impl PartialEq for FlowState {
+fn said<A: Copy + Default + Ord>(sets: &[Set<A>]) -> Vec<Said<A>>
+where
+    FiveTuple<A>: Default,
+{
+    let lines = sets.iter().flat_map(|set| set.lines).filter(|line| Control(line.control).is_live());
+    let mut said: Vec<_> = lines
+        .map(|line| {
+            let state = Control(line.control).state();
+            (state, Line { control: 0, home: 0, seen: 0, hop_seen: 0, ..line })
+        })
+        .collect();
+    said.sort_unstable_by_key(|(_, line)| {
+        let tuple = &line.tuple;
+        (
+            tuple.source,
+            tuple.source_port,
+            tuple.destination,
+            tuple.destination_port,
+            tuple.protocol,
+            tuple.kind,
+        )
+    });
+    said
+}
+
+impl PartialEq for ConnectionState {
     fn eq(&self, other: &Self) -> bool {
-        fn same<A: PartialEq + Copy + Eq + std::hash::Hash>(one: &FlowMap<A>, other: &FlowMap<A>) -> bool {
-            let timeless = |flow: &Flow<A>| Flow { seen: 0, hop_seen: 0, ..*flow };
-            let twin = |(key, flow): (&FlowKey<A>, &Flow<A>)| {
-                other.get(key).is_some_and(|other| timeless(flow) == timeless(other))
-            };
-            one.len() == other.len() && one.iter().all(twin)
-        }
-        self.v4.iter().zip(&other.v4).all(|(one, other)| same(one, other))
-            && self.v6.iter().zip(&other.v6).all(|(one, other)| same(one, other))
+        said(&self.v4) == said(&other.v4) && said(&self.v6) == said(&other.v6)
     }
 }
 
-/// A table of the datapath of this namespace's `eth1` that is keyed by five-tuples.
-pub fn table_by_flow<A, V: aya::Pod>(table: &str) -> HashMap<MapData, FlowKey<A>, V>
+impl std::fmt::Debug for ConnectionState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(said(&self.v4)).entries(said(&self.v6)).finish()
+    }
+}
+
+/// What is asked of the program that removes lines: number, control word, when it was seen, what it is.
+pub type Removed = (u32, u64, u32, u32);
+
+/// Asks the program that removes lines for these; whether each was.
+fn remove_lines(gc: &Xdp, removals: &[Removed]) -> Vec<bool> {
+    let mut removed = Vec::new();
+    for batch in removals.chunks(Removal::BATCH) {
+        let mut frame = Vec::new();
+        for (slot, control, seen, what) in batch {
+            frame.extend(control.to_ne_bytes());
+            [*slot, *seen, *what, 0].iter().for_each(|word| frame.extend(word.to_ne_bytes()));
+        }
+        let (_, out) = run(gc, &frame, &[]);
+        let done = |removal: &[u8]| removal[size_of::<Removal>() - 4..] == 1_u32.to_ne_bytes();
+        removed.extend(out.chunks_exact(size_of::<Removal>()).map(done));
+    }
+    removed
+}
+
+/// Takes away the lines of the agent of this namespace's `eth1`, by the program that it loaded; `between` is done after each.
+/// What has changed meanwhile stays. How many went.
+pub fn take_lines(mut between: impl FnMut()) -> usize {
+    let set = TableSet::of("eth1").expect("the tables");
+    let name = PinDir::of("eth1").expect("the pins").table(table::CONNECTIONS4);
+    let table = MapInfo::from_pin(name).expect("the table").id();
+    let gc = loaded_programs().filter_map(Result::ok).find(|loaded| {
+        let its = || loaded.map_ids().ok().flatten().is_some_and(|maps| maps.contains(&table));
+        loaded.name_as_str() == Some(program::GC) && its()
+    });
+    let gc = gc.expect("the agent's program");
+    let gc = Xdp::from_program_info(gc, program::GC.into(), aya_obj::programs::XdpAttachType::Interface)
+        .expect("a program that can be run");
+    // As they are at that moment: what has been seen since is another line to the program.
+    let lines = || -> Vec<Removed> {
+        let v4 = set.lines::<V4>().expect("the lines").into_iter();
+        let v6 = set.lines::<V6>().expect("the lines").into_iter();
+        let v4 = v4.map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION4));
+        let v6 = v6.map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION6));
+        v4.chain(v6).collect()
+    };
+    let mut taken = 0;
+    for (slot, _, _, what) in lines() {
+        let now = lines().into_iter().find(|line| (line.0, line.3) == (slot, what));
+        if now.is_some_and(|line| remove_lines(&gc, &[line]) == [true]) {
+            taken += 1;
+            between();
+        }
+    }
+    taken
+}
+
+/// The connection table of a family of this namespace's `eth1`.
+fn connection_table<A>(table: &str) -> Array<MapData, Set<A>>
 where
-    FlowKey<A>: aya::Pod,
+    Set<A>: aya::Pod,
 {
     let pin = PinDir::of("eth1").expect("the pins").table(table);
     let map = Map::from_map_data(MapData::from_pin(pin).expect("the table")).expect("a table");
-    map.try_into().expect("a hash table")
+    map.try_into().expect("an array")
 }
 
-fn flow_table<A>(table: &str) -> HashMap<MapData, FlowKey<A>, Flow<A>>
+fn read_sets<A>(table: &str) -> Vec<Set<A>>
 where
-    FlowKey<A>: aya::Pod,
-    Flow<A>: aya::Pod,
+    Set<A>: aya::Pod,
 {
-    table_by_flow(table)
+    let table = connection_table::<A>(table);
+    (0..table.len()).map(|index| table.get(&index, 0).expect("a set")).collect()
 }
 
-fn fill<A>(table: &str, flows: &FlowMap<A>)
+/// Writes the sets that differ. Only tests write the table but by a program, while none runs.
+fn write_sets<A: PartialEq>(table: &str, sets: &[Set<A>])
 where
-    FlowKey<A>: aya::Pod,
-    Flow<A>: aya::Pod,
+    Set<A>: aya::Pod + PartialEq,
 {
-    let mut there = flow_table(table);
-    for (key, flow) in flows {
-        there.insert(key, flow, 0).expect("an entry");
+    let mut there = connection_table::<A>(table);
+    for (index, set) in (0_u32..).zip(sets) {
+        if there.get(&index, 0).expect("a set") != *set {
+            there.set(index, *set, 0).expect("write a set");
+        }
     }
-}
-
-/// What is done to each flow.
-#[derive(Clone, Copy)]
-enum Change {
-    Forget,
-    /// The next hop was asked for then.
-    Touch(u32),
 }
 
 /// The bench.
@@ -161,8 +235,7 @@ pub fn task(name: &str, here: bool, via: Via, addresses: &[&str]) -> Task {
 /// Runs a test on a bench of its own.
 pub fn with_lab(services: Vec<Service>, test: impl FnOnce(&mut Lab) + Send) {
     let sizes = Sizes {
-        flows: Some(16_384),
-        half_open: Some(4_096),
+        connections: Some(8_192),
         services: Some(64),
         listeners: Some(256),
         backends: Some(256),
@@ -238,6 +311,7 @@ impl Lab {
     pub fn configure(&mut self, change: impl FnOnce(&mut Config)) {
         let mut config = self.datapath().config();
         config.uplink = self.uplink;
+        config.uplink_mac = NODE_MAC;
         if config.snat_ports == [0, 0] {
             config.snat_ports = [20_000, 20_100];
             config.host_ports = [32_768, 60_999];
@@ -299,18 +373,20 @@ impl Lab {
     /// Runs the uplink's XDP program.
     pub fn xdp(&self, frame: &[u8]) -> Verdict {
         let (action, mut out) = run(self.xdp_program(), frame, &self.xdp_context(frame));
-        let mut note = None;
-        if out.len() > 8 && out[..4] == HANDOVER_MAGIC.to_ne_bytes() {
+        let (mut note, mut port) = (None, None);
+        let room = size_of::<XdpMetadata>();
+        if out.len() > room && out[..4] == self.datapath().config().nonce.to_ne_bytes() {
             note = Some(u32::from_ne_bytes([out[4], out[5], out[6], out[7]]));
-            out.drain(..8);
+            port = Some(u16::from_be_bytes([out[8], out[9]]));
+            out.drain(..room);
         }
-        Verdict { action, frame: out, note }
+        Verdict { action, frame: out, note, port }
     }
 
     /// Runs a TC program on a frame that came in by an interface.
     pub fn tc(&self, name: &str, frame: &[u8], ifindex: u32) -> Verdict {
         let (action, out) = run(self.tc_program(name), frame, &tc_context(ifindex));
-        Verdict { action, frame: out, note: None }
+        Verdict { action, frame: out, note: None, port: None }
     }
 
     /// TC ingress on the uplink.
@@ -323,105 +399,74 @@ impl Lab {
         self.tc(program::TASK_TC, frame, self.veth)
     }
 
-    /// Takes the IPv4 entries that are chosen out of a flow table, as evictions would; how many there were.
-    pub fn evict(&self, table: &str, chosen: impl Fn(&Flow<V4>) -> bool) -> usize {
-        let mut flows = flow_table::<V4>(table);
-        let entries: Vec<_> = flows.iter().flatten().filter(|(_, flow)| chosen(flow)).collect();
-        for (key, _) in &entries {
-            flows.remove(key).expect("an entry");
-        }
-        entries.len()
+    /// The lines of the IPv4 connection table, by their numbers.
+    pub fn lines(&self) -> Vec<(u32, Control, Line<V4>)> {
+        TableSet::of("eth1").and_then(|set| set.lines::<V4>()).expect("the lines")
     }
 
-    /// Takes every IPv4 entry for replies out of the flow tables; how many there were.
-    pub fn evict_replies(&self) -> usize {
-        let tables = [table::FLOWS4, table::HALF_OPEN4];
-        tables.iter().map(|table| self.evict(table, |flow| flow.role == REPLY)).sum()
+    /// Those of IPv6.
+    pub fn lines6(&self) -> Vec<(u32, Control, Line<V6>)> {
+        TableSet::of("eth1").and_then(|set| set.lines::<V6>()).expect("the lines")
     }
 
-    /// The IPv4 entries of a flow table.
-    pub fn flows(&self, table: &str) -> Vec<(FlowKey<V4>, Flow<V4>)> {
-        flow_table(table).iter().flatten().collect()
+    /// Removes the IPv4 lines that are chosen, as evictions would; how many there were.
+    pub fn evict(&self, chosen: impl Fn(Control, &Line<V4>) -> bool) -> usize {
+        let lines = self.lines().into_iter().filter(|(_, control, line)| chosen(*control, line));
+        let removals: Vec<_> =
+            lines.map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION4)).collect();
+        self.remove(&removals);
+        removals.len()
     }
 
-    /// Walks once through all flows; what came of it, and the resets that the controller would send.
-    pub fn sweep(&mut self) -> (Sweep, Vec<Reset>) {
+    /// Asks the program that removes for these: number, control word, when it was seen, what it is. Whether each was.
+    pub fn try_remove(&self, removals: &[Removed]) -> Vec<bool> {
+        let Some(Program::Xdp(gc)) = self.datapath().program(program::GC) else {
+            panic!("no program that removes");
+        };
+        remove_lines(gc, removals)
+    }
+
+    fn remove(&self, removals: &[Removed]) {
+        assert!(self.try_remove(removals).iter().all(|removed| *removed), "all lines are removed");
+    }
+
+    /// Removes what has ended; what came of it, and the resets that the controller would send.
+    pub fn collect(&mut self) -> (Collection, Vec<Reset>) {
         let mut resets = Vec::new();
-        loop {
-            if let Some(sweep) = self.datapath_mut().sweep(&mut resets).expect("walk through the flows") {
-                return (sweep, resets);
-            }
-        }
+        let collection = self.datapath_mut().collect(&mut resets).expect("remove what has ended");
+        (collection, resets)
     }
 
-    /// Forgets every flow.
-    pub fn forget_flows(&self) {
-        self.each_family(Change::Forget);
+    /// Forgets every connection.
+    pub fn forget_connections(&self) {
+        self.evict(|_, _| true);
+        let removals: Vec<_> = self
+            .lines6()
+            .into_iter()
+            .map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION6))
+            .collect();
+        self.remove(&removals);
     }
 
-    /// Forgets every spare; how many there were.
-    pub fn forget_spares(&self) -> usize {
-        fn forget<A: 'static>(table: &str) -> usize
-        where
-            FlowKey<A>: aya::Pod,
-            Spare<A>: aya::Pod,
-        {
-            let mut spares = table_by_flow::<A, Spare<A>>(table);
-            let keys: Vec<_> = spares.keys().flatten().collect();
-            keys.iter().for_each(|key| spares.remove(key).expect("an entry"));
-            keys.len()
-        }
-        forget::<V4>(table::SPARES4) + forget::<V6>(table::SPARES6)
-    }
-
-    /// What is known of all flows.
-    pub fn flow_state(&self) -> FlowState {
-        FlowState {
-            v4: [table::FLOWS4, table::HALF_OPEN4].map(|table| flow_table(table).iter().flatten().collect()),
-            v6: [table::FLOWS6, table::HALF_OPEN6].map(|table| flow_table(table).iter().flatten().collect()),
-        }
+    /// What is known of all connections.
+    pub fn connection_state(&self) -> ConnectionState {
+        ConnectionState { v4: read_sets(table::CONNECTIONS4), v6: read_sets(table::CONNECTIONS6) }
     }
 
     /// Makes it what it was.
-    pub fn set_flow_state(&self, state: &FlowState) {
-        self.forget_flows();
-        for (table, flows) in [table::FLOWS4, table::HALF_OPEN4].into_iter().zip(&state.v4) {
-            fill(table, flows);
-        }
-        for (table, flows) in [table::FLOWS6, table::HALF_OPEN6].into_iter().zip(&state.v6) {
-            fill(table, flows);
-        }
+    pub fn set_connection_state(&self, state: &ConnectionState) {
+        write_sets(table::CONNECTIONS4, &state.v4);
+        write_sets(table::CONNECTIONS6, &state.v6);
     }
 
-    /// Makes the next hop of every flow fresh.
+    /// Makes the next hop of every connection fresh.
     pub fn touch_hops(&self) {
-        self.each_family(Change::Touch(self.jiffies()));
-    }
-
-    fn each_family(&self, change: Change) {
-        for table in [table::FLOWS4, table::HALF_OPEN4] {
-            self.each_flow::<V4>(table, change);
-        }
-        for table in [table::FLOWS6, table::HALF_OPEN6] {
-            self.each_flow::<V6>(table, change);
-        }
-    }
-
-    fn each_flow<A>(&self, table: &str, change: Change)
-    where
-        FlowKey<A>: aya::Pod,
-        Flow<A>: aya::Pod,
-    {
-        let mut flows = flow_table::<A>(table);
-        let entries: Vec<_> = flows.iter().flatten().collect();
-        for (key, flow) in entries {
-            match change {
-                Change::Forget => flows.remove(&key).expect("an entry"),
-                Change::Touch(now) => {
-                    flows.insert(key, Flow { hop_seen: now, ..flow }, 0).expect("an entry");
-                }
-            }
-        }
+        let now = (self.jiffies() / lb_common::conntrack::line::HOP_TICK) as u16;
+        let mut state = self.connection_state();
+        let v4 = state.v4.iter_mut().flat_map(|set| &mut set.lines).map(|line| &mut line.hop_seen);
+        let v6 = state.v6.iter_mut().flat_map(|set| &mut set.lines).map(|line| &mut line.hop_seen);
+        v4.chain(v6).for_each(|seen| *seen = now);
+        self.set_connection_state(&state);
     }
 
     /// A program, to be run by others.
@@ -452,7 +497,7 @@ impl Lab {
     pub fn passes(&self, what: &str, frame: &[u8], outcome: Outcome) {
         let (verdict, counted) = self.counting(|lab| lab.xdp(frame));
         assert_frame(what, &verdict.frame, frame);
-        assert_eq!((verdict.action, verdict.note), (PASS, None), "{what}");
+        assert_eq!((verdict.action, verdict.note, verdict.port), (PASS, None, None), "{what}");
         assert_eq!(counted, BTreeMap::from([(outcome, 1)]), "{what}");
     }
 
@@ -496,7 +541,7 @@ where
     let options = TestRunOptions {
         data_in: Some(frame),
         data_out: Some(&mut out),
-        ctx_in: Some(context),
+        ctx_in: (!context.is_empty()).then_some(context),
         ..TestRunOptions::default()
     };
     let result = program.test_run(options).expect("run the program");

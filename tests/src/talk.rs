@@ -1,10 +1,6 @@
 //! What a client and the tasks of the bench say to each other, packet by packet.
 
-use lb_common::{
-    abi::table,
-    flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, FlowKey, RESET, TASK_FIN},
-    net::V4,
-};
+use lb_common::conntrack::line::{ALIAS, ANSWERED, CLIENT_FIN, ESTABLISHED, RESET, TASK_FIN};
 use lb_userspace::cluster::{Service, Via};
 
 use crate::{
@@ -28,7 +24,7 @@ pub fn request(transport: Transport, port: u16, to: u16) -> Packet {
 
 /// A client's segment without payload, so many bytes after its first.
 pub fn segment(transport: Transport, port: u16, to: u16, ahead: u32) -> Packet {
-    request(transport, port, to).at(FIRST + 1 + ahead, TASK_FIRST + 1)
+    request(transport, port, to).at((FIRST + 1).wrapping_add(ahead), TASK_FIRST + 1)
 }
 
 /// An answer of a task by its veth.
@@ -67,14 +63,11 @@ pub fn establish(lab: &Lab, port: u16) -> u8 {
     to
 }
 
-/// The states of the IPv4 entries of a table of flows by the client's port.
-pub fn states(lab: &Lab, table: &str, port: u16) -> Vec<u8> {
-    const KEPT: u8 = CLIENT_FIN | TASK_FIN | RESET | ANSWERED | ESTABLISHED;
-    let of_port = |key: &FlowKey<V4>| key.source_port.get() == port || key.destination_port.get() == port;
-    lab.flows(table).iter().filter(|(key, _)| of_port(key)).map(|(_, flow)| flow.state & KEPT).collect()
-}
-
-/// The states of the entries in both tables: those of half-open flows, and those of established ones.
-pub fn all_states(lab: &Lab, port: u16) -> [Vec<u8>; 2] {
-    [table::HALF_OPEN4, table::FLOWS4].map(|table| states(lab, table, port))
+/// The states of the IPv4 connections of a client's port, without what is not of interest.
+pub fn states(lab: &Lab, port: u16) -> Vec<u32> {
+    const KEPT: u32 = CLIENT_FIN | TASK_FIN | RESET | ANSWERED | ESTABLISHED;
+    let lines = lab.lines().into_iter();
+    let of_port =
+        lines.filter(|(_, control, line)| !control.has(ALIAS) && line.tuple.source_port.get() == port);
+    of_port.map(|(_, control, _)| control.state() & KEPT).collect()
 }

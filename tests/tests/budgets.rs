@@ -12,29 +12,26 @@ use lb_tests::{
 };
 
 /// The programs whose figures these are.
-const PROGRAMS: [&str; 3] = [program::UPLINK_XDP, program::UPLINK_TC, program::TASK_TC];
+const PROGRAMS: [&str; 4] = [program::UPLINK_XDP, program::UPLINK_TC, program::TASK_TC, program::GC];
 
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
 /// worst that is.
-const VERIFIED: [((u32, u32), [u32; 3]); 4] = [
-    ((6, 1), [597_000, 770_000, 214_000]),
-    ((6, 12), [535_000, 703_000, 179_000]),
-    ((6, 18), [559_000, 714_000, 189_000]),
-    ((7, 2), [546_000, 679_000, 173_000]),
-];
+const VERIFIED: [((u32, u32), [u32; 4]); 1] = [((6, 18), [253_000, 398_000, 66_400, 104_200])];
 
 /// Bytes of the translated programs, nearly the same everywhere.
-const BYTES: [u32; 3] = [179_000, 188_000, 90_000];
+const BYTES: [u32; 4] = [195_000, 212_000, 72_000, 40_000];
 
-/// Bytes of the stack that the frames of a chain of calls may take together (`MAX_BPF_STACK`).
-const STACK: u32 = 512;
+/// Bytes of the stack that the frames of a chain of calls may take together: the kernel's 512 (`MAX_BPF_STACK`), of which 64 stay
+/// free for what is built next.
+const STACK: u32 = 512 - 64;
 
 /// How far a figure may grow before somebody must look.
 const SLACK_PERCENT: u32 = 10;
 
 #[test]
 fn programs_stay_within_their_budgets() {
-    let worst = [0, 1, 2].map(|i| VERIFIED.iter().map(|(_, figures)| figures[i]).max().unwrap_or_default());
+    let worst =
+        [0, 1, 2, 3].map(|i| VERIFIED.iter().map(|(_, figures)| figures[i]).max().unwrap_or_default());
     let listed = VERIFIED.iter().find(|(kernel, _)| *kernel == version());
     let verified = listed.map_or(worst, |(_, figures)| *figures);
     with_lab(vec![], |lab| {
@@ -86,6 +83,6 @@ fn tables_stay_within_their_memory() {
     // Older kernels count tables that grow on demand as if they were full.
     let most = if version() >= COUNTED_MEMORY { 155 } else { 190 };
     assert!(rest <= most << 20, "{rest} bytes of tables");
-    let flows = tables[table::FLOWS4] + tables[table::FLOWS6];
-    assert!(flows <= 90 << 20, "{flows} bytes of flows");
+    let connections = tables[table::CONNECTIONS4] + tables[table::CONNECTIONS6];
+    assert!(connections <= 96 << 20, "{connections} bytes of connections");
 }

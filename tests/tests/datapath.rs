@@ -7,8 +7,9 @@ use std::{
 };
 
 use lb_common::{
-    abi::{HANDOVER_DECIDE, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS},
+    abi::{META_TC_DECIDES, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS},
     backend::VIA_TC,
+    conntrack::line::ALIAS,
     outcome::Outcome,
 };
 use lb_tests::{
@@ -111,9 +112,9 @@ fn what_is_not_ours_passes_untouched_and_named() {
         lab.passes("our port on another address", &elsewhere.bytes(), Outcome::NotOurs);
         let to_task = syn.clone().with(|p| (p.destination, p.destination_port) = (ip(V4.local), 8080));
         lab.passes("straight to a task", &to_task.bytes(), Outcome::NotOurs);
-        lab.passes("a connection of the host's", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoFlow);
-        lab.passes("SYN and ACK", &V4.packet(SYN_ACK, 40_000, 80).bytes(), Outcome::NoFlow);
-        lab.passes("a stray RST", &V6.packet(RST, 40_000, 80).bytes(), Outcome::NoFlow);
+        lab.passes("a connection of the host's", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoConnection);
+        lab.passes("SYN and ACK", &V4.packet(SYN_ACK, 40_000, 80).bytes(), Outcome::NoConnection);
+        lab.passes("a stray RST", &V6.packet(RST, 40_000, 80).bytes(), Outcome::NoConnection);
         lab.passes("no task", &V4.packet(SYN, 40_000, 85).bytes(), Outcome::NoBackend);
         lab.passes("expired", &syn.clone().with(|p| p.hops = 1).bytes(), Outcome::TtlExpired);
         lab.passes(
@@ -124,7 +125,7 @@ fn what_is_not_ours_passes_untouched_and_named() {
         let triple = syn.clone().with(|p| p.tags = vec![(0x88a8, 1), (0x8100, 2), (0x8100, 3)]);
         lab.passes("three tags", &triple.bytes(), Outcome::NotIp);
         // Nothing of this made a flow.
-        lab.passes("still no flow", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoFlow);
+        lab.passes("still no flow", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoConnection);
     });
 }
 
@@ -295,7 +296,7 @@ fn snat_ports_are_never_shared_and_run_out_with_a_name() {
 }
 
 #[test]
-fn a_snat_port_nobody_uses_goes_to_the_next_and_its_late_request_is_refused() {
+fn a_snat_port_nobody_uses_goes_to_the_next_and_its_late_request_finds_no_connection() {
     with_lab(services(), |lab| {
         lab.configure(|config| config.snat_ports = [20_000, 20_000]);
         let (first, second) =
@@ -306,30 +307,27 @@ fn a_snat_port_nobody_uses_goes_to_the_next_and_its_late_request_is_refused() {
         lab.configure(|config| config.jiffies_per_second = 0);
         eventually("the port is free", || lab.xdp(&second.bytes()).action == TX);
         lab.configure(|config| config.jiffies_per_second = 250);
-        // The first client's flow finds out as soon as it looks after its port, about every second.
+        // The first client's connection went with its port.
         let late = V4.packet(ACK, 40_000, 82);
-        eventually("a late request is refused", || {
-            lab.counting(|lab| lab.xdp(&late.bytes())).1.contains_key(&Outcome::BackendGone)
-        });
-        lab.passes("and its flow is gone", &late.bytes(), Outcome::NoFlow);
+        lab.passes("its connection is gone", &late.bytes(), Outcome::NoConnection);
         assert_eq!(lab.xdp(&second.bytes()).action, TX);
     });
 }
 
 #[test]
-fn an_entry_for_replies_that_was_evicted_is_made_anew() {
+fn a_reply_to_a_port_whose_connection_is_gone_does_not_go_by_the_host() {
     with_lab(services(), |lab| {
-        let (own, client) = ((ip(V4.listener), 2_345), (ip(V4.client), 2_345));
+        let own = (ip(V4.listener), 2_345);
         assert_eq!(lab.xdp(&V4.packet(SYN, 2_345, 82).bytes()).action, TX);
-        let back = V4.answer(ACK, (V4.snat, 8082), own);
-        assert_eq!(lab.evict_replies(), 1);
-        lab.passes("an answer to an evicted entry", &back.bytes(), Outcome::NotOurs);
-        let expected = back.forwarded((ip(V4.listener), 82), client, (NODE_MAC, CLIENT_MAC));
-        eventually("requests bring it back", || {
-            assert_eq!(lab.xdp(&V4.packet(ACK, 2_345, 82).bytes()).action, TX);
-            lab.xdp(&back.bytes()).action == TX
-        });
-        lab.becomes("an answer", &back, &expected, Outcome::Reply);
+        let back = V4.answer(SYN_ACK, (V4.snat, 8082), own);
+        assert_eq!(lab.evict(|control, _| !control.has(ALIAS)), 1);
+        let (verdict, counted) = lab.counting(|lab| lab.xdp(&back.bytes()));
+        assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::StaleAlias, 1)])));
+        // What is left of it goes too, and the port is another's.
+        assert_eq!(lab.collect().0.removed, 1);
+        lab.passes("nothing is known of it", &back.bytes(), Outcome::NotOurs);
+        assert_eq!(lab.xdp(&V4.packet(SYN, 2_345, 82).bytes()).action, TX);
+        assert_eq!(lab.xdp(&back.bytes()).action, TX);
     });
 }
 
@@ -364,7 +362,7 @@ fn what_xdp_cannot_send_is_left_to_tc_uncounted() {
     with_lab(services(), |lab| {
         let decide = |lab: &Lab, what: &str, packet: &Packet| {
             let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
-            assert_eq!((verdict.action, verdict.note), (PASS, Some(HANDOVER_DECIDE)), "{what}");
+            assert_eq!((verdict.action, verdict.note), (PASS, Some(META_TC_DECIDES)), "{what}");
             assert_eq!(verdict.frame, packet.bytes(), "{what}");
             assert_eq!(counted, BTreeMap::new(), "{what}");
         };
@@ -508,11 +506,11 @@ fn answers_to_tagged_clients_get_their_tags_from_tc() {
     with_lab(services(), |lab| {
         for (port, own) in [(81, ip(V4.client)), (82, ip(V4.listener))] {
             let request = V4.packet(SYN, 2_600, port).with(|p| p.tags = vec![(0x8100, 5)]);
-            assert_eq!(lab.xdp(&request.bytes()).note, Some(HANDOVER_DECIDE));
+            assert_eq!(lab.xdp(&request.bytes()).note, Some(META_TC_DECIDES));
             let task = if port == 81 { V4.routed } else { V4.snat };
             let answer = V4.answer(SYN_ACK, (task, 8000 + port), (own, 2_600));
             let (verdict, counted) = lab.counting(|lab| lab.xdp(&answer.bytes()));
-            assert_eq!((verdict.action, verdict.note), (PASS, Some(HANDOVER_DECIDE)));
+            assert_eq!((verdict.action, verdict.note), (PASS, Some(META_TC_DECIDES)));
             assert_eq!(counted, BTreeMap::new());
         }
     });
@@ -575,11 +573,11 @@ fn one_client_port_to_two_listeners_gets_two_tasks() {
         });
         let only = lab.delivered_to(&V4.packet(SYN, 44_001, 86));
         assert_eq!(only, "twin.1");
-        lab.passes(
-            "no task is left to tell them apart",
-            &V4.packet(SYN, 44_001, 87).bytes(),
-            Outcome::SourceCollision,
-        );
+        // Where no other task is left the task sees another port of the client.
+        let (second, counted) = lab.counting(|lab| lab.xdp(&V4.packet(SYN, 44_001, 87).bytes()));
+        assert_eq!(counted, BTreeMap::from([(Outcome::Local, 1)]));
+        assert_eq!(lab.task_of(second.note.expect("a note")), "twin.1");
+        assert!(second.port.is_some_and(|port| port != 44_001 && port >= 1_024), "{second:?}");
     });
 }
 
@@ -652,7 +650,7 @@ fn a_way_by_tc_is_left_to_tc() {
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
         assert_eq!(
             (verdict.action, verdict.note, verdict.frame),
-            (PASS, Some(HANDOVER_DECIDE), packet.bytes())
+            (PASS, Some(META_TC_DECIDES), packet.bytes())
         );
         assert_eq!(counted, BTreeMap::new());
         // The answer comes in by the uplink, and XDP can send it on.

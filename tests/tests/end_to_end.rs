@@ -70,7 +70,7 @@ fn any_node_answers_and_rotation_is_exact() {
         assert_eq!(outcome(netns, "handover_lost"), 0);
         let tasks = json(netns, &["service", "ps", "web"])["tasks"].as_array().expect("tasks").clone();
         assert_eq!(tasks.len(), 5);
-        assert!(tasks.iter().all(|task| task["flows"] == 4), "{tasks:?}");
+        assert!(tasks.iter().all(|task| task["connections"] == 4), "{tasks:?}");
     }
     drop(agents);
 }
@@ -547,7 +547,7 @@ fn mistakes_are_said_with_the_next_step() {
     says(&["service", "ps", "nothing"], 1, "there is no service nothing");
     agent.stop(Signal::SIGTERM);
     says(
-        &["attach", "--iface", "eth1", "--cluster", path, "--max-flows", "999"],
+        &["attach", "--iface", "eth1", "--cluster", path, "--max-connections", "999"],
         1,
         "--max-flows 999: the datapath that runs has 262144",
     );

@@ -111,8 +111,8 @@ fn described(tables: &Tables) -> BTreeSet<String> {
     for (key, index) in &tables.tasks {
         all.insert(format!("{key:?} is {:?}", task(index)));
     }
-    for (at, set) in &tables.replies {
-        all.insert(format!("{at:?} of {:?} answers {:?}", task(&set.backend), set.sources));
+    for (at, known) in &tables.endpoints {
+        all.insert(format!("{at:?} of {:?} answers {:?}", task(&known.backend), known.listener));
     }
     for (at, listener) in &tables.listeners {
         let slots = tables.slots_of(listener).expect("slots");

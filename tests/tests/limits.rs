@@ -122,18 +122,10 @@ fn exchanges(client: &Netns, to: SocketAddr, ports: usize, datagrams: usize) {
 }
 
 #[test]
-fn a_full_table_of_half_open_flows_is_said_once() {
-    with_echo(&["--max-half-open", "1024", "--flood-rate", "0"], |cluster, agent, to| {
+fn a_full_connection_table_is_said_once() {
+    with_echo(&["--max-connections", "1024", "--flood-rate", "0"], |cluster, agent, to| {
         let node = &cluster.nodes[0].netns;
-        said_once(node, agent, "--max-half-open", || exchanges(&cluster.client, to, 1_500, 1));
-    });
-}
-
-#[test]
-fn a_full_table_of_flows_is_said_once() {
-    with_echo(&["--max-flows", "1024", "--flood-rate", "0"], |cluster, agent, to| {
-        let node = &cluster.nodes[0].netns;
-        said_once(node, agent, "--max-flows", || exchanges(&cluster.client, to, 1_500, 2));
+        said_once(node, agent, "--max-connections", || exchanges(&cluster.client, to, 1_500, 2));
     });
 }
 

@@ -592,6 +592,6 @@ fn a_client_s_port_may_be_used_through_one_node_after_another() {
     }
     for node in &cluster.nodes {
         // What a task answers to the second connection is not taken for a late word on the first.
-        assert_eq!(outcome(&node.netns, "late_answer"), 0, "{}", node.name);
+        assert_eq!(outcome(&node.netns, "late_reply"), 0, "{}", node.name);
     }
 }

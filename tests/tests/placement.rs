@@ -1,4 +1,4 @@
-//! Consistent placement: connections go on though their entries in the tables of flows are taken away. Two nodes, real
+//! Consistent placement: connections go on though their lines in the connection tables are taken away. Two nodes, real
 //! sockets and kernels on every side.
 
 use std::{
@@ -11,16 +11,10 @@ use std::{
     time::Duration,
 };
 
-use aya::Pod;
-use lb_common::{
-    abi::table,
-    flow::{Flow, FlowKey, Spare},
-    net::{V4, V6},
-};
 use lb_tests::{
-    agent::{Agent, active_tasks, healed_flows, json, outcome},
+    agent::{Agent, active_tasks, json, outcome},
     cluster::{Cluster, Node, Reach, Task},
-    lab::table_by_flow,
+    lab::take_lines,
     netns::eventually,
 };
 
@@ -104,7 +98,6 @@ impl Connection {
 /// How the nodes reach each other's tasks.
 const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
 const DIRECT: Reach = Reach { direct: true, ..PEERS };
-const SNAT: Reach = Reach { peers: false, ..PEERS };
 
 /// Two nodes with two tasks each behind a service with consistent placement.
 fn cluster(reach: Reach) -> Cluster {
@@ -146,43 +139,12 @@ fn connect(cluster: &Cluster, each: usize) -> Vec<Connection> {
     cluster.client.enter(|| targets.map(Connection::open).collect())
 }
 
-/// Takes each entry out of a table in turn, and has `trade` look after each; how many there were.
-fn take<A: 'static, V: Pod>(name: &str, trade: &mut impl FnMut()) -> usize
-where
-    FlowKey<A>: Pod,
-{
-    let mut entries = table_by_flow::<A, V>(name);
-    let keys: Vec<FlowKey<A>> = entries.keys().flatten().collect();
-    // It may have moved to the other table meanwhile.
-    keys.iter().filter(|key| entries.remove(key).is_ok()).map(|_| trade()).count()
-}
-
-/// Takes each flow of a node in turn.
+/// Takes each line of a node away in turn, and has `trade` look after each; how many there were.
 fn take_each(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
-    let entries = [
-        node.netns.enter(|| take::<V4, Flow<V4>>(table::FLOWS4, trade)),
-        node.netns.enter(|| take::<V4, Flow<V4>>(table::HALF_OPEN4, trade)),
-        node.netns.enter(|| take::<V6, Flow<V6>>(table::FLOWS6, trade)),
-        node.netns.enter(|| take::<V6, Flow<V6>>(table::HALF_OPEN6, trade)),
-    ];
-    entries.iter().sum()
+    node.netns.enter(|| take_lines(trade))
 }
 
-/// Takes each spare of a node in turn.
-fn take_spares(node: &Node, trade: &mut (impl FnMut() + Send)) -> usize {
-    node.netns.enter(|| take::<V4, Spare<V4>>(table::SPARES4, trade))
-        + node.netns.enter(|| take::<V6, Spare<V6>>(table::SPARES6, trade))
-}
-
-/// How many a node has.
-fn spares_of(node: &Node) -> usize {
-    node.netns.enter(|| {
-        table_by_flow::<V4, Spare<V4>>(table::SPARES4).keys().count()
-            + table_by_flow::<V6, Spare<V6>>(table::SPARES6).keys().count()
-    })
-}
-
-/// Connections to tasks of all nodes, of which every entry and every spare is taken away.
+/// Connections to tasks of all nodes, of which every line is taken away.
 fn all_go_on(reach: Reach) {
     let cluster = cluster(reach);
     let _servers = servers(&cluster);
@@ -192,81 +154,31 @@ fn all_go_on(reach: Reach) {
         let tasks: BTreeSet<u8> = some.iter().map(|connection| connection.task).collect();
         assert!(tasks.len() > 1, "hashes spread: {tasks:?}");
     }
-    // Through a node to tasks of the other one.
-    let far = (0..).zip(&connections).filter(|(number, connection)| {
-        let node = number / (2 * CONNECTIONS);
-        usize::from(connection.task - 1) % 2 != node
-    });
-    let far = far.count();
     let mut trade = || connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
     trade();
     for node in &cluster.nodes {
         let taken = take_each(node, &mut trade);
         // Each connection has one at the node that its client used.
-        assert!(taken >= 2 * CONNECTIONS, "{taken} entries at {}", node.name);
+        assert!(taken >= 2 * CONNECTIONS, "{taken} lines at {}", node.name);
     }
     for _ in 0..3 {
         let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
-        assert!(taken >= 4 * CONNECTIONS, "{taken} entries, all at once");
-        trade();
-    }
-    // Where answers pass elsewhere the client's node has none, and goes by the hash alone.
-    let without = if reach == DIRECT { far } else { 0 };
-    let healed: u64 = cluster.nodes.iter().map(|node| healed_flows(&node.netns, "web")).sum();
-    assert!(healed >= 4 * (4 * CONNECTIONS - without) as u64, "{healed} entries healed");
-    // One for each direction, wherever it passes.
-    let spares: usize = cluster.nodes.iter().map(|node| take_spares(node, &mut trade)).sum();
-    assert!(spares >= 8 * CONNECTIONS - without, "{spares} spares");
-    if reach == SNAT {
-        // Its ports are nowhere else: what is busy gets its spares again.
-        eventually("spares are kept anew", || {
-            trade();
-            cluster.nodes.iter().map(spares_of).sum::<usize>() >= 2 * far
-        });
-    }
-    for _ in 0..3 {
-        cluster.nodes.iter().for_each(|node| {
-            take_each(node, &mut || ());
-        });
+        assert!(taken >= 4 * CONNECTIONS, "{taken} lines, all at once");
         trade();
     }
     for node in &cluster.nodes {
-        assert_eq!(outcome(&node.netns, "no_flow"), 0);
+        assert_eq!(outcome(&node.netns, "no_connection"), 0);
     }
 }
 
 #[test]
-fn connections_go_on_whichever_entry_is_taken_away() {
+fn connections_go_on_whichever_line_is_taken_away() {
     all_go_on(PEERS);
 }
 
 #[test]
 fn they_go_on_where_answers_go_straight_to_the_client() {
     all_go_on(DIRECT);
-}
-
-#[test]
-fn they_go_on_where_they_leave_with_an_address_of_the_node() {
-    all_go_on(SNAT);
-}
-
-#[test]
-fn connections_of_draining_tasks_go_on() {
-    for reach in [PEERS, SNAT] {
-        let cluster = cluster(reach);
-        let _servers = servers(&cluster);
-        let _agents = attach(&cluster);
-        let mut connections = connect(&cluster, CONNECTIONS);
-        offer(&cluster, "draining");
-        for node in &cluster.nodes {
-            eventually("no task is offered", || active_tasks(&node.netns, "web") == 0);
-        }
-        for _ in 0..3 {
-            let taken: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
-            assert!(taken >= 4 * CONNECTIONS, "{taken} entries");
-            connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
-        }
-    }
 }
 
 /// An address that is now this node's and now that one's, as keepalived has them.
@@ -296,28 +208,26 @@ fn connections_follow_their_address_to_another_node() {
         cluster.client.ip("neighbour flush dev eth1");
         connections.iter_mut().for_each(|connection| connection.ask(8, || ()));
     }
-    // By their hash: neither has spares of what the other had. Each keeps them then.
     for node in &cluster.nodes {
-        assert!(spares_of(node) >= 2 * CONNECTIONS, "{} spares at {}", spares_of(node), node.name);
-        assert_eq!(outcome(&node.netns, "no_flow"), 0);
+        assert_eq!(outcome(&node.netns, "no_connection"), 0);
     }
 }
 
 #[test]
-fn transfers_go_on_while_entries_are_taken_away() {
+fn transfers_go_on_while_lines_are_taken_away() {
     let cluster = cluster(PEERS);
     let _servers = servers(&cluster);
     let _agents = attach(&cluster);
     let taken = AtomicU64::new(0);
     let take_all = || {
-        let entries: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
-        taken.fetch_add(entries as u64, Ordering::Relaxed);
+        let lines: usize = cluster.nodes.iter().map(|node| take_each(node, &mut || ())).sum();
+        taken.fetch_add(lines as u64, Ordering::Relaxed);
     };
     std::thread::scope(|scope| {
         let connections = connect(&cluster, 2);
         let transfer = |mut connection: Connection| scope.spawn(move || connection.ask(4 << 20, take_all));
         connections.into_iter().map(transfer).for_each(drop);
     });
-    println!("{} entries were taken away", taken.load(Ordering::Relaxed));
+    println!("{} lines were taken away", taken.load(Ordering::Relaxed));
     assert!(taken.load(Ordering::Relaxed) > 50);
 }

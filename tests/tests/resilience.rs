@@ -179,7 +179,7 @@ fn trade_under(transport: Transport, port: u16, frames: u32, arguments: &[&str])
     assert_eq!(trade.round(u64::MAX), NONE, "after the flood");
     let status = json(&node.netns, &["status"]);
     println!("{frames} frames of {transport:?} in {took:?}, {arguments:?}: {}", status["flood_guard"]);
-    let open = json(&node.netns, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();
+    let open = json(&node.netns, &["service", "ps", "web"])["tasks"][0]["open_connections"].as_u64();
     assert!(open >= Some(CONNECTIONS as u64), "{open:?}");
     drop(trade);
     drop(agent);
@@ -298,7 +298,7 @@ fn clients_of_a_task_that_is_gone_are_told_at_once() {
                 (0..CLIENTS).map(connect).unzip()
             });
             let shown = json(node, &["service", "ps", "web"]);
-            assert_eq!(shown["tasks"][0]["open_flows"].as_u64(), Some(CLIENTS as u64), "{shown}");
+            assert_eq!(shown["tasks"][0]["open_connections"].as_u64(), Some(CLIENTS as u64), "{shown}");
             let resets = outcome(node, "reset");
             cluster.write(&cluster.file("\"80:8080\"", &[(&cluster.tasks[0], "running")]));
             eventually("the task is gone", || !text(node, &["service", "ps", "web"]).contains("dying.1"));
@@ -468,7 +468,7 @@ fn what_has_ended_is_swept_out_and_numbers_are_given_again() {
     let to: IpAddr = cluster.addresses(0)[0];
     requests(&cluster.client, to, 20);
     eventually("they are swept out", || agent.log().contains(" flows had ended"));
-    let open = || json(node, &["service", "ps", "web"])["tasks"][0]["open_flows"].as_u64();
+    let open = || json(node, &["service", "ps", "web"])["tasks"][0]["open_connections"].as_u64();
     eventually("none is left", || open() == Some(0));
     drop(agent);
 }
@@ -512,7 +512,7 @@ fn hears(mut stream: &TcpStream) -> Result<usize, ErrorKind> {
 fn open_flows(node: &Netns) -> u64 {
     let shown = json(node, &["service", "ps", "web"]);
     let tasks = shown["tasks"].as_array().expect("tasks");
-    tasks.iter().map(|task| task["open_flows"].as_u64().expect("a number")).sum()
+    tasks.iter().map(|task| task["open_connections"].as_u64().expect("a number")).sum()
 }
 
 /// A connection through each of the first node's addresses; its ends.
@@ -554,7 +554,7 @@ fn an_idle_connection_to_a_task_of_the_node_is_reset_at_both_ends_if_so_asked() 
         assert_eq!(open_flows(node), 2, "{mode}");
         are_reset(&connections, mode);
         assert_eq!(open_flows(node), 0, "{mode}");
-        assert_eq!(outcome(node, "no_flow"), 0, "nobody had anything to say to a reset");
+        assert_eq!(outcome(node, "no_connection"), 0, "nobody had anything to say to a reset");
         drop(agent);
     }
 }
@@ -583,7 +583,7 @@ fn an_idle_connection_to_another_node_is_reset_at_both_ends_if_so_asked() {
         for node in nodes {
             eventually("none is left", || open_flows(&node.netns) == 0);
             assert_eq!(
-                outcome(&node.netns, "no_flow"),
+                outcome(&node.netns, "no_connection"),
                 0,
                 "nobody had anything to say to a reset: {reach:?}"
             );

@@ -154,7 +154,7 @@ fn no_request_fails_whatever_happens() {
     assert_eq!(failed, Vec::<String>::new());
     for node in &cluster.nodes {
         let outcomes = json(&node.netns, &["stats"])["outcomes"].clone();
-        for name in ["malformed", "tunnel_malformed", "flow_table_full", "snat_ports_exhausted"] {
+        for name in ["malformed", "tunnel_malformed", "table_full", "snat_ports_exhausted"] {
             assert_eq!(
                 outcomes[name].as_u64().unwrap_or_default(),
                 0,

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
-    abi::{HANDOVER_EMIT, TC_ALONE, XDP_IS_NEW},
+    abi::{META_TC_SENDS_REPLY, TC_ALONE, XDP_IS_NEW},
     outcome::Outcome,
     tunnel::{
         DEFAULT_PORT, NAMES_TASK, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK,
@@ -261,7 +261,7 @@ fn answers_are_emitted_by_the_flow_s_hop_or_left_to_tc() {
             let stray = Packet::new(ACK, (ip(family.listener), 83), (ip(family.client), 46_001));
             let arrived = received(outer, TO_CLIENT, ("0.0.0.0", 0), inner(&stray));
             let (verdict, counted) = lab.counting(|lab| lab.xdp(&arrived.bytes()));
-            assert_eq!((verdict.action, verdict.note), (PASS, Some(HANDOVER_EMIT)));
+            assert_eq!((verdict.action, verdict.note), (PASS, Some(META_TC_SENDS_REPLY)));
             assert_eq!(counted, BTreeMap::new());
             // It is emitted only from an address of this node.
             let foreign = Packet::new(ACK, (ip(family.router), 83), (ip(family.client), 46_001));
@@ -298,7 +298,7 @@ fn only_the_task_that_has_the_flow_answers_for_its_node() {
                 arrived.version_and_flags[1] = flags;
                 arrived.bytes()
             };
-            let late = Outcome::LateAnswer;
+            let late = Outcome::LateReply;
             refused(lab, "the first task", &of((first, 8083), NAMES_TASK, SYN_ACK), late);
             refused(lab, "another port", &of((then, 8084), NAMES_TASK, SYN_ACK), late);
             let emitted = |what: &str, frame: &[u8]| {
@@ -394,36 +394,69 @@ fn a_probe_is_sent_back_to_the_peer_that_sent_it() {
     });
 }
 
+/// The port in front of which XDP's metadata for a frame has the task see its client.
+fn port_at_task(lab: &Lab, frame: &[u8]) -> u16 {
+    let (verdict, counted) = lab.counting(|lab| lab.xdp(frame));
+    assert_eq!((verdict.action, counted), (PASS, BTreeMap::from([(Outcome::Local, 1)])));
+    assert!(verdict.note.is_some());
+    verdict.port.expect("a port")
+}
+
 #[test]
-fn two_listeners_of_different_nodes_never_share_a_client_s_port_on_a_task() {
+fn one_client_port_by_several_nodes_is_several_ports_at_the_task() {
     with_both(|lab, outer| {
-        let to = |listener: &str, transport| {
-            let client = (ip(V4.client), 47_500);
-            let request = Packet::new(transport, client, (ip(listener), 84));
+        let to = |listener: &str, transport, port| {
+            let client = (ip(V4.client), port);
+            let request = Packet::new(transport, client, (ip(listener), 84)).at(1_000, 0);
             received(outer, TO_TASK, (NEAR, 8084), inner(&request)).bytes()
         };
-        assert_eq!(lab.xdp(&to("192.0.2.2", SYN)).action, PASS);
-        refused(lab, "by way of another node", &to("192.0.2.3", SYN), Outcome::TunnelCollision);
-        // Nor does this node's own listener.
-        let own = packet(V4, SYN, 47_500, 84);
-        lab.passes("by this node", &own.bytes(), Outcome::SourceCollision);
-        // The other way around.
-        assert!(lab.xdp(&packet(V4, SYN, 47_501, 84).bytes()).note.is_some());
-        let request = Packet::new(SYN, (ip(V4.client), 47_501), (ip("192.0.2.2"), 84));
-        let arrived = received(outer, TO_TASK, (NEAR, 8084), inner(&request));
-        refused(lab, "what this node serves", &arrived.bytes(), Outcome::TunnelCollision);
-        // A late end of a connection that nobody knows any more takes no port.
-        let late = |transport| {
-            let request = Packet::new(transport, (ip(V4.client), 47_502), (ip("192.0.2.2"), 84));
-            received(outer, TO_TASK, (NEAR, 8084), inner(&request)).bytes()
+        // The first keeps its port; who comes by another node, or to this one itself, gets another of the client's.
+        assert_eq!(port_at_task(lab, &to("192.0.2.2", SYN, 47_500)), 47_500);
+        let second = port_at_task(lab, &to("192.0.2.3", SYN, 47_500));
+        let own = packet(V4, SYN, 47_500, 84).at(1_000, 0);
+        let third = port_at_task(lab, &own.bytes());
+        assert!(second != 47_500 && third != 47_500 && second != third, "{second} {third}");
+        // And keeps it.
+        assert_eq!(port_at_task(lab, &to("192.0.2.3", SYN, 47_500)), second);
+        // Replies find the connection by that port, and leave for the client's own.
+        let client = (ip(V4.client), 47_500);
+        let back = |port| Packet::new(SYN_ACK, (ip(V4.local), 8084), (ip(V4.client), port)).at(7_000, 1_001);
+        let verdict = lab.task_tc(&back(third).bytes());
+        let expected = back(third).forwarded((ip(V4.listener), 84), client, (NODE_MAC, CLIENT_MAC));
+        assert_eq!((verdict.action, verdict.frame), (REDIRECT, expected.bytes()));
+        for (listener, port) in [("192.0.2.2", 47_500), ("192.0.2.3", second)] {
+            let verdict = lab.task_tc(&back(port).bytes());
+            let expected = inner(&back(port).forwarded((ip(listener), 84), client, back(port).macs));
+            assert_eq!(verdict.action, REDIRECT);
+            assert_eq!(verdict.frame[verdict.frame.len() - expected.len()..], expected, "{listener}");
+        }
+        // A client whose own port that is takes another too.
+        let taken = port_at_task(lab, &packet(V4, SYN, third, 84).at(1_000, 0).bytes());
+        assert_ne!(taken, third);
+        // What the task says of the translated port reaches the client as of its own.
+        let refused = Packet::new(ACK, (ip(V4.client), third), (ip(V4.local), 8084)).at(1_001, 7_001);
+        let error = |quoted: Packet, from: &str, to: (&str, [u8; 6], [u8; 6])| IcmpError {
+            macs: (to.1, to.2),
+            from: ip(from),
+            to: ip(to.0),
+            kind: (3, 3),
+            rest: 0,
+            hops: 64,
+            quote: inner(&quoted),
         };
-        assert_eq!(lab.xdp(&late(lb_tests::packet::RST)).action, PASS);
-        assert!(lab.xdp(&packet(V4, SYN, 47_502, 84).bytes()).note.is_some());
-        // A connection that is over makes room.
-        let end = Packet::new(lb_tests::packet::FIN, (ip(V4.client), 47_500), (ip("192.0.2.2"), 84));
-        let end = received(outer, TO_TASK, (NEAR, 8084), inner(&end.at(1_001, 0))).bytes();
-        assert_eq!(lab.xdp(&end).action, PASS);
-        assert_eq!(lab.xdp(&to("192.0.2.3", SYN)).action, PASS);
+        let said = error(refused, V4.local, (V4.client, TASK_MAC, NODE_MAC));
+        let verdict = lab.task_tc(&said.bytes());
+        assert_eq!(verdict.action, REDIRECT);
+        let quoted = Packet::new(ACK, client, (ip(V4.listener), 84)).at(1_001, 7_001);
+        let mut told = error(quoted, V4.listener, (V4.client, NODE_MAC, CLIENT_MAC));
+        told.hops = 63;
+        assert_eq!(verdict.frame[..34], told.bytes()[..34]);
+        assert_eq!(verdict.frame[42 + 20..42 + 24], told.bytes()[42 + 20..42 + 24], "the quoted ports");
+        // In TC it is the same packet as in two steps.
+        lab.configure(|config| config.flags = TC_ALONE);
+        let verdict = lab.uplink_tc(&own.bytes());
+        let expected = own.forwarded((ip(V4.client), third), (ip(V4.local), 8084), (lab_bridge(), TASK_MAC));
+        assert_eq!((verdict.action, verdict.frame), (REDIRECT, expected.bytes()));
     });
 }
 
@@ -844,6 +877,10 @@ fn later_fragments_go_where_their_first_one_went() {
                     &verdict.frame,
                     sent(outer, TO_TASK, (FAR, 8083), fragment[14..].to_vec()),
                 );
+            }
+            // Another client's: one connection has one line at a node.
+            let request = packet(family, Transport::Udp, 52_002, 83).with(|p| p.payload = vec![5; 1_000]);
+            for fragment in fragments(&request, 504) {
                 let arrived = received(outer, TO_TASK, (NEAR, 8084), fragment[14..].to_vec());
                 let verdict = lab.xdp(&arrived.bytes());
                 assert_eq!(lab.task_of(verdict.note.expect("a note")), "near.1");

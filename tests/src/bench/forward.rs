@@ -11,15 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, Map, MapData};
 use lb_bench_ebpf::program;
 use lb_common::{
-    abi::table,
-    flow::{Flow, FlowKey},
+    conntrack::{Control, FiveTuple, line},
     net::V4,
     tunnel::{DEFAULT_PORT, OPTION_CLASS, PROBE, PROBE_ANSWER, TO_CLIENT, VERSION},
 };
-use lb_userspace::datapath::PinDir;
+use lb_userspace::datapath::TableSet;
 
 use super::{
     figure::{Figure, Report, Samples, Target},
@@ -455,14 +453,14 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// Flows to a published port in the table of those that are established.
+/// Established connections to a published port.
 fn established(line: &Line, port: u16) -> usize {
-    line.node.enter(|| {
-        let pin = PinDir::of("eth1").expect("the pins").table(table::FLOWS4);
-        let map = Map::from_map_data(MapData::from_pin(pin).expect("the flow table")).expect("a table");
-        let flows: HashMap<_, FlowKey<V4>, Flow<V4>> = map.try_into().expect("flows");
-        flows.iter().flatten().filter(|(key, _)| key.destination_port.get() == port).count()
-    })
+    let lines =
+        line.node.enter(|| TableSet::of("eth1").and_then(|set| set.lines::<V4>()).expect("the lines"));
+    let to_port = |control: &Control, tuple: &FiveTuple<V4>| {
+        control.has(line::ESTABLISHED) && tuple.destination_port.get() == port
+    };
+    lines.iter().filter(|(_, control, line)| to_port(control, &line.tuple)).count()
 }
 
 /// Attaches an agent that serves all ways, and waits until it offers every task.

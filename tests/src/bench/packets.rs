@@ -103,8 +103,7 @@ fn large(report: &mut Report, rounds: usize) {
 
 fn sizes(flows: u32) -> Sizes {
     Sizes {
-        flows: Some(flows),
-        half_open: Some(65_536),
+        connections: Some(flows),
         services: Some(64),
         listeners: Some(16_384),
         backends: Some(256),
@@ -235,7 +234,7 @@ impl<'a> Bench<'a> {
                         figures.push(figure);
                     }
                     // The table has room for one path's flows.
-                    self.lab.forget_flows();
+                    self.lab.forget_connections();
                 }
             }
         }
@@ -311,7 +310,7 @@ impl<'a> Bench<'a> {
             {
                 let (mut opened, mut moved) = (vec![], vec![]);
                 for _ in 0..self.rounds.min(21) {
-                    self.lab.forget_flows();
+                    self.lab.forget_connections();
                     if entries > 0 {
                         // Some more than fit, so that it is really full.
                         self.once(syn, 0, entries + entries / 4, CLIENTS);
@@ -331,7 +330,7 @@ impl<'a> Bench<'a> {
                 let name = format!("first ACK, {}, {fill} table", family.name);
                 figures.push(Figure::new(name, "ns", &Samples::new(moved)));
             }
-            self.lab.forget_flows();
+            self.lab.forget_connections();
             self.lab.configure(|config| config.flood_rate = 1);
             // The first of them is what makes the guard take over.
             self.feeder.set(&syn.bytes, &Clients { count: CLIENTS, ..syn.clients });
@@ -349,7 +348,7 @@ impl<'a> Bench<'a> {
             figure.target = Some(Target::AtMost(220.0)).filter(|_| family.name == "IPv4");
             figures.push(figure);
             self.lab.configure(|config| config.flood_rate = 0);
-            self.lab.forget_flows();
+            self.lab.forget_connections();
         }
         figures
     }

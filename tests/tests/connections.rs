@@ -1,19 +1,17 @@
-//! What flows go through, packet by packet: states, failover, timers, eviction, a task that is gone.
+//! What connections go through, packet by packet: states, failover, timers, eviction, a task that is gone.
 
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU16, Ordering},
-    time::{Duration, Instant},
 };
 
 use lb_common::{
-    abi::{TC_ALONE, table},
-    flow::{ANSWERED, CLIENT_FIN, ESTABLISHED, Flow, REQUEST, RESET, TASK_FIN},
-    net::V4,
+    abi::{TC_ALONE, remove},
+    conntrack::line::{ALIAS, ANSWERED, CLIENT_FIN, ESTABLISHED, RESET, TASK_FIN},
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{Lab, REDIRECT, TX, ip, service, table_by_flow, task, with_lab},
+    lab::{Lab, REDIRECT, TX, ip, service, task, with_lab},
     netns::eventually,
     packet::{ACK, FIN, Flags, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
     talk::{
@@ -22,57 +20,52 @@ use lb_tests::{
 };
 use lb_userspace::cluster::{Return, TaskState, Via};
 
-const NONE: [u8; 0] = [];
-
 #[test]
-fn a_flow_is_half_open_until_its_client_goes_on() {
+fn a_connection_is_half_open_until_its_client_goes_on() {
     with_lab(services(), |lab| {
         let port = 40_001;
         let to = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
-        assert_eq!(states(lab, table::HALF_OPEN4, port), [0]);
+        assert_eq!(states(lab, port), [0]);
         // What claims to go on before there was an answer does not.
         lab.delivered_to(&segment(ACK, port, 80, 0));
-        assert_eq!(
-            (states(lab, table::HALF_OPEN4, port), states(lab, table::FLOWS4, port)),
-            (vec![0], vec![])
-        );
+        assert_eq!(states(lab, port), [0]);
         lab.task_tc(&answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, FIRST + 1).bytes());
-        assert_eq!(states(lab, table::HALF_OPEN4, port), [ANSWERED]);
+        assert_eq!(states(lab, port), [ANSWERED]);
         // A forged acknowledgment guesses the number wrong.
         lab.delivered_to(&segment(ACK, port, 80, 0).at(FIRST + 1, 12_345));
-        assert_eq!(states(lab, table::FLOWS4, port), NONE);
+        assert_eq!(states(lab, port), [ANSWERED]);
         lab.delivered_to(&segment(ACK, port, 80, 0));
-        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED]);
-        // A datagram's flow moves with the client's second, if the first was answered.
-        let ask = request(Transport::Udp, port, 53);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED]);
+        // An exchange of datagrams is established by the client's second, if the first was answered.
+        let (port, ask) = (40_101, request(Transport::Udp, 40_101, 53));
         let to = slot(&lab.delivered_to(&ask));
         lab.delivered_to(&ask);
-        assert_eq!(states(lab, table::HALF_OPEN4, port), [0]);
+        assert_eq!(states(lab, port), [0]);
         let (verdict, counted) =
             lab.counting(|lab| lab.task_tc(&answer(Transport::Udp, to, 5353, port).bytes()));
         assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+        assert_eq!(states(lab, port), [ANSWERED]);
         lab.delivered_to(&ask);
-        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
-        assert_eq!(states(lab, table::FLOWS4, port).len(), 2);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED]);
     });
 }
 
 #[test]
-fn a_snat_flow_and_its_entry_for_replies_move_and_end_together() {
+fn a_connection_by_snat_has_one_line_and_an_alias_that_goes_with_it() {
     with_lab(services(), |lab| {
         let port = 2_345;
         lab.xdp(&request(SYN, port, 82).at(FIRST, 0).bytes());
-        assert_eq!(states(lab, table::HALF_OPEN4, port), [0, 0]);
+        let aliases = |lab: &Lab| lab.lines().iter().filter(|(_, control, _)| control.has(ALIAS)).count();
+        assert_eq!((states(lab, port), aliases(lab)), (vec![0], 1));
         let taken = far_answer(SYN_ACK, "10.9.0.2", 8082, (LISTENER, port)).at(TASK_FIRST, FIRST + 1);
         assert_eq!(lab.xdp(&taken.bytes()).action, TX);
-        assert_eq!(states(lab, table::HALF_OPEN4, port), [ANSWERED, ANSWERED]);
+        assert_eq!(states(lab, port), [ANSWERED]);
         assert_eq!(lab.xdp(&segment(ACK, port, 82, 0).bytes()).action, TX);
-        assert_eq!(states(lab, table::HALF_OPEN4, port), NONE);
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED; 2]);
-        // The client's reset is known to both, so that its port is free again.
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED]);
         assert_eq!(lab.xdp(&segment(RST, port, 82, 0).bytes()).action, TX);
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | RESET; 2]);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | RESET]);
+        assert_eq!(lab.evict(|control, _| !control.has(ALIAS)), 1);
+        assert_eq!((lab.collect().0.removed, aliases(lab)), (1, 0));
     });
 }
 
@@ -86,20 +79,20 @@ fn forged_resets_and_stray_ends_close_nothing() {
             for transport in [RST, RST_ACK, FIN] {
                 // They go on to the task, whose own stack knows best.
                 lab.delivered_to(&segment(transport, port, 80, guess.wrapping_add(1)));
-                assert_eq!(states(lab, table::FLOWS4, port), open, "{transport:?} {guess} ahead");
+                assert_eq!(states(lab, port), open, "{transport:?} {guess} ahead");
             }
             let forged = answer(RST, to, 8080, port).at(TASK_FIRST.wrapping_add(2).wrapping_add(guess), 0);
             lab.task_tc(&forged.bytes());
-            assert_eq!(states(lab, table::FLOWS4, port), open, "from the task, {guess} ahead");
+            assert_eq!(states(lab, port), open, "from the task, {guess} ahead");
             // By the wire nobody speaks for a task of this node.
             lab.passes("a task's address from the wire", &forged.bytes(), Outcome::NotOurs);
         }
         // On an open flow a SYN is the task's business (RFC 5961, 4.2).
         assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(77, 0)), format!("web.{to}"));
-        assert_eq!(states(lab, table::FLOWS4, port), open);
+        assert_eq!(states(lab, port), open);
         // The right number is believed.
         lab.delivered_to(&segment(RST, port, 80, 0));
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | RESET]);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | RESET]);
         let again = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
         assert_ne!(again, to, "a SYN on a closed flow starts anew");
     });
@@ -111,9 +104,9 @@ fn both_sides_close_and_the_last_packets_still_arrive() {
         let port = 40_003;
         let to = establish(lab, port);
         lab.delivered_to(&segment(FIN, port, 80, 0));
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | CLIENT_FIN]);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | CLIENT_FIN]);
         lab.task_tc(&answer(FIN, to, 8080, port).at(TASK_FIRST + 1, FIRST + 2).bytes());
-        assert_eq!(states(lab, table::FLOWS4, port), [ANSWERED | ESTABLISHED | CLIENT_FIN | TASK_FIN]);
+        assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | CLIENT_FIN | TASK_FIN]);
         let last = segment(ACK, port, 80, 1).at(FIRST + 2, TASK_FIRST + 2);
         assert_eq!(lab.delivered_to(&last), format!("web.{to}"));
     });
@@ -144,7 +137,7 @@ fn a_syn_sent_again_goes_to_the_next_task_until_one_answers() {
         // The first one comes too late.
         let late = answer(SYN_ACK, slot(&first), 8080, port).at(TASK_FIRST, FIRST + 1);
         let (verdict, counted) = lab.counting(|lab| lab.task_tc(&late.bytes()));
-        assert_eq!((verdict.action, counted), (2, BTreeMap::from([(Outcome::LateAnswer, 1)])));
+        assert_eq!((verdict.action, counted), (2, BTreeMap::from([(Outcome::LateReply, 1)])));
         assert_eq!(lab.delivered_to(&syn), first, "and to the next at each SYN after it");
         lab.task_tc(&late.bytes());
         assert_eq!(lab.delivered_to(&syn), first, "never once there was an answer");
@@ -169,7 +162,7 @@ fn a_syn_sent_again_goes_to_another_node_if_it_can() {
             let syn = request(SYN, 40_020, 80).at(FIRST, 0).bytes();
             let taken = |outcome| {
                 assert_eq!(lab.counting(|lab| lab.xdp(&syn)).1, BTreeMap::from([(outcome, 1)]));
-                lab.flows(table::HALF_OPEN4)[0].1.backend
+                lab.lines()[0].2.backend
             };
             let first = taken(Outcome::Peer);
             assert_ne!(taken(second), first);
@@ -286,7 +279,7 @@ fn a_task_that_is_gone_is_told_to_clients_by_resets() {
 const NO_FLAGS: Flags = Flags { syn: false, ack: false, fin: false, rst: false };
 
 #[test]
-fn a_flow_silent_for_longer_than_its_timer_has_ended() {
+fn a_connection_silent_for_longer_than_its_timer_has_ended() {
     let mut services = services();
     let timers = &mut services[0].timers;
     lb_userspace::cluster::set_timer(timers, "established", 3).expect("a timer");
@@ -300,11 +293,13 @@ fn a_flow_silent_for_longer_than_its_timer_has_ended() {
         let later = segment(ACK, 40_009, 80, 0);
         eventually("the connection has ended", || {
             // Not asked about: that would be a sign of life.
-            let [(_, flow)] = lab.flows(table::FLOWS4)[..] else { panic!("one established flow") };
-            lab.jiffies().wrapping_sub(flow.seen) > 300
+            let lines = lab.lines();
+            let (_, _, line) = lines.iter().find(|(_, control, _)| control.has(ESTABLISHED)).expect("a line");
+            lab.jiffies().wrapping_sub(line.seen) > 300
         });
-        lab.passes("a late packet", &later.bytes(), Outcome::NoFlow);
-        assert_eq!(lab.flows(table::FLOWS4), []);
+        lab.passes("a late packet", &later.bytes(), Outcome::NoConnection);
+        assert_eq!(lab.collect().0.removed, 2);
+        assert_eq!(lab.lines().len(), 0);
         let before = lab.counters().outcomes.iter().map(|count| count.packets).sum::<u64>();
         lab.delivered_to(&udp);
         assert_eq!(lab.counters().outcomes.iter().map(|count| count.packets).sum::<u64>(), before + 1);
@@ -312,7 +307,7 @@ fn a_flow_silent_for_longer_than_its_timer_has_ended() {
 }
 
 #[test]
-fn where_ends_are_to_be_told_the_walk_alone_ends_an_idle_flow() {
+fn where_ends_are_to_be_told_the_controller_alone_ends_an_idle_connection() {
     let mut services = services();
     lb_userspace::cluster::set_timer(&mut services[0].timers, "established", 150).expect("a timer");
     services[0].idle = lb_userspace::cluster::Idle::Reset;
@@ -323,18 +318,18 @@ fn where_ends_are_to_be_told_the_walk_alone_ends_an_idle_flow() {
         let run_out = |lab: &Lab| {
             eventually("its timer has run out", || {
                 // Not asked about: that would be a sign of life.
-                let [(_, flow)] = lab.flows(table::FLOWS4)[..] else { panic!("one established flow") };
-                lab.jiffies().wrapping_sub(flow.seen) > 300
+                let [(_, _, line)] = lab.lines()[..] else { panic!("one connection") };
+                lab.jiffies().wrapping_sub(line.seen) > 300
             });
         };
         run_out(lab);
-        // A packet that comes before the walk brings it back to life.
+        // A packet that comes before the controller brings it back to life.
         assert_eq!(lab.delivered_to(&segment(ACK, 40_015, 80, 0)), format!("web.{to}"));
-        let (sweep, resets) = lab.sweep();
-        assert_eq!((sweep.removed, sweep.resets, resets), (0, 0, vec![]));
+        let (collection, resets) = lab.collect();
+        assert_eq!((collection.removed, collection.resets, resets), (0, 0, vec![]));
         run_out(lab);
-        let (sweep, resets) = lab.sweep();
-        assert_eq!((sweep.removed, sweep.resets, lab.flows(table::FLOWS4)), (1, 2, vec![]));
+        let (collection, resets) = lab.collect();
+        assert_eq!((collection.removed, collection.resets, lab.lines().len()), (1, 2, 0));
         let numbers: Vec<_> = resets.iter().map(|reset| (reset.sequence, reset.acknowledgment)).collect();
         assert_eq!(numbers, [(TASK_FIRST + 1, FIRST + 1), (FIRST + 1, TASK_FIRST + 1)]);
         assert_eq!((resets[0].from.port(), resets[0].to.port()), (80, 40_015));
@@ -344,20 +339,20 @@ fn where_ends_are_to_be_told_the_walk_alone_ends_an_idle_flow() {
 }
 
 #[test]
-fn an_evicted_entry_is_one_named_reason() {
+fn a_line_that_is_gone_is_one_named_reason() {
     with_lab(services(), |lab| {
         establish(lab, 40_010);
-        assert_eq!(lab.evict(table::FLOWS4, |flow| flow.role == REQUEST), 1);
-        lab.passes("its flow was evicted", &segment(ACK, 40_010, 80, 0).bytes(), Outcome::NoFlow);
+        assert_eq!(lab.evict(|_, _| true), 1);
+        lab.passes("its line is gone", &segment(ACK, 40_010, 80, 0).bytes(), Outcome::NoConnection);
         // One that is not established is opened by the SYN that its client sends again.
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
-        assert_eq!(lab.evict(table::HALF_OPEN4, |_| true), 1);
+        assert_eq!(lab.evict(|_, _| true), 1);
         lab.delivered_to(&request(SYN, 40_011, 80).at(FIRST, 0));
     });
 }
 
 #[test]
-fn what_two_cpus_take_at_once_finds_its_flow_on_its_way_to_the_established_ones() {
+fn what_two_cpus_take_at_once_finds_its_connection() {
     const PORTS: std::ops::Range<u16> = 10_000..30_000;
     with_lab(services(), |lab| {
         let (taken, done) = (AtomicU16::new(0), AtomicU16::new(0));
@@ -388,8 +383,11 @@ fn what_two_cpus_take_at_once_finds_its_flow_on_its_way_to_the_established_ones(
                 }
             });
         });
-        let flows = PORTS.len() as u64;
-        assert_eq!(counted, BTreeMap::from([(Outcome::Local, 3 * flows), (Outcome::Reply, flows)]));
+        let connections = PORTS.len() as u64;
+        assert_eq!(
+            counted,
+            BTreeMap::from([(Outcome::Local, 3 * connections), (Outcome::Reply, connections)])
+        );
     });
 }
 
@@ -421,36 +419,22 @@ fn draining_goes_on_and_zero_and_back_is_served_again() {
 }
 
 #[test]
-fn the_walk_takes_out_nothing_that_comes_to_life_meanwhile() {
+fn nothing_is_removed_that_was_seen_since_it_was_found_to_have_ended() {
     with_lab(services(), |lab| {
         let port = 40_030;
         establish(lab, port);
-        let (key, flow) = lab.flows(table::FLOWS4)[0];
-        let hours = 3 * 3_600 * lab.datapath().config().jiffies_per_second;
-        let ended = Flow { seen: lab.jiffies().wrapping_sub(hours), ..flow };
-        // As the datapath does when the client's port is used again, at any moment of the walk.
-        let mut flows = table_by_flow::<V4, Flow<V4>>(table::FLOWS4);
-        let mut renew = move |pause: u32| {
-            flows.insert(key, ended, 0).expect("an entry");
-            (0..pause).for_each(|_| std::hint::spin_loop());
-            flows.insert(key, flow, 0).expect("an entry");
-            // For a moment it may be in the walk's hands.
-            let deadline = Instant::now() + Duration::from_secs(1);
-            while flows.get(&key, 0).is_err() {
-                assert!(Instant::now() < deadline, "a flow that lives was taken out");
-            }
-        };
-        let (mut walks, mut removed) = (0, 0);
-        std::thread::scope(|scope| {
-            let renewals = scope.spawn(move || (0..60_000).for_each(|round| renew(round % 600)));
-            while !renewals.is_finished() {
-                removed += lab.sweep().0.removed;
-                walks += 1;
-            }
-            renewals.join().expect("it stayed");
-        });
-        println!("{walks} walks took {removed} ended flows out");
-        assert!(removed > 10, "{removed}");
-        assert_eq!(lab.flows(table::FLOWS4).len(), 1);
+        let (slot, control, line) = lab.lines()[0];
+        let found = |seen| (slot, control.0, seen, remove::CONNECTION4);
+        eventually("the clock goes on", || lab.jiffies() != line.seen);
+        // Its client's port is used again between the look and the removal.
+        lab.delivered_to(&segment(ACK, port, 80, 0));
+        assert_eq!(lab.try_remove(&[found(line.seen)]), [false]);
+        let (_, _, line) = lab.lines()[0];
+        // Nor is what was given to another meanwhile: its control word is another.
+        assert_eq!(lab.try_remove(&[(slot, control.0 ^ 1 << 40, line.seen, remove::CONNECTION4)]), [false]);
+        lab.delivered_to(&segment(ACK, port, 80, 0));
+        let (_, control, line) = lab.lines()[0];
+        assert_eq!(lab.try_remove(&[(slot, control.0, line.seen, remove::CONNECTION4)]), [true]);
+        assert_eq!(lab.lines().len(), 0);
     });
 }

@@ -1,4 +1,4 @@
-//! The short way through the datapath and the stages come to the same: the same packets, in the same state, by both.
+//! The fast path and the stages come to the same: the same packets, in the same state, by both.
 
 use lb_common::{
     abi::{PARTIAL_CHECKSUMS, STAGES_ONLY, XDP_REDIRECTS, XDP_TRANSMITS},
@@ -6,12 +6,12 @@ use lb_common::{
     tunnel::{DEFAULT_PORT, OPTION_CLASS, TO_CLIENT, VERSION},
 };
 use lb_tests::{
-    lab::{FlowState, HOP_MAC, Lab, Verdict, ip, service, task, with_lab},
+    lab::{ConnectionState, HOP_MAC, Lab, Verdict, ip, service, task, with_lab_of},
     packet::{ACK, Checksum, FIN, NODE_MAC, Packet, RST, SYN, SYN_ACK, Transport, Tunnelled},
 };
 use lb_userspace::{
     cluster::{Service, TaskState, Via},
-    datapath::Counters,
+    datapath::{Counters, Sizes},
 };
 
 /// How many packets; each goes both ways.
@@ -129,13 +129,13 @@ fn frame(random: &mut Random) -> (String, Vec<u8>) {
 struct End {
     verdict: Verdict,
     counters: Counters,
-    flows: FlowState,
+    connections: ConnectionState,
 }
 
 fn end(lab: &mut Lab, flags: u32, frame: &[u8]) -> End {
     lab.configure(|config| config.flags = flags);
     let verdict = lab.xdp(frame);
-    End { verdict, counters: lab.counters(), flows: lab.flow_state() }
+    End { verdict, counters: lab.counters(), connections: lab.connection_state() }
 }
 
 /// The increase alone.
@@ -145,7 +145,7 @@ fn since(mut end: End, before: &Counters) -> End {
     }
     for (number, stats) in &mut end.counters.backends {
         let before = &before.backends[number];
-        stats.flows -= before.flows;
+        stats.connections -= before.connections;
         stats.failovers -= before.failovers;
         stats.request_packets -= before.request_packets;
         stats.request_bytes -= before.request_bytes;
@@ -154,28 +154,36 @@ fn since(mut end: End, before: &Counters) -> End {
     }
     for (number, stats) in &mut end.counters.services {
         let before = &before.services[number];
-        stats.flows -= before.flows;
+        stats.connections -= before.connections;
         stats.refused -= before.refused;
     }
     end
 }
 
-/// Where a packet ends by the stages, and by the short way from the same state.
+/// Where a packet ends by the stages, and by the fast path from the same state.
 fn both(lab: &mut Lab, flags: u32, frame: &[u8]) -> (End, End) {
-    let (flows, before) = (lab.flow_state(), lab.counters());
+    let (connections, before) = (lab.connection_state(), lab.counters());
     let staged = since(end(lab, flags | STAGES_ONLY, frame), &before);
-    lab.set_flow_state(&flows);
+    lab.set_connection_state(&connections);
     let before = lab.counters();
     let short = since(end(lab, flags, frame), &before);
     (staged, short)
 }
 
 #[test]
-fn the_short_way_and_the_stages_come_to_the_same() {
-    let seed = std::env::var("LB_EXPRESS_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0x5eed);
-    println!("LB_EXPRESS_SEED={seed}");
+fn the_fast_path_and_the_stages_come_to_the_same() {
+    let seed = std::env::var("LB_FAST_PATH_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0x5eed);
+    println!("LB_FAST_PATH_SEED={seed}");
     let mut random = Random(seed);
-    with_lab(services(), |lab| {
+    let sizes = Sizes {
+        connections: Some(128),
+        services: Some(64),
+        listeners: Some(256),
+        backends: Some(256),
+        slots: Some(8_192),
+        ..Sizes::default()
+    };
+    with_lab_of(sizes, services(), |lab| {
         let mut sent = 0;
         for number in 0..PACKETS {
             // The surroundings change now and then: the state of tasks, the ways to them, what XDP may do.
@@ -195,18 +203,23 @@ fn the_short_way_and_the_stages_come_to_the_same() {
                 0,
             ]);
             let (what, frame) = frame(&mut random);
-            let flows = lab.flow_state();
+            let connections = lab.connection_state();
             let (mut staged, mut short) = both(lab, flags, &frame);
             // A moment at which something falls due may lie between the two; not again and again.
             for _ in 0..3 {
                 if short == staged {
                     break;
                 }
-                lab.set_flow_state(&flows);
+                lab.set_connection_state(&connections);
                 (staged, short) = both(lab, flags, &frame);
             }
             let by_snat = |number: u32| lab.task_of(number).starts_with("snat");
-            if staged.counters.backends.iter().any(|(number, stats)| stats.flows > 0 && by_snat(*number)) {
+            if staged
+                .counters
+                .backends
+                .iter()
+                .any(|(number, stats)| stats.connections > 0 && by_snat(*number))
+            {
                 // A new flow by snat: where the client's port is taken, another is drawn by lot.
                 continue;
             }
