@@ -320,6 +320,11 @@ pub mod size {
         if sets < 3 { 3 } else { sets }
     }
 
+    /// Connections that a table of so many sets is made for.
+    pub const fn connections(sets: u32) -> u32 {
+        sets.saturating_mul(crate::conntrack::line::WAYS / 2)
+    }
+
     /// Listeners of each family.
     pub const LISTENERS: usize = 16_384;
     /// Services.

@@ -69,7 +69,7 @@ pub enum Return {
     Direct,
 }
 
-/// How the task of a new flow is chosen.
+/// How the task of a new connection is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum Placement {
@@ -77,11 +77,11 @@ pub enum Placement {
     #[default]
     RoundRobin,
     /// By a hash of addresses and ports that changes little when tasks come and go: a connection whose entry in the table
-    /// of flows is lost goes on with its task.
+    /// of connections is lost goes on with its task.
     Consistent,
 }
 
-/// What becomes of an established TCP flow whose timer has run out.
+/// What becomes of an established TCP connection whose timer has run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Idle {
@@ -133,7 +133,7 @@ pub struct Service {
     pub tasks: Vec<Task>,
     /// How answers travel; `None` is the cluster's way.
     pub returns: Option<Return>,
-    /// How new flows find their tasks.
+    /// How new connections find their tasks.
     #[serde(default)]
     pub placement: Placement,
     /// Published ports that are shown but left to Swarm, as users read them.
@@ -141,10 +141,10 @@ pub struct Service {
     /// What is wrong with how the service is described, as users read it: a label that nobody knows, a value that is none.
     #[serde(default)]
     pub problem: String,
-    /// After which silence its flows have ended.
+    /// After which silence its connections have ended.
     #[serde(default, with = "seconds")]
     pub timers: Timers,
-    /// What becomes of its established TCP flows that have ended so.
+    /// What becomes of its established TCP connections that have ended so.
     #[serde(default)]
     pub idle: Idle,
 }
@@ -268,16 +268,16 @@ impl fmt::Display for Port {
     }
 }
 
-/// What a task is doing, as far as new flows are concerned.
+/// What a task is doing, as far as new connections are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum TaskState {
-    /// Not ready: no flows.
+    /// Not ready: no connections.
     Starting,
-    /// Ready: new flows.
+    /// Ready: new connections.
     #[default]
     Running,
-    /// Going away: keeps its flows, takes no new ones.
+    /// Going away: keeps its connections, takes no new ones.
     Draining,
 }
 
@@ -318,7 +318,7 @@ pub struct Task {
     pub overlay: Option<IpAddr>,
     /// What it is doing.
     pub state: TaskState,
-    /// Share of new flows, relative to the service's other tasks.
+    /// Share of new connections, relative to the service's other tasks.
     pub weight: u16,
     /// How it is reached from another node.
     pub via: Via,

@@ -50,13 +50,11 @@ pub struct Service {
     /// Published ports that are left to Swarm.
     pub left_to_swarm: Option<String>,
     /// New connections given to a task.
-    pub flows: u64,
+    pub connections: u64,
     /// New connections that no task could be given: passed to the host.
-    pub unserved_flows: u64,
+    pub refused_connections: u64,
     /// New connections that a task did not take, given to another.
     pub failovers: u64,
-    /// Entries of connections that were lost and made again.
-    pub healed_flows: u64,
     /// What is wrong.
     pub problem: Option<String>,
 }
@@ -79,10 +77,10 @@ pub struct Task {
     /// Whether it takes new connections on all its ports.
     pub active: bool,
     /// New connections.
-    pub flows: u64,
+    pub connections: u64,
     /// Connections that are open; counted only where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub open_flows: Option<u64>,
+    pub open_connections: Option<u64>,
     /// New connections that it did not take.
     pub failovers: u64,
     /// Packets sent to it.
@@ -254,15 +252,14 @@ impl Inventory {
                     tasks: label.tasks,
                     ports,
                     left_to_swarm: label.left.clone(),
-                    flows: stats.flows,
-                    unserved_flows: stats.refused,
+                    connections: stats.connections,
+                    refused_connections: stats.refused,
                     failovers: tasks
                         .values()
                         .flatten()
                         .filter_map(counted)
                         .map(|stats| stats.failovers)
                         .sum(),
-                    healed_flows: stats.healed,
                     problem: Some(problems.join("; ")).filter(|text| !text.is_empty()),
                 }
             })
@@ -328,8 +325,8 @@ impl Inventory {
                 .map_or("-", via),
             addresses: addresses.into_iter().collect(),
             active: backends.iter().all(|(_, entry)| entry.backend.state == State::Active as u8),
-            flows: stats.flows,
-            open_flows: open
+            connections: stats.connections,
+            open_connections: open
                 .map(|open| backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>()),
             failovers: stats.failovers,
             request_packets: stats.request_packets,

@@ -87,8 +87,8 @@ pub fn setting_of(table: &str) -> &'static str {
         | table::BACKEND_STATS
         | table::TASKS
         | table::LABELS
-        | table::REPLIES4
-        | table::REPLIES6 => "--max-backends",
+        | table::TASK_ENDPOINTS4
+        | table::TASK_ENDPOINTS6 => "--max-backends",
         table::SERVICE_STATS | table::TIMERS => "--max-services",
         table::PEERS | table::PEER_PATHS | table::PEER_NUMBERS => "--max-nodes",
         other => setting(other).1,

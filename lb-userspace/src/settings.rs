@@ -211,12 +211,12 @@ mod tests {
     #[test]
     fn the_file_says_what_the_command_line_leaves_out() {
         let file =
-            "iface = [\"eth1\", \"eth2\"]\npeer-timeout = \"2s\"\nlog-flows = true\nmax-flows = 1000\n";
+            "iface = [\"eth1\", \"eth2\"]\npeer-timeout = \"2s\"\nlog-flows = true\nmax-connections = 1000\n";
         let read = attach(&["--peer-timeout", "5s"], file).unwrap();
         assert_eq!(read.iface, ["eth1", "eth2"]);
         assert_eq!(read.peer_timeout.as_secs(), 5);
         assert!(read.log_flows);
-        assert_eq!(read.max_flows, Some(1000));
+        assert_eq!(read.max_connections, Some(1000));
         // One that is given is the only one.
         assert_eq!(attach(&["--iface", "eth9"], file).unwrap().iface, ["eth9"]);
         assert_eq!(attach(&[], "iface = \"eth1\"\n").unwrap().iface, ["eth1"]);

@@ -30,7 +30,7 @@ pub fn order(weights: &[u16]) -> Vec<usize> {
 }
 
 /// Numbers of slots for consistent placement, primes. The share of a task is right to a hundredth as long as there are a
-/// hundred slots for each; from one number to the other nearly all flows would be placed anew.
+/// hundred slots for each; from one number to the other nearly all connections would be placed anew.
 const TABLES: [usize; 2] = [1_021, 16_381];
 const SLOTS_OF_A_TASK: usize = 100;
 

@@ -547,9 +547,9 @@ fn mistakes_are_said_with_the_next_step() {
     says(&["service", "ps", "nothing"], 1, "there is no service nothing");
     agent.stop(Signal::SIGTERM);
     says(
-        &["attach", "--iface", "eth1", "--cluster", path, "--max-connections", "999"],
+        &["attach", "--iface", "eth1", "--cluster", path, "--max-connections", "1000"],
         1,
-        "--max-flows 999: the datapath that runs has 262144",
+        "--max-connections 1000: the datapath that runs has 262144",
     );
     assert!(verb(node, &["detach", "--iface", "eth1"]).status.success());
     // Without its capabilities the agent says which it needs.

@@ -554,7 +554,7 @@ fn a_change_of_the_mode_that_is_killed_at_any_step_is_taken_up() {
 #[test]
 fn what_is_to_be_replaced_runs_on_if_the_new_one_cannot_be_loaded() {
     let cluster = one_task();
-    let arguments = ["--mode", "native", "--replace-state", "--max-half-open", "2048"];
+    let arguments = ["--mode", "native", "--replace-state", "--max-connections", "2048"];
     let mut walk =
         Walk { cluster: &cluster, fault: Fault::of(&cluster), lacks: "", arguments: &arguments[..2] };
     let node = walk.node();

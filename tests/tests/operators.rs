@@ -209,7 +209,7 @@ fn a_task_that_refuses_is_named_everywhere_and_so_is_its_recovery() {
     let service = json(node, &["service", "ls"])["services"][0].clone();
     assert!(service["problem"].as_str().is_some_and(|p| p.contains("1 of 4 tasks refuse")), "{service}");
     assert!(service["failovers"].as_u64() > Some(0), "{service}");
-    assert_eq!(service["unserved_flows"], 0);
+    assert_eq!(service["refused_connections"], 0);
     let metrics = get(node, "/metrics").1;
     assert!(
         sample(&metrics, "lb_task_failovers_total{interface=\"eth1\",service=\"web\",task=\"web.4\"") > 0.0
@@ -372,13 +372,13 @@ fn metrics_are_well_formed_and_a_real_prometheus_takes_them() {
     requests(&cluster.client, cluster.nodes[0].v4().into(), 6);
     let (head, metrics) = get(node, "/metrics");
     assert!(head.contains("application/openmetrics-text"), "{head}");
-    assert_eq!(sample(&metrics, "lb_flows_total{interface=\"eth1\",service=\"web\"}"), 6.0);
+    assert_eq!(sample(&metrics, "lb_connections_total{interface=\"eth1\",service=\"web\"}"), 6.0);
     assert_eq!(sample(&metrics, "lb_serving{interface=\"eth1\"}"), 1.0);
     assert!(metrics.ends_with("# EOF\n"));
     let (head, over_unix) = http(UnixStream::connect(&socket).expect("the socket"), "/metrics", "localhost");
     assert!(head.starts_with("HTTP/1.1 200") && over_unix.contains("lb_build_info{"), "{head}");
     assert!(
-        text(node, &["metrics", "--once"]).contains("lb_flows_total{interface=\"eth1\",service=\"web\"} 6")
+        text(node, &["metrics", "--once"]).contains("lb_connections_total{interface=\"eth1\",service=\"web\"} 6")
     );
     assert_eq!(get(node, "/-/healthy").1, "healthy\n");
     assert_eq!(get(node, "/-/ready").1, "ready\n");
@@ -419,7 +419,7 @@ fn metrics_are_well_formed_and_a_real_prometheus_takes_them() {
     };
     let value = |query: &str| ask(query)["data"]["result"][0]["value"][1].as_str().map(str::to_owned);
     within(Duration::from_secs(60), "Prometheus has scraped", || {
-        value("lb_flows_total").as_deref() == Some("6")
+        value("lb_connections_total").as_deref() == Some("6")
     });
     assert_eq!(value("up").as_deref(), Some("1"));
     assert!(value("sum(lb_change_delay_seconds_count)").is_some());

@@ -201,13 +201,13 @@ fn a_thousand_connections_survive_a_flood_of_syns_with_the_guard() {
 
 #[test]
 fn a_thousand_connections_survive_a_flood_of_syns_in_small_tables_without_the_guard() {
-    let status = trade_under(SYN, 80, 1_000_000, &["--flood-rate", "0", "--max-half-open", "4096"]);
+    let status = trade_under(SYN, 80, 1_000_000, &["--flood-rate", "0", "--max-connections", "4096"]);
     assert_eq!(status["flood_guard"], "off");
 }
 
 #[test]
 fn a_thousand_connections_survive_a_flood_of_datagrams() {
-    let arguments = ["--flood-rate", "1000", "--max-half-open", "4096"];
+    let arguments = ["--flood-rate", "1000", "--max-connections", "4096"];
     assert!(switches(&trade_under(Transport::Udp, 53, 1_000_000, &arguments)) > 0);
 }
 
@@ -438,18 +438,18 @@ fn pins_that_do_not_fit_are_replaced_when_asked_for() {
     let path = cluster.write_all_running();
     let path = path.to_str().expect("a plain path");
     let node = &cluster.nodes[0].netns;
-    let arguments = ["--max-half-open", "2048"];
+    let arguments = ["--max-connections", "2048"];
     attach(&cluster, &[]).stop(Signal::SIGTERM);
     let refused = verb(node, &[&["attach", "--iface", "eth1", "--cluster", path], &arguments[..]].concat());
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1));
-    let expected = "--max-half-open 2048: the datapath that runs has 65536 (entries of HALF_OPEN4)";
+    let expected = "--max-connections 2048: the datapath that runs has 262144 (connections of CONNECTIONS4)";
     assert!(said.contains(expected), "{said}");
     assert!(said.contains("--replace-state"), "{said}");
     // Refusing changed nothing.
     assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
     let agent = attach(&cluster, &[&arguments[..], &["--replace-state"]].concat());
-    assert_eq!(json(node, &["status"])["half_open_room"], 2_048);
+    assert_eq!(json(node, &["status"])["connection_room"], 4_096);
     assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
     drop(agent);
 }
@@ -467,7 +467,7 @@ fn what_has_ended_is_swept_out_and_numbers_are_given_again() {
     let agent = attach(&cluster, &[]);
     let to: IpAddr = cluster.addresses(0)[0];
     requests(&cluster.client, to, 20);
-    eventually("they are swept out", || agent.log().contains(" flows had ended"));
+    eventually("they are swept out", || agent.log().contains(" connections had ended"));
     let open = || json(node, &["service", "ps", "web"])["tasks"][0]["open_connections"].as_u64();
     eventually("none is left", || open() == Some(0));
     drop(agent);
@@ -509,7 +509,7 @@ fn hears(mut stream: &TcpStream) -> Result<usize, ErrorKind> {
 }
 
 /// Open flows of all tasks.
-fn open_flows(node: &Netns) -> u64 {
+fn open_connections(node: &Netns) -> u64 {
     let shown = json(node, &["service", "ps", "web"]);
     let tasks = shown["tasks"].as_array().expect("tasks");
     tasks.iter().map(|task| task["open_connections"].as_u64().expect("a number")).sum()
@@ -532,8 +532,8 @@ fn are_reset(connections: &[[TcpStream; 2]; 2], what: &str) {
 fn are_forgotten_in_silence(cluster: &Cluster) {
     let connections = talk_by_each_family(cluster, &listen(cluster));
     let node = &cluster.nodes[0].netns;
-    assert_eq!(open_flows(node), 2);
-    eventually("they are forgotten", || open_flows(node) == 0);
+    assert_eq!(open_connections(node), 2);
+    eventually("they are forgotten", || open_connections(node) == 0);
     for end in connections.iter().flatten() {
         end.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
         assert_eq!(hears(end), Err(ErrorKind::WouldBlock), "{end:?}");
@@ -551,9 +551,9 @@ fn an_idle_connection_to_a_task_of_the_node_is_reset_at_both_ends_if_so_asked() 
     for mode in ["native", "tc"] {
         let agent = attach(&cluster, &["--mode", mode]);
         let connections = talk_by_each_family(&cluster, &listener);
-        assert_eq!(open_flows(node), 2, "{mode}");
+        assert_eq!(open_connections(node), 2, "{mode}");
         are_reset(&connections, mode);
-        assert_eq!(open_flows(node), 0, "{mode}");
+        assert_eq!(open_connections(node), 0, "{mode}");
         assert_eq!(outcome(node, "no_connection"), 0, "nobody had anything to say to a reset");
         drop(agent);
     }
@@ -581,7 +581,7 @@ fn an_idle_connection_to_another_node_is_reset_at_both_ends_if_so_asked() {
         }
         are_reset(&talk_by_each_family(&cluster, &listen(&cluster)), &format!("{reach:?}"));
         for node in nodes {
-            eventually("none is left", || open_flows(&node.netns) == 0);
+            eventually("none is left", || open_connections(&node.netns) == 0);
             assert_eq!(
                 outcome(&node.netns, "no_connection"),
                 0,

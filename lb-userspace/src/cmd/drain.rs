@@ -122,7 +122,7 @@ async fn wait(what: Drained, names: &[String], read: &Read, limit: Option<Durati
     loop {
         let (mut open, mut offered) = (0, false);
         for (inventory, set) in inventories(read)? {
-            let counts = set.open_flows(&inventory.tables)?;
+            let counts = set.open_connections(&inventory.tables)?;
             // A node may have been named by its identifier.
             let nodes = inventory.nodes().into_iter();
             let nodes = nodes.filter(|node| names.contains(&node.name) || names.contains(&node.id));
@@ -132,7 +132,7 @@ async fn wait(what: Drained, names: &[String], read: &Read, limit: Option<Durati
                 Drained::Node => nodes.contains(&task.node),
             });
             for task in its {
-                open += task.open_flows.unwrap_or_default();
+                open += task.open_connections.unwrap_or_default();
                 offered |= task.active;
             }
         }

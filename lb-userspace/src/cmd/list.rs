@@ -122,7 +122,7 @@ pub fn text(row: &Value, field: &str) -> String {
     }
 }
 
-/// Docker's field names and ours: `.OpenFlows`, `open_flows`.
+/// Docker's field names and ours: `.OpenConnections`, `open_connections`.
 fn plain(name: &str) -> String {
     name.trim().trim_start_matches('.').replace(['_', '-'], "").to_lowercase()
 }
@@ -219,8 +219,8 @@ mod tests {
 
     fn rows() -> Vec<Value> {
         vec![
-            json!({ "name": "web.1", "node": "node1", "open_flows": 3, "problem": null }),
-            json!({ "name": "web.2", "node": "node2", "open_flows": 0, "problem": "silent" }),
+            json!({ "name": "web.1", "node": "node1", "open_connections": 3, "problem": null }),
+            json!({ "name": "web.2", "node": "node2", "open_connections": 0, "problem": "silent" }),
         ]
     }
 
@@ -238,16 +238,16 @@ mod tests {
         assert_eq!(names(&["node!=node1"]), ["web.2"]);
         assert_eq!(names(&["node=node"]), [""; 0]);
         assert_eq!(names(&["problem"]), ["web.2"]);
-        assert_eq!(names(&["OpenFlows"]), ["web.1"]);
+        assert_eq!(names(&["OpenConnections"]), ["web.1"]);
         assert_eq!(names(&["node=node1", "problem"]), [""; 0]);
         let error = filter(rows(), &["nod=x".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "there is no field \"nod\"; those there are: name, node, open_flows, problem");
+        assert_eq!(error, "there is no field \"nod\"; those there are: name, node, open_connections, problem");
     }
 
     #[test]
     fn templates_are_filled_in() {
         let row = &rows()[0];
-        assert_eq!(fill("{{.Name}}\\t{{ .OpenFlows }}!", row).unwrap(), "web.1\t3!");
+        assert_eq!(fill("{{.Name}}\\t{{ .OpenConnections }}!", row).unwrap(), "web.1\t3!");
         assert_eq!(fill("{{json .}}", row).unwrap(), row.to_string());
         assert!(fill("{{.Nam}}", row).unwrap_err().to_string().contains("no field \".Nam\""));
         assert!(fill("{{.Name", row).unwrap_err().to_string().contains("without its"));

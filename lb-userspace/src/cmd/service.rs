@@ -35,7 +35,7 @@ pub async fn run(command: &ServiceCommand) -> Result<()> {
             else {
                 return Ok(Found::Others(services.into_iter().map(|service| service.name).collect()));
             };
-            let open = set.open_flows(&inventory.tables)?;
+            let open = set.open_connections(&inventory.tables)?;
             let tasks = inventory.tasks(|service| service == index, Some(&open));
             let mut document = serde_json::to_value(service)?;
             document["number"] = json!(index);
@@ -54,7 +54,7 @@ fn ps(name: &str, arguments: &ListArgs) -> Result<Vec<Rows>> {
             known.extend(inventory.services().into_iter().map(|service| service.name));
             continue;
         };
-        let open = set.open_flows(&inventory.tables)?;
+        let open = set.open_connections(&inventory.tables)?;
         let tasks = inventory.tasks(|service| service == index, Some(&open));
         rows.push(Rows::of(&inventory.interface, &tasks)?);
     }
@@ -76,10 +76,9 @@ const SERVICES: &[Column] = &[
         }
     }),
     Column("PORTS", |row| text(row, "ports")),
-    Column("FLOWS", |row| text(row, "flows")),
-    Column("UNSERVED", |row| text(row, "unserved_flows")),
+    Column("CONNECTIONS", |row| text(row, "connections")),
+    Column("REFUSED", |row| text(row, "refused_connections")),
     Column("FAILOVERS", |row| text(row, "failovers")),
-    Column("HEALED", |row| text(row, "healed_flows")),
     Column("PROBLEM", |row| text(row, "problem")),
 ];
 
@@ -89,8 +88,8 @@ pub(super) const TASKS: &[Column] = &[
     Column("STATE", |row| text(row, "state")),
     Column("VIA", |row| text(row, "via")),
     Column("ADDRESS", |row| text(row, "addresses")),
-    Column("FLOWS", |row| text(row, "flows")),
-    Column("OPEN", |row| text(row, "open_flows")),
+    Column("CONNECTIONS", |row| text(row, "connections")),
+    Column("OPEN", |row| text(row, "open_connections")),
     Column("FAILOVERS", |row| text(row, "failovers")),
     Column("PROBLEM", |row| text(row, "problem")),
 ];

@@ -96,7 +96,7 @@ fn gathered() -> Result<Vec<Value>> {
     let one = |(inventory, set): (crate::inventory::Inventory, datapath::TableSet)| {
         let around = Surroundings::read(&inventory.interface, &set)?;
         let mut document = status::describe(&inventory, &around, &set)?;
-        let open = set.open_flows(&inventory.tables)?;
+        let open = set.open_connections(&inventory.tables)?;
         document["health"] = json!(assess(&inventory, &around));
         document["service_list"] = json!(inventory.services());
         document["tasks"] = json!(inventory.tasks(|_| true, Some(&open)));

@@ -15,7 +15,7 @@ pub async fn run(command: &TaskCommand) -> Result<()> {
         TaskCommand::Ls(arguments) => {
             list::show(arguments, ("tasks", Value::Null), service::TASKS, || {
                 let read = inventories(&arguments.read)?.into_iter().map(|(inventory, set)| {
-                    let open = set.open_flows(&inventory.tables)?;
+                    let open = set.open_connections(&inventory.tables)?;
                     Rows::of(&inventory.interface, &inventory.tasks(|_| true, Some(&open)))
                 });
                 read.collect()
@@ -29,7 +29,7 @@ pub async fn run(command: &TaskCommand) -> Result<()> {
             let Some(at) = tasks.iter().position(|task| task.name == *name) else {
                 return Ok(Found::Others(tasks.into_iter().map(|task| task.name).collect()));
             };
-            let open = set.open_flows(&inventory.tables)?;
+            let open = set.open_connections(&inventory.tables)?;
             let mut task = tasks.swap_remove(at);
             let its = inventory.tables.backends.iter().filter(|(_, entry)| entry.label.task == *name);
             let mut total = 0;
@@ -42,11 +42,11 @@ pub async fn run(command: &TaskCommand) -> Result<()> {
                         "backend": number, "generation": entry.backend.generation,
                         "address": entry.label.address, "target": entry.label.target,
                         "protocol": entry.label.protocol, "overlay": entry.label.overlay,
-                        "flows": stats.flows, "open_flows": open, "failovers": stats.failovers,
+                        "connections": stats.connections, "open_connections": open, "failovers": stats.failovers,
                     })
                 })
                 .collect();
-            task.open_flows = Some(total);
+            task.open_connections = Some(total);
             let mut document = serde_json::to_value(&task)?;
             document["ports"] = json!(ports);
             Ok(Found::It(document))

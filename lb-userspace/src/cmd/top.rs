@@ -20,7 +20,7 @@ pub fn run(interface: Option<&str>) -> Result<()> {
     let read = Read { iface: interface.map(str::to_owned), output: Output::Table };
     top::run(|| {
         let (inventory, set) = inventories(&read)?.into_iter().next().context("nothing is attached")?;
-        let open = set.open_flows(&inventory.tables)?;
+        let open = set.open_connections(&inventory.tables)?;
         let around = Surroundings::read(&inventory.interface, &set)?;
         let health = assess(&inventory, &around);
         let mode = Mode::try_from(around.config.mode).map_or("not attached yet", Mode::name);

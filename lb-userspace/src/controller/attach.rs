@@ -81,7 +81,7 @@ impl Controller {
             Mode::Generic => XDP_GENERIC,
             Mode::Tc => TC_ALONE,
         };
-        // Until XDP is there, and its features are known, TC does all of it: no packet of a flow that runs finds
+        // Until XDP is there, and its features are known, TC does all of it: no packet of a connection that runs finds
         // nobody at work. A generic XDP that goes hides link headers until it has gone.
         self.datapath.beat()?;
         let there = self.datapath.attached() == Some((uplink.index, mode));

@@ -50,7 +50,7 @@ impl Controller {
             self.report.flooded = guard.on;
             self.keep_report();
             let (kind, text) = if guard.on {
-                let rate = self.settings.flood_rate;
+                let rate = self.datapath.config().flood_rate;
                 let text = format!(
                     "more than {rate} new connections a second: until there are fewer they are placed by hash, and leave no \
                      line before the client goes on"

@@ -52,7 +52,7 @@ pub struct Settings {
     pub sizes: Sizes,
     /// Source ports for snat, inclusive.
     pub snat_ports: [u16; 2],
-    /// Whether each new flow is logged.
+    /// Whether each new connection is logged.
     pub flow_log: FlowLog,
     /// How long another node's datapath may be silent before new connections go elsewhere.
     pub peer_timeout: Duration,
@@ -115,7 +115,7 @@ pub struct Controller {
 
 /// A destination without a way is looked for again after this time, though nothing was heard of it.
 const RETRY: Duration = Duration::from_secs(1);
-/// Flows are looked after once in this time.
+/// Connections are looked after once in this time.
 const TICK: Duration = Duration::from_secs(1);
 /// Everything is compared again after this time, in case an event was missed.
 const RESYNC: Duration = Duration::from_secs(30);

@@ -27,9 +27,9 @@ pub struct Refusals {
 struct Seen {
     generation: u32,
     stats: BackendStats,
-    /// New flows when it last failed.
-    flows: u64,
-    /// When it was first given a flow after that: whether it has taken it shows a second later, as the client asks again.
+    /// New connections when it last failed.
+    connections: u64,
+    /// When it was first given a connection after that: whether it has taken it shows a second later, as the client asks again.
     given: Option<u64>,
 }
 
@@ -71,7 +71,7 @@ impl Refusals {
 
     /// Looks at a backend's counters at a moment, in seconds since 1970.
     pub fn look(&mut self, index: u32, generation: u32, stats: BackendStats, now: u64) -> Option<Change> {
-        let new = Seen { generation, stats, flows: stats.flows, given: None };
+        let new = Seen { generation, stats, connections: stats.connections, given: None };
         let seen = self.seen.entry(index).or_insert(new);
         // What was counted before this controller came is not news; another task has counters of its own.
         if seen.generation != generation || stats.failovers < seen.stats.failovers {
@@ -81,7 +81,7 @@ impl Refusals {
         let failed = stats.failovers - seen.stats.failovers;
         seen.stats = stats;
         if failed > 0 {
-            (seen.flows, seen.given) = (stats.flows, None);
+            (seen.connections, seen.given) = (stats.connections, None);
             let known = self.troubled.contains_key(&index);
             let trouble =
                 self.troubled.entry(index).or_insert(Trouble { failovers: 0, since: now, last: now });
@@ -89,7 +89,7 @@ impl Refusals {
             trouble.last = now;
             return Some(if known { Change::StillRefuses(*trouble) } else { Change::Refuses(*trouble) });
         }
-        if !self.troubled.contains_key(&index) || stats.flows <= seen.flows {
+        if !self.troubled.contains_key(&index) || stats.connections <= seen.connections {
             return None;
         }
         if now.saturating_sub(*seen.given.get_or_insert(now)) >= QUIET {
@@ -104,14 +104,14 @@ impl Refusals {
 mod tests {
     use super::*;
 
-    fn stats(flows: u64, failovers: u64) -> BackendStats {
-        BackendStats { flows, failovers, ..BackendStats::default() }
+    fn stats(connections: u64, failovers: u64) -> BackendStats {
+        BackendStats { connections, failovers, ..BackendStats::default() }
     }
 
     #[test]
     fn a_task_that_refuses_is_said_once_and_takes_again_when_it_has_taken() {
         let mut refusals = Refusals::default();
-        let mut look = |flows, failovers, now| refusals.look(7, 1, stats(flows, failovers), now);
+        let mut look = |connections, failovers, now| refusals.look(7, 1, stats(connections, failovers), now);
         // Counted before.
         assert_eq!(look(10, 3, 100), None);
         assert_eq!(look(11, 3, 101), None);
@@ -135,7 +135,7 @@ mod tests {
     fn the_next_controller_goes_on_with_what_the_last_one_said() {
         let mut refusals = Refusals::default();
         refusals.adopt(BTreeMap::from([(7, Trouble { failovers: 2, since: 90, last: 95 })]));
-        let mut look = |flows, now| refusals.look(7, 1, stats(flows, 2), now);
+        let mut look = |connections, now| refusals.look(7, 1, stats(connections, 2), now);
         assert_eq!(look(10, 100), None);
         assert_eq!(look(11, 101), None);
         assert_eq!(look(11, 111), Some(Change::Takes));

@@ -59,7 +59,7 @@ impl<K: Pod + Default, V: Pod + Default> Batches<K, V> {
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && self.entries < 1 << 20 => {
                     self.entries *= 2;
                 }
-                Err(error) => return Err(DatapathError::pin("read", "a table of flows", error)),
+                Err(error) => return Err(DatapathError::pin("read", "a table of connections", error)),
             }
         };
         Ok(Some(self.keys[..count].iter().copied().zip(self.values[..count].iter().copied())))

@@ -78,7 +78,7 @@ pub enum DatapathError {
     /// Tables of another version.
     #[error(
         "the pinned tables have version {found}, this agent writes version {expected}; \
-         `lb-userspace attach --replace-state` starts anew, without the flows they hold"
+         `lb-userspace attach --replace-state` starts anew, without the connections they hold"
     )]
     Version {
         /// Pinned.
@@ -338,7 +338,7 @@ mod tests {
             DatapathError::pin("create", pin, io::Error::from_raw_os_error(libc::EROFS)),
             DatapathError::pin("open", pin, io::Error::from_raw_os_error(libc::ENOENT)),
             DatapathError::Version { found: 4, expected: 5 },
-            DatapathError::Shape { table: "FLOWS4", what: "entries", found: 262_144, expected: 1_000 },
+            DatapathError::Shape { table: "CONNECTIONS4", what: "entries", found: 262_144, expected: 1_000 },
             DatapathError::Full { table: "LISTENERS", setting: "--max-listeners" },
         ];
         let said: Vec<String> = errors.iter().map(ToString::to_string).collect();

@@ -87,7 +87,7 @@ pub struct Sizes {
     pub fragments: Option<u32>,
 }
 
-/// Whether the programs tell of each new flow; the value is the level they log at.
+/// Whether the programs tell of each new connection; the value is the level they log at.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FlowLog {
@@ -105,11 +105,11 @@ const SETS: &str = "SETS";
 /// What the flood guard is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuardState {
-    /// Whether it places new flows now.
+    /// Whether it places new connections now.
     pub on: bool,
     /// How often it has taken over.
     pub switches: u32,
-    /// Flows it has placed without an entry.
+    /// Connections it has placed without an entry.
     pub placed: u64,
 }
 

@@ -2,7 +2,7 @@
 //! interfaces of the same name, do not get into each other's way.
 //!
 //! ```text
-//! /sys/fs/bpf/lb/<cookie of the network namespace>/<interface>/table-FLOWS4 … program-uplink_xdp … link-xdp …
+//! /sys/fs/bpf/lb/<cookie of the network namespace>/<interface>/table-CONNECTIONS4 … program-uplink_xdp … link-xdp …
 //! ```
 //!
 //! The cookie is never given twice while the machine runs, unlike a namespace's inode.

@@ -89,6 +89,13 @@ impl Shape {
         ];
         match pairs.into_iter().find(|(_, found, expected)| found != expected) {
             None => Ok(()),
+            // Told in what the setting counts.
+            Some(("entries", found, expected))
+                if matches!(self.name, table::CONNECTIONS4 | table::CONNECTIONS6) =>
+            {
+                let [found, expected] = [found, expected].map(size::connections);
+                Err(DatapathError::Shape { table: self.name, what: "connections", found, expected })
+            }
             Some((what, found, expected)) => {
                 Err(DatapathError::Shape { table: self.name, what, found, expected })
             }

@@ -137,7 +137,7 @@ impl TableSet {
         self.config()
     }
 
-    /// The flood guard, and how many flows it has placed.
+    /// The flood guard, and how many connections it has placed.
     ///
     /// # Errors
     /// The kernel refuses a read.
@@ -191,7 +191,7 @@ impl TableSet {
                 tables.backends.insert(index, BackendEntry { backend, label: nameless(&backend, index) });
             }
         }
-        // Flows may name any of them.
+        // Connections may name any of them.
         tables.resting =
             tables.generations.keys().filter(|index| !tables.backends.contains_key(index)).copied().collect();
         tables.last_node = tables.nodes.keys().next_back().copied().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! Resets to the ends of a connection that is given up, sent in the other end's name.
 //!
 //! The kernel routes them as any packet of this node; that their source is not an address of the node needs raw sockets,
-//! and those CAP_NET_RAW. Whom to tell is decided where flows are known.
+//! and those CAP_NET_RAW. Whom to tell is decided where connections are known.
 
 use std::{
     io,

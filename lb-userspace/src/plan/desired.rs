@@ -29,7 +29,7 @@ pub struct Way {
     pub mtu: u32,
     /// [`lb_common::backend::VIA_TC`].
     pub flags: u8,
-    /// Why new flows should go elsewhere, though the way is known: who is there does not answer.
+    /// Why new connections should go elsewhere, though the way is known: who is there does not answer.
     pub silent: Option<String>,
 }
 
@@ -99,7 +99,7 @@ pub struct DesiredService {
     pub backends: Vec<DesiredBackend>,
     /// Published ports and where they listen.
     pub ports: Vec<DesiredPort>,
-    /// How new flows find their tasks.
+    /// How new connections find their tasks.
     pub placement: Placement,
 }
 
@@ -110,7 +110,7 @@ pub struct DesiredBackend {
     pub label: BackendLabel,
     /// As the datapath sees it.
     pub backend: Backend,
-    /// Share of new flows.
+    /// Share of new connections.
     pub weight: u16,
 }
 
@@ -333,7 +333,7 @@ fn backend(
 ) -> (Backend, Option<String>) {
     let state = match (known, task.state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
-        // Its flows go on: if it is the probes alone that get lost, nothing else is.
+        // Its connections go on: if it is the probes alone that get lost, nothing else is.
         (Ok(Way { silent: Some(_), .. }), _) | (Ok(_), TaskState::Draining) => State::Draining,
         (Ok(_), TaskState::Running) => State::Active,
     };
@@ -345,7 +345,7 @@ fn backend(
         port: Be16::new(target),
         state: state as u8,
         // Known without a way: a task that cannot be reached for a moment stays the backend it is, and keeps
-        // its flows.
+        // its connections.
         kind: reach.kind() as u8,
         family: if address.is_ipv4() { 4 } else { 6 },
         ..Backend::default()

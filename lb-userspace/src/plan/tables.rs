@@ -40,7 +40,7 @@ pub struct ServiceLabel {
     pub problem: Option<String>,
     /// [`lb_common::conntrack::Timers`].
     pub timers: [u32; 8],
-    /// What becomes of established TCP flows that have ended by silence. Left out by agents before it was there.
+    /// What becomes of established TCP connections that have ended by silence. Left out by agents before it was there.
     #[serde(default, skip_serializing_if = "Idle::is_default")]
     pub idle: Idle,
 }
@@ -131,7 +131,7 @@ pub struct TaskListener {
 pub struct Tables {
     /// Nodes by number, from one.
     pub nodes: BTreeMap<u32, NodeLabel>,
-    /// The number given to a node last; the next one is given the number after it, so that one that a flow may still name
+    /// The number given to a node last; the next one is given the number after it, so that one that a connection may still name
     /// rests. Not in the kernel's tables.
     pub last_node: u32,
     /// The other nodes that have an agent, by number of the node.
@@ -148,7 +148,7 @@ pub struct Tables {
     pub backends: BTreeMap<u32, BackendEntry>,
     /// The last generation of every number that was ever used.
     pub generations: BTreeMap<u32, u32>,
-    /// Free numbers that flows may still name: they are not given again before a walk through the flows has found none
+    /// Free numbers that connections may still name: they are not given again before a walk through the connections has found none
     /// that does. Not in the kernel's tables.
     pub resting: BTreeSet<u32>,
     /// Listeners.
@@ -289,7 +289,7 @@ pub enum MapOp {
     RemovePort(u32),
     /// Write a backend.
     SetBackend(u32, BackendEntry),
-    /// Free a backend: its flows have lost their task.
+    /// Free a backend: its connections have lost their task.
     FreeBackend(u32),
     /// Write what is known of a task's endpoint.
     SetTaskEndpoint(At, TaskListener),

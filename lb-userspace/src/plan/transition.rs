@@ -73,7 +73,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(peer_numbers.into_iter().map(|(ip, i)| MapOp::SetPeerNumber(ip, i)));
     ops.extend(services.into_iter().map(|(i, label)| MapOp::SetService(i, label)));
     ops.extend(ports.into_iter().map(|(i, label)| MapOp::SetPort(i, label)));
-    // Backends that take flows, then what names them: peers, their endpoints, the ports that lead to them.
+    // Backends that take connections, then what names them: peers, their endpoints, the ports that lead to them.
     ops.extend(promoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
     ops.extend(tasks.into_iter().map(|(key, index)| MapOp::SetTask(key, index)));
     ops.extend(endpoints.into_iter().map(|(at, task)| MapOp::SetTaskEndpoint(at, task)));
@@ -94,7 +94,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops
 }
 
-/// Whether a backend stops taking new flows: it may do so only when no slot names it any more.
+/// Whether a backend stops taking new connections: it may do so only when no slot names it any more.
 fn demoted(actual: Option<&BackendEntry>, next: &BackendEntry) -> bool {
     let active = State::Active as u8;
     actual.is_some_and(|entry| entry.backend.state == active) && next.backend.state != active

@@ -260,9 +260,9 @@ impl Metrics {
             });
             samples.map(|(labels, value)| Sample(labels, value as f64)).collect()
         };
-        to.counter(("flows", "New connections given to a task", None), of(|service| service.flows))?;
+        to.counter(("connections", "New connections given to a task", None), of(|service| service.connections))?;
         let help = "New connections that no task could be given, passed to the host";
-        to.counter(("flows_unserved", help, None), of(|service| service.unserved_flows))?;
+        to.counter(("connections_refused", help, None), of(|service| service.refused_connections))?;
         let help = "New connections that a task refused or did not answer, given to another";
         to.counter(("failovers", help, None), of(|service| service.failovers))?;
         let help = "1 if something is wrong with a service: `service ls` says what";
@@ -296,7 +296,7 @@ impl Metrics {
                 packets.push(Sample(labels(&reply), stats.reply_packets as f64));
             }
         }
-        to.gauge(("flows_open", "Connections that are open", None), open)?;
+        to.gauge(("connections_open", "Connections that are open", None), open)?;
         let help = "Bytes between clients and tasks, from the network header on";
         to.counter(("service_traffic", help, Some(Unit::Bytes)), bytes)?;
         to.counter(("service_packets", "Packets between clients and tasks", None), packets)
@@ -304,7 +304,7 @@ impl Metrics {
 
     fn tasks(&self, to: &mut Families<'_>) -> fmt::Result {
         let mut states = Vec::new();
-        let (mut flows, mut failovers, mut refusing) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut connections, mut failovers, mut refusing) = (Vec::new(), Vec::new(), Vec::new());
         let mut left_out = Vec::new();
         for exposed in &self.exposed {
             let inventory = &exposed.inventory;
@@ -326,13 +326,13 @@ impl Metrics {
             for task in tasks.iter().take(TASKS) {
                 let more = [("service", task.service.as_str()), ("task", &task.name), ("node", &task.node)];
                 let labels = || labels(&inventory.interface, more);
-                flows.push(Sample(labels(), task.flows as f64));
+                connections.push(Sample(labels(), task.connections as f64));
                 failovers.push(Sample(labels(), task.failovers as f64));
                 refusing.push(Sample(labels(), f64::from(is_refusing(inventory, task))));
             }
         }
         to.gauge(("tasks", "Tasks by what they are doing", None), states)?;
-        to.counter(("task_flows", "New connections given to a task", None), flows)?;
+        to.counter(("task_connections", "New connections given to a task", None), connections)?;
         let help = "New connections that a task refused or did not answer, given to another";
         to.counter(("task_failovers", help, None), failovers)?;
         let help = "1 while a task refuses connections or does not answer";

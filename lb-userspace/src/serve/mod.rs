@@ -88,7 +88,7 @@ impl Source {
             anyhow::bail!("nothing is known of {}", self.interface);
         };
         if open.as_ref().is_none_or(|(at, _)| at.elapsed() > COUNT) {
-            *open = Some((Instant::now(), set.open_flows(tables)?));
+            *open = Some((Instant::now(), set.open_connections(tables)?));
         }
         let inventory = Inventory::read_with(&self.interface, set, tables.clone())?;
         let around = Surroundings::read(&self.interface, set)?;

@@ -60,7 +60,7 @@ impl NodeFacts {
 pub struct TaskFacts {
     /// Where it is reached on its node.
     pub addresses: Vec<IpAddr>,
-    /// Whether it should get no new flows: its health check fails, or it is paused.
+    /// Whether it should get no new connections: its health check fails, or it is paused.
     pub ailing: bool,
 }
 
@@ -87,7 +87,7 @@ impl Completion {
     /// Completes the tasks by what agents know, by the nodes' names in the cluster.
     ///
     /// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check
-    /// there gets no new flows. Without word from its node a task stands as the managers have it.
+    /// there gets no new connections. Without word from its node a task stands as the managers have it.
     pub fn complete(&mut self, cluster: &mut ClusterState, facts: BTreeMap<String, Heard>) {
         let changed: HashSet<&str> = {
             let known = self.facts.keys().chain(facts.keys().filter(|name| !self.facts.contains_key(*name)));
@@ -131,7 +131,7 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, Heard>) -> Arc<Serv
         };
         match heard.facts.tasks.get(&task.name) {
             Some(known) => {
-                // One of each family: each is a share of the flows.
+                // One of each family: each is a share of the connections.
                 let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
                 let told: Vec<IpAddr> = [of(true), of(false)].into_iter().flatten().copied().collect();
                 if !told.is_empty() {

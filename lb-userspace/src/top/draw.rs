@@ -105,7 +105,7 @@ fn services(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let rows = model.services().into_iter().map(|service| {
         let rates = model.of_service(&service.name);
         let its = model.seen.tasks.iter().filter(|task| task.service == service.name);
-        let open: u64 = its.filter_map(|task| task.open_flows).sum();
+        let open: u64 = its.filter_map(|task| task.open_connections).sum();
         let tasks = format!("{}/{}", service.active_tasks, service.tasks);
         // Not by colour alone: what is wrong has a mark.
         let mark = if service.problem.is_some() { "!" } else { " " };
@@ -152,7 +152,7 @@ fn tasks(frame: &mut Frame<'_>, model: &Model, area: Rect) {
             Cell::from(task.node.clone()),
             Cell::from(task.state.clone()),
             right(rate(rates.new), 6),
-            right(short(task.open_flows.unwrap_or_default() as f64), 5),
+            right(short(task.open_connections.unwrap_or_default() as f64), 5),
             right(rate(rates.failovers), 6),
             right(bytes(rates.reply), 6),
             Cell::from(problem),

@@ -308,7 +308,7 @@ fn counts(seen: &Seen) -> BTreeMap<(bool, String), Counts> {
     let mut counts = BTreeMap::new();
     let mut sums: BTreeMap<&str, [u64; 2]> = BTreeMap::new();
     for task in &seen.tasks {
-        let its = [task.flows, task.failovers, task.request_bytes, task.reply_bytes];
+        let its = [task.connections, task.failovers, task.request_bytes, task.reply_bytes];
         counts.insert((false, task.name.clone()), Counts(its));
         let sum = sums.entry(&task.service).or_default();
         (sum[0], sum[1]) = (sum[0] + task.request_bytes, sum[1] + task.reply_bytes);
@@ -316,7 +316,7 @@ fn counts(seen: &Seen) -> BTreeMap<(bool, String), Counts> {
     for service in &seen.services {
         let [request, reply] = sums.get(service.name.as_str()).copied().unwrap_or_default();
         counts
-            .insert((true, service.name.clone()), Counts([service.flows, service.failovers, request, reply]));
+            .insert((true, service.name.clone()), Counts([service.connections, service.failovers, request, reply]));
     }
     counts
 }

@@ -12,16 +12,15 @@ use super::{Model, Pane, Seen, draw, press};
 use crate::inventory::{Agent, Node, Service, Task};
 
 fn seen(at: Instant, rounds: u64) -> Seen {
-    let service = |name: &str, flows, problem: Option<&str>| Service {
+    let service = |name: &str, connections, problem: Option<&str>| Service {
         name: name.into(),
         active_tasks: 2,
         tasks: 3,
         ports: vec!["*:80->8080/tcp".into()],
         left_to_swarm: None,
-        flows,
-        unserved_flows: 0,
+        connections,
+        refused_connections: 0,
         failovers: if problem.is_some() { rounds * 4 } else { 0 },
-        healed_flows: 0,
         problem: problem.map(str::to_owned),
     };
     let task = |service: &str, number: u64, problem: Option<&str>| Task {
@@ -32,8 +31,8 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         via: "local",
         addresses: vec!["172.18.0.3:8080".into()],
         active: problem.is_none(),
-        flows: rounds * 10 * number,
-        open_flows: Some(number),
+        connections: rounds * 10 * number,
+        open_connections: Some(number),
         failovers: if problem.is_some() { rounds * 4 } else { 0 },
         request_packets: 0,
         request_bytes: rounds * 1_000,

@@ -72,7 +72,7 @@ function sparkline(values) {
 }
 
 function taskRow(task, most, seconds) {
-  const now = rate("tasks", task.name, task.flows, seconds);
+  const now = rate("tasks", task.name, task.connections, seconds);
   const [mark, kind] = task.problem ? ["!", "wrong"] : task.active ? ["●", "active"] : ["○", "drain"];
   const said = task.problem || (task.active ? "takes new connections" : task.state);
   const bar = drawn("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
@@ -84,13 +84,13 @@ function taskRow(task, most, seconds) {
 }
 
 function card(service, tasks, seconds) {
-  const now = rate("services", service.name, service.flows, seconds);
+  const now = rate("services", service.name, service.connections, seconds);
   const past = history.get(service.name) || [];
   past.push(now);
   if (past.length > POINTS) past.shift();
   history.set(service.name, past);
-  const open = tasks.reduce((sum, task) => sum + (task.open_flows || 0), 0);
-  const rates = tasks.map((task) => rate("tasks", task.name, task.flows, seconds));
+  const open = tasks.reduce((sum, task) => sum + (task.open_connections || 0), 0);
+  const rates = tasks.map((task) => rate("tasks", task.name, task.connections, seconds));
   const most = Math.max(0, ...rates);
   const figure = (name, value) => [element("dt", {}, name), element("dd", {}, value)];
   const left = service.left_to_swarm !== null && service.ports.length === 1;
@@ -101,8 +101,8 @@ function card(service, tasks, seconds) {
     service.problem ? element("p", { class: "problem" }, service.problem) : null,
     element("dl", {}, ...figure("Tasks", left ? "-" : `${service.active_tasks} of ${service.tasks}`),
       ...figure("New", `${short(now)}/s`), ...figure("Open", short(open)),
-      ...figure("Failovers", short(service.failovers)), ...figure("Unserved", short(service.unserved_flows)),
-      ...figure("In all", short(service.flows))),
+      ...figure("Failovers", short(service.failovers)), ...figure("Unserved", short(service.refused_connections)),
+      ...figure("In all", short(service.connections))),
     sparkline(past),
     element("ul", { class: "tasks", "aria-label": `Tasks of ${service.name}` },
       ...shown.map((task) => taskRow(task, most, seconds))),
@@ -187,8 +187,8 @@ function events(list) {
 }
 
 function remember(one, at) {
-  before.services = new Map(one.services.map((service) => [service.name, service.flows]));
-  before.tasks = new Map(one.tasks.map((task) => [task.name, task.flows]));
+  before.services = new Map(one.services.map((service) => [service.name, service.connections]));
+  before.tasks = new Map(one.tasks.map((task) => [task.name, task.connections]));
   before.outcomes = new Map(one.outcomes.map((outcome) => [outcome.name, outcome.packets]));
   before.at = at;
 }

@@ -30,7 +30,7 @@ pub fn labels(data: &[u8]) {
     for (_, phase) in TIMERS {
         let seconds = service.timers.seconds[phase as usize];
         assert!(
-            (lb_common::flow::Timers::LEAST..=lb_common::flow::Timers::MOST).contains(&seconds),
+            (lb_common::conntrack::Timers::LEAST..=lb_common::conntrack::Timers::MOST).contains(&seconds),
             "{seconds}"
         );
     }

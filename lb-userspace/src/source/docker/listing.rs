@@ -22,11 +22,11 @@ use crate::{
 
 /// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
-/// Service label: how new flows find their tasks, `round-robin` or `consistent`.
+/// Service label: how new connections find their tasks, `round-robin` or `consistent`.
 pub const PLACEMENT_LABEL: &str = "lb.placement";
-/// Service label, with a timer's name after it: the silence in seconds after which its flows have ended.
+/// Service label, with a timer's name after it: the silence in seconds after which its connections have ended.
 pub const TIMER_LABEL: &str = "lb.timers.";
-/// Service label: what becomes of its established TCP flows that have ended by silence, `forget` or `reset`.
+/// Service label: what becomes of its established TCP connections that have ended by silence, `forget` or `reset`.
 pub const IDLE_LABEL: &str = "lb.idle";
 
 /// Host names are cut to so many bytes.
@@ -64,7 +64,7 @@ pub fn state(task: &model::Task) -> Option<TaskState> {
         // Past what is desired, and still there.
         "running" if !wanted => Some(TaskState::Draining),
         "complete" | "shutdown" | "failed" | "rejected" | "remove" | "orphaned" => None,
-        // On its way, or in a state that is not known here: no flows yet.
+        // On its way, or in a state that is not known here: no connections yet.
         _ if wanted => Some(TaskState::Starting),
         _ => None,
     }
@@ -103,7 +103,7 @@ impl Listing {
             let of = tasks.remove(service.id.as_str()).unwrap_or_default();
             let of = of.into_iter().filter_map(|raw| {
                 let mut task = task(raw, &service.spec.name).filter(|task| members.contains(&task.node))?;
-                // Its node does not answer the managers; if its flows still get there, they go on.
+                // Its node does not answer the managers; if its connections still get there, they go on.
                 if task.state == TaskState::Running && down.contains(&raw.node_id) {
                     task.state = TaskState::Draining;
                 }

@@ -51,7 +51,7 @@ pub struct Settings {
     pub interfaces: Vec<String>,
     /// How nodes reach each other; the same on all of them.
     pub tunnel: Tunnel,
-    /// Whether a datapath runs already, whose flows the first state must not cut off.
+    /// Whether a datapath runs already, whose connections the first state must not cut off.
     pub adopts: bool,
     /// Why this source was chosen, for `status`.
     pub why: String,

@@ -288,7 +288,7 @@ pub struct GossipService {
     pub tasks: Vec<GossipTask>,
 }
 
-/// A task that the mesh sends flows to.
+/// A task that the mesh sends connections to.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct GossipTask {

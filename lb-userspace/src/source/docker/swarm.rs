@@ -421,7 +421,7 @@ impl Swarm {
     }
 }
 
-/// Takes new flows from tasks of other nodes that those do not tell of any more. Of its own a node knows better; and a
+/// Takes new connections from tasks of other nodes that those do not tell of any more. Of its own a node knows better; and a
 /// node that is not heard at all may only have lost its Docker: whether it is there its datapath says.
 fn forget(state: &mut ClusterState, gossip: &Gossip) {
     let tasks = gossip.services.values().flat_map(|service| &service.tasks);
