@@ -12,7 +12,8 @@ pub struct Fill {
     pub table: &'static str,
     /// Entries that are alive.
     pub entries: u64,
-    /// Entries there is room for before the least recently used go.
+    /// Entries that it is made for: of connections half of its lines, of fragments what is there before the least recently used
+    /// go.
     pub room: u64,
 }
 
@@ -33,7 +34,7 @@ const COUNTED: [(Outcome, &str); 2] = [
 const QUIET: u32 = 60;
 
 /// What was said, and is still so.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Watch {
     /// By outcome: how many packets there were, and for how many looks no more came.
     counted: BTreeMap<Outcome, (u64, u32)>,
@@ -42,13 +43,19 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Begins to look: what was counted before is not news.
+    pub fn new(packets: impl Fn(Outcome) -> Option<u64>) -> Self {
+        let counted =
+            COUNTED.into_iter().map(|(outcome, _)| (outcome, (packets(outcome).unwrap_or_default(), QUIET)));
+        Self { counted: counted.collect(), full: BTreeSet::new() }
+    }
+
     /// Looks at the counters, about once a second; what is to be said.
     pub fn counters(&mut self, packets: impl Fn(Outcome) -> Option<u64>) -> Vec<&'static str> {
         let mut said = Vec::new();
         for (outcome, words) in COUNTED {
             let Some(now) = packets(outcome) else { continue };
-            // What was counted before this controller came is not news.
-            let (before, quiet) = self.counted.entry(outcome).or_insert((now, QUIET));
+            let (before, quiet) = self.counted.entry(outcome).or_insert((0, QUIET));
             if now == *before {
                 *quiet = quiet.saturating_add(1);
                 continue;
@@ -72,8 +79,8 @@ impl Watch {
         }
         let (what, setting) = setting(table);
         Some(format!(
-            "the table of {what} ({table}) is full, with {entries}: those that were silent for longest give way to new \
-             ones; attach again with --replace-state and a higher {setting}"
+            "the table of {what} ({table}) has {entries} of the {room} that it is made for; attach again with \
+             --replace-state and a higher {setting}"
         ))
     }
 }
@@ -109,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_counter_that_grows_is_said_once_until_it_was_quiet() {
-        let mut watch = Watch::default();
+        let mut watch = Watch::new(|_| Some(7));
         let mut look = |packets: u64| {
             let count = |outcome| (outcome == Outcome::SnatPortsExhausted).then_some(packets);
             watch.counters(count).len()
@@ -123,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_table_that_is_full_is_said_once_until_there_is_room() {
-        let mut watch = Watch::default();
+        let mut watch = Watch::new(|_| None);
         let mut look = |entries| watch.fill(Fill { table: table::CONNECTIONS4, entries, room: 1_000 });
         assert_eq!(look(800), None);
         assert!(

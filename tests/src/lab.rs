@@ -126,9 +126,18 @@ fn remove_lines(gc: &Xdp, removals: &[Removed]) -> Vec<bool> {
     removed
 }
 
+/// Which lines of a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// All.
+    All,
+    /// Of connections whose clients' packets come to this node.
+    OwnClients,
+}
+
 /// Takes away the lines of the agent of this namespace's `eth1`, by the program that it loaded; `between` is done after each.
 /// What has changed meanwhile stays. How many went.
-pub fn take_lines(mut between: impl FnMut()) -> usize {
+pub fn take_lines(whose: Whose, mut between: impl FnMut()) -> usize {
     let set = TableSet::of("eth1").expect("the tables");
     let name = PinDir::of("eth1").expect("the pins").table(table::CONNECTIONS4);
     let table = MapInfo::from_pin(name).expect("the table").id();
@@ -143,6 +152,9 @@ pub fn take_lines(mut between: impl FnMut()) -> usize {
     let lines = || -> Vec<Removed> {
         let v4 = set.lines::<V4>().expect("the lines").into_iter();
         let v6 = set.lines::<V6>().expect("the lines").into_iter();
+        let wanted = |peer: u16| whose == Whose::All || peer == 0;
+        let v4 = v4.filter(|(.., line)| wanted(line.peer));
+        let v6 = v6.filter(|(.., line)| wanted(line.peer));
         let v4 = v4.map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION4));
         let v6 = v6.map(|(slot, control, line)| (slot, control.0, line.seen, remove::CONNECTION6));
         v4.chain(v6).collect()

@@ -378,7 +378,8 @@ fn metrics_are_well_formed_and_a_real_prometheus_takes_them() {
     let (head, over_unix) = http(UnixStream::connect(&socket).expect("the socket"), "/metrics", "localhost");
     assert!(head.starts_with("HTTP/1.1 200") && over_unix.contains("lb_build_info{"), "{head}");
     assert!(
-        text(node, &["metrics", "--once"]).contains("lb_connections_total{interface=\"eth1\",service=\"web\"} 6")
+        text(node, &["metrics", "--once"])
+            .contains("lb_connections_total{interface=\"eth1\",service=\"web\"} 6")
     );
     assert_eq!(get(node, "/-/healthy").1, "healthy\n");
     assert_eq!(get(node, "/-/ready").1, "ready\n");

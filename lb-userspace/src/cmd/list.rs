@@ -241,7 +241,10 @@ mod tests {
         assert_eq!(names(&["OpenConnections"]), ["web.1"]);
         assert_eq!(names(&["node=node1", "problem"]), [""; 0]);
         let error = filter(rows(), &["nod=x".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "there is no field \"nod\"; those there are: name, node, open_connections, problem");
+        assert_eq!(
+            error,
+            "there is no field \"nod\"; those there are: name, node, open_connections, problem"
+        );
     }
 
     #[test]

@@ -69,7 +69,8 @@ fn print(
         ]);
     }
     table_out(interface, several, &rows)?;
-    let mut rows = table(["SERVICE", "TASK", "CONNECTIONS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
+    let mut rows =
+        table(["SERVICE", "TASK", "CONNECTIONS", "PACKETS IN", "BYTES IN", "PACKETS OUT", "BYTES OUT"]);
     for (index, entry) in &tables.backends {
         let stats = counters.backends.get(index).copied().unwrap_or_default();
         let service = tables.services.get(&entry.backend.service).map_or("", |service| &service.name);

@@ -58,7 +58,10 @@ impl Controller {
                 (Kind::GuardOn, text)
             } else {
                 let placed = guard.placed;
-                (Kind::GuardOff, format!("the flood is over; {placed} connections were placed by hash so far"))
+                (
+                    Kind::GuardOff,
+                    format!("the flood is over; {placed} connections were placed by hash so far"),
+                )
             };
             self.record(kind, text);
         }

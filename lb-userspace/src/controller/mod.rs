@@ -162,6 +162,7 @@ impl Controller {
         }
         let adopted = datapath.adopted();
         report.started = report::now();
+        let watch = Watch::new(|outcome| datapath.outcome(outcome).ok());
         let mut controller = Self {
             settings,
             datapath,
@@ -181,7 +182,7 @@ impl Controller {
             xdp_since: None,
             behind: BTreeSet::new(),
             complaints: BTreeSet::new(),
-            watch: Watch::default(),
+            watch,
             refusals: Refusals::default(),
             fills: BTreeMap::new(),
             log_level: None,

@@ -12,7 +12,7 @@ use aya::{
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
 use lb_common::{
-    abi::{Removal, remove, table},
+    abi::{Removal, remove, size, table},
     backend::{Backend, State},
     conntrack::{
         Control, Line, Phase, Set, Timers, elapsed,
@@ -238,7 +238,7 @@ fn collect<A: Address>(
             }
         }
     }
-    done.fills.push(Fill { table: name, entries: left, room: u64::from(mapping.lines()) });
+    done.fills.push(Fill { table: name, entries: left, room: u64::from(size::connections(mapping.count)) });
     Ok(())
 }
 

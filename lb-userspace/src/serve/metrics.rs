@@ -260,7 +260,10 @@ impl Metrics {
             });
             samples.map(|(labels, value)| Sample(labels, value as f64)).collect()
         };
-        to.counter(("connections", "New connections given to a task", None), of(|service| service.connections))?;
+        to.counter(
+            ("connections", "New connections given to a task", None),
+            of(|service| service.connections),
+        )?;
         let help = "New connections that no task could be given, passed to the host";
         to.counter(("connections_refused", help, None), of(|service| service.refused_connections))?;
         let help = "New connections that a task refused or did not answer, given to another";

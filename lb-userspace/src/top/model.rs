@@ -315,8 +315,10 @@ fn counts(seen: &Seen) -> BTreeMap<(bool, String), Counts> {
     }
     for service in &seen.services {
         let [request, reply] = sums.get(service.name.as_str()).copied().unwrap_or_default();
-        counts
-            .insert((true, service.name.clone()), Counts([service.connections, service.failovers, request, reply]));
+        counts.insert(
+            (true, service.name.clone()),
+            Counts([service.connections, service.failovers, request, reply]),
+        );
     }
     counts
 }
