@@ -7,6 +7,8 @@
 pub mod hash;
 pub mod line;
 pub mod table;
+#[cfg(test)]
+mod table_tests;
 pub mod tcp;
 pub mod timers;
 
