@@ -416,6 +416,11 @@ impl Lab {
         TableSet::of("eth1").and_then(|set| set.lines::<V4>()).expect("the lines")
     }
 
+    /// The sets of the IPv4 connection table, as they are while nobody changes them.
+    pub fn sets(&self) -> Vec<Set<V4>> {
+        read_sets(table::CONNECTIONS4)
+    }
+
     /// Those of IPv6.
     pub fn lines6(&self) -> Vec<(u32, Control, Line<V6>)> {
         TableSet::of("eth1").and_then(|set| set.lines::<V6>()).expect("the lines")

@@ -179,11 +179,13 @@ fn udp_is_answered_from_the_listener_both_families() {
 }
 
 #[test]
-fn new_flows_are_logged_by_the_kernel_when_asked_for() {
+fn new_connections_are_logged_by_the_kernel_when_asked_for() {
     let cluster = five_tasks();
     let agent = attach(&cluster, 0, &["--log-flows"]);
     requests(&cluster.client, cluster.addresses(0)[0], 3);
-    eventually("three flows are logged", || agent.log().matches("new flow to backend").count() == 3);
+    eventually("three connections are logged", || {
+        agent.log().matches("new connection to backend").count() == 3
+    });
 }
 
 #[test]
