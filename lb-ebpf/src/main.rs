@@ -525,15 +525,16 @@ fn reply_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, direction: u32)
     pack(found.and_then(|found| forward::tc::from_task(frame, packet, &found)))
 }
 
-/// Tells user space what time it is for connections; never attached.
-#[xdp]
+/// Tells user space what time it is for connections; never attached. With `frags` as all of XDP: where the kernel has no such
+/// programs the section is renamed, and there must be one of its name.
+#[xdp(frags)]
 pub fn clock(_: XdpContext) -> u32 {
     time::now()
 }
 
 /// Takes lines out of the connection table that user space has found to have ended, so that only programs write it; never
 /// attached. The frame is a batch of [`Removal`]s; what was done is written into them.
-#[xdp]
+#[xdp(frags)]
 pub fn gc(context: XdpContext) -> u32 {
     let mut frame = XdpFrame::new(context);
     let mut next = 0;

@@ -4,6 +4,7 @@
 use std::{
     ffi::OsStr,
     fs::File,
+    io::Write as _,
     os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
@@ -294,7 +295,8 @@ fn sweep(owned: impl Fn(i32) -> bool) {
         let Some(owner) = owner.filter(|pid| owned(*pid)) else {
             continue;
         };
-        println!("removing {name}, which process {owner} has left");
+        // Whoever read this may be gone.
+        let _ = writeln!(std::io::stdout(), "removing {name}, which process {owner} has left");
         let left = Netns { name: name.to_owned() };
         let _ = Command::new("ip").args(["netns", "pids", name]).output().map(|pids| {
             for pid in String::from_utf8_lossy(&pids.stdout).lines().filter_map(|pid| pid.parse().ok()) {
