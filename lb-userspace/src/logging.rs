@@ -35,7 +35,8 @@ pub enum LogFormat {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Level {
     text: String,
-    targets: Targets,
+    // Half a kilobyte, which each command line would carry.
+    targets: Box<Targets>,
 }
 
 /// Why text is no level.
@@ -67,7 +68,7 @@ impl FromStr for Level {
                 None => all = level(part)?,
             }
         }
-        Ok(Self { text: text.to_owned(), targets: targets.with_default(all) })
+        Ok(Self { text: text.to_owned(), targets: Box::new(targets.with_default(all)) })
     }
 }
 
@@ -90,7 +91,7 @@ pub fn start(format: LogFormat, level: Option<Level>) {
     });
     let targets =
         level.map_or_else(|| "info".parse::<Level>().map(|level| level.targets), |level| Ok(level.targets));
-    let (filter, handle) = reload::Layer::new(targets.unwrap_or_default());
+    let (filter, handle) = reload::Layer::new(*targets.unwrap_or_default());
     let journal = match format {
         LogFormat::Journald => true,
         LogFormat::Auto => is_journal(),
@@ -133,7 +134,7 @@ pub fn start(format: LogFormat, level: Option<Level>) {
 /// The log was not started.
 pub fn set(level: &Level) -> Result<(), reload::Error> {
     match HANDLE.get() {
-        Some(handle) => handle.reload(level.targets.clone()),
+        Some(handle) => handle.reload(Targets::clone(&level.targets)),
         None => Ok(()),
     }
 }
