@@ -134,7 +134,9 @@ mod tests {
         let mut look = |entries| watch.fill(Fill { table: table::CONNECTIONS4, entries, room: 1_000 });
         assert_eq!(look(800), None);
         assert!(
-            look(950).is_some_and(|said| said.contains("with 950") && said.contains("--max-connections"))
+            look(950).is_some_and(
+                |said| said.contains("has 950 of the 1000") && said.contains("--max-connections")
+            )
         );
         assert_eq!([1_000, 800, 950].map(&mut look), [None, None, None]);
         assert_eq!(look(700), None);
