@@ -113,7 +113,7 @@ pub const RETRY: u32 = 64;
 /// The most that they count.
 pub const MAX_RETRIES: u32 = 3;
 const RETRY_BITS: u32 = RETRY * MAX_RETRIES;
-/// The fast path may send on what changes no state: [`Control::is_fast`] of the rest, kept so that it asks for one bit.
+/// The fast path may send on what changes no state: [`with_fast`] of the rest, kept so that it asks for one bit.
 pub const FAST: u32 = 256;
 /// It is an exchange of datagrams.
 pub const UDP: u32 = 512;

@@ -1,7 +1,7 @@
 //! Connection tracking: what the programs and user space share of it. A connection is a client's TCP connection or its
 //! exchange of datagrams with one listener; it has one line in the table, found from both sides.
 //!
-//! [`line`] is the layout, [`table`] the protocol by which several CPUs share it, [`tcp`] what segments say of a
+//! [`mod@line`] is the layout, [`table`] the protocol by which several CPUs share it, [`tcp`] what segments say of a
 //! connection's state, [`timers`] how long silence lasts, [`hash`] where a line lies.
 
 pub mod hash;
