@@ -44,7 +44,7 @@ use lb_common::{
 };
 
 use crate::{
-    conntrack::{Scope, Step, apart::Tracked, table},
+    conntrack::{Scope, Step, table, tracked::Tracked},
     forward::{Action, encap, fast_path, headers::Back, pack, unpack},
     io::{
         clock as time, counters,

@@ -1,10 +1,8 @@
 //! The layout of the connection table: sets of eight lines, each one connection, in arrays that user space maps.
 
-use super::timers::Phase;
 use crate::{
     net::{Address, Be16, V4, V6},
     pod,
-    verifier::opaque,
 };
 
 /// Lines of a set.
@@ -237,17 +235,6 @@ impl Control {
     pub const fn retries(self) -> u32 {
         (self.state() & RETRY_BITS) / RETRY
     }
-
-    /// The part of its life it is in. Without a branch: the verifier would walk each of them.
-    #[inline(always)]
-    pub fn phase(self) -> u32 {
-        let state = self.state();
-        let any = |bits: u32| opaque((state & bits).wrapping_neg() as u64 >> 31 & 1) as u32;
-        let (closing, established) = (any(CLIENT_FIN | TASK_FIN | RESET), any(ESTABLISHED));
-        let (udp, answered) = (any(UDP), any(ANSWERED));
-        let tcp = closing * Phase::Closing as u32 + (1 - closing) * established;
-        udp * (Phase::OneWay as u32 + answered) + (1 - udp) * tcp
-    }
 }
 
 /// [`Control::is_over`] of a state.
@@ -265,17 +252,6 @@ pub const fn with_fast(state: u32) -> u32 {
     // Of an exchange whose answers pass elsewhere only the client is heard.
     let heard = state & LIVES == LIVES || state & (ONE_WAY | ESTABLISHED) == ONE_WAY | ESTABLISHED;
     if heard && state & ENDS == 0 { state | FAST } else { state & !FAST }
-}
-
-impl TryFrom<u32> for Phase {
-    type Error = u32;
-
-    fn try_from(raw: u32) -> Result<Self, u32> {
-        [Self::HalfOpen, Self::Established, Self::Closing, Self::OneWay, Self::Answered]
-            .into_iter()
-            .find(|phase| *phase as u32 == raw)
-            .ok_or(raw)
-    }
 }
 
 /// A line of the table: 64 bytes of IPv4, 128 of IPv6, whose first 64 hold all that a request asks for.

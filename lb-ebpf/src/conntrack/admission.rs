@@ -3,7 +3,7 @@
 use lb_common::{
     backend::{Backend, Kind},
     conntrack::{
-        Control,
+        Control, FiveTuple,
         line::{CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
         tcp::{FIN, RST, SYN},
     },
@@ -15,18 +15,17 @@ use lb_common::{
 };
 
 use super::{
-    Step, alias,
-    apart::Tracked,
-    guard,
+    Step, alias, guard,
     lifecycle::{self, Sender},
     scheduler::PORT_IS_TAKEN,
     table::{self, Found, Inserted},
+    tracked::Tracked,
 };
 use crate::io::{
     clock, counters,
     family::Family,
     maps::BACKENDS,
-    packet::{FIRST, NOBODY, Packet, Search, TunnelMeta, WHOLE},
+    packet::{Draft, FIRST, NOBODY, Packet, Search, TunnelMeta, WHOLE},
     verifier,
 };
 
@@ -202,11 +201,9 @@ fn without_line<A: Family>(packet: &mut Packet<A>) {
     packet.line.slot = NOBODY;
 }
 
-/// Drafts a connection of this packet's client to a backend, under the client's own port.
+/// Drafts whose connection it is: the packet's five-tuple, under the client's own port, and its task.
 #[inline(always)]
-fn draft<A: Family>(packet: &mut Packet<A>, index: u32, backend: &Backend) {
-    let now = clock::now();
-    let Packet { key, draft, .. } = packet;
+fn draft_whose<A: Family>(draft: &mut Draft<A>, key: &FiveTuple<A>, index: u32, backend: &Backend) {
     draft.tuple.source = key.source;
     draft.tuple.destination = key.destination;
     draft.tuple.source_port = key.source_port;
@@ -216,6 +213,14 @@ fn draft<A: Family>(packet: &mut Packet<A>, index: u32, backend: &Backend) {
     draft.tuple.generation = backend.generation as u16;
     draft.backend = index;
     draft.port = key.source_port;
+}
+
+/// Drafts a connection of this packet's client to a backend, under the client's own port.
+#[inline(always)]
+fn draft<A: Family>(packet: &mut Packet<A>, index: u32, backend: &Backend) {
+    let now = clock::now();
+    let Packet { key, draft, .. } = packet;
+    draft_whose(draft, key, index, backend);
     draft.peer = 0;
     // Until the routing table is asked, answer to where the question came from.
     draft.hop_seen = clock::hop_ticks(now);
@@ -246,7 +251,7 @@ fn ended(flags: u8) -> u32 {
 }
 
 /// Sees to it that the replies to a packet that a peer sent to a task of this node go back to where the client sent it: notes it
-/// in its line, or drafts that from any packet of the connection, so that a lost one heals. Packed.
+/// in its line, or drafts that from any packet of the connection, so that a lost one is there again. Packed.
 #[inline(always)]
 pub fn from_peer<A: Tracked>(
     packet: &mut Packet<A>,
@@ -303,15 +308,7 @@ fn draft_by_peer<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta, index: 
     let segment = packet.segment();
     let opens = packet.opens();
     let Packet { key, draft, .. } = packet;
-    draft.tuple.source = key.source;
-    draft.tuple.destination = key.destination;
-    draft.tuple.source_port = key.source_port;
-    draft.tuple.destination_port = key.destination_port;
-    draft.tuple.protocol = key.protocol;
-    draft.tuple.kind = CONNECTION;
-    draft.tuple.generation = backend.generation as u16;
-    draft.backend = index;
-    draft.port = key.source_port;
+    draft_whose(draft, key, index, backend);
     draft.peer = tunnel.peer as u16;
     // Nothing is known of the way to the client: the next hop is due at once.
     draft.hop_seen = clock::hop_long_ago(clock::now());

@@ -15,9 +15,9 @@ use lb_common::{
 };
 
 use super::{
-    apart::Tracked,
     lifecycle,
     table::{self, Found, Inserted, RESERVED},
+    tracked::Tracked,
 };
 use crate::io::{
     clock,

@@ -8,43 +8,14 @@ use lb_common::{
     net::{V4, V6},
 };
 
-use super::{admission, alias, lifecycle, scheduler, table};
+use super::{admission, alias, lifecycle, scheduler, table, tracked::Tracked};
 use crate::io::{
-    family::Family,
     packet::{Draft, Located, NOBODY, Packet, Search, TunnelMeta},
     verifier,
 };
 
 /// What is answered for null, which no caller passes.
 const NOTHING: u64 = verifier::PACKED_MALFORMED;
-
-/// A family whose connections are tracked, by functions that are verified apart.
-pub trait Tracked: Family {
-    /// [`table::by_tuple`].
-    fn by_tuple(line: &mut Located, search: &mut Search, tuple: &FiveTuple<Self>) -> u32;
-    /// [`table::by_task`].
-    fn by_task(line: &mut Located, search: &mut Search, alias: &FiveTuple<Self>, interface: u32) -> u32;
-    /// [`table::insert_new`].
-    fn insert_new(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32;
-    /// [`table::insert_anew`].
-    fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32;
-    /// [`alias::probe`].
-    fn probe(packet: &mut Packet<Self>) -> u32;
-    /// [`alias::free_port`].
-    fn free_port(packet: &mut Packet<Self>, backend: &Backend, snat: u32) -> u32;
-    /// [`scheduler::choose`].
-    fn choose(packet: &mut Packet<Self>) -> u64;
-    /// [`admission::put`].
-    fn put(packet: &mut Packet<Self>, backend: &Backend) -> u64;
-    /// [`admission::from_peer`].
-    fn from_peer(packet: &mut Packet<Self>, tunnel: &TunnelMeta, backend: &Backend, index: u32) -> u64;
-    /// [`lifecycle::packed_request`].
-    fn request(packet: &mut Packet<Self>) -> u64;
-    /// [`lifecycle::packed_reply`].
-    fn reply(packet: &mut Packet<Self>, interface: u32) -> u64;
-    /// [`lifecycle::packed_told`].
-    fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64;
-}
 
 /// Exports a function for one family: what is changed, what is read, numbers.
 macro_rules! apart {
@@ -62,152 +33,89 @@ macro_rules! apart {
     };
 }
 
-apart!(connection_by_tuple4(line: Located, search: Search; tuple: FiveTuple<V4>; ) -> u32 = table::by_tuple, 1);
-apart!(connection_by_task4(line: Located, search: Search; alias: FiveTuple<V4>; interface) -> u32 = table::by_task, 1);
-apart!(connection_insert_new4(line: Located; draft: Draft<V4>, search: Search; ) -> u32 = table::insert_new, 3);
-apart!(connection_insert_anew4(line: Located; draft: Draft<V4>; ) -> u32 = table::insert_anew, 3);
-apart!(connection_probe4(packet: Packet<V4>; ; ) -> u32 = alias::probe, 1);
-apart!(connection_free_port4(packet: Packet<V4>; backend: Backend; snat) -> u32 = alias::free_port, u32::MAX);
-apart!(connection_choose4(packet: Packet<V4>; ; ) -> u64 = scheduler::choose, NOBODY as u64);
-apart!(connection_put4(packet: Packet<V4>; backend: Backend;) -> u64 = admission::put, NOTHING);
-apart!(connection_from_peer4(packet: Packet<V4>; tunnel: TunnelMeta, backend: Backend; index) -> u64 = admission::from_peer, NOTHING);
-apart!(connection_request4(packet: Packet<V4>; ; ) -> u64 = lifecycle::packed_request, NOTHING);
-apart!(connection_reply4(packet: Packet<V4>; ; interface) -> u64 = lifecycle::packed_reply, NOTHING);
-apart!(connection_told4(packet: Packet<V4>; tunnel: TunnelMeta; ) -> u64 = lifecycle::packed_told, NOTHING);
+/// A family's functions, under the names that the verifier's log shows.
+macro_rules! tracked {
+    ($family:ty: $by_tuple:ident $by_task:ident $insert_new:ident $insert_anew:ident $probe:ident $free_port:ident $choose:ident $put:ident $from_peer:ident $request:ident $reply:ident $told:ident) => {
+        apart!($by_tuple(line: Located, search: Search; tuple: FiveTuple<$family>; ) -> u32 = table::by_tuple, 1);
+        apart!($by_task(line: Located, search: Search; alias: FiveTuple<$family>; interface) -> u32 = table::by_task, 1);
+        apart!($insert_new(line: Located; draft: Draft<$family>, search: Search; ) -> u32 = table::insert_new, 3);
+        apart!($insert_anew(line: Located; draft: Draft<$family>; ) -> u32 = table::insert_anew, 3);
+        apart!($probe(packet: Packet<$family>; ; ) -> u32 = alias::probe, 1);
+        apart!($free_port(packet: Packet<$family>; backend: Backend; snat) -> u32 = alias::free_port, u32::MAX);
+        apart!($choose(packet: Packet<$family>; ; ) -> u64 = scheduler::choose, NOBODY as u64);
+        apart!($put(packet: Packet<$family>; backend: Backend;) -> u64 = admission::put, NOTHING);
+        apart!($from_peer(packet: Packet<$family>; tunnel: TunnelMeta, backend: Backend; index) -> u64 = admission::from_peer, NOTHING);
+        apart!($request(packet: Packet<$family>; ; ) -> u64 = lifecycle::packed_request, NOTHING);
+        apart!($reply(packet: Packet<$family>; ; interface) -> u64 = lifecycle::packed_reply, NOTHING);
+        apart!($told(packet: Packet<$family>; tunnel: TunnelMeta; ) -> u64 = lifecycle::packed_told, NOTHING);
 
-apart!(connection_by_tuple6(line: Located, search: Search; tuple: FiveTuple<V6>; ) -> u32 = table::by_tuple, 1);
-apart!(connection_by_task6(line: Located, search: Search; alias: FiveTuple<V6>; interface) -> u32 = table::by_task, 1);
-apart!(connection_insert_new6(line: Located; draft: Draft<V6>, search: Search; ) -> u32 = table::insert_new, 3);
-apart!(connection_insert_anew6(line: Located; draft: Draft<V6>; ) -> u32 = table::insert_anew, 3);
-apart!(connection_probe6(packet: Packet<V6>; ; ) -> u32 = alias::probe, 1);
-apart!(connection_free_port6(packet: Packet<V6>; backend: Backend; snat) -> u32 = alias::free_port, u32::MAX);
-apart!(connection_choose6(packet: Packet<V6>; ; ) -> u64 = scheduler::choose, NOBODY as u64);
-apart!(connection_put6(packet: Packet<V6>; backend: Backend;) -> u64 = admission::put, NOTHING);
-apart!(connection_from_peer6(packet: Packet<V6>; tunnel: TunnelMeta, backend: Backend; index) -> u64 = admission::from_peer, NOTHING);
-apart!(connection_request6(packet: Packet<V6>; ; ) -> u64 = lifecycle::packed_request, NOTHING);
-apart!(connection_reply6(packet: Packet<V6>; ; interface) -> u64 = lifecycle::packed_reply, NOTHING);
-apart!(connection_told6(packet: Packet<V6>; tunnel: TunnelMeta; ) -> u64 = lifecycle::packed_told, NOTHING);
+        impl Tracked for $family {
+            #[inline(always)]
+            fn by_tuple(line: &mut Located, search: &mut Search, tuple: &FiveTuple<Self>) -> u32 {
+                $by_tuple(line, search, tuple)
+            }
 
-impl Tracked for V4 {
-    #[inline(always)]
-    fn by_tuple(line: &mut Located, search: &mut Search, tuple: &FiveTuple<Self>) -> u32 {
-        connection_by_tuple4(line, search, tuple)
-    }
+            #[inline(always)]
+            fn by_task(line: &mut Located, search: &mut Search, alias: &FiveTuple<Self>, interface: u32) -> u32 {
+                $by_task(line, search, alias, interface)
+            }
 
-    #[inline(always)]
-    fn by_task(line: &mut Located, search: &mut Search, alias: &FiveTuple<Self>, interface: u32) -> u32 {
-        connection_by_task4(line, search, alias, interface)
-    }
+            #[inline(always)]
+            fn insert_new(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32 {
+                $insert_new(line, draft, search)
+            }
 
-    #[inline(always)]
-    fn insert_new(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32 {
-        connection_insert_new4(line, draft, search)
-    }
+            #[inline(always)]
+            fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32 {
+                $insert_anew(line, draft)
+            }
 
-    #[inline(always)]
-    fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32 {
-        connection_insert_anew4(line, draft)
-    }
+            #[inline(always)]
+            fn probe(packet: &mut Packet<Self>) -> u32 {
+                $probe(packet)
+            }
 
-    #[inline(always)]
-    fn probe(packet: &mut Packet<Self>) -> u32 {
-        connection_probe4(packet)
-    }
+            #[inline(always)]
+            fn free_port(packet: &mut Packet<Self>, backend: &Backend, snat: u32) -> u32 {
+                $free_port(packet, backend, snat)
+            }
 
-    #[inline(always)]
-    fn free_port(packet: &mut Packet<Self>, backend: &Backend, snat: u32) -> u32 {
-        connection_free_port4(packet, backend, snat)
-    }
+            #[inline(always)]
+            fn choose(packet: &mut Packet<Self>) -> u64 {
+                $choose(packet)
+            }
 
-    #[inline(always)]
-    fn choose(packet: &mut Packet<Self>) -> u64 {
-        connection_choose4(packet)
-    }
+            #[inline(always)]
+            fn put(packet: &mut Packet<Self>, backend: &Backend) -> u64 {
+                $put(packet, backend)
+            }
 
-    #[inline(always)]
-    fn put(packet: &mut Packet<Self>, backend: &Backend) -> u64 {
-        connection_put4(packet, backend)
-    }
+            #[inline(always)]
+            fn from_peer(packet: &mut Packet<Self>, tunnel: &TunnelMeta, backend: &Backend, index: u32) -> u64 {
+                $from_peer(packet, tunnel, backend, index)
+            }
 
-    #[inline(always)]
-    fn from_peer(packet: &mut Packet<Self>, tunnel: &TunnelMeta, backend: &Backend, index: u32) -> u64 {
-        connection_from_peer4(packet, tunnel, backend, index)
-    }
+            #[inline(always)]
+            fn request(packet: &mut Packet<Self>) -> u64 {
+                $request(packet)
+            }
 
-    #[inline(always)]
-    fn request(packet: &mut Packet<Self>) -> u64 {
-        connection_request4(packet)
-    }
+            #[inline(always)]
+            fn reply(packet: &mut Packet<Self>, interface: u32) -> u64 {
+                $reply(packet, interface)
+            }
 
-    #[inline(always)]
-    fn reply(packet: &mut Packet<Self>, interface: u32) -> u64 {
-        connection_reply4(packet, interface)
-    }
-
-    #[inline(always)]
-    fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64 {
-        connection_told4(packet, tunnel)
-    }
+            #[inline(always)]
+            fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64 {
+                $told(packet, tunnel)
+            }
+        }
+    };
 }
 
-impl Tracked for V6 {
-    #[inline(always)]
-    fn by_tuple(line: &mut Located, search: &mut Search, tuple: &FiveTuple<Self>) -> u32 {
-        connection_by_tuple6(line, search, tuple)
-    }
-
-    #[inline(always)]
-    fn by_task(line: &mut Located, search: &mut Search, alias: &FiveTuple<Self>, interface: u32) -> u32 {
-        connection_by_task6(line, search, alias, interface)
-    }
-
-    #[inline(always)]
-    fn insert_new(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32 {
-        connection_insert_new6(line, draft, search)
-    }
-
-    #[inline(always)]
-    fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32 {
-        connection_insert_anew6(line, draft)
-    }
-
-    #[inline(always)]
-    fn probe(packet: &mut Packet<Self>) -> u32 {
-        connection_probe6(packet)
-    }
-
-    #[inline(always)]
-    fn free_port(packet: &mut Packet<Self>, backend: &Backend, snat: u32) -> u32 {
-        connection_free_port6(packet, backend, snat)
-    }
-
-    #[inline(always)]
-    fn choose(packet: &mut Packet<Self>) -> u64 {
-        connection_choose6(packet)
-    }
-
-    #[inline(always)]
-    fn put(packet: &mut Packet<Self>, backend: &Backend) -> u64 {
-        connection_put6(packet, backend)
-    }
-
-    #[inline(always)]
-    fn from_peer(packet: &mut Packet<Self>, tunnel: &TunnelMeta, backend: &Backend, index: u32) -> u64 {
-        connection_from_peer6(packet, tunnel, backend, index)
-    }
-
-    #[inline(always)]
-    fn request(packet: &mut Packet<Self>) -> u64 {
-        connection_request6(packet)
-    }
-
-    #[inline(always)]
-    fn reply(packet: &mut Packet<Self>, interface: u32) -> u64 {
-        connection_reply6(packet, interface)
-    }
-
-    #[inline(always)]
-    fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64 {
-        connection_told6(packet, tunnel)
-    }
-}
+tracked!(V4:
+    connection_by_tuple4 connection_by_task4 connection_insert_new4 connection_insert_anew4 connection_probe4 connection_free_port4 connection_choose4 connection_put4 connection_from_peer4 connection_request4 connection_reply4 connection_told4
+);
+tracked!(V6:
+    connection_by_tuple6 connection_by_task6 connection_insert_new6 connection_insert_anew6 connection_probe6 connection_free_port6 connection_choose6 connection_put6 connection_from_peer6 connection_request6 connection_reply6 connection_told6
+);

@@ -12,9 +12,9 @@ use lb_common::{
 };
 
 use super::{
-    apart::Tracked,
     guard, is_late, is_own, scheduler,
     table::{self, Entry, Found},
+    tracked::Tracked,
 };
 use crate::io::{
     clock,

@@ -14,6 +14,7 @@ pub mod guard;
 pub mod lifecycle;
 pub mod scheduler;
 pub mod table;
+pub mod tracked;
 
 use lb_common::{
     backend::{Backend, Kind, State},
@@ -23,7 +24,7 @@ use lb_common::{
     tunnel::{NAMES_TASK, SELF, TaskKey},
 };
 
-use self::{apart::Tracked, lifecycle::Lookup, table::Found};
+use self::{lifecycle::Lookup, table::Found, tracked::Tracked};
 use crate::io::{
     counters,
     family::Family,

@@ -5,7 +5,7 @@ use lb_common::{
     endpoint::{CONSISTENT, Listener},
 };
 
-use super::{alias, apart::Tracked};
+use super::{alias, tracked::Tracked};
 use crate::io::{
     atomic,
     maps::{BACKENDS, CURSORS, SLOTS},

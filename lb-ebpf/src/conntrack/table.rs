@@ -13,7 +13,7 @@ use lb_common::{
     verifier::zero_of,
 };
 
-use super::apart::Tracked;
+use super::tracked::Tracked;
 use crate::io::{
     atomic, clock,
     family::Family,

@@ -79,7 +79,7 @@ pub struct EncapParams<'a> {
     pub ether: u16,
     /// Bytes of the packet.
     pub bytes: u16,
-    /// The same for all packets of its flow.
+    /// The same for all packets of its connection.
     pub hash: u32,
     /// Largest segment that still fits.
     pub segment: u32,

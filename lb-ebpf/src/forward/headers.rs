@@ -6,7 +6,7 @@ use lb_common::{
 };
 
 use crate::{
-    conntrack::apart::Tracked,
+    conntrack::tracked::Tracked,
     io::{family::Family as _, frame::Frame, packet::Packet},
     wire::{
         ethernet::Ethernet,

@@ -27,7 +27,7 @@ use super::{
     xdp::{clamp_arrived, clamp_emitted, peer_of},
 };
 use crate::{
-    conntrack::{self, Classified, Direction, apart::Tracked},
+    conntrack::{self, Classified, Direction, tracked::Tracked},
     io::{
         counters,
         family::Family,

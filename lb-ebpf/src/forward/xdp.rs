@@ -22,7 +22,7 @@ use super::{
     next_hop, outcome, rst, tally, too_big,
 };
 use crate::{
-    conntrack::{self, Classified, Direction, apart::Tracked},
+    conntrack::{self, Classified, Direction, tracked::Tracked},
     io::{
         counters,
         family::Family,

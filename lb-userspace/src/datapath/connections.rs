@@ -140,7 +140,7 @@ impl Clock<'_> {
     /// The resets for a connection that has ended, if its service asks for them. Who closes, or has lost its task, is told by
     /// others.
     fn resets<A: Address>(&self, control: Control, line: &Line<A>) -> Vec<Reset> {
-        if control.phase() != Phase::Established as u32 {
+        if Phase::number_of(control) != Phase::Established as u32 {
             return Vec::new();
         }
         let Some(backend) = self.backend(line) else {
