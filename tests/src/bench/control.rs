@@ -1,4 +1,4 @@
-//! What the control plane costs: loading a cluster, one change of it, memory, the walk through a million flows; at three
+//! What the control plane costs: loading a cluster, one change of it, memory, garbage collection over a million connections; at three
 //! sizes, so that the slope shows.
 //!
 //! The agent that is measured is the real one, in a namespace, and the tables are watched from outside, as the programs
@@ -46,8 +46,8 @@ pub const SIZES: [Size; 3] = [
 /// How long loading may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Flows in the table while the walk through it is measured.
-pub const FLOWS: u32 = 1_000_000;
+/// Connections in the table while collecting its garbage is measured.
+pub const CONNECTIONS: u32 = 1_000_000;
 
 /// What to measure.
 #[derive(Clone, Copy, Debug, Default)]
@@ -77,7 +77,9 @@ pub fn run(report: &mut Report, options: &Options) {
         );
         let notes = ["one change: the file is replaced by renaming, until the table leads to the new task"];
         let last = Some(size) == sizes.last();
-        report.section(&title, &notes, || measure(*size, rounds, (last && !options.quick).then_some(FLOWS)));
+        report.section(&title, &notes, || {
+            measure(*size, rounds, (last && !options.quick).then_some(CONNECTIONS))
+        });
         let title = format!("agents: {} services with {} tasks", size.services, size.tasks);
         report.section(&title, &["a manager's agent and those that follow it, one thread each side"], || {
             let folder = tempfile::tempdir().expect("make a folder");
@@ -91,15 +93,15 @@ pub fn run(report: &mut Report, options: &Options) {
     }
 }
 
-/// Loading, changes and memory of a cluster of a size; with so many flows also the walk through them.
-fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
+/// Loading, changes and memory of a cluster of a size; with so many connections also the collection over them.
+fn measure(size: Size, rounds: usize, connections: Option<u32>) -> Vec<Figure> {
     let large = Large::new(size);
     let _others = large.answer();
     large.write(&large.size.text(None));
     let path = large.put();
-    let room = flows.map_or(262_144, |flows| flows + flows / 4);
+    let room = connections.map_or(262_144, |connections| connections + connections / 4);
     let start = Instant::now();
-    let agent = large.attach(&path, &[&format!("--max-flows={room}")]);
+    let agent = large.attach(&path, &[&format!("--max-connections={room}")]);
     let serving = start.elapsed();
     let pins = large.node.enter(|| PinDir::of("eth1").expect("the pins"));
     let listeners = Listeners::open(&pins);
@@ -120,7 +122,7 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
     let kernel = tables(&large);
     agent.stop(Signal::SIGKILL);
     let start = Instant::now();
-    let agent = large.attach(&path, &[&format!("--max-flows={room}")]);
+    let agent = large.attach(&path, &[&format!("--max-connections={room}")]);
     let adopted = start.elapsed();
     let mut figures = vec![
         figure("start to attached", "ms", [ms(serving)]),
@@ -133,8 +135,8 @@ fn measure(size: Size, rounds: usize, flows: Option<u32>) -> Vec<Figure> {
         figure("controller: CPU while nothing changes", "ms/s", [idle]),
         figure("tables: kernel memory", "MB", [kernel]),
     ];
-    if let Some(flows) = flows {
-        figures.extend(walk(&agent, &pins, flows));
+    if let Some(connections) = connections {
+        figures.extend(collection(&agent, &pins, connections));
     }
     figures
 }
@@ -185,29 +187,29 @@ fn settle(agent: &Agent<'_>) {
     while busy(agent, Duration::from_secs(2)) > 100.0 && Instant::now() < deadline {}
 }
 
-/// Flows that have ended, spread over the table, by which the end of a walk shows.
+/// Connections that have ended, spread over the table, by which the end of a collection shows.
 const MARKS: u32 = 64;
 
-/// The walk through a table of so many flows: what it takes of the controller's time, and how long a whole one is.
-fn walk(agent: &Agent<'_>, pins: &PinDir, flows: u32) -> Vec<Figure> {
+/// Garbage collection over so many connections: what it takes of the controller's time, and how long a whole one is.
+fn collection(agent: &Agent<'_>, pins: &PinDir, connections: u32) -> Vec<Figure> {
     let backends: Array<MapData, Backend> = open(pins, table::BACKENDS);
     let generation = backends.get(&0, 0).expect("a backend").generation;
     let heartbeat: Array<MapData, u32> = open(pins, table::HEARTBEAT);
     let now = heartbeat.get(&0, 0).expect("the heartbeat");
     let live = Line { seen: now, ..line(generation) };
-    fill(pins, 0, flows, &live);
+    fill(pins, 0, connections, &live);
     let with = busy(agent, Duration::from_secs(10));
     // Connections to nobody, which have ended, behind the others.
     let ended = Line { seen: now, ..line(generation.wrapping_add(1)) };
     let ended = Line { control: Control(ended.control).with_state(UDP).0, ..ended };
-    fill(pins, flows, MARKS, &ended);
+    fill(pins, connections, MARKS, &ended);
     let table: Array<MapData, Set<V4>> = open(pins, table::CONNECTIONS4);
     let start = Instant::now();
     let there = |set: u32| {
         let lines = table.get(&set, 0).expect("a set").lines;
         lines.iter().any(|line| Control(line.control).is_live())
     };
-    while (flows..flows + MARKS).step_by(WAYS as usize).any(|number| there(set_of(number))) {
+    while (connections..connections + MARKS).step_by(WAYS as usize).any(|number| there(set_of(number))) {
         assert!(start.elapsed() < Duration::from_secs(600), "nothing is removed");
         std::thread::sleep(Duration::from_millis(50));
     }

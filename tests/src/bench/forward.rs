@@ -39,7 +39,7 @@ pub struct Effort {
     pub rounds: usize,
     /// How long each measurement of a round takes.
     pub time: Duration,
-    /// Numbers of flows beside 256.
+    /// Numbers of connections beside 256.
     pub growth: &'static [u32],
 }
 
@@ -50,14 +50,14 @@ impl Effort {
     pub const QUICK: Self = Self { rounds: 7, time: Duration::from_millis(40), growth: &[] };
 }
 
-/// Flows in the figures that are set beside each other.
-const FLOWS: u32 = 256;
+/// Connections in the figures that are set beside each other.
+const CONNECTIONS: u32 = 256;
 /// Frames of a short measurement, and of a long one.
 const FEW: u32 = 1 << 14;
 const MANY: u32 = 1 << 18;
-/// Flows that are established before anything is measured.
+/// Connections that are established before anything is measured.
 const ESTABLISHED: u32 = 1 << 16;
-/// Flows that are on their way to that at a time.
+/// Connections that are on their way to that at a time.
 const OPENING: u32 = 1 << 12;
 /// The first sequence numbers of clients and of tasks.
 const FIRST: u32 = 1_000;
@@ -203,17 +203,17 @@ pub fn measure(report: &mut Report, effort: Effort) {
     for (rig, Rig { who, .. }) in rigs.iter().enumerate() {
         for way in who.ways() {
             let growth: &[u32] = if who.is_bare() { &[] } else { effort.growth };
-            for clients in [FLOWS].iter().chain(growth) {
+            for clients in [CONNECTIONS].iter().chain(growth) {
                 rows.push(Row { rig, way: *way, clients: *clients, frames: FEW, samples: vec![] });
             }
         }
     }
-    report.section("Packets forwarded, 256 flows", NOTES, || {
+    report.section("Packets forwarded, 256 connections", NOTES, || {
         rounds(&mut rigs, &mut rows, effort);
         side_by_side(&rows)
     });
     if !effort.growth.is_empty() {
-        report.section("Packets forwarded, by the number of flows", &[], || growth(&rows));
+        report.section("Packets forwarded, by the number of connections", &[], || growth(&rows));
     }
 }
 
@@ -244,7 +244,8 @@ fn rounds(rigs: &mut [Rig<'_>], rows: &mut [Row], effort: Effort) {
 /// Each way's figures beside each other.
 fn side_by_side(rows: &[Row]) -> Vec<Figure> {
     let find = |who: Who, way: Way| {
-        let row = rows.iter().find(|row| Who::ALL[row.rig] == who && row.way == way && row.clients == FLOWS);
+        let row =
+            rows.iter().find(|row| Who::ALL[row.rig] == who && row.way == way && row.clients == CONNECTIONS);
         Samples::new(row.expect("a row").samples.iter().copied())
     };
     let figure = |who: Who, way: Way, to: &str| {
@@ -276,7 +277,7 @@ fn side_by_side(rows: &[Row]) -> Vec<Figure> {
     figures
 }
 
-/// Each figure for all numbers of flows, beside that of one flow.
+/// Each figure for all numbers of connections, beside that of one connection.
 fn growth(rows: &[Row]) -> Vec<Figure> {
     let mut figures = vec![];
     for of in rows.iter().filter(|row| row.clients == 1) {
@@ -296,8 +297,8 @@ fn growth(rows: &[Row]) -> Vec<Figure> {
     figures
 }
 
-fn counted(flows: u32) -> String {
-    if flows == 1 { "1 flow".to_owned() } else { format!("{flows} flows") }
+fn counted(connections: u32) -> String {
+    if connections == 1 { "1 connection".to_owned() } else { format!("{connections} connections") }
 }
 
 impl<'a> Rig<'a> {
@@ -341,7 +342,7 @@ impl<'a> Rig<'a> {
     /// What making a frame costs.
     fn make(&mut self) -> f64 {
         let shape = self.request(Way::Routed, ACK);
-        self.live.set_clients(FLOWS);
+        self.live.set_clients(CONNECTIONS);
         self.live.send_nowhere(&self.line.client, None, &shape, MANY)
     }
 

@@ -44,7 +44,7 @@ pub fn run(report: &mut Report, options: &Options) {
     let rounds = if options.quick { 15 } else { 31 };
     let most = if options.quick { 4_096 } else { 65_536 };
     let counts: Vec<u32> = [1, 4_096, 65_536].into_iter().filter(|&count| count <= most).collect();
-    with_lab_of(sizes(262_144), services(), |lab| {
+    with_lab_of(sizes(MADE_FOR), services(), |lab| {
         let mut bench = Bench::new(lab, rounds);
         report.section(
             "ns a run of the floors",
@@ -52,14 +52,14 @@ pub fn run(report: &mut Report, options: &Options) {
             || bench.floors(),
         );
         report.section(
-            "ns a packet of an established flow, above XDP_PASS or a TC program that does nothing",
+            "ns a packet of an established connection, above XDP_PASS or a TC program that does nothing",
             &["Clients come in a scattered order. TCP frames of 72 bytes over IPv4, before the tunnel's headers."],
             || bench.established(&counts),
         );
         report.section("ns a packet that is not ours, above XDP_PASS", &[], || bench.not_ours(""));
         report.section(
-            "ns a packet that opens a flow, above XDP_PASS",
-            &["SYN: into the table of half-open flows, of 65,536 entries. ACK: moves the entry to the established ones."],
+            "ns a packet that opens a connection, above XDP_PASS",
+            &["SYN: into a table for 262,144 connections, which has room for twice as many. ACK: changes the state of its line."],
             || bench.opening(),
         );
         if !options.compare.is_empty() {
@@ -76,7 +76,7 @@ pub fn run(report: &mut Report, options: &Options) {
     }
 }
 
-/// With a million flows, and with as many listeners as a large cluster has.
+/// With a million connections, and with as many listeners as a large cluster has.
 fn large(report: &mut Report, rounds: usize) {
     let mut services = services();
     // A service for each, as clusters have them, whose tasks listen where tasks usually do.
@@ -92,18 +92,20 @@ fn large(report: &mut Report, rounds: usize) {
         Sizes { services: Some(16_384), backends: Some(32_768), slots: Some(32_768), ..sizes(1_310_720) };
     with_lab_of(sizes, services, |lab| {
         let mut bench = Bench::new(lab, rounds);
-        report.section("ns a packet of an established flow, 1,048,576 flows", &[], || {
+        report.section("ns a packet of an established connection, 1,048,576 connections", &[], || {
             bench.established(&[1_048_576])
         });
-        report.section("ns a packet that is not ours, 10,000 listeners and a full flow table", &[], || {
-            bench.not_ours(", 10,000 listeners")
-        });
+        report.section(
+            "ns a packet that is not ours, 10,000 listeners and a million connections",
+            &[],
+            || bench.not_ours(", 10,000 listeners"),
+        );
     });
 }
 
-fn sizes(flows: u32) -> Sizes {
+fn sizes(connections: u32) -> Sizes {
     Sizes {
-        connections: Some(flows),
+        connections: Some(connections),
         services: Some(64),
         listeners: Some(16_384),
         backends: Some(256),
@@ -112,8 +114,10 @@ fn sizes(flows: u32) -> Sizes {
     }
 }
 
-/// Flows that are opened between two answers of theirs: fewer than fit into the table of half-open ones.
+/// Connections that are opened between two answers of theirs: fewer than the table is made for.
 const CHUNK: u32 = 16_384;
+/// Connections that the table is made for.
+const MADE_FOR: u32 = 262_144;
 /// Runs in a round.
 const RUNS: u32 = 16_384;
 
@@ -221,8 +225,12 @@ impl<'a> Bench<'a> {
                                 bench.lab.touch_hops();
                             }
                         });
-                        let flows = if count == 1 { "1 flow".to_owned() } else { format!("{count} flows") };
-                        let name = format!("{what}, {}, {flows}", family.name);
+                        let connections = if count == 1 {
+                            "1 connection".to_owned()
+                        } else {
+                            format!("{count} connections")
+                        };
+                        let name = format!("{what}, {}, {connections}", family.name);
                         let mut figure = Figure::new(name, "ns", &samples);
                         if let Some(target) = target.filter(|_| family.name == "IPv4") {
                             figure = figure.target(Target::AtMost(target));
@@ -233,7 +241,7 @@ impl<'a> Bench<'a> {
                         }
                         figures.push(figure);
                     }
-                    // The table has room for one path's flows.
+                    // The table has room for one path's connections.
                     self.lab.forget_connections();
                 }
             }
@@ -298,7 +306,7 @@ impl<'a> Bench<'a> {
         figures
     }
 
-    /// Flows that begin, at several fills of the table; and what the guard makes of them.
+    /// Connections that begin, at several fills of the table; and what the guard makes of them.
     fn opening(&mut self) -> Vec<Figure> {
         const CLIENTS: u32 = 1 << 20;
         let mut figures = vec![];
@@ -306,7 +314,7 @@ impl<'a> Bench<'a> {
             let path = paths(family, CLIENTS).into_iter().find(|path| path.name == "routed").expect("a path");
             let [syn, answer, ack] = [0, 1, 2].map(|step| &path.opening[step]);
             for (fill, entries, target) in
-                [("empty", 0, 450.0), ("half full", 32_768, f64::INFINITY), ("full", 65_536, 870.0)]
+                [("empty", 0, 450.0), ("half full", MADE_FOR, f64::INFINITY), ("full", 2 * MADE_FOR, 870.0)]
             {
                 let (mut opened, mut moved) = (vec![], vec![]);
                 for _ in 0..self.rounds.min(21) {
@@ -315,7 +323,8 @@ impl<'a> Bench<'a> {
                         // Some more than fit, so that it is really full.
                         self.once(syn, 0, entries + entries / 4, CLIENTS);
                     }
-                    let first = 1 << 19;
+                    // None of those that fill the table.
+                    let first = 1_000_000;
                     let runs = 8_192;
                     opened.push(self.timed(syn, first, runs));
                     self.once(answer, first, runs, CLIENTS);
@@ -398,7 +407,7 @@ impl<'a> Bench<'a> {
                 samples.push(cost - pass);
                 action = returned;
             }
-            let name = format!("{}, {count} flows, returns {action}", path.display());
+            let name = format!("{}, {count} connections, returns {action}", path.display());
             figures.push(Figure::new(name, "ns", &Samples::new(samples)));
         }
         figures

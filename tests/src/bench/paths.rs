@@ -1,4 +1,4 @@
-//! The ways that flows go in the bench of packets: what opens each, what is measured of it, and how each packet ends.
+//! The ways that connections go in the bench of packets: what opens each, what is measured of it, and how each packet ends.
 
 use std::net::IpAddr;
 
@@ -161,7 +161,7 @@ impl Frames {
     }
 }
 
-/// One way a flow may go.
+/// One way a connection may go.
 pub(super) struct FlowPath {
     pub name: &'static str,
     /// What establishes it.
@@ -198,7 +198,7 @@ fn arrived(kind: u8, flags: u8) -> impl Fn(&Packet) -> Vec<u8> {
     }
 }
 
-/// The ways of a family's flows.
+/// The ways of a family's connections.
 pub(super) fn paths(family: &Addresses, count: u32) -> Vec<FlowPath> {
     let client = (ip(family.client), 1);
     let listener = ip(family.listener);
@@ -324,7 +324,7 @@ pub(super) fn paths(family: &Addresses, count: u32) -> Vec<FlowPath> {
             )],
         },
     ];
-    // One port of this node's for each flow to one task.
+    // One port of this node's for each connection to one task.
     if count <= 4_096 {
         let reply = |transport| {
             let packet = taken(transport, (ip(family.snat), SNAT + TARGET), (listener, 1));

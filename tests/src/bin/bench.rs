@@ -47,7 +47,7 @@ enum Part {
     Forward,
     /// TCP through namespaces, beside nftables, HAProxy and nginx
     Tcp,
-    /// Loading clusters of three sizes, one change of them, memory, the walk through a million flows
+    /// Loading clusters of three sizes, one change of them, memory, garbage collection over a million connections
     Control,
 }
 
