@@ -34,17 +34,17 @@ impl TryFrom<u8> for Kind {
     }
 }
 
-/// Whether a backend takes flows.
+/// Whether a backend takes connections.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum State {
-    /// The index is free: flows that name it have lost their task.
+    /// The index is free: connections that name it have lost their task.
     Free = 0,
-    /// The task takes neither new flows nor packets: it has not started, or no way leads to it.
+    /// The task takes neither new connections nor packets: it has not started, or no way leads to it.
     Unavailable = 1,
-    /// The task takes new flows.
+    /// The task takes new connections.
     Active = 2,
-    /// The task keeps the flows it has and takes no new ones.
+    /// The task keeps the connections it has and takes no new ones.
     Draining = 3,
 }
 
@@ -73,7 +73,7 @@ pub const SINGLE: u8 = 8;
 /// [`Backend::source`] is the name that other nodes have for the task (local).
 pub const NAMED: u8 = 32;
 
-/// One entry of the backend array: what of a backend may change while flows name it.
+/// One entry of the backend array: what of a backend may change while connections name it.
 ///
 /// One cache line. User space replaces an entry in place; each field that changes alone (a hardware address,
 /// the state) lies within one aligned eight-byte word, which the kernel's copy writes at once.
@@ -98,7 +98,7 @@ pub struct Backend {
     pub ifindex: u32,
     /// Index of the service it belongs to.
     pub service: u32,
-    /// Changes each time the index is given to another task; a flow that remembers another is a lost one.
+    /// Changes each time the index is given to another task; a connection that remembers another is a lost one.
     pub generation: u32,
     /// [`Kind`].
     pub kind: u8,
@@ -111,7 +111,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Whether packets of existing flows may be sent to it.
+    /// Whether packets of existing connections may be sent to it.
     #[inline(always)]
     pub const fn forwards(&self) -> bool {
         self.state == State::Active as u8 || self.state == State::Draining as u8

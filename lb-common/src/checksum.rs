@@ -1,7 +1,7 @@
 //! Internet checksum updates (RFC 1071, RFC 1624).
 //!
-//! A rewrite changes the same words in every packet of a flow, so the change of the sum is computed once, when
-//! the flow is made, as a *delta*, and added to each packet's checksum. Sums are taken over words as they lie
+//! A rewrite changes the same words in every packet of a connection, so the change of the sum is computed once, when
+//! the connection is made, as a *delta*, and added to each packet's checksum. Sums are taken over words as they lie
 //! in the packet: the one's complement sum does not depend on the byte order (RFC 1071, 2.B).
 
 use crate::net::{Address, Be16};

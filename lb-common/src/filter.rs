@@ -1,7 +1,7 @@
 //! The port filter: what is not ours leaves before any table is asked.
 //!
 //! Four bitmaps of 65,536 ports, 32 KiB in all, of which traffic touches a few cache lines. A clear bit is a
-//! promise that no listener, flow or reply can match; a set bit promises nothing.
+//! promise that no listener, connection or reply can match; a set bit promises nothing.
 
 use crate::net::{Be16, TCP};
 

@@ -263,7 +263,7 @@ pub struct Attach {
     pub snat_ports: [u16; 2],
     /// Log each new connection, from the kernel; costly under load
     #[arg(long)]
-    pub log_flows: bool,
+    pub log_connections: bool,
     /// New connections a second above which they are placed by hash, and stored only once their client goes on; 0 is never
     /// [default: a quarter of --max-connections]
     #[arg(long, value_name = "RATE")]

@@ -210,12 +210,11 @@ mod tests {
 
     #[test]
     fn the_file_says_what_the_command_line_leaves_out() {
-        let file =
-            "iface = [\"eth1\", \"eth2\"]\npeer-timeout = \"2s\"\nlog-flows = true\nmax-connections = 1000\n";
+        let file = "iface = [\"eth1\", \"eth2\"]\npeer-timeout = \"2s\"\nlog-connections = true\nmax-connections = 1000\n";
         let read = attach(&["--peer-timeout", "5s"], file).unwrap();
         assert_eq!(read.iface, ["eth1", "eth2"]);
         assert_eq!(read.peer_timeout.as_secs(), 5);
-        assert!(read.log_flows);
+        assert!(read.log_connections);
         assert_eq!(read.max_connections, Some(1000));
         // One that is given is the only one.
         assert_eq!(attach(&["--iface", "eth9"], file).unwrap().iface, ["eth9"]);
@@ -237,8 +236,8 @@ mod tests {
         );
         let error = said("peer-timeout = \"soon\"\n");
         assert!(error.contains("agent.toml: invalid value 'soon' for '--peer-timeout"), "{error}");
-        let error = said("log-flows = \"yes\"\n");
-        assert!(error.contains("agent.toml:1: log-flows: true or false is wanted"), "{error}");
+        let error = said("log-connections = \"yes\"\n");
+        assert!(error.contains("agent.toml:1: log-connections: true or false is wanted"), "{error}");
         assert!(said("iface = {}\n").contains("a text or a number is wanted"));
         assert!(said("iface = \n").contains("agent.toml: "), "{}", said("iface = \n"));
     }

@@ -137,7 +137,7 @@ pub fn json(netns: &Netns, arguments: &[&str]) -> Value {
     document["interfaces"][0].clone()
 }
 
-/// Tasks of a service that take new flows, as `service ls` has it.
+/// Tasks of a service that take new connections, as `service ls` has it.
 pub fn active_tasks(netns: &Netns, service: &str) -> u64 {
     of_service(netns, service, "active_tasks")
 }
@@ -149,7 +149,7 @@ fn of_service(netns: &Netns, service: &str, figure: &str) -> u64 {
     services.iter().find(|s| s["name"] == service).and_then(|s| s[figure].as_u64()).unwrap_or_default()
 }
 
-/// The tasks of a service that take new flows, as `service ps` has it.
+/// The tasks of a service that take new connections, as `service ps` has it.
 pub fn offered(netns: &Netns, service: &str) -> BTreeSet<String> {
     let output = verb(netns, &["service", "ps", service, "-o", "json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();

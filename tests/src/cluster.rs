@@ -217,9 +217,9 @@ impl Cluster {
         }
     }
 
-    /// [`Netns::keep_flows_on_one_cpu`] at each node.
-    pub fn keep_flows_on_one_cpu(&self) {
-        self.nodes.iter().for_each(|node| node.netns.keep_flows_on_one_cpu("eth1"));
+    /// [`Netns::keep_connections_on_one_cpu`] at each node.
+    pub fn keep_connections_on_one_cpu(&self) {
+        self.nodes.iter().for_each(|node| node.netns.keep_connections_on_one_cpu("eth1"));
     }
 
     /// Sets the MTU of every interface there is.

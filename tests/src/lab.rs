@@ -18,7 +18,7 @@ use lb_common::{
 };
 use lb_userspace::{
     cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
-    datapath::{Collection, Counters, Datapath, FlowLog, PinDir, Sizes, TableSet},
+    datapath::{Collection, ConnectionLog, Counters, Datapath, PinDir, Sizes, TableSet},
     net::Reset,
     plan::{Planner, Reach, View, Way},
 };
@@ -267,7 +267,8 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
     }
     netns.enter(move || {
         let index = |name: &str| nix::net::if_::if_nametoindex(name).expect("an interface");
-        let datapath = Datapath::open("eth1", &sizes, FlowLog::Off).unwrap_or_else(|error| panic!("{error}"));
+        let datapath =
+            Datapath::open("eth1", &sizes, ConnectionLog::Off).unwrap_or_else(|error| panic!("{error}"));
         let node = |number: u8| Node {
             name: format!("node{number}"),
             host: String::new(),
@@ -314,7 +315,7 @@ impl Lab {
         &self.cluster
     }
 
-    /// The kernel's coarse clock as flows have it, low 32 bits.
+    /// The kernel's coarse clock as connections have it, low 32 bits.
     pub fn jiffies(&self) -> u32 {
         self.datapath().now().expect("the clock")
     }

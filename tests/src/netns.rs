@@ -64,11 +64,11 @@ impl Netns {
         command
     }
 
-    /// Has all packets of a flow that come by an interface taken on one CPU, as a NIC's queues do. Between veths a
+    /// Has all packets of a connection that come by an interface taken on one CPU, as a NIC's queues do. Between veths a
     /// connection's last acknowledgment and its first data may reach a task on two CPUs at once; Linux 6.18 then answers the
     /// data with a reset once in some two million connections, for it takes the half-open socket out of its table before it
     /// puts the new one in.
-    pub fn keep_flows_on_one_cpu(&self, interface: &str) {
+    pub fn keep_connections_on_one_cpu(&self, interface: &str) {
         let cpus = thread::available_parallelism().map_or(1, usize::from).min(32);
         let write =
             format!("echo {:x} > /sys/class/net/{interface}/queues/rx-0/rps_cpus", (1_u64 << cpus) - 1);

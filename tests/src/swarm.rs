@@ -162,7 +162,7 @@ impl Node {
         let folder = folder.join(&name);
         fs::create_dir(&folder).expect("make a folder");
         plug(lan, &netns, address(number));
-        netns.keep_flows_on_one_cpu("eth1");
+        netns.keep_connections_on_one_cpu("eth1");
         run(netns.command("sysctl").args(["-qw", "net.ipv4.ip_forward=1"]));
         // The first process of a namespace of processes must reap what others leave, and nothing else.
         let script =

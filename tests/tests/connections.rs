@@ -87,14 +87,14 @@ fn forged_resets_and_stray_ends_close_nothing() {
             // By the wire nobody speaks for a task of this node.
             lab.passes("a task's address from the wire", &forged.bytes(), Outcome::NotOurs);
         }
-        // On an open flow a SYN is the task's business (RFC 5961, 4.2).
+        // On an open connection a SYN is the task's business (RFC 5961, 4.2).
         assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(77, 0)), format!("web.{to}"));
         assert_eq!(states(lab, port), open);
         // The right number is believed.
         lab.delivered_to(&segment(RST, port, 80, 0));
         assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | RESET]);
         let again = slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)));
-        assert_ne!(again, to, "a SYN on a closed flow starts anew");
+        assert_ne!(again, to, "a SYN on a closed connection starts anew");
     });
 }
 
@@ -112,7 +112,7 @@ fn both_sides_close_and_the_last_packets_still_arrive() {
     });
 }
 
-/// How often flows were taken away from each task.
+/// How often connections were taken away from each task.
 fn failovers(lab: &Lab) -> BTreeMap<String, u64> {
     let counters = lab.counters();
     let taken =
@@ -402,7 +402,7 @@ fn draining_goes_on_and_zero_and_back_is_served_again() {
             }
         });
         assert_eq!(lab.delivered_to(&segment(ACK, 40_013, 80, 0)), format!("web.{to}"));
-        lab.passes("nobody takes new flows", &request(SYN, 40_014, 80).bytes(), Outcome::NoBackend);
+        lab.passes("nobody takes new connections", &request(SYN, 40_014, 80).bytes(), Outcome::NoBackend);
         lab.update(|cluster| cluster.service_mut(0).tasks.clear());
         assert_eq!(
             lab.counting(|lab| lab.xdp(&segment(ACK, 40_013, 80, 0).bytes())).1,

@@ -124,8 +124,8 @@ fn what_is_not_ours_passes_untouched_and_named() {
         );
         let triple = syn.clone().with(|p| p.tags = vec![(0x88a8, 1), (0x8100, 2), (0x8100, 3)]);
         lab.passes("three tags", &triple.bytes(), Outcome::NotIp);
-        // Nothing of this made a flow.
-        lab.passes("still no flow", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoConnection);
+        // Nothing of this made a connection.
+        lab.passes("still no connection", &V4.packet(ACK, 40_000, 80).bytes(), Outcome::NoConnection);
     });
 }
 
@@ -172,7 +172,7 @@ fn malformed_packets_pass() {
 }
 
 #[test]
-fn a_local_task_gets_the_packet_by_a_note_and_keeps_its_flow() {
+fn a_local_task_gets_the_packet_by_a_note_and_keeps_its_connection() {
     with_lab(services(), |lab| {
         for family in [V4, V6] {
             let first = lab.delivered_to(&family.packet(SYN, 40_001, 80));
@@ -582,7 +582,7 @@ fn one_client_port_to_two_listeners_gets_two_tasks() {
 }
 
 #[test]
-fn a_syn_on_a_closing_flow_starts_anew() {
+fn a_syn_on_a_closing_connection_starts_anew() {
     with_lab(services(), |lab| {
         for (ending, port) in [(FIN, 45_000), (RST, 45_001)] {
             let first = lab.delivered_to(&V4.packet(SYN, port, 80));
@@ -595,7 +595,7 @@ fn a_syn_on_a_closing_flow_starts_anew() {
 }
 
 #[test]
-fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
+fn draining_keeps_connections_and_a_task_that_is_gone_ends_them() {
     with_lab(services(), |lab| {
         let state = |lab: &mut Lab, state| {
             lab.update(|cluster| cluster.service_mut(0).tasks[0].state = state);
@@ -618,7 +618,7 @@ fn draining_keeps_flows_and_a_task_that_is_gone_ends_them() {
         // A datagram finds another task.
         assert_eq!(lab.delivered_to(&udp), "web.2");
         assert_eq!(lab.delivered_to(&tcp), "web.2");
-        // Its number in other hands does not bring the flow back.
+        // Its number in other hands does not bring the connection back.
         assert_eq!(lab.delivered_to(&V6.packet(SYN, 46_001, 80)), "web.2");
         lab.update(|cluster| cluster.service_mut(0).tasks.clear());
         lab.passes("scaled to zero", &V4.packet(SYN, 46_002, 80).bytes(), Outcome::NoBackend);
@@ -631,7 +631,7 @@ fn a_task_without_a_way_gets_nothing() {
     with_lab(services(), |lab| {
         assert_eq!(lab.delivered_to(&V4.packet(SYN, 47_000, 80)), "web.1");
         lab.update(|cluster| cluster.service_mut(0).tasks[0].state = TaskState::Starting);
-        // Its flow waits: the host would answer with a reset, so the client is left to send again.
+        // Its connection waits: the host would answer with a reset, so the client is left to send again.
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&V4.packet(ACK, 47_000, 80).bytes()));
         assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::BackendUnreachable, 1)])));
         lab.update(|cluster| cluster.service_mut(0).tasks[0].state = TaskState::Running);
@@ -718,7 +718,7 @@ fn random_bytes_change_nothing_and_are_all_counted() {
                     let length = 14 + (random.next() % 200) as usize;
                     frame = (0..length).map(|_| random.next() as u8).collect();
                 } else {
-                    // A packet with a few bytes wrong; never one that opens a flow.
+                    // A packet with a few bytes wrong; never one that opens a connection.
                     for _ in 0..1 + random.next() % 6 {
                         let at = (random.next() as usize) % frame.len();
                         frame[at] = random.next() as u8;

@@ -181,7 +181,7 @@ fn udp_is_answered_from_the_listener_both_families() {
 #[test]
 fn new_connections_are_logged_by_the_kernel_when_asked_for() {
     let cluster = five_tasks();
-    let agent = attach(&cluster, 0, &["--log-flows"]);
+    let agent = attach(&cluster, 0, &["--log-connections"]);
     requests(&cluster.client, cluster.addresses(0)[0], 3);
     eventually("three connections are logged", || {
         agent.log().matches("new connection to backend").count() == 3
@@ -189,7 +189,7 @@ fn new_connections_are_logged_by_the_kernel_when_asked_for() {
 }
 
 #[test]
-fn a_flow_lives_on_past_every_renewal_of_its_next_hop() {
+fn a_connection_lives_on_past_every_renewal_of_its_next_hop() {
     let (cluster, servers, path) = two_echoes();
     for mode in ["native", "generic", "tc"] {
         let agent = Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &["--mode", mode]);
@@ -282,10 +282,10 @@ fn ten_thousand_requests_survive_scaling_five_seven_five() {
         states("running");
         eventually("seven tasks are offered", || active_tasks(node, "web") == 7 || load.done() >= 10_000);
         states("draining");
-        eventually("five take new flows", || active_tasks(node, "web") == 5);
+        eventually("five take new connections", || active_tasks(node, "web") == 5);
         // Drained first, then taken away.
-        let flows = load.done() + 40;
-        eventually("their flows end", || load.done() >= flows.min(10_000));
+        let connections = load.done() + 40;
+        eventually("their connections end", || load.done() >= connections.min(10_000));
         states("none");
         eventually("five tasks are left", || tasks_shown(node) == 5);
         rounds += 1;
@@ -378,13 +378,13 @@ fn the_datapath_goes_on_without_its_controller_and_is_adopted() {
     // Verbs that read need no controller.
     assert!(text(node, &["service", "ls"]).contains("5/5"));
     assert!(text(node, &["node", "ls"]).contains("node1 *"));
-    // What changed meanwhile is made up for, without losing a flow.
+    // What changed meanwhile is made up for, without losing a connection.
     let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().skip(1).map(|task| (task, "running")).collect();
     let all: Vec<(&Task, &str)> = std::iter::once((&cluster.tasks[0], "draining")).chain(tasks).collect();
     cluster.write(&cluster.file("\"80:8080\"", &all));
     let agent = Agent::attach(node, cluster.folder(), &cluster.folder().join("cluster.toml"), &[]);
     assert!(agent.log().contains("adopted the running datapath"), "{}", agent.log());
-    eventually("four take new flows", || active_tasks(node, "web") == 4);
+    eventually("four take new connections", || active_tasks(node, "web") == 4);
     let done = load.done();
     eventually("traffic goes on", || load.done() > done + 500);
     assert_eq!(load.stop(), Vec::<String>::new());

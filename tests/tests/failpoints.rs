@@ -162,7 +162,7 @@ fn a_plan_that_is_killed_at_any_step_is_taken_up_by_the_next_controller() {
     let mut cluster = Cluster::new(2);
     cluster.reach = Reach { peers: true, ..Reach::default() };
     cluster.receive_xdp();
-    cluster.keep_flows_on_one_cpu();
+    cluster.keep_connections_on_one_cpu();
     for slot in 0..4 {
         cluster.add_nginx(&format!("web.{}", slot + 1), slot % 2);
     }
@@ -282,7 +282,7 @@ fn held(path: &Path) -> String {
 fn one_task() -> Cluster {
     let mut cluster = Cluster::new(1);
     cluster.receive_xdp();
-    cluster.keep_flows_on_one_cpu();
+    cluster.keep_connections_on_one_cpu();
     cluster.add_nginx("web.1", 0);
     let text = cluster.file("\"80:8080\"", &[]) + &task(&cluster, "web.1", "running");
     cluster.write(&text);

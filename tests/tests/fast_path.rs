@@ -16,7 +16,7 @@ use lb_userspace::{
 
 /// How many packets; each goes both ways.
 const PACKETS: usize = 4_000;
-/// Ports of the client: few, so that packets meet flows in all states, and such that snat keeps: it draws others by lot.
+/// Ports of the client: few, so that packets meet connections in all states, and such that snat keeps: it draws others by lot.
 const PORTS: u16 = 5;
 
 /// A generator that a seed decides (Numerical Recipes).
@@ -220,13 +220,13 @@ fn the_fast_path_and_the_stages_come_to_the_same() {
                 .iter()
                 .any(|(number, stats)| stats.connections > 0 && by_snat(*number))
             {
-                // A new flow by snat: where the client's port is taken, another is drawn by lot.
+                // A new connection by snat: where the client's port is taken, another is drawn by lot.
                 continue;
             }
             assert_eq!(short, staged, "packet {number}, flags {flags}: {what}, {frame:02x?}");
             sent += u32::from(staged.verdict.frame != frame || staged.verdict.note.is_some());
         }
-        // Most of them belong to flows: a test of what passes alone would show little.
+        // Most of them belong to connections: a test of what passes alone would show little.
         assert!(sent as usize > PACKETS / 4, "{sent} of {PACKETS} packets were forwarded");
     });
 }

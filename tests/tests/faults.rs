@@ -19,7 +19,7 @@ use lb_tests::{
     netns::{Netns, Running, eventually, within},
     traffic::{Load, Paced, echo, repeated, requests, segments, stop_echo, tally},
 };
-use lb_userspace::datapath::{Datapath, FlowLog, Sizes};
+use lb_userspace::datapath::{ConnectionLog, Datapath, Sizes};
 use nix::sys::signal::Signal;
 
 const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
@@ -64,9 +64,10 @@ fn measured_task() -> (Cluster, JoinHandle<()>) {
 /// is called between the rounds.
 fn swap(node: &Netns, mode: Mode, rounds: u32, mut pace: impl FnMut() + Send) {
     node.enter(|| {
-        let mut datapath = Datapath::open("eth1", &Sizes::default(), FlowLog::Off).unwrap_or_else(failed);
+        let mut datapath =
+            Datapath::open("eth1", &Sizes::default(), ConnectionLog::Off).unwrap_or_else(failed);
         assert!(datapath.adopted());
-        let mut spare = datapath.load_programs(FlowLog::Off).unwrap_or_else(failed);
+        let mut spare = datapath.load_programs(ConnectionLog::Off).unwrap_or_else(failed);
         let (uplink, attached) = datapath.attached().expect("it is attached");
         assert_eq!(attached, mode);
         let carriers: Vec<(u32, String)> = datapath
@@ -171,7 +172,7 @@ fn no_request_fails_without_controllers_while_the_cluster_changes() {
     let mut cluster = Cluster::new(2);
     cluster.reach = PEERS;
     cluster.receive_xdp();
-    cluster.keep_flows_on_one_cpu();
+    cluster.keep_connections_on_one_cpu();
     for slot in 0..4 {
         cluster.add_nginx(&format!("web.{}", slot + 1), slot % 2);
     }
@@ -357,7 +358,7 @@ fn a_node_that_disappears_harms_nobody_else_and_fails_no_new_connection() {
         };
         (kept, (0..3 * EACH).map(socket).collect::<Vec<UdpSocket>>())
     });
-    // Twice: the second datagram after an answer is what establishes a flow.
+    // Twice: the second datagram after an answer is what establishes a connection.
     sockets.iter().for_each(|socket| drop(ask(socket).expect("an answer")));
     let exchanges: Vec<String> = sockets.iter().map(|socket| ask(socket).expect("an answer")).collect();
     let of = |names: &[String], task: &str| names.iter().filter(|name| *name == task).count();

@@ -544,8 +544,8 @@ fn ten_thousand_requests_survive_scaling_over_three_nodes() {
         states("draining");
         everywhere(2);
         // Drained first, then taken away.
-        let flows = load.done() + 40;
-        eventually("their flows end", || load.done() >= flows.min(10_000));
+        let connections = load.done() + 40;
+        eventually("their connections end", || load.done() >= connections.min(10_000));
         states("none");
         for node in &cluster.nodes {
             let shown =

@@ -219,7 +219,7 @@ fn clients_come_through_while_the_guard_places_them() {
         cluster.add_nginx(&format!("web.{slot}"), 0);
     }
     cluster.write_all_running();
-    // Every new flow is one too many.
+    // Every new connection is one too many.
     let agent = attach(&cluster, &["--flood-rate", "1"]);
     let node = &cluster.nodes[0].netns;
     for address in cluster.addresses(0) {
@@ -374,7 +374,7 @@ fn no_request_fails_while_the_mode_changes() {
     let mut cluster = Cluster::new(2);
     cluster.reach = Reach { peers: true, ..Reach::default() };
     cluster.receive_xdp();
-    cluster.keep_flows_on_one_cpu();
+    cluster.keep_connections_on_one_cpu();
     for (name, node) in [("web.1", 0), ("web.2", 1)] {
         cluster.add_nginx(name, node);
     }
@@ -508,7 +508,7 @@ fn hears(mut stream: &TcpStream) -> Result<usize, ErrorKind> {
     stream.read(&mut [0; 1]).map_err(|error| error.kind())
 }
 
-/// Open flows of all tasks.
+/// Open connections of all tasks.
 fn open_connections(node: &Netns) -> u64 {
     let shown = json(node, &["service", "ps", "web"]);
     let tasks = shown["tasks"].as_array().expect("tasks");

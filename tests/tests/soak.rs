@@ -52,7 +52,7 @@ impl<'a> Soak<'a> {
         self.cluster.write(&self.cluster.file("\"80:8080\"", &tasks));
     }
 
-    /// Waits until every node sends new flows to exactly the tasks that run.
+    /// Waits until every node sends new connections to exactly the tasks that run.
     fn settle(&self) {
         let running =
             self.cluster.tasks.iter().zip(&self.states).filter(|(_, state)| **state == Some("running"));
@@ -109,7 +109,7 @@ fn no_request_fails_whatever_happens() {
     let mut cluster = Cluster::new(3);
     cluster.reach = Reach { peers: true, ..Reach::default() };
     cluster.receive_xdp();
-    cluster.keep_flows_on_one_cpu();
+    cluster.keep_connections_on_one_cpu();
     for slot in 0..TASKS {
         cluster.add_nginx(&format!("web.{}", slot + 1), slot % 3);
     }

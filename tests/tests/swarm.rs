@@ -32,7 +32,7 @@ fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
     counts
 }
 
-/// Waits until every node sends new flows to so many tasks, the very ones that Docker says are running.
+/// Waits until every node sends new connections to so many tasks, the very ones that Docker says are running.
 fn serves(swarm: &Swarm, service: &str, tasks: usize) {
     for node in &swarm.nodes {
         let what = format!("{} serves the {tasks} tasks of {service} that Docker runs", node.name);
@@ -103,7 +103,7 @@ fn containers(node: &Node, service: &str) -> Vec<String> {
     node.docker(&["ps", "-q", "--filter", &filter]).lines().map(str::to_owned).collect()
 }
 
-/// Which of a service's tasks an agent sends new flows to.
+/// Which of a service's tasks an agent sends new connections to.
 fn offered(node: &Node, service: &str) -> BTreeSet<String> {
     agent::offered(&node.netns, service)
 }
@@ -238,7 +238,7 @@ fn a_start_first_update_with_a_health_check_fails_no_request() {
 }
 
 #[test]
-fn tasks_that_fail_or_move_get_no_new_flows() {
+fn tasks_that_fail_or_move_get_no_new_connections() {
     let swarm = Swarm::new(3);
     let [first, second, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
     let _agents = swarm.attach();
@@ -246,7 +246,7 @@ fn tasks_that_fail_or_move_get_no_new_flows() {
     serves(&swarm, "web", 6);
     let gone = |container: &str| {
         for node in &swarm.nodes {
-            within(PATIENCE, "no new flow comes to a task", || {
+            within(PATIENCE, "no new connection comes to a task", || {
                 let answers: Vec<_> = (0..12).map(|_| swarm.ask(node, 80)).collect();
                 answers.iter().all(|answer| answer.as_ref().is_ok_and(|text| !text.starts_with(container)))
             });
@@ -254,7 +254,7 @@ fn tasks_that_fail_or_move_get_no_new_flows() {
     };
     let victim = containers(third, "web").remove(0);
 
-    // Ill: no new flows, before Swarm replaces it.
+    // Ill: no new connections, before Swarm replaces it.
     third.docker(&["exec", &victim, "touch", "/tmp/sick"]);
     gone(&victim);
     serves(&swarm, "web", 6);
@@ -262,7 +262,7 @@ fn tasks_that_fail_or_move_get_no_new_flows() {
     // Paused, and back.
     let victim = containers(second, "web").remove(0);
     second.docker(&["pause", &victim]);
-    within(PATIENCE, "a paused task gets no new flows", || offered(third, "web").len() == 5);
+    within(PATIENCE, "a paused task gets no new connections", || offered(third, "web").len() == 5);
     gone(&victim);
     second.docker(&["unpause", &victim]);
     serves(&swarm, "web", 6);
@@ -323,7 +323,7 @@ fn engines_crash_and_traffic_goes_on() {
     let pid = second.docker(&["inspect", "--format", "{{.State.Pid}}", &victim]);
     second.signal_in(&pid, "KILL");
     for node in [second, third] {
-        within(PATIENCE, "the dead task gets no new flows", || offered(node, "web").len() == 5);
+        within(PATIENCE, "the dead task gets no new connections", || offered(node, "web").len() == 5);
         rotates(&swarm, node, 80, 5);
     }
     first.restart_docker();
@@ -383,7 +383,7 @@ fn managers_change_and_workers_follow() {
 }
 
 #[test]
-fn a_node_that_falls_silent_gets_no_new_flows() {
+fn a_node_that_falls_silent_gets_no_new_connections() {
     let swarm = Swarm::new(3);
     let [first, _, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
     let _agents = swarm.attach();
@@ -428,7 +428,7 @@ fn services_side_by_side_and_ports_that_are_left_to_swarm() {
         for (port, tasks) in [(80, 2), (82, 2), (81, 3)] {
             rotates(&swarm, node, port, tasks);
         }
-        // Each from a port of its own, as one exchange is one flow; lost ones are sent again.
+        // Each from a port of its own, as one exchange is one connection; lost ones are sent again.
         let names: BTreeSet<String> = (0..20)
             .filter_map(|_| {
                 swarm.client.enter(|| {

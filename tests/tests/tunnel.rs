@@ -167,7 +167,7 @@ fn a_request_travels_as_the_client_sent_it_and_names_its_task() {
             let length = verdict.frame.len() - 9;
             assert_sent("padded", &verdict.frame[..length], sent(outer, TO_TASK, (FAR, 8083), inner(&short)));
         }
-        // Another flow takes another source port, a flow always the same.
+        // Another connection takes another source port, a connection always the same.
         let port = |from| {
             let frame = lab.xdp(&packet(V4, SYN, from, 83).bytes()).frame;
             let at = if outer.headers == V4.headers { 34 } else { 54 };
@@ -245,7 +245,7 @@ fn a_task_is_found_by_its_name_and_its_answers_go_back_through_the_peer() {
 }
 
 #[test]
-fn answers_are_emitted_by_the_flow_s_hop_or_left_to_tc() {
+fn answers_are_emitted_by_the_connection_s_hop_or_left_to_tc() {
     with_both(|lab, outer| {
         for family in FAMILIES {
             let client = (ip(family.client), 46_000);
@@ -257,7 +257,7 @@ fn answers_are_emitted_by_the_flow_s_hop_or_left_to_tc() {
             let expected = answer.clone().with(|p| p.macs = (NODE_MAC, CLIENT_MAC));
             assert_eq!(verdict.frame, expected.bytes());
             assert_eq!(counted, BTreeMap::from([(Outcome::Reply, 1)]));
-            // A flow that this node has no more: TC asks the routing table.
+            // A connection that this node has no more: TC asks the routing table.
             let stray = Packet::new(ACK, (ip(family.listener), 83), (ip(family.client), 46_001));
             let arrived = received(outer, TO_CLIENT, ("0.0.0.0", 0), inner(&stray));
             let (verdict, counted) = lab.counting(|lab| lab.xdp(&arrived.bytes()));
@@ -272,7 +272,7 @@ fn answers_are_emitted_by_the_flow_s_hop_or_left_to_tc() {
 }
 
 #[test]
-fn only_the_task_that_has_the_flow_answers_for_its_node() {
+fn only_the_task_that_has_the_connection_answers_for_its_node() {
     with_both(|lab, outer| {
         let second = ["172.18.9.12", "fd18::9:12"];
         lab.update(|cluster| {
@@ -736,7 +736,7 @@ fn a_task_s_errors_reach_the_client_from_the_listener() {
                         // A connection that does not exist is the host's.
                         let stray =
                             IcmpError { quote: inner(&seen.with(|p| p.source_port = 51_001)), ..error };
-                        lab.passes("about no flow", &stray.bytes(), Outcome::NotOurs);
+                        lab.passes("about no connection", &stray.bytes(), Outcome::NotOurs);
                     }
                 }
                 // Through a peer: the error leaves in the tunnel, as the listener's.

@@ -93,7 +93,7 @@ fn verify(object: &Path) -> Result<()> {
         loader.map_max_entries(name, 64);
     }
     loader.override_global("SETS", &64_u32, true);
-    // As it is loaded by default: without the log of flows.
+    // As it is loaded by default: without the log of connections.
     loader.override_global(aya_log::LEVEL, &0_u8, true);
     let mut ebpf = loader.load_file(object).context("load the eBPF object")?;
     for name in program::ALL {

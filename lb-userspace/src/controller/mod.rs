@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     cluster::{ClusterState, TaskState},
-    datapath::{self, Datapath, DatapathError, FlowLog, Sizes, TcHook},
+    datapath::{self, ConnectionLog, Datapath, DatapathError, Sizes, TcHook},
     events::{Event, Kind, Recorder},
     limits::Watch,
     logging,
@@ -53,7 +53,7 @@ pub struct Settings {
     /// Source ports for snat, inclusive.
     pub snat_ports: [u16; 2],
     /// Whether each new connection is logged.
-    pub flow_log: FlowLog,
+    pub connection_log: ConnectionLog,
     /// How long another node's datapath may be silent before new connections go elsewhere.
     pub peer_timeout: Duration,
     /// New connections a second above which they are placed by hash, if not as the table's size asks; zero is never.
@@ -135,7 +135,7 @@ impl Controller {
             let there = snapshot.links.values().map(|link| link.name.as_str());
             return Err(DatapathError::no_interface(&settings.interface, there).into());
         }
-        let open = || Datapath::open(&settings.interface, &settings.sizes, settings.flow_log);
+        let open = || Datapath::open(&settings.interface, &settings.sizes, settings.connection_log);
         let datapath = match open() {
             Err(error) if settings.replace_state && error.is_misfit() => {
                 log::warn!(
@@ -203,9 +203,9 @@ impl Controller {
                  addr` shows which one has this node's address"
             );
         }
-        let logged = match controller.settings.flow_log {
-            FlowLog::On => controller.datapath.log_flows().map_err(Into::into),
-            FlowLog::Off => Ok(()),
+        let logged = match controller.settings.connection_log {
+            ConnectionLog::On => controller.datapath.log_connections().map_err(Into::into),
+            ConnectionLog::Off => Ok(()),
         };
         let started = match logged {
             Ok(()) => controller.sync().await.and_then(|()| Ok(controller.datapath.commit()?)),

@@ -90,7 +90,7 @@ pub struct Sizes {
 /// Whether the programs tell of each new connection; the value is the level they log at.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum FlowLog {
+pub enum ConnectionLog {
     /// They do not.
     #[default]
     Off = 0,
@@ -148,7 +148,7 @@ impl Datapath {
     ///
     /// # Errors
     /// Another controller holds it; what is pinned does not fit; the kernel refuses. What was there stays.
-    pub fn open(interface: &str, sizes: &Sizes, log: FlowLog) -> Result<Self, DatapathError> {
+    pub fn open(interface: &str, sizes: &Sizes, log: ConnectionLog) -> Result<Self, DatapathError> {
         if !is_embedded() {
             return Err(DatapathError::NoObject);
         }
@@ -183,7 +183,7 @@ impl Datapath {
     fn open_tables(
         pins: &PinDir,
         sizes: &Sizes,
-        log: FlowLog,
+        log: ConnectionLog,
         features: Features,
         adopted: bool,
     ) -> Result<(Programs, TableSet, Tables, Config), DatapathError> {
@@ -268,7 +268,7 @@ impl Datapath {
     fn load(
         pins: Option<&PinDir>,
         sizes: &Sizes,
-        log: FlowLog,
+        log: ConnectionLog,
         features: Features,
     ) -> Result<Programs, DatapathError> {
         let mut loader = EbpfLoader::new();
@@ -336,7 +336,7 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel refuses them.
-    pub fn load_programs(&self, log: FlowLog) -> Result<Programs, DatapathError> {
+    pub fn load_programs(&self, log: ConnectionLog) -> Result<Programs, DatapathError> {
         Self::load(Some(&self.pins), &Sizes::default(), log, self.features)
     }
 
@@ -621,7 +621,7 @@ impl Datapath {
     ///
     /// # Errors
     /// The kernel does not let it be read.
-    pub fn log_flows(&mut self) -> Result<(), DatapathError> {
+    pub fn log_connections(&mut self) -> Result<(), DatapathError> {
         let failed = |what: String| DatapathError::Log(what);
         let logger = aya_log::EbpfLogger::init(&mut self.ebpf).map_err(|error| failed(error.to_string()))?;
         // SAFETY: the logger owns its descriptor, hands out the same one always, and goes with the `AsyncFd`.
@@ -750,7 +750,7 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
 pub fn replace(interface: &str, sizes: &Sizes, interfaces: &[String]) -> Result<(), DatapathError> {
     let pins = PinDir::of(interface)?;
     let _lock = pins.hold()?;
-    drop(Datapath::load(None, sizes, FlowLog::Off, Features::find()?)?);
+    drop(Datapath::load(None, sizes, ConnectionLog::Off, Features::find()?)?);
     remove(&pins, interfaces);
     Ok(())
 }

@@ -586,7 +586,7 @@ fn a_label_of_an_agent_that_knew_no_idle_connections_means_what_it_meant() {
 }
 
 #[test]
-fn a_silent_node_keeps_its_flows_and_gets_no_new_ones() {
+fn a_silent_node_keeps_its_connections_and_gets_no_new_ones() {
     let cluster = nodes(&[1, 2]);
     let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut states = Vec::new();

@@ -14,7 +14,7 @@ use lb_tests::{
     swarm::{Node, PATIENCE, Swarm},
 };
 
-/// From a change in a three-node swarm to all nodes sending new flows by it.
+/// From a change in a three-node swarm to all nodes sending new connections by it.
 #[derive(Parser)]
 struct Arguments {
     /// Times that a task is added and taken away
@@ -51,10 +51,10 @@ fn main() {
     println!("{rounds} rounds on three nodes{:>35} {:>10}", "median", "worst");
     show("`docker service scale` up, to the new task on every node", &mut up);
     show("of that, since Docker called the new task running", &mut known);
-    show("`docker service scale` down, to no new flow from any node", &mut down);
+    show("`docker service scale` down, to no new connection from any node", &mut down);
 }
 
-/// Waits until every node sends new flows to so many tasks.
+/// Waits until every node sends new connections to so many tasks.
 fn reaches(swarm: &Swarm, tasks: usize) {
     let deadline = Instant::now() + PATIENCE;
     let served = |node: &Node| offered(&node.netns, "web");
