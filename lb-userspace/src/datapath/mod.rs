@@ -1,6 +1,6 @@
 //! The datapath in the kernel: programs, links and tables, pinned so that they outlive the controller.
 //!
-//! The only module that names aya. It owns the pins of one interface ([`pin`]), the object ([`object`]), the
+//! The only module that names aya. It owns the pins of one interface ([`pin`]), the object and its loading ([`loader`]), the
 //! tables ([`tables`]), the links ([`links`]) and the counters ([`counters`]); it decides nothing about services.
 
 mod batch;
@@ -13,6 +13,7 @@ mod foreign;
 mod idle;
 mod journal;
 mod links;
+mod loader;
 mod memory;
 mod object;
 mod pin;
@@ -21,17 +22,14 @@ mod sys;
 mod tables;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     io::Read as _,
-    panic::resume_unwind,
     path::Path,
-    thread,
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::MapData,
-    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp},
+    Ebpf,
+    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use connections::Clock;
 pub use connections::Collection;
@@ -41,7 +39,7 @@ pub use features::{Features, release};
 pub use foreign::{Loaded, loaded, own};
 use journal::{Journal, Place};
 use lb_common::{
-    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, size, table},
+    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
     backend::Backend,
     conntrack::{
         Phase, Timers,
@@ -54,9 +52,10 @@ use lb_common::{
     stats::BackendStats,
 };
 pub use links::{AttachProblem, TcHook};
+pub use loader::{ConnectionLog, Programs};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
-use shape::Shape;
+pub use shape::Sizes;
 pub use tables::{Drains, TableSet};
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -68,40 +67,6 @@ use crate::{
     report::{SourceReport, Trouble},
 };
 
-/// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sizes {
-    /// Connections of each family that the table is made for: half of its lines.
-    pub connections: Option<u32>,
-    /// Services.
-    pub services: Option<u32>,
-    /// Listeners of each family.
-    pub listeners: Option<u32>,
-    /// Backends.
-    pub backends: Option<u32>,
-    /// Slots.
-    pub slots: Option<u32>,
-    /// Nodes of the cluster.
-    pub nodes: Option<u32>,
-    /// Datagrams in fragments, of each family.
-    pub fragments: Option<u32>,
-}
-
-/// Whether the programs tell of each new connection; the value is the level they log at.
-#[repr(u8)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ConnectionLog {
-    /// They do not.
-    #[default]
-    Off = 0,
-    /// They do, and of each that no task took.
-    On = log::Level::Debug as u8,
-}
-
-/// The programs' constant that says whether XDP takes frames in several pieces.
-const FRAGS: &str = "FRAGS";
-/// And how many sets the connection tables have.
-const SETS: &str = "SETS";
 /// What the flood guard is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuardState {
@@ -112,9 +77,6 @@ pub struct GuardState {
     /// Connections it has placed without an entry.
     pub placed: u64,
 }
-
-/// The programs, loaded on a datapath's tables.
-pub struct Programs(Ebpf);
 
 /// The datapath of one interface, in the hands of its controller.
 ///
@@ -155,7 +117,7 @@ impl Datapath {
         let features = Features::find()?;
         let pins = PinDir::of(interface)?;
         let lock = pins.hold()?;
-        let adopted = Self::check_pins(&pins, sizes)?;
+        let adopted = loader::check_pins(&pins, sizes)?;
         let opened = Self::open_tables(&pins, sizes, log, features, adopted);
         let (Programs(ebpf), set, tables, config) = opened.inspect_err(|_| {
             if !adopted {
@@ -187,7 +149,7 @@ impl Datapath {
         features: Features,
         adopted: bool,
     ) -> Result<(Programs, TableSet, Tables, Config), DatapathError> {
-        let programs = Self::load(Some(pins), sizes, log, features)?;
+        let programs = loader::load(Some(pins), sizes, log, features)?;
         let mut set = TableSet::open(pins)?;
         if !adopted {
             fault::point("say that the tables are whole").map_err(DatapathError::Fault)?;
@@ -241,103 +203,12 @@ impl Datapath {
         qdiscs
     }
 
-    /// Whether a whole set of tables is pinned, of this version and these sizes. The kernel hands out a pinned
-    /// table of any shape, so each is compared here.
-    fn check_pins(pins: &PinDir, sizes: &Sizes) -> Result<bool, DatapathError> {
-        let have = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
-        let version = if pins.exists()? { TableSet::version(pins)? } else { 0 };
-        // A load that was cut short: nothing is attached to it.
-        if !pins.has_links() && (have < table::ALL.len() || version == 0) {
-            for name in table::ALL {
-                pins.remove(&pins.table(name));
-            }
-            return Ok(false);
-        }
-        if version != ABI_VERSION || have < table::ALL.len() {
-            return Err(DatapathError::Version { found: version, expected: ABI_VERSION });
-        }
-        for shape in Shape::all(sizes) {
-            let pinned =
-                MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
-            shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
-        }
-        Ok(true)
-    }
-
-    /// Loads the programs, on the pinned tables or on new ones of their own.
-    fn load(
-        pins: Option<&PinDir>,
-        sizes: &Sizes,
-        log: ConnectionLog,
-        features: Features,
-    ) -> Result<Programs, DatapathError> {
-        let mut loader = EbpfLoader::new();
-        // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
-        let level = log as u8;
-        loader.override_global(aya_log::LEVEL, &level, true);
-        let frags = u8::from(features.frags);
-        loader.override_global(FRAGS, &frags, true);
-        let sets = Self::sets(pins, sizes)?;
-        loader.override_global(SETS, &sets, true);
-        for name in [table::CONNECTIONS4, table::CONNECTIONS6] {
-            loader.map_max_entries(name, sets);
-        }
-        for shape in Shape::all(sizes) {
-            if let Some(entries) = shape.entries {
-                loader.map_max_entries(shape.name, entries);
-            }
-        }
-        for name in table::ALL {
-            if let Some(pins) = pins {
-                loader.map_pin_path(name, pins.table(name));
-            }
-        }
-        fault::point("make the tables").map_err(DatapathError::Fault)?;
-        let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
-        fault::point("load the programs").map_err(DatapathError::Fault)?;
-        Self::verify(&mut ebpf)?;
-        Ok(Programs(ebpf))
-    }
-
-    /// Sets of the connection tables: those that are pinned, or those that are asked for.
-    fn sets(pins: Option<&PinDir>, sizes: &Sizes) -> Result<u32, DatapathError> {
-        if let Some(path) = pins.map(|pins| pins.table(table::CONNECTIONS4)).filter(|path| path.exists()) {
-            let pinned = MapData::from_pin(path).map_err(|e| DatapathError::map("open", e))?;
-            return Ok(pinned.info().map_err(|e| DatapathError::map("inspect", e))?.max_entries());
-        }
-        Ok(sizes.connections.map_or(size::SETS as u32, size::sets))
-    }
-
-    /// Has the kernel verify all programs and take them. That takes it seconds: each has a thread of its own.
-    fn verify(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
-        let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
-        thread::scope(|scope| {
-            let mut verified = Vec::new();
-            for name in program::ALL {
-                let program = programs.remove(name).ok_or(DatapathError::NoProgram(name))?;
-                verified.push(scope.spawn(move || Self::load_program(name, program)));
-            }
-            let mut ended = verified.into_iter().map(|thread| thread.join());
-            ended.try_for_each(|loaded| loaded.unwrap_or_else(|panic| resume_unwind(panic)))
-        })
-    }
-
-    fn load_program(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {
-        let loaded = match name {
-            program::UPLINK_XDP | program::CLOCK | program::GC => {
-                <&mut Xdp>::try_from(program).and_then(Xdp::load)
-            }
-            _ => <&mut SchedClassifier>::try_from(program).and_then(SchedClassifier::load),
-        };
-        loaded.map_err(|error| DatapathError::Verify { program: name, cause: Box::new(error) })
-    }
-
     /// Loads the programs once more, on the same tables.
     ///
     /// # Errors
     /// The kernel refuses them.
     pub fn load_programs(&self, log: ConnectionLog) -> Result<Programs, DatapathError> {
-        Self::load(Some(&self.pins), &Sizes::default(), log, self.features)
+        loader::load(Some(&self.pins), &Sizes::default(), log, self.features)
     }
 
     /// Takes other programs in hand, and gives back those that were. What runs is swapped where it is attached next.
@@ -750,7 +621,7 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
 pub fn replace(interface: &str, sizes: &Sizes, interfaces: &[String]) -> Result<(), DatapathError> {
     let pins = PinDir::of(interface)?;
     let _lock = pins.hold()?;
-    drop(Datapath::load(None, sizes, ConnectionLog::Off, Features::find()?)?);
+    drop(loader::load(None, sizes, ConnectionLog::Off, Features::find()?)?);
     remove(&pins, interfaces);
     Ok(())
 }

@@ -15,7 +15,26 @@ use lb_common::{
     tunnel::{Path, Peer, TaskKey},
 };
 
-use super::{DatapathError, Sizes};
+use super::DatapathError;
+
+/// Sizes asked for; what is not asked for is taken from the tables that are pinned, or by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Connections of each family that the table is made for: half of its lines.
+    pub connections: Option<u32>,
+    /// Services.
+    pub services: Option<u32>,
+    /// Listeners of each family.
+    pub listeners: Option<u32>,
+    /// Backends.
+    pub backends: Option<u32>,
+    /// Slots.
+    pub slots: Option<u32>,
+    /// Nodes of the cluster.
+    pub nodes: Option<u32>,
+    /// Datagrams in fragments, of each family.
+    pub fragments: Option<u32>,
+}
 
 /// The shape a pinned table must have.
 #[derive(Clone, Copy, Debug)]
