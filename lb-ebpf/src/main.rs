@@ -260,7 +260,9 @@ fn track<F: Frame, A: Tracked>(frame: &F, packet: &mut Packet<A>, all: bool) -> 
     }
     if step == Step::Place as u64 {
         step = verifier::pack(conntrack::place(packet));
-        log_new(frame, packet.draft.backend);
+        if step == Step::ToTask as u64 {
+            log_new(frame, packet.draft.backend);
+        }
     }
     step
 }
@@ -347,6 +349,8 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     match (unpack(done), task) {
         (Ok(_), _) => in_tc_terms(done),
         (Err(outcome), Task::Decide(Scope::All)) => decided_in_tc(&frame, config, outcome),
+        // XDP has sent it to a task of this node, and could not say so.
+        (Err(outcome), Task::Decide(Scope::Connections)) if is_dropped(outcome) => end_in_tc(&frame, outcome),
         // What XDP passed to the host it has counted already.
         (Err(_), Task::Decide(Scope::Connections)) => TC_ACT_UNSPEC,
         (Err(_), Task::Deliver(..)) => end_in_tc(&frame, Outcome::HandoverLost as u32),

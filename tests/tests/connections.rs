@@ -1,24 +1,28 @@
 //! What connections go through, packet by packet: states, failover, timers, eviction, a task that is gone.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::atomic::{AtomicU16, Ordering},
 };
 
 use lb_common::{
     abi::{TC_ALONE, remove},
     conntrack::line::{ALIAS, ANSWERED, CLIENT_FIN, ESTABLISHED, RESET, TASK_FIN},
+    guard::FULL,
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{Lab, REDIRECT, TX, ip, service, task, with_lab},
+    lab::{Lab, REDIRECT, TX, UNSPEC, ip, service, task, with_lab, with_lab_of},
     netns::eventually,
     packet::{ACK, FIN, Flags, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
     talk::{
         FIRST, LISTENER, TASK_FIRST, answer, establish, far_answer, request, segment, services, slot, states,
     },
 };
-use lb_userspace::cluster::{Return, TaskState, Via};
+use lb_userspace::{
+    cluster::{Return, TaskState, Via},
+    datapath::Sizes,
+};
 
 #[test]
 fn a_connection_is_half_open_until_its_client_goes_on() {
@@ -354,7 +358,9 @@ fn a_line_that_is_gone_is_one_named_reason() {
 #[test]
 fn what_two_cpus_take_at_once_finds_its_connection() {
     const PORTS: std::ops::Range<u16> = 10_000..30_000;
-    with_lab(services(), |lab| {
+    // All stay established, and are to have a line.
+    let sizes = Sizes { connections: Some(65_536), ..twelve() };
+    with_lab_of(sizes, services(), |lab| {
         let (taken, done) = (AtomicU16::new(0), AtomicU16::new(0));
         let wait_for = |counter: &AtomicU16, port| {
             while counter.load(Ordering::Acquire) != port {
@@ -436,5 +442,104 @@ fn nothing_is_removed_that_was_seen_since_it_was_found_to_have_ended() {
         let (_, control, line) = lab.lines()[0];
         assert_eq!(lab.try_remove(&[(slot, control.0, line.seen, remove::CONNECTION4)]), [true]);
         assert_eq!(lab.lines().len(), 0);
+    });
+}
+
+/// Sizes of a table with three sets, twenty-four lines.
+fn twelve() -> Sizes {
+    Sizes {
+        connections: Some(12),
+        services: Some(64),
+        listeners: Some(256),
+        backends: Some(256),
+        slots: Some(8_192),
+        ..Sizes::default()
+    }
+}
+
+/// Sends a SYN, and if it was given to a task ends the handshake: whose task it is, or what became of it.
+fn try_to_establish(lab: &Lab, port: u16) -> Result<u8, BTreeMap<Outcome, u64>> {
+    let (verdict, counted) = lab.counting(|lab| lab.xdp(&request(SYN, port, 80).at(FIRST, 0).bytes()));
+    if counted != BTreeMap::from([(Outcome::Local, 1)]) {
+        return Err(counted);
+    }
+    let to = slot(&lab.task_of(verdict.note.expect("a note")));
+    let taken = answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, FIRST + 1).bytes();
+    let (verdict, counted) = lab.counting(|lab| lab.task_tc(&taken));
+    assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])), "{port}");
+    assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 0)), format!("web.{to}"), "{port}");
+    Ok(to)
+}
+
+#[test]
+fn a_full_table_keeps_who_is_established_and_places_by_hash_who_comes() {
+    with_lab_of(twelve(), services(), |lab| {
+        let mut established = BTreeMap::new();
+        let mut refused = 0;
+        let mut port = 10_000;
+        // Bad luck says nothing yet; so many say that the table is full.
+        while refused < FULL {
+            port += 1;
+            match try_to_establish(lab, port) {
+                Ok(to) => drop(established.insert(port, to)),
+                Err(counted) => {
+                    assert_eq!(counted, BTreeMap::from([(Outcome::TableFull, 1)]));
+                    refused += 1;
+                }
+            }
+        }
+        assert!(established.len() >= 12, "{}", established.len());
+        let before = states(lab, *established.keys().next().expect("one"));
+        // From now on they are served without a line: both ways, with the same task from first to last.
+        let mut tasks = BTreeSet::new();
+        for port in 20_000..20_020 {
+            let to = try_to_establish(lab, port).unwrap_or_else(|counted| panic!("{port}: {counted:?}"));
+            tasks.insert(to);
+            let data = answer(ACK, to, 8080, port).at(TASK_FIRST + 1, FIRST + 1);
+            assert_eq!(lab.task_tc(&data.bytes()).action, REDIRECT, "{port}");
+            assert_eq!(lab.delivered_to(&segment(ACK, port, 80, 100)), format!("web.{to}"), "{port}");
+            assert_eq!(states(lab, port), Vec::<u32>::new(), "{port} has no line");
+        }
+        assert_eq!(tasks.len(), 2, "hashes spread");
+        // What a task sends to others than clients is not ours, table or no table.
+        let not_ours = answer(ACK, other_than_hash(lab, 20_100), 8080, 20_100).bytes();
+        assert_eq!(lab.task_tc(&not_ours).action, UNSPEC);
+        for (port, to) in &established {
+            assert_eq!(lab.delivered_to(&segment(ACK, *port, 80, 0)), format!("web.{to}"), "{port}");
+        }
+        assert_eq!(states(lab, *established.keys().next().expect("one")), before);
+    });
+}
+
+/// The task to which a client's port is *not* placed by its hash.
+fn other_than_hash(lab: &Lab, port: u16) -> u8 {
+    3 - slot(&lab.delivered_to(&request(SYN, port, 80).at(FIRST, 0)))
+}
+
+#[test]
+fn a_port_that_comes_again_under_the_guard_is_not_led_to_its_last_task() {
+    with_lab(services(), |lab| {
+        // Closed by both sides: the line stays for what is late.
+        let ports = 30_000..30_040;
+        let mut last = BTreeMap::new();
+        for port in ports.clone() {
+            let to = establish(lab, port);
+            lab.delivered_to(&segment(FIN, port, 80, 0));
+            lab.task_tc(&answer(FIN, to, 8080, port).at(TASK_FIRST + 1, FIRST + 2).bytes());
+            last.insert(port, to);
+        }
+        lab.configure(|config| config.flood_rate = 1);
+        (0..200).for_each(|port| drop(lab.xdp(&request(SYN, 40_000 + port, 80).at(FIRST, 0).bytes())));
+        let mut moved = 0;
+        for port in ports {
+            let again = FIRST + 1_000_000;
+            let to = slot(&lab.delivered_to(&request(SYN, port, 80).at(again, 0)));
+            let taken = answer(SYN_ACK, to, 8080, port).at(TASK_FIRST, again + 1).bytes();
+            assert_eq!(lab.task_tc(&taken).action, REDIRECT, "{port}: the client hears its task");
+            let goes_on = request(ACK, port, 80).at(again + 1, TASK_FIRST + 1);
+            assert_eq!(lab.delivered_to(&goes_on), format!("web.{to}"), "{port}");
+            moved += usize::from(last[&port] != to);
+        }
+        assert!(moved > 5, "{moved} ports came to another task than before");
     });
 }

@@ -72,7 +72,10 @@ impl<A> FiveTuple<A> {
         A: Address,
     {
         let ports = (self.source_port.raw() as u32) << 16 | self.destination_port.raw() as u32;
-        (self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b1)
+        let hash =
+            (self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b1);
+        // The low bits of a product know the low bits of its factors alone, and few tasks are told apart by those.
+        hash ^ hash >> 16
     }
 
     /// Whether a line has this five-tuple; its generation is not compared.
@@ -119,8 +122,6 @@ pub const UDP: u32 = 512;
 pub const ALIAS: u32 = 1024;
 /// The connection has an alias: its replies find it by that alone.
 pub const ALIASED: u32 = 2048;
-/// The client's tags, a translated port or the way of the replies ask for more than the fast path does.
-pub const SLOW: u32 = 4096;
 /// Answers go straight to the client, and pass here only until it is established.
 pub const ONE_WAY: u32 = 8192;
 
@@ -248,7 +249,7 @@ pub const fn is_over(state: u32) -> bool {
 #[must_use]
 pub const fn with_fast(state: u32) -> u32 {
     const LIVES: u32 = ANSWERED | ESTABLISHED;
-    const ENDS: u32 = CLIENT_FIN | TASK_FIN | RESET | ALIAS | SLOW;
+    const ENDS: u32 = CLIENT_FIN | TASK_FIN | RESET | ALIAS;
     // Of an exchange whose answers pass elsewhere only the client is heard.
     let heard = state & LIVES == LIVES || state & (ONE_WAY | ESTABLISHED) == ONE_WAY | ESTABLISHED;
     if heard && state & ENDS == 0 { state | FAST } else { state & !FAST }
@@ -366,7 +367,7 @@ mod tests {
         let lives = ANSWERED | ESTABLISHED;
         for state in [lives, lives | OTHERS | RETRY, lives | UDP, ESTABLISHED | ONE_WAY] {
             assert_eq!(with_fast(state), state | FAST);
-            for end in [CLIENT_FIN, TASK_FIN, RESET, SLOW, ALIAS] {
+            for end in [CLIENT_FIN, TASK_FIN, RESET, ALIAS] {
                 assert_eq!(with_fast(state | end | FAST), state | end);
             }
         }

@@ -100,25 +100,31 @@ pub fn each_hinted<S: SharedSet, T>(
 }
 
 /// Finds the line that `is` recognizes among those whose home is this way: what it has read of it, in one word. `busy` is set
-/// if one of them is claimed.
+/// to one if one of them is claimed.
 #[inline(always)]
 pub fn find<S: SharedSet>(
     set: S,
     home: u32,
     hints: u32,
-    busy: &mut bool,
+    busy: &mut u32,
     mut is: impl FnMut(u32, Control) -> Option<u64>,
 ) -> Option<At> {
     each_hinted::<S, At>(home, hints, |way| {
         let control = set.control(way);
-        *busy |= control.is_claimed();
         if !control.is_live() {
+            if control.is_claimed() {
+                *busy = 1;
+            }
             return None;
         }
         let read = is(way, control)?;
         let again = set.control_after(way, read);
-        // Given to another meanwhile: that one's, and if it is becoming ours the home word tells.
-        (again.is_live() && again.version() == control.version()).then_some(At { way, control })
+        if again.is_live() && again.version() == control.version() {
+            return Some(At { way, control });
+        }
+        // Taken meanwhile, maybe for the very one that is sought.
+        *busy = 1;
+        None
     })
 }
 
@@ -134,13 +140,15 @@ pub struct Longest {
 pub const KEPT: u64 = 1;
 /// Datagrams that were answered.
 pub const EXCHANGE: u64 = 2;
-/// Closed by both sides, or reset.
-pub const OVER: u64 = 3;
-/// Not established, or heard from one side alone.
+/// TCP that goes on though its answers pass elsewhere: it may be forged, and lives as long as an established one if there is room.
+pub const ONE_SIDED: u64 = 3;
+/// Not established, or datagrams of one side alone.
 pub const HALF_OPEN: u64 = 4;
+/// Closed by both sides, or reset: nobody misses it.
+pub const OVER: u64 = 5;
 /// Silent for longer than the class's limit.
-const EXPIRED: u64 = 5;
-const FREE: u64 = 6;
+const EXPIRED: u64 = 6;
+const FREE: u64 = 7;
 const CLASS: u32 = 32;
 
 /// How willingly a line is given up: zero not at all, above all others a free one; of one class the one that was silent for
@@ -151,9 +159,10 @@ fn worth(control: Control, seen: u32, now: u32, longest: &Longest) -> u64 {
     let bit = |mask: u32| opaque((state & mask).wrapping_neg() as u64 >> 31 & 1);
     let both = |one: u64, other: u64| opaque(one & other);
     let heard = both(bit(ANSWERED), bit(ESTABLISHED));
+    let one_sided = both(both(bit(ESTABLISHED), 1 - bit(ANSWERED)), 1 - bit(UDP));
     let over = bit(RESET) | both(bit(CLIENT_FIN), bit(TASK_FIN));
     let (udp, alias) = (bit(UDP), bit(ALIAS));
-    let class = HALF_OPEN - heard * (HALF_OPEN - KEPT - udp);
+    let class = HALF_OPEN - heard * (HALF_OPEN - KEPT - udp) - one_sided * (HALF_OPEN - ONE_SIDED);
     let class = opaque(class + over * OVER - over * class);
     let class = opaque(class + alias * KEPT - alias * class);
     let age = elapsed(seen, now) as u64;
@@ -193,6 +202,12 @@ impl Victim {
     #[inline(always)]
     pub const fn is_there(&self) -> bool {
         self.worth != 0
+    }
+
+    /// How willingly it is given up: below [`OVER`] somebody would miss it.
+    #[inline(always)]
+    pub const fn class(&self) -> u64 {
+        self.worth >> CLASS
     }
 
     /// Whether its set has more room than another's.

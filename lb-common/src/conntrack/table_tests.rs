@@ -15,7 +15,7 @@ use loom::{
 };
 
 use super::{
-    line::{ANSWERED, Control, ESTABLISHED},
+    line::{ALIAS, ANSWERED, CLIENT_FIN, Control, ESTABLISHED, ONE_WAY, RESET, TASK_FIN, UDP},
     table::{
         At, Longest, SPILLED, SharedSet, claim, claim_anew, find, gather, remove, settle_at_home,
         settle_elsewhere, victim,
@@ -120,9 +120,9 @@ impl Table {
     /// The line of a key, and the body that was read of it; the home word from before the search, and whether a line was
     /// claimed.
     fn look(&self, key: u32) -> (Option<(usize, At, u32)>, u32, bool) {
-        let (mut busy, mut body) = (false, 0);
+        let (mut busy, mut body) = (0, 0);
         let hints = self.set(0).home(HOME);
-        let search = |number: usize, hints: u32, busy: &mut bool, body: &mut u32| {
+        let search = |number: usize, hints: u32, busy: &mut u32, body: &mut u32| {
             let set = self.set(number);
             find(set, HOME, hints, busy, |way, _| {
                 let words = set.way(way);
@@ -132,15 +132,15 @@ impl Table {
             })
         };
         if let Some(at) = search(0, hints, &mut busy, &mut body) {
-            return (Some((0, at, body)), hints, busy);
+            return (Some((0, at, body)), hints, busy != 0);
         }
         if hints & SPILLED != 0 {
             let other = self.set(1).home(HOME);
             if let Some(at) = search(1, other, &mut busy, &mut body) {
-                return (Some((1, at, body)), hints, busy);
+                return (Some((1, at, body)), hints, busy != 0);
             }
         }
-        (None, hints, busy)
+        (None, hints, busy != 0)
     }
 
     /// Inserts as the programs do.
@@ -318,6 +318,7 @@ fn a_key_that_is_removed_inserted_and_given_anew_at_once_has_one_line_at_most() 
         let (removed, anew) = (removed.join().unwrap(), anew.join().unwrap());
         assert!(!(removed && anew.is_some()), "both had the line");
         let lines = table.at_rest();
+        assert!(lines.len() <= 1, "{lines:?}, {inserted:?}");
         assert_eq!(lines.len(), usize::from(!removed) + new([inserted]), "{lines:?}");
     });
 }
@@ -343,4 +344,41 @@ fn a_home_that_is_gathered_loses_no_line_that_spills_meanwhile() {
         assert_eq!(table.at_rest().len(), 3);
         assert!(table.look(4).0.is_some());
     });
+}
+
+#[test]
+fn who_is_missed_least_gives_way_first() {
+    let orders = [
+        // Closed, before a handshake.
+        (CLIENT_FIN | TASK_FIN, HALF_OPEN),
+        (RESET, HALF_OPEN),
+        // Datagrams of one side, before those that were answered.
+        (UDP, UDP | ANSWERED | ESTABLISHED),
+        // A handshake, before what goes on though its answers pass elsewhere, and that before answered datagrams.
+        (HALF_OPEN, ONE_WAY | ESTABLISHED),
+        (ONE_WAY | ESTABLISHED, UDP | ANSWERED | ESTABLISHED),
+    ];
+    for (first, second) in orders {
+        for ways in [[first, second], [second, first]] {
+            model(None, move || {
+                let table = Table::default();
+                let set = table.set(0);
+                for (way, state) in (0..).zip(ways) {
+                    set.publish(way, Control::default().claimed().live(HOME, state));
+                }
+                let victim = victim(set, HOME, NOW, &LONGEST);
+                assert!(victim.is_there());
+                assert_eq!(ways[victim.offset as usize], first, "{ways:?}");
+            });
+        }
+    }
+    // An established one never does, nor does an alias.
+    for kept in [KEPT, ALIAS] {
+        model(None, move || {
+            let table = Table::default();
+            (0..2).for_each(|way| table.set(0).publish(way, Control::default().claimed().live(HOME, kept)));
+            assert!(!victim(table.set(0), HOME, NOW, &LONGEST).is_there());
+            assert!(victim(table.set(0), HOME, 1_001, &LONGEST).is_there(), "but when its timer has run out");
+        });
+    }
 }

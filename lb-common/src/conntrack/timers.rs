@@ -10,6 +10,16 @@ pub const fn elapsed(then: u32, now: u32) -> u32 {
     if elapsed >> 31 == 0 { elapsed } else { 0 }
 }
 
+/// Jiffies by which another CPU's clock may be ahead.
+const SKEW: u32 = 64;
+
+/// Whether `then` lies not further back than so many jiffies. Unlike with [`elapsed`], what is older than half the clock's turn
+/// (24 days at 1,000 Hz) does not look new: for what nobody takes away when it is over.
+#[inline(always)]
+pub const fn is_within(then: u32, now: u32, jiffies: u32) -> bool {
+    now.wrapping_sub(then).wrapping_add(SKEW) <= jiffies.saturating_add(SKEW)
+}
+
 /// In which part of its life a connection is.
 #[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

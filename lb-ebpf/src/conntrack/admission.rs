@@ -44,7 +44,7 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     }
     // What goes on behind the guard was counted when it was placed.
     let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
-    let guarded = goes_on || too_many;
+    let guarded = goes_on || too_many || guard::was_full();
     if guarded {
         // What goes on has to find the same task without a line that says who was asked before.
         packet.search.retries = 0;
@@ -95,6 +95,10 @@ fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
         packet.draft.task_next = segment.acknowledgment;
         packet.draft.state |= ended(packet.tcp_flags);
     } else if packet.search.guarded != 0 && guard::needs_no_line(backend) {
+        // The port's last connection, to another task: its line would take this one's packets there.
+        if packet.line.anew != 0 {
+            let _ = table::remove::<A>(packet.line.slot, packet.line.control);
+        }
         without_line(packet);
         counters::new_connection(backend.service, index);
         return Ok(Step::ToTask);
@@ -134,11 +138,17 @@ fn try_put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32,
             inserted = NO_PLACE;
         }
     }
+    if inserted == CONTENDED {
+        return Err(Outcome::SourceCollision);
+    }
     if inserted == NO_PLACE {
-        if aliased || !guard::needs_no_line(backend) {
+        guard::full();
+        // What comes by another node has to go back there, which the line alone would say; and a task that was chosen in turn
+        // is not found again. The SYN that the client sends next is placed by its hash.
+        let by_hash = packet.search.guarded != 0 || packet.listener.flags & CONSISTENT != 0;
+        if aliased || packet.draft.peer != 0 || !by_hash || !guard::needs_no_line(backend) {
             return Err(Outcome::TableFull);
         }
-        guard::full();
         without_line(packet);
     } else {
         let entry = table::entry::<A>(packet.line.slot).ok_or(Outcome::TableFull)?;
@@ -160,6 +170,7 @@ const INSERTED: u32 = 0;
 const INSERTED_ELSEWHERE: u32 = 1;
 const THERE: u32 = 2;
 const NO_PLACE: u32 = 3;
+const CONTENDED: u32 = 4;
 
 /// Inserts the draft, unless another CPU is first with the same connection.
 #[inline(never)]
@@ -177,7 +188,7 @@ fn insert<A: Tracked>(packet: &mut Packet<A>) -> u32 {
             return THERE;
         }
     }
-    NO_PLACE
+    CONTENDED
 }
 
 /// Lets the packet go on as its draft says, without a line.

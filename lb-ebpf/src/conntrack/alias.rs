@@ -15,7 +15,6 @@ use lb_common::{
 };
 
 use super::{
-    lifecycle,
     table::{self, Found, Inserted, RESERVED},
     tracked::Tracked,
 };
@@ -65,13 +64,12 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         Found::Nothing => return FREE,
         Found::Busy => return TAKEN,
         Found::DeadAlias => {
-            let reserved = table::entry::<A>(probe.alias).is_some_and(|alias| {
-                alias.client_next() == RESERVED && !clock::is_due(alias.seen(), clock::now())
+            // One that is reserved has a moment; one that was bound since it was looked at is somebody's.
+            let kept = table::entry::<A>(probe.alias).is_some_and(|alias| {
+                let fresh = !clock::is_due(alias.seen(), clock::now());
+                fresh && alias.client_next() == RESERVED || table::leads_on(&alias)
             });
-            if !reserved {
-                forget::<A>(probe);
-            }
-            return reserved as u32;
+            return (kept || !forget::<A>(probe)) as u32;
         }
         Found::Line => {}
     }
@@ -81,26 +79,22 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         return FREE;
     };
     let control = Control(probed.control);
-    let over =
-        BACKENDS.get(entry.backend()).is_none_or(|backend| lifecycle::is_silent(&entry, control, backend));
+    let over = BACKENDS.get(entry.backend()).is_none_or(|backend| entry.is_silent(control, backend));
     // Its task has never answered, and the datagram may be forged, or the client has given up.
     let never_began = !control.has(ANSWERED) && (control.has(UDP) || control.is_closing());
     if own || over || never_began {
-        if probe.alias != NOBODY {
-            forget::<A>(probe);
-        }
-        if !own {
-            let _ = table::remove::<A>(probed.slot, probed.control);
-        }
-        return FREE;
+        // What was changed meanwhile is somebody's again.
+        let gone = (probe.alias == NOBODY || forget::<A>(probe))
+            && (own || table::remove::<A>(probed.slot, probed.control));
+        return if gone { FREE } else { TAKEN };
     }
     TAKEN
 }
 
 #[inline(always)]
-fn forget<A: Family>(probe: &crate::io::packet::Search) {
+fn forget<A: Family>(probe: &crate::io::packet::Search) -> bool {
     let control = (probe.alias_control[1] as u64) << 32 | probe.alias_control[0] as u64;
-    let _ = table::remove::<A>(probe.alias, control);
+    table::remove::<A>(probe.alias, control)
 }
 
 /// Stands for no port: none is as high.

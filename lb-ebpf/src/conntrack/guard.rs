@@ -2,9 +2,9 @@
 //! the table has no place for one.
 
 use lb_common::{
-    abi::Config,
+    abi::{Config, XDP_GENERIC},
     backend::{Backend, Kind, SINGLE},
-    guard::{GRACE_SECONDS, HOLD_SECONDS, STEP},
+    guard::{GRACE_SECONDS, Guard, HOLD_SECONDS, STEP},
 };
 
 use crate::io::{
@@ -47,33 +47,42 @@ pub fn takes_over() -> bool {
     }
 }
 
-/// Whether a client may go on with what was placed by hash.
-#[inline(always)]
+/// Seconds in which a client may still go on with what was placed by hash.
+const LINGERS: u32 = HOLD_SECONDS + GRACE_SECONDS;
+
+/// Whether a client may go on with what was placed by hash. A function of its own, as the next: few packets come to it.
+#[inline(never)]
 pub fn lingers() -> bool {
-    maps::config().is_some_and(is_lingering)
+    let (Some(config), Some(guard)) = (maps::config(), GUARD.get(0)) else {
+        return false;
+    };
+    let flooded = config.flood_rate != 0 && guard.within(LINGERS, clock::now(), config.jiffies_per_second);
+    flooded || is_full(config, guard)
 }
 
-#[inline(always)]
-fn is_lingering(config: &Config) -> bool {
-    let (now, hz) = (clock::now(), config.jiffies_per_second);
-    let seconds = HOLD_SECONDS + GRACE_SECONDS;
-    GUARD.get(0).is_some_and(|guard| {
-        config.flood_rate != 0 && guard.within(seconds, now, hz) || guard.was_full(seconds, now, hz)
-    })
-}
-
-/// Whether connections have lately found no place in the table.
-#[inline(always)]
+/// Whether many connections have lately found no place in the table.
+#[inline(never)]
 pub fn was_full() -> bool {
     let (Some(config), Some(guard)) = (maps::config(), GUARD.get(0)) else {
         return false;
     };
-    guard.was_full(HOLD_SECONDS + GRACE_SECONDS, clock::now(), config.jiffies_per_second)
+    is_full(config, guard)
 }
 
-/// Whether the replies of a backend find their way without a line.
+#[inline(always)]
+fn is_full(config: &Config, guard: &Guard) -> bool {
+    guard.was_full(LINGERS, clock::now(), config.jiffies_per_second)
+}
+
+/// Whether the packets of a backend's connections find their way without a line, to it and back. To a task of this node they do
+/// only where XDP can tell TC which.
 #[inline(always)]
 pub fn needs_no_line(backend: &Backend) -> bool {
+    if backend.kind == Kind::Local as u8
+        && maps::config().is_none_or(|config| config.flags & XDP_GENERIC != 0 || config.metadata_refused != 0)
+    {
+        return false;
+    }
     backend.kind == Kind::Peer as u8 || backend.kind != Kind::Snat as u8 && backend.flags & SINGLE != 0
 }
 
@@ -89,11 +98,8 @@ pub fn placed() {
 /// Notes that a connection has found no place in the table.
 #[inline(always)]
 pub fn full() {
-    if let Some(guard) = GUARD.get_ptr_mut(0) {
-        // SAFETY: an array's entry is valid while the program runs; each word is written whole.
-        unsafe {
-            (*guard).full_at = clock::now();
-            (*guard).full = (*guard).full.wrapping_add(1).max(1);
-        }
+    if let (Some(config), Some(guard)) = (maps::config(), GUARD.get_ptr_mut(0)) {
+        // SAFETY: an array's entry is valid while the program runs; what two CPUs count at once may be lost.
+        unsafe { (*guard).count_full(clock::now(), config.jiffies_per_second) };
     }
 }

@@ -1,7 +1,7 @@
 //! What a packet means to its connection: which state it leaves it in, how far both sides have come, and whether it may go on.
 
 use lb_common::{
-    backend::{Backend, RETURN_DIRECT, State},
+    backend::{Backend, Kind, RETURN_DIRECT, State},
     conntrack::{
         Control, FiveTuple, Numbers,
         line::{ANSWERED, ESTABLISHED, OTHERS, RESET, RETRY, UDP, with_fast},
@@ -9,17 +9,18 @@ use lb_common::{
     },
     endpoint::{CONSISTENT, Endpoint, TaskEndpoint},
     outcome::Outcome,
+    tunnel::{NAMES_TASK, SELF},
 };
 
 use super::{
-    guard, is_late, is_own, scheduler,
+    guard, scheduler,
     table::{self, Entry, Found},
     tracked::Tracked,
 };
 use crate::io::{
     clock,
     family::Family,
-    maps::{self, BACKENDS, TIMERS},
+    maps::{self, BACKENDS},
     packet::{ERROR, LATER, NOBODY, Packet, TunnelMeta, WHOLE},
     verifier,
 };
@@ -97,7 +98,7 @@ fn of_client<A: Family>(packet: &mut Packet<A>) -> Result<Lookup, Outcome> {
         packet.search.retries = (control.retries() + 1).min(lb_common::conntrack::line::MAX_RETRIES);
         true
     } else {
-        !backend.forwards() || is_silent(&entry, control, backend) || packet.opens() && control.is_closing()
+        !backend.forwards() || entry.is_silent(control, backend) || packet.opens() && control.is_closing()
     };
     if given_anew {
         packet.line.anew = 1;
@@ -169,22 +170,6 @@ fn stale<A: Family>(
     Err(Outcome::BackendGone)
 }
 
-/// Whether a connection has been silent for longer than its service's timer for it.
-#[inline(always)]
-pub fn is_silent<A: Family>(entry: &Entry<A>, control: Control, backend: &Backend) -> bool {
-    let (now, seen) = (clock::now(), entry.seen());
-    clock::is_due(seen, now) && expired(control, seen, now, backend.service)
-}
-
-/// A function of its own: few packets come to it.
-#[inline(never)]
-fn expired(control: Control, seen: u32, now: u32, service: u32) -> bool {
-    let (Some(config), Some(timers)) = (maps::config(), TIMERS.get(service)) else {
-        return false;
-    };
-    timers.expired(control, seen, now, config.jiffies_per_second)
-}
-
 /// Looks for the connection that a task's packet belongs to.
 #[inline(always)]
 pub fn reply<A: Tracked>(packet: &mut Packet<A>, interface: u32) -> Result<Lookup, Outcome> {
@@ -246,6 +231,18 @@ pub fn packed_told<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u6
     pack(record(packet, &entry, Control(packet.line.control)))
 }
 
+/// Whether a reply comes from another task than the connection's, as far as its node says which: the client has been given to
+/// another meanwhile.
+#[inline(always)]
+fn is_late(backend: &Backend, tunnel: &TunnelMeta) -> bool {
+    let (from, task) = (tunnel.peer, &tunnel.task);
+    from != SELF
+        && (backend.kind != Kind::Peer as u8
+            || backend.peer as u32 != from
+            || tunnel.flags & NAMES_TASK != 0
+                && !(backend.address == task.address && backend.port == task.port))
+}
+
 /// What a task's packet is that has no line: late, the first reply of what was placed without one, or none of ours.
 #[inline(always)]
 fn without_line<A: Family>(packet: &mut Packet<A>, interface: u32) -> Result<Lookup, Outcome> {
@@ -257,7 +254,7 @@ fn without_line<A: Family>(packet: &mut Packet<A>, interface: u32) -> Result<Loo
     let Some(backend) = BACKENDS.get(task.backend) else {
         return Ok(Lookup::Miss);
     };
-    let local = backend.kind == lb_common::backend::Kind::Local as u8;
+    let local = backend.kind == Kind::Local as u8;
     if local && backend.ifindex != interface {
         return Ok(Lookup::Miss);
     }
@@ -271,14 +268,14 @@ fn without_line<A: Family>(packet: &mut Packet<A>, interface: u32) -> Result<Loo
     connection.tuple.destination = task.listener;
     connection.tuple.destination_port = task.listener_port;
     connection.tuple.protocol = key.protocol;
-    let first = !packet.is_tcp() || packet.answers_syn() || guard::was_full();
+    let first = !packet.is_tcp() || packet.answers_syn();
     let goes_on =
         packet.is_tcp() && packet.tcp_flags & SYN == 0 && is_by_hash(&packet.connection.tuple, task);
     if task.listener_port.raw() == 0
         || packet.kind != WHOLE
         || packet.ttl <= 1
         || !(guard::lingers() && first || goes_on)
-        || is_own(&packet.key.destination)
+        || maps::is_own(&packet.key.destination)
     {
         return Ok(Lookup::Miss);
     }
@@ -297,11 +294,12 @@ fn without_line<A: Family>(packet: &mut Packet<A>, interface: u32) -> Result<Loo
 }
 
 /// Whether a connection was placed by its hash, and this is its task: the client's next packet makes the line again that a reply
-/// did not find, and until then replies may be all that is sent.
+/// did not find, and until then replies may be all that is sent. While the table is full all are placed so.
 #[inline(always)]
 fn is_by_hash<A: Family>(tuple: &FiveTuple<A>, task: &TaskEndpoint<A>) -> bool {
     let listener = A::listener(&Endpoint::new(tuple.destination, tuple.destination_port, tuple.protocol));
-    let Some(listener) = listener.filter(|listener| listener.flags & CONSISTENT != 0) else {
+    let Some(listener) = listener.filter(|listener| listener.flags & CONSISTENT != 0 || guard::was_full())
+    else {
         return false;
     };
     scheduler::slot(&listener, tuple.flow_hash() as u64) == task.backend

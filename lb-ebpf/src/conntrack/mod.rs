@@ -21,7 +21,7 @@ use lb_common::{
     filter::{Side, position},
     net::Be16,
     outcome::Outcome,
-    tunnel::{NAMES_TASK, SELF, TaskKey},
+    tunnel::TaskKey,
 };
 
 use self::{lifecycle::Lookup, table::Found, tracked::Tracked};
@@ -29,7 +29,7 @@ use crate::io::{
     counters,
     family::Family,
     frame::Frame,
-    maps::{BACKENDS, FILTER, PEER_NUMBERS, TASKS},
+    maps::{self, BACKENDS, FILTER, TASKS},
     packet::{FIRST, LATER, Packet, TunnelMeta},
     verifier,
 };
@@ -201,19 +201,7 @@ pub fn for_client<A: Tracked>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> Re
             _ => Ok(false),
         };
     }
-    if is_own(&packet.key.source) { Ok(false) } else { Err(Outcome::TunnelNotPeer) }
-}
-
-/// Whether a reply comes from another task than the connection's, as far as its node says which: the client has been given to
-/// another meanwhile.
-#[inline(always)]
-pub fn is_late(backend: &Backend, tunnel: &TunnelMeta) -> bool {
-    let (from, task) = (tunnel.peer, &tunnel.task);
-    from != SELF
-        && (backend.kind != Kind::Peer as u8
-            || backend.peer as u32 != from
-            || tunnel.flags & NAMES_TASK != 0
-                && !(backend.address == task.address && backend.port == task.port))
+    if maps::is_own(&packet.key.source) { Ok(false) } else { Err(Outcome::TunnelNotPeer) }
 }
 
 /// False if no listener, connection or reply can match the port.
@@ -221,12 +209,4 @@ pub fn is_late(backend: &Backend, tunnel: &TunnelMeta) -> bool {
 pub fn may_be_ours(side: Side, protocol: u8, port: Be16) -> bool {
     let (word, bit) = position(side, protocol, port);
     FILTER.get(word).is_some_and(|bits| bits & bit != 0)
-}
-
-/// Whether the address is one of this node's.
-#[inline(always)]
-pub fn is_own<A: Family>(address: &A) -> bool {
-    let mapped = address.to_mapped();
-    // SAFETY: copied at once.
-    unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }

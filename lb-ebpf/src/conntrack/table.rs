@@ -7,7 +7,7 @@ use lb_common::{
         Control, FiveTuple, Line, Set,
         hash::{self, Place},
         line::{self, ALIAS_KEY, CONNECTION, WAYS},
-        table::{self, AT_HOME, At, SPILLED, SharedSet},
+        table::{self, AT_HOME, At, OVER, SPILLED, SharedSet},
     },
     net::Be16,
     verifier::zero_of,
@@ -17,7 +17,7 @@ use super::tracked::Tracked;
 use crate::io::{
     atomic, clock,
     family::Family,
-    maps::{self, BACKENDS},
+    maps::{self, BACKENDS, TIMERS},
     packet::{Connection, Draft, Located, NOBODY, Packet, Search},
     verifier::opaque,
 };
@@ -218,6 +218,13 @@ impl<A: Family> Entry<A> {
         generation == backend.generation as u16
     }
 
+    /// Whether its connection has been silent for longer than its service's timer for it.
+    #[inline(always)]
+    pub fn is_silent(&self, control: Control, backend: &Backend) -> bool {
+        let (now, seen) = (clock::now(), self.seen());
+        clock::is_due(seen, now) && expired(control, seen, now, backend.service)
+    }
+
     /// Copies its five-tuple, by words: a copy of the whole would be a call of a loop.
     #[inline(always)]
     pub fn copy_tuple(&self, to: &mut FiveTuple<A>) {
@@ -231,6 +238,15 @@ impl<A: Family> Entry<A> {
             }
         }
     }
+}
+
+/// A function of its own: few packets come to it.
+#[inline(never)]
+fn expired(control: Control, seen: u32, now: u32, service: u32) -> bool {
+    let (Some(config), Some(timers)) = (maps::config(), TIMERS.get(service)) else {
+        return false;
+    };
+    timers.expired(control, seen, now, config.jiffies_per_second)
 }
 
 /// The line of a number.
@@ -296,6 +312,7 @@ fn begin<A: Family>(
     search.hints = set.home(home.way);
     search.hash = [endpoint as u32, (endpoint >> 32) as u32];
     search.alias = NOBODY;
+    search.busy = 0;
     Some((set, home))
 }
 
@@ -317,7 +334,7 @@ fn among<A: Family>(
     home: u32,
     hints: u32,
     tuple: &FiveTuple<A>,
-    busy: &mut bool,
+    busy: &mut u32,
 ) -> Option<At> {
     table::find(set, home, hints, busy, |way, control| {
         // SAFETY: see `KernelSet`.
@@ -336,26 +353,25 @@ pub fn by_tuple<A: Family>(line: &mut Located, search: &mut Search, tuple: &Five
     let Some((set, home)) = begin(&tuple.source, tuple.source_port, tuple.protocol, search) else {
         return Found::Nothing as u32;
     };
-    let mut busy = false;
-    if let Some(at) = among(set, home.way, search.hints, tuple, &mut busy) {
+    if let Some(at) = among(set, home.way, search.hints, tuple, &mut search.busy) {
         locate(line, home.set, at);
         return Found::Line as u32;
     }
-    if search.hints & SPILLED != 0 && spilled(tuple, line, search, &mut busy) {
+    if search.hints & SPILLED != 0 && spilled(tuple, line, search) {
         return Found::Line as u32;
     }
-    if busy { Found::Busy as u32 } else { Found::Nothing as u32 }
+    if search.busy != 0 { Found::Busy as u32 } else { Found::Nothing as u32 }
 }
 
 /// Looks for a five-tuple in the two other sets.
 #[inline(always)]
-fn spilled<A: Family>(tuple: &FiveTuple<A>, line: &mut Located, search: &Search, busy: &mut bool) -> bool {
+fn spilled<A: Family>(tuple: &FiveTuple<A>, line: &mut Located, search: &mut Search) -> bool {
     let places = others(tuple, search);
     let mut next = 0;
     while next < 2 {
         let place = places[next];
         if let Some(set) = set::<A>(place.set)
-            && let Some(at) = among(set, place.way, set.home(place.way), tuple, busy)
+            && let Some(at) = among(set, place.way, set.home(place.way), tuple, &mut search.busy)
         {
             locate(line, place.set, at);
             return true;
@@ -409,8 +425,7 @@ pub fn by_task<A: Family>(
     let Some((set, home)) = begin(&alias.source, alias.source_port, alias.protocol, search) else {
         return Found::Nothing as u32;
     };
-    let mut busy = false;
-    let found = table::find(set, home.way, search.hints, &mut busy, |way, control| {
+    let found = table::find(set, home.way, search.hints, &mut search.busy, |way, control| {
         let line = set.line(way);
         // SAFETY: see `KernelSet`; read after the control word.
         let (tuple, backend) = unsafe {
@@ -428,8 +443,8 @@ pub fn by_task<A: Family>(
     });
     if let Some(at) = found {
         locate(line, home.set, at);
-    } else if search.hints & SPILLED == 0 || !spilled(alias, line, search, &mut busy) {
-        return if busy { Found::Busy as u32 } else { Found::Nothing as u32 };
+    } else if search.hints & SPILLED == 0 || !spilled(alias, line, search) {
+        return if search.busy != 0 { Found::Busy as u32 } else { Found::Nothing as u32 };
     }
     if Control(line.control).has(line::ALIAS) { follow::<A>(line, search) } else { Found::Line as u32 }
 }
@@ -481,18 +496,29 @@ fn follow<A: Family>(line: &mut Located, search: &mut Search) -> u32 {
     let Some(alias) = entry::<A>(line.slot) else {
         return Found::DeadAlias as u32;
     };
-    let (slot, version) = (alias.client_next(), alias.task_next());
-    let Some(connection) = entry::<A>(slot) else {
-        return Found::DeadAlias as u32;
-    };
-    let control = connection.control();
-    if !control.is_live() || control.version() != version {
+    let (slot, control) = connection_of(&alias);
+    if !control.is_live() {
         return Found::DeadAlias as u32;
     }
     alias.set_seen(clock::now());
     line.control = control.0;
     line.slot = slot;
     Found::Line as u32
+}
+
+/// The number of the line of an alias' connection, and its control word; a free one if that is gone.
+#[inline(always)]
+fn connection_of<A: Family>(alias: &Entry<A>) -> (u32, Control) {
+    // The version is written first.
+    let (slot, version) = (alias.client_next(), alias.task_next());
+    let control = entry::<A>(slot).map_or(Control(0), |connection| connection.control());
+    (slot, if control.version() == version { control } else { Control(0) })
+}
+
+/// Whether an alias' connection is there.
+#[inline(always)]
+pub fn leads_on<A: Family>(alias: &Entry<A>) -> bool {
+    connection_of(alias).1.is_live()
 }
 
 /// What an insertion has come to.
@@ -581,6 +607,10 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
     let (Some(config), Some(home)) = (maps::config(), set::<A>(search.set)) else {
         return Inserted::Full as u32;
     };
+    // What is being made may be the same: the search is not the word that it has to be.
+    if search.busy != 0 {
+        return Inserted::Again as u32;
+    }
     let (now, longest) = (clock::now(), &config.longest);
     let two = search.hints & search.hints.wrapping_sub(1) & 0xff != 0;
     let crowded = two && is_crowded(home, draft, search);
@@ -588,17 +618,17 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
     let at_home = own.unwrap_or_else(|| table::victim(home, search.way, now, longest));
     let mut place = Place { set: search.set, way: search.way };
     let mut victim = at_home;
-    if crowded || !at_home.is_there() {
+    // Nobody is driven out at home while there is room elsewhere.
+    if crowded || at_home.class() < OVER {
         let [one, other] = others(&draft.tuple, search);
         let (Some(first), Some(second)) = (set::<A>(one.set), set::<A>(other.set)) else {
             return Inserted::Full as u32;
         };
         let first = table::victim(first, one.way, now, longest);
         let second = table::victim(second, other.way, now, longest);
-        if first.is_better_than(&second) {
-            (place, victim) = (one, first);
-        } else if second.is_there() {
-            (place, victim) = (other, second);
+        let (away, elsewhere) = if first.is_better_than(&second) { (one, first) } else { (other, second) };
+        if elsewhere.is_there() && (crowded || elsewhere.class() > at_home.class()) {
+            (place, victim) = (away, elsewhere);
         }
         if !victim.is_there() {
             return Inserted::Full as u32;
@@ -732,7 +762,7 @@ pub fn find_at_home<A: Family>(tuple: &FiveTuple<A>, line: &mut Located) -> bool
     let Some(set) = set::<A>(home.set) else {
         return false;
     };
-    let mut busy = false;
+    let mut busy = 0;
     let Some(at) = among(set, home.way, set.home(home.way), tuple, &mut busy) else {
         return false;
     };

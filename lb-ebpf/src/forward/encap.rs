@@ -16,7 +16,6 @@ use lb_common::{
 };
 
 use crate::{
-    conntrack::is_own,
     io::{
         clock,
         family::Family,
@@ -260,7 +259,7 @@ pub fn open<F: Frame, A: Family>(
     let usual = PEERS.get(sender);
     let own = usual.is_some_and(|peer| *A::in_wide(&peer.source) == packet.key.destination);
     // On its way between two others.
-    if !own && !is_own(&packet.key.destination) {
+    if !own && !maps::is_own(&packet.key.destination) {
         return Err(Outcome::NotOurs);
     }
     if sender == SELF || sender == NOBODY {

@@ -25,7 +25,7 @@ pub fn hop_ticks(now: u32) -> u16 {
     (now / HOP_TICK) as u16
 }
 
-/// Whether a next hop that was asked for then is due again. After an hour of silence it may look fresh for a second.
+/// Whether a next hop that was asked for then is due again. After so long a silence that the short number has gone round (an hour at 250 Hz) it may look fresh for a second.
 #[inline(always)]
 pub fn hop_is_due(then: u16, now: u32) -> bool {
     hop_ticks(now).wrapping_sub(then) >= (LIFETIME / HOP_TICK) as u16

@@ -9,15 +9,15 @@ use aya_ebpf::{
 use lb_common::{
     abi::{Config, Label, LabelKey, size},
     backend::Backend,
-    conntrack::{Set, Timers, elapsed},
+    conntrack::{Set, Timers, is_within},
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
-    net::{V4, V6, Wide},
+    net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats},
-    tunnel::{Path, Peer, TaskKey},
+    tunnel::{Path, Peer, SELF, TaskKey},
 };
 
 use super::{clock, packet::Scratch};
@@ -151,7 +151,14 @@ pub fn is_stale(config: &Config) -> bool {
 #[inline(never)]
 fn is_silent(config: &Config) -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| {
-        let silent = elapsed(*beat, clock::now());
-        silent > config.stale_after.wrapping_mul(config.jiffies_per_second)
+        !is_within(*beat, clock::now(), config.stale_after.wrapping_mul(config.jiffies_per_second))
     })
+}
+
+/// Whether the address is one of this node's.
+#[inline(always)]
+pub fn is_own<A: Address>(address: &A) -> bool {
+    let mapped = address.to_mapped();
+    // SAFETY: copied at once.
+    unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }

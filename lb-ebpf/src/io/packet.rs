@@ -171,6 +171,8 @@ pub struct Search {
     pub way: u32,
     /// The home word before the search.
     pub hints: u32,
+    /// Whether a line that may be what is sought was being made all the while.
+    pub busy: u32,
     /// The lower half of the endpoint's hash, and the upper.
     pub hash: [u32; 2],
     /// The alias by which a connection was found, if by one; [`NOBODY`] otherwise.

@@ -197,8 +197,19 @@ fn collect<A: Address>(
     for at in 0..mapping.lines() {
         let Some((control, line)) = mapping.live(at) else { continue };
         done.seen += 1;
+        // Also what is over: it may come to life before it is removed, and the mark goes with the next collection.
+        if !marked.is_empty() {
+            let tuple = &line.tuple;
+            let endpoint = clock.hash_keys.endpoint(&tuple.source, tuple.source_port, tuple.protocol);
+            let home = home(endpoint, sets);
+            if home.set != set_of(at) {
+                away.insert(slot(home.set, home.way));
+            }
+        }
         let over = if control.has(ALIAS) {
-            is_orphan(mapping, &line, clock)
+            // It may have been read while it was bound to its connection, which the control word does not show: twice it is not.
+            let again = || mapping.live(at).is_some_and(|(_, line)| is_orphan(mapping, &line, clock));
+            is_orphan(mapping, &line, clock) && again()
         } else {
             clock.has_ended(control, &line)
         };
@@ -211,14 +222,6 @@ fn collect<A: Address>(
         left += 1;
         if !control.has(ALIAS) {
             done.named.insert(line.backend);
-        }
-        if !marked.is_empty() {
-            let tuple = &line.tuple;
-            let endpoint = clock.hash_keys.endpoint(&tuple.source, tuple.source_port, tuple.protocol);
-            let home = home(endpoint, sets);
-            if home.set != set_of(at) {
-                away.insert(slot(home.set, home.way));
-            }
         }
     }
     let empty = marked.into_iter().filter(|(at, _)| !away.contains(at));

@@ -45,7 +45,7 @@ use lb_common::{
         Phase, Timers,
         hash::HashKeys,
         line::WAYS,
-        table::{EXCHANGE, HALF_OPEN, KEPT, Longest, OVER},
+        table::{EXCHANGE, HALF_OPEN, KEPT, Longest, ONE_SIDED, OVER},
     },
     guard::HOLD_SECONDS,
     outcome::Outcome,
@@ -269,6 +269,7 @@ impl Datapath {
         let of = |phase: Phase| seconds[phase as usize].saturating_mul(jiffies_per_second).min(u32::MAX >> 1);
         let mut longest = Longest::default();
         longest.jiffies[KEPT as usize] = of(Phase::Established);
+        longest.jiffies[ONE_SIDED as usize] = of(Phase::Established);
         longest.jiffies[EXCHANGE as usize] = of(Phase::Answered);
         longest.jiffies[OVER as usize] = of(Phase::Closing);
         longest.jiffies[HALF_OPEN as usize] = of(Phase::HalfOpen).max(of(Phase::OneWay));
