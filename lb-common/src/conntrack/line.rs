@@ -72,9 +72,11 @@ impl<A> FiveTuple<A> {
         A: Address,
     {
         let ports = (self.source_port.raw() as u32) << 16 | self.destination_port.raw() as u32;
-        let hash =
-            (self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports).wrapping_mul(0x9e37_79b1);
-        // The low bits of a product know the low bits of its factors alone, and few tasks are told apart by those.
+        // A product's low bits know its factors' low bits alone, and those are what tells few tasks apart: every bit is
+        // folded down before each product and after the last.
+        let mut hash = self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports;
+        hash = (hash ^ hash >> 16).wrapping_mul(0x9e37_79b1);
+        hash = (hash ^ hash >> 15).wrapping_mul(0x85eb_ca77);
         hash ^ hash >> 16
     }
 
@@ -373,6 +375,31 @@ mod tests {
         }
         for state in [0, ANSWERED, ESTABLISHED, ONE_WAY, ONE_WAY | ANSWERED] {
             assert_eq!(with_fast(state | FAST), state);
+        }
+    }
+
+    #[test]
+    fn few_tasks_share_clients_that_differ_in_one_number() {
+        let port = |number: u16| {
+            FiveTuple::new(V4(0x0100_a8c0), V4(0x0200_a8c0), Be16::new(number), Be16::new(80), 6)
+        };
+        let at_high_port = |number: u16| port(20_000 + number).flow_hash();
+        let at_port_apart = |number: u16| port(number << 8 | 0x4e).flow_hash();
+        let at_address = |number: u16| {
+            let source = V4(0x0000_a8c0 | (number as u32) << 24);
+            FiveTuple { source, ..port(20_000) }.flow_hash()
+        };
+        let by: [(&str, &dyn Fn(u16) -> u32); 3] =
+            [("port", &at_high_port), ("port's other byte", &at_port_apart), ("address", &at_address)];
+        for (name, hash) in by {
+            for tasks in [2, 3, 5, 7, 16] {
+                let mut taken = [0_u32; 16];
+                (0..240).for_each(|number| taken[hash(number) as usize % tasks] += 1);
+                let fair = 240 / tasks as u32;
+                // Four standard deviations of a fair draw, about.
+                let off = 4 * fair.isqrt();
+                assert!(taken[..tasks].iter().all(|count| count.abs_diff(fair) <= off), "{name}: {taken:?}");
+            }
         }
     }
 
