@@ -40,6 +40,8 @@ impl Netns {
         run(Command::new("ip").args(["netns", "add", &name]));
         let netns = Self { name };
         netns.ip("link set lo up");
+        // Nobody else has an interface's own address, and what is asked of neighbours in its first second waits for no one.
+        run(netns.command("sysctl").args(["-qw", "net.ipv6.conf.default.accept_dad=0"]));
         netns
     }
 
