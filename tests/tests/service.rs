@@ -87,10 +87,27 @@ fn a_reload_takes_the_new_configuration_and_loses_nothing() {
     let goal = load.done() + 200;
     eventually("requests go on", || load.done() >= goal);
 
-    // One that is wrong changes nothing, and says so.
+    // What a start would refuse changes nothing, and is said: a mistake, other sizes than those
+    // that run, an address of somebody else.
     options("warp");
     hang_up();
     eventually("the mistake is named", || agent.log().contains("invalid value 'warp' for '--mode"));
+    for (line, said) in [
+        ("max-connections = 1000", "--max-connections 1000: the datapath that runs has 262144"),
+        ("listen = [\"198.51.100.77:9464\"]", "listen on http://198.51.100.77:9464"),
+        ("source = \"docker\"", "--source docker has no use for --cluster"),
+    ] {
+        options("tc");
+        let text = fs::read_to_string(&config).expect("the file") + line + "\n";
+        fs::write(&config, text).expect("write the file");
+        hang_up();
+        let goes_on = "SIGHUP: the agent goes on as it was: ";
+        eventually(line, || {
+            let log = agent.log();
+            log.lines().any(|told| told.contains(goes_on) && told.contains(said))
+        });
+        assert!(agent.is_running() && agent.pid() == pid, "{line}");
+    }
     let goal = load.done() + 200;
     eventually("requests go on", || load.done() >= goal);
     assert_eq!(load.stop(), Vec::<String>::new());

@@ -1,6 +1,6 @@
 //! `attach`: serve published ports until stopped.
 
-use std::{io::IsTerminal as _, sync::Arc};
+use std::{io::IsTerminal as _, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use futures::future::join_all;
@@ -14,7 +14,7 @@ use crate::{
     cli::{Attach, Cli, Command, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings, counted},
-    datapath::{ConnectionLog, DatapathError, PinDir, Sizes},
+    datapath::{self, ConnectionLog, DatapathError, PinDir, Sizes},
     descriptors,
     events::{Kind, Recorder},
     net::Net,
@@ -40,7 +40,7 @@ pub enum End {
 /// An interface cannot be attached to; those attached before it are let go again.
 pub async fn run(arguments: Attach) -> Result<End> {
     if arguments.check {
-        present(&arguments.iface).await?;
+        check(&arguments).await?;
         return Ok(End::Stop);
     }
     testing::warnings().iter().for_each(|warning| log::warn!("{warning}"));
@@ -119,10 +119,14 @@ pub async fn run(arguments: Attach) -> Result<End> {
     if *stopped.borrow() == Some(End::Reload) {
         log::info!("starting anew; the datapath serves meanwhile");
         let wanted = configuration().map_or_else(|_| arguments.iface.clone(), |wanted| wanted.iface);
-        let (_, left): (Vec<_>, Vec<_>) =
+        let (kept, left): (Vec<_>, Vec<_>) =
             controllers.into_iter().partition(|controller| wanted.contains(&controller.settings().interface));
         leave(left, on_exit).await;
-        return Ok(End::Reload);
+        // Who asked for an end meanwhile is not to be forgotten in the next program.
+        if *stopped.borrow() == Some(End::Reload) {
+            return Ok(End::Reload);
+        }
+        controllers = kept;
     }
     supervisor::stopping();
     match on_exit {
@@ -196,6 +200,30 @@ fn serve(arguments: &Attach, controllers: &[Controller], events: &Arc<Recorder>)
     Ok(())
 }
 
+/// Whether the agent could be started so: what a start would refuse is refused, and nothing is touched.
+async fn check(arguments: &Attach) -> Result<()> {
+    present(&arguments.iface).await?;
+    agree(arguments)?;
+    if !arguments.replace_state {
+        let sizes = sizes(arguments);
+        arguments.iface.iter().try_for_each(|interface| datapath::would_adopt(interface, &sizes))?;
+    }
+    for at in &arguments.listen {
+        serve::could_listen(at).with_context(|| format!("listen on {at}"))?;
+    }
+    Ok(())
+}
+
+/// Refuses a cluster file that nobody would read.
+fn agree(arguments: &Attach) -> Result<()> {
+    match (arguments.source, &arguments.cluster) {
+        (SourceKind::Docker, Some(path)) => {
+            bail!("--source docker has no use for --cluster {}; leave one of them out", path.display())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses interfaces that are not there before any is touched.
 async fn present(wanted: &[String]) -> Result<()> {
     let (net, _changes) = Net::connect().context("start watching the network")?;
@@ -224,15 +252,7 @@ fn controller_settings(
             ModeArg::Generic => Some(Mode::Generic),
             ModeArg::Tc => Some(Mode::Tc),
         },
-        sizes: Sizes {
-            connections: arguments.max_connections,
-            services: arguments.max_services,
-            listeners: arguments.max_listeners,
-            backends: arguments.max_backends,
-            slots: arguments.max_slots,
-            nodes: arguments.max_nodes,
-            fragments: arguments.max_fragments,
-        },
+        sizes: sizes(arguments),
         snat_ports: arguments.snat_ports,
         connection_log: if arguments.log_connections { ConnectionLog::On } else { ConnectionLog::Off },
         peer_timeout: arguments.peer_timeout,
@@ -246,8 +266,21 @@ fn controller_settings(
     }
 }
 
+fn sizes(arguments: &Attach) -> Sizes {
+    Sizes {
+        connections: arguments.max_connections,
+        services: arguments.max_services,
+        listeners: arguments.max_listeners,
+        backends: arguments.max_backends,
+        slots: arguments.max_slots,
+        nodes: arguments.max_nodes,
+        fragments: arguments.max_fragments,
+    }
+}
+
 /// What is said to each of the interfaces' controllers.
 fn sources(arguments: &Attach, reloads: &watch::Receiver<u64>) -> Result<Vec<mpsc::Receiver<Update>>> {
+    agree(arguments)?;
     let (senders, updates): (Vec<_>, Vec<_>) = arguments.iface.iter().map(|_| mpsc::channel(4)).unzip();
     let asked = match arguments.source {
         SourceKind::Auto => "found by itself",
@@ -260,9 +293,6 @@ fn sources(arguments: &Attach, reloads: &watch::Receiver<u64>) -> Result<Vec<mps
                 sender.try_send(Update::Origin(Origin { kind: "file".into(), why: why.clone() }))?;
                 file::watch(path, sender, reloads.clone())?;
             }
-        }
-        (SourceKind::Docker, Some(path)) => {
-            bail!("--source docker has no use for --cluster {}; leave one of them out", path.display());
         }
         _ => {
             let returns = match arguments.returns {
@@ -329,7 +359,12 @@ impl Signals {
                 continue;
             }
             // What could not be started must not end what runs.
-            match could_start().await {
+            let could = tokio::select! {
+                could = could_start() => could,
+                _ = self.terminate.recv() => return End::Stop,
+                _ = self.interrupt.recv() => return End::Stop,
+            };
+            match could {
                 Ok(()) => return End::Reload,
                 Err(reason) => log::error!("SIGHUP: the agent goes on as it was: {reason}"),
             }
@@ -343,10 +378,22 @@ async fn could_start() -> Result<(), String> {
     let program = settings::program().map_err(|error| format!("find the program: {error}; {again}"))?;
     let mut command = tokio::process::Command::new(&program);
     command.args(std::env::args_os().skip(1)).arg("--check").stdin(std::process::Stdio::null());
-    let output =
-        command.output().await.map_err(|error| format!("start {}: {error}; {again}", program.display()))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+    command.kill_on_drop(true);
+    let failed = |what: String| format!("start {}: {what}; {again}", program.display());
+    let output = tokio::time::timeout(PATIENCE, command.output())
+        .await
+        .map_err(|_| failed(format!("it does not answer within {} s", PATIENCE.as_secs())))?
+        .map_err(|error| failed(error.to_string()))?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    match output.status.code() {
+        Some(0) => Ok(()),
+        // Its command line is another one: older programs know no --check.
+        Some(2) => {
+            Err(format!("{said}\nwhere the options are right, restart the agent instead of reloading it"))
+        }
+        _ => Err(said),
     }
 }
+
+/// The installed program may take so long to say whether it could be started.
+const PATIENCE: Duration = Duration::from_secs(10);

@@ -18,7 +18,7 @@ pub enum ConnectionLog {
     /// They do not.
     #[default]
     Off = 0,
-    /// They do, and of each that no task took.
+    /// They do.
     On = log::Level::Debug as u8,
 }
 
@@ -30,26 +30,62 @@ const SETS: &str = "SETS";
 /// The programs, loaded on a datapath's tables.
 pub struct Programs(pub(super) Ebpf);
 
-/// Whether a whole set of tables is pinned, of this version and these sizes. The kernel hands out a pinned
-/// table of any shape, so each is compared here.
+/// What is pinned of a datapath.
+struct Pinned {
+    /// How many tables.
+    tables: usize,
+    /// Of which version they are; zero before they are whole.
+    version: u32,
+}
+
+impl Pinned {
+    fn find(pins: &PinDir) -> Result<Self, DatapathError> {
+        let tables = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
+        Ok(Self { tables, version: if pins.exists()? { TableSet::version(pins)? } else { 0 } })
+    }
+
+    /// Whether a load was cut short: nothing is attached to it. So it is where nothing is pinned at all.
+    fn is_cut_short(&self, pins: &PinDir) -> bool {
+        !pins.has_links() && (self.tables < table::ALL.len() || self.version == 0)
+    }
+
+    /// Refuses tables of another version, or of other sizes than are asked for. The kernel hands out a pinned table of any
+    /// shape, so each is compared here.
+    fn fits(&self, pins: &PinDir, sizes: &Sizes) -> Result<(), DatapathError> {
+        if self.version != ABI_VERSION || self.tables < table::ALL.len() {
+            return Err(DatapathError::Version { found: self.version, expected: ABI_VERSION });
+        }
+        for shape in Shape::all(sizes) {
+            let pinned =
+                MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
+            shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a whole set of tables is pinned, of this version and these sizes. What is left of a load that was cut short is taken
+/// away.
 pub(super) fn check_pins(pins: &PinDir, sizes: &Sizes) -> Result<bool, DatapathError> {
-    let have = table::ALL.iter().filter(|name| pins.table(name).exists()).count();
-    let version = if pins.exists()? { TableSet::version(pins)? } else { 0 };
-    // A load that was cut short: nothing is attached to it.
-    if !pins.has_links() && (have < table::ALL.len() || version == 0) {
+    let pinned = Pinned::find(pins)?;
+    if pinned.is_cut_short(pins) {
         for name in table::ALL {
             pins.remove(&pins.table(name));
         }
         return Ok(false);
     }
-    if version != ABI_VERSION || have < table::ALL.len() {
-        return Err(DatapathError::Version { found: version, expected: ABI_VERSION });
-    }
-    for shape in Shape::all(sizes) {
-        let pinned = MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
-        shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
-    }
+    pinned.fits(pins, sizes)?;
     Ok(true)
+}
+
+/// Whether an attach with these sizes would take what is pinned for an interface, if anything is. Nothing is changed.
+///
+/// # Errors
+/// It would not, and why.
+pub fn would_adopt(interface: &str, sizes: &Sizes) -> Result<(), DatapathError> {
+    let pins = PinDir::of(interface)?;
+    let pinned = Pinned::find(&pins)?;
+    if pinned.is_cut_short(&pins) { Ok(()) } else { pinned.fits(&pins, sizes) }
 }
 
 /// Loads the programs, on the pinned tables or on new ones of their own.

@@ -52,7 +52,7 @@ use lb_common::{
     stats::BackendStats,
 };
 pub use links::{AttachProblem, TcHook};
-pub use loader::{ConnectionLog, Programs};
+pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
 pub use shape::Sizes;

@@ -89,6 +89,20 @@ impl Listen {
     }
 }
 
+/// Whether it could be listened there. That somebody listens already is no reason: it may be this very agent.
+///
+/// # Errors
+/// The address is none of this machine's, or the system refuses it.
+pub fn could_listen(at: &Listen) -> io::Result<()> {
+    let Listen::Tcp(address) = at else {
+        return Ok(());
+    };
+    match std::net::TcpListener::bind(address) {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Serves until it is dropped with the runtime.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::Result;
-pub use listen::{Listen, listen};
+pub use listen::{Listen, could_listen, listen};
 use metrics::Exposed;
 pub use routes::router;
 
