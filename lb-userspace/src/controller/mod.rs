@@ -458,6 +458,11 @@ impl Controller {
         if adopt {
             self.attach(&snapshot, &uplink)?;
         }
+        let config = self.datapath.config();
+        // A bond's changes with its ports: a switch or a cloud may take no frames from another.
+        if !serve && config.uplink_mac != uplink.mac {
+            self.datapath.set_config(Config { uplink_mac: uplink.mac, ..config })?;
+        }
         let mut complaints = BTreeSet::new();
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();
