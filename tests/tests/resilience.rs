@@ -449,7 +449,7 @@ fn pins_that_do_not_fit_are_replaced_when_asked_for() {
     // Refusing changed nothing.
     assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
     let agent = attach(&cluster, &[&arguments[..], &["--replace-state"]].concat());
-    assert_eq!(json(node, &["status"])["connection_room"], 4_096);
+    assert_eq!(json(node, &["status"])["connection_room"], 2_048);
     assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 3).len(), 3);
     drop(agent);
 }

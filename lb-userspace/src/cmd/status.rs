@@ -1,7 +1,7 @@
 //! `status`: what is attached, how, and who controls it.
 
 use anyhow::Result;
-use lb_common::abi::{Config, Mode, XDP_FRAGS, XDP_REDIRECTS, XDP_TRANSMITS};
+use lb_common::abi::{Config, Mode, XDP_FRAGS, XDP_REDIRECTS, XDP_TRANSMITS, size, table};
 use serde_json::json;
 
 use super::{inventories, out};
@@ -145,7 +145,7 @@ pub(super) fn describe(
         "abi_version": config.abi_version,
         "fills": around.fills,
         "drains": inventory.drains,
-        "connection_room": set.entries(lb_common::abi::table::CONNECTIONS4)? * lb_common::conntrack::line::WAYS,
+        "connection_room": size::connections(set.entries(table::CONNECTIONS4)?),
         "memory_bytes": total,
         "tables": memory.iter().map(|(name, bytes)| json!({ "table": name, "memory_bytes": bytes })).collect::<Vec<_>>(),
     }))

@@ -499,7 +499,7 @@ impl TableSet {
 
     /// Keeps what the controller says of its source.
     pub(super) fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
-        let value = label(&fitted(report, &[|report| &mut report.problem]));
+        let value = label(&fitted(report, &[|report| &mut report.problem, |report| &mut report.failing]));
         let key = LabelKey { kind: LABEL_SOURCE, index: 0 };
         put(&mut self.labels, &key, &value, LABELS)
     }

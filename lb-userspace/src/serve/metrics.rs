@@ -388,7 +388,7 @@ impl Metrics {
             ("table_entries", "Entries of a table of connections, as they were counted last", None),
             fills(0),
         )?;
-        to.gauge(("table_capacity", "Entries that a table of connections has room for", None), fills(1))?;
+        to.gauge(("table_capacity", "Entries that a table of connections is made for", None), fills(1))?;
         let memory = self.each(|exposed, interface| {
             let memory = exposed.memory.iter();
             memory
