@@ -265,7 +265,7 @@ pub struct Attach {
     #[arg(long)]
     pub log_connections: bool,
     /// New connections a second above which they are placed by hash, and stored only once their client goes on; 0 is never
-    /// [default: a quarter of --max-connections]
+    /// [default: half of --max-connections]
     #[arg(long, value_name = "RATE")]
     pub flood_rate: Option<u32>,
     /// Pass everything to the host when there was no controller for so long, as in 90s, 10m or 2h [default: keep serving]

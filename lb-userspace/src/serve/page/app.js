@@ -101,7 +101,7 @@ function card(service, tasks, seconds) {
     service.problem ? element("p", { class: "problem" }, service.problem) : null,
     element("dl", {}, ...figure("Tasks", left ? "-" : `${service.active_tasks} of ${service.tasks}`),
       ...figure("New", `${short(now)}/s`), ...figure("Open", short(open)),
-      ...figure("Failovers", short(service.failovers)), ...figure("Unserved", short(service.refused_connections)),
+      ...figure("Failovers", short(service.failovers)), ...figure("Refused", short(service.refused_connections)),
       ...figure("In all", short(service.connections))),
     sparkline(past),
     element("ul", { class: "tasks", "aria-label": `Tasks of ${service.name}` },
