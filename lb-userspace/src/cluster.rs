@@ -111,6 +111,9 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Whether an agent serves it, so that its tasks are reached through the tunnel.
     pub agent: bool,
+    /// Whether Swarm's managers do not hear it, or it has left.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub down: bool,
 }
 
 impl Node {

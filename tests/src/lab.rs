@@ -274,6 +274,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             host: String::new(),
             addresses: vec![ip(&format!("192.0.2.{number}")), ip(&format!("2001:db8::{number}"))],
             agent: true,
+            down: false,
         };
         let nodes = vec![node(1), node(2)];
         let services = services.into_iter().map(Arc::new).collect();

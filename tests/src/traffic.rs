@@ -386,6 +386,11 @@ pub fn repeated(netns: &Netns) -> u64 {
         + kernel_counter(netns, "netstat", "TcpExt:", "TCPDSACKOfoSent")
 }
 
+/// SYNs that a namespace has sent again so far, by the kernel's counters.
+pub fn syns_repeated(netns: &Netns) -> u64 {
+    kernel_counter(netns, "netstat", "TcpExt:", "TCPSynRetrans")
+}
+
 /// A counter of a namespace in a file of `/proc/net` that has a line of names and one of values.
 fn kernel_counter(netns: &Netns, file: &str, line: &str, name: &str) -> u64 {
     let path = format!("/proc/thread-self/net/{file}");

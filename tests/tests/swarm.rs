@@ -13,7 +13,7 @@ use lb_tests::{
     agent::{self, Agent, json, text},
     netns::{succeeds, within},
     swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
-    traffic::Load,
+    traffic::{Load, syns_repeated},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
@@ -409,6 +409,46 @@ fn a_node_that_falls_silent_gets_no_new_connections() {
     within(PATIENCE, "Swarm runs six tasks", || nodes_of(first, "web").len() == 6);
     serves(&swarm, "web", 6);
     swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 6));
+}
+
+#[test]
+fn a_worker_that_left_and_joined_again_is_no_stranger() {
+    let swarm = Swarm::new(3);
+    let [first, _, third] = swarm.nodes.as_slice() else { panic!("three nodes") };
+    let _agents = swarm.attach();
+    create(first, "web", 6, "80:8080", &[], &[]);
+    serves(&swarm, "web", 6);
+    third.docker(&["swarm", "leave"]);
+    let listed = || first.docker(&["node", "ls", "--format", "{{.Hostname}} {{.Status}}"]);
+    within(PATIENCE, "the managers miss it", || listed().contains("node3 Down"));
+    third.join(first, "worker");
+    within(PATIENCE, "it stands in Swarm's list twice", || {
+        listed().contains("node3 Ready") && listed().contains("node3 Down")
+    });
+    update(first, "web", &["--force"]);
+    within(PATIENCE, "tasks run on it again", || nodes_of(first, "web").contains(&"node3".to_owned()));
+    serves(&swarm, "web", 6);
+    let before = syns_repeated(&swarm.client);
+    for node in &swarm.nodes {
+        let counts = swarm.ask_often(node, 80, 102);
+        let counts = by_task(&counts);
+        assert_eq!((counts.len(), counts.values().max()), (6, Some(&17)), "{}: {counts:?}", node.name);
+    }
+    assert_eq!(syns_repeated(&swarm.client), before, "a SYN that is sent again costs its client a second");
+    // Both are listed, each by a name of its own, and what is wrong with the old one is said.
+    for node in &swarm.nodes {
+        let document = json(&node.netns, &["node", "ls"]);
+        let nodes = document["nodes"].as_array().cloned().unwrap_or_default();
+        let third: Vec<_> = nodes
+            .iter()
+            .filter(|node| node["name"].as_str().is_some_and(|name| name.starts_with("node3")))
+            .map(|node| (node["problem"].as_str().unwrap_or_default(), node["addresses"].clone()))
+            .collect();
+        let ours = |address: &serde_json::Value| address.to_string().contains("192.0.2.103");
+        assert_eq!(third.iter().filter(|(said, at)| said.is_empty() && ours(at)).count(), 1, "{document}");
+        assert_eq!(third.iter().filter(|(said, _)| said.contains("down")).count(), 1, "{document}");
+        assert_eq!(third.len(), 2, "{document}");
+    }
 }
 
 #[test]

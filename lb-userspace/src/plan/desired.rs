@@ -244,6 +244,10 @@ impl<'a> Scene<'a> {
     }
 }
 
+/// What is wrong with a node that Swarm lists so.
+const DOWN: &str =
+    "Swarm lists it as down: no manager hears it; if it has left, `docker node rm` takes it off the list";
+
 /// Addresses shown of a node; a label has room for so many.
 const NODE_ADDRESSES: usize = 4;
 
@@ -277,6 +281,8 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
         let way = (!this && node.agent).then(|| peer_way(view, node));
         let silent = way.as_ref().and_then(|way| way.as_ref().ok()?.1.silent.clone());
         let problem = way.as_ref().and_then(|way| way.as_ref().err().cloned()).or(silent);
+        // One that has left and joined again has the other's address; nothing more is wrong with it.
+        let problem = if node.down { Some(DOWN.to_owned()) } else { problem };
         let label = NodeLabel {
             name: node.name.clone(),
             host: node.host.clone(),

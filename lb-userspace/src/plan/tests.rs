@@ -39,6 +39,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
             host: String::new(),
             addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
             agent,
+            down: false,
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
@@ -364,6 +365,7 @@ fn addresses_of_nodes_without_room_are_said() {
         host: String::new(),
         addresses: (first..first + 5).map(address).collect(),
         agent: true,
+        down: false,
     };
     let mut tables = Tables::empty(LIMITS.slots);
     let mut go = |cluster: &ClusterState| {
@@ -499,6 +501,7 @@ fn nodes(numbers: &[u8]) -> ClusterState {
         host: String::new(),
         addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
         agent: true,
+        down: false,
     };
     ClusterState {
         nodes: numbers.iter().map(node).collect(),

@@ -177,7 +177,7 @@ mod tests {
 
     fn cluster(tasks: Vec<Task>) -> ClusterState {
         let addresses = vec!["192.0.2.9".parse().unwrap()];
-        let node = Node { name: "node1".into(), host: String::new(), addresses, agent: true };
+        let node = Node { name: "node1".into(), host: String::new(), addresses, agent: true, down: false };
         let service = Service {
             name: "web".into(),
             addresses: vec![],

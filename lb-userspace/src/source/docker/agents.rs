@@ -148,7 +148,9 @@ impl Agents {
             if real {
                 owned[first.index].push(*address);
             }
-            said.extend(rest.iter().filter(|claim| claim.index != first.index).map(|claim| {
+            // One that has left and joined again stands twice with one address, and nobody contradicts anybody.
+            let other = |claim: &&Claim| claim.index != first.index && claim.by != By::Past;
+            said.extend(rest.iter().filter(other).map(|claim| {
                 let (one, other) = (nodes[first.index].shown(), nodes[claim.index].shown());
                 let stays =
                     if real { format!("it is taken for {one}'s") } else { "it is taken for nobody's".into() };
@@ -257,6 +259,7 @@ mod tests {
             host: format!("host-{name}"),
             addresses: addresses.iter().map(|address| ip(address)).collect(),
             agent: true,
+            down: false,
         };
         addresses.iter().map(node).collect()
     }

@@ -88,10 +88,8 @@ impl Listing {
         let mut notes = Vec::new();
         let nodes = self.nodes();
         let members: BTreeSet<String> = self.nodes.iter().map(|node| node.id.clone()).collect();
-        // A new leader knows of no node for a moment; whether an `unknown` one is there its datapath says.
-        let gone = |node: &model::Node| matches!(node.status.state.as_str(), "down" | "disconnected");
         let down: BTreeSet<String> =
-            self.nodes.iter().filter(|node| gone(node)).map(|node| node.id.clone()).collect();
+            self.nodes.iter().filter(|node| is_down(node)).map(|node| node.id.clone()).collect();
         let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
         for task in &self.tasks {
             tasks.entry(&task.service_id).or_default().push(task);
@@ -167,12 +165,19 @@ impl Listing {
             }
             let host = hosts.get(node.id.as_str()).filter(|host| **host != node.id).cloned();
             // Whether an agent is there shows when its datapath is asked.
-            Node { name: node.id.clone(), host: host.unwrap_or_default(), addresses, agent: true }
+            let (name, host) = (node.id.clone(), host.unwrap_or_default());
+            Node { name, host, addresses, agent: true, down: is_down(node) }
         };
         let mut nodes: Vec<Node> = self.nodes.iter().map(node).collect();
         nodes.sort_by(|a, b| (a.shown(), &a.name).cmp(&(b.shown(), &b.name)));
         nodes
     }
+}
+
+/// Whether the managers do not hear a node. A new leader knows of no node for a moment; whether an `unknown` one is there its
+/// datapath says.
+fn is_down(node: &model::Node) -> bool {
+    matches!(node.status.state.as_str(), "down" | "disconnected")
 }
 
 fn task(raw: &model::Task, service: &str) -> Option<Task> {

@@ -458,6 +458,7 @@ mod tests {
             host: String::new(),
             addresses: vec![ip(&format!("192.0.2.{number}"))],
             agent: true,
+            down: false,
         };
         let task = |name: &str, node: u8| Task {
             name: format!("web.{name}"),

@@ -139,6 +139,7 @@ pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Ve
         host: String::new(),
         addresses: node.get_ref().addresses.clone(),
         agent: node.get_ref().agent,
+        down: false,
     });
     Ok(nodes.collect())
 }

@@ -66,6 +66,7 @@ impl Manager {
             host: String::new(),
             addresses: vec![self.at.ip()],
             agent: true,
+            down: false,
         };
         let nodes = members.iter().map(node).collect();
         let cluster = ClusterState { nodes, ..ClusterState::default() };

@@ -296,8 +296,13 @@ mod tests {
             timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
         };
-        let node =
-            |name: &&str| Node { name: (*name).into(), host: String::new(), addresses: vec![], agent: true };
+        let node = |name: &&str| Node {
+            name: (*name).into(),
+            host: String::new(),
+            addresses: vec![],
+            agent: true,
+            down: false,
+        };
         ClusterState {
             services: services.iter().map(service).map(Arc::new).collect(),
             nodes: nodes.iter().map(node).collect(),
