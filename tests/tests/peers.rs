@@ -100,6 +100,48 @@ fn every_task_sees_the_client_and_answers_directly_over_ipv6() {
     every_task_sees_the_client(Reach { direct: true, ..OVER_V6 }, &["native"]);
 }
 
+#[test]
+fn a_node_is_a_client_like_any_other_whatever_way_the_nodes_serve() {
+    let cluster = five_tasks(PEERS);
+    let path = cluster.write_all_running();
+    let [asking, others @ ..] = cluster.nodes.as_slice() else { panic!("three nodes") };
+    // Between veths the metadata that one node's XDP leaves on a frame reaches the next node with it.
+    for (own, theirs) in [
+        ("native", "native"),
+        ("tc", "native"),
+        ("generic", "native"),
+        ("native", "tc"),
+        ("native", "generic"),
+    ] {
+        let modes = [own, theirs, theirs];
+        let agents: Vec<_> = cluster
+            .nodes
+            .iter()
+            .zip(modes)
+            .map(|(node, mode)| Agent::attach(&node.netns, cluster.folder(), &path, &["--mode", mode]))
+            .collect();
+        for node in &cluster.nodes {
+            eventually("all tasks are offered", || active_tasks(&node.netns, "web") == 5);
+        }
+        for (number, node) in others.iter().enumerate() {
+            for (address, seen) in
+                cluster.addresses(number + 1).into_iter().zip([asking.v4().into(), IpAddr::from(asking.v6())])
+            {
+                let answers = requests(&asking.netns, address, 10);
+                let what = format!("{own} asks {} in {theirs}: {answers:?}", node.name);
+                assert!(answers.iter().all(|answer| answer.ends_with(&format!(" saw {seen}"))), "{what}");
+                assert!(tally(&answers).len() == 5 && tally(&answers).values().all(|n| *n == 2), "{what}");
+            }
+        }
+        for node in &cluster.nodes {
+            for lost in ["handover_lost", "tunnel_not_peer", "tunnel_no_task"] {
+                assert_eq!(outcome(&node.netns, lost), 0, "{own} asks {theirs}: {lost} at {}", node.name);
+            }
+        }
+        drop(agents);
+    }
+}
+
 const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
 const DIRECT: Reach = Reach { peers: true, direct: true, outer_v6: false };
 const OVER_V6: Reach = Reach { peers: true, direct: false, outer_v6: true };
