@@ -2,20 +2,22 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
 use lb_common::{abi::TC_ALONE, outcome::Outcome};
 use lb_tests::{
     agent::{Agent, active_tasks, outcome},
-    cluster::Cluster,
+    cluster::{CLIENT4, CLIENT6, Cluster},
     lab::{Lab, REDIRECT, ip, service, task, with_lab},
-    netns::{eventually, run},
+    netns::{Netns, eventually, run},
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
     traffic::{Direction, transfer},
 };
 use lb_userspace::cluster::Via;
+use socket2::{Domain, Socket, Type};
 
 /// Bytes that a transfer carries: more than any window.
 const MEGABYTES: usize = 5;
@@ -173,5 +175,75 @@ fn a_connection_goes_on_when_its_uplink_becomes_narrower() {
             run(cluster.tasks[0].netns.command("ip").args(["-6", "route", "flush", "cache"]));
         }
         assert!(outcome(&cluster.nodes[0].netns, "too_big") > 0, "{mode}: the task is told");
+    }
+}
+
+/// Sends a frame out of an interface of this namespace, of which so many bytes lie together and the rest in pieces.
+fn send_in_pieces(interface: &str, frame: &[u8], together: u16) {
+    const PACKET_VNET_HDR: libc::c_int = 15;
+    let index = nix::net::if_::if_nametoindex(interface).expect("an interface");
+    let socket = Socket::new(Domain::PACKET, Type::RAW, None).expect("a packet socket");
+    let on: libc::c_int = 1;
+    // SAFETY: the option's value is an int that lives across the call.
+    let done = unsafe {
+        let value = (&raw const on).cast();
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            PACKET_VNET_HDR,
+            value,
+            size_of_val(&on) as u32,
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    // `struct virtio_net_hdr`: no checksum, no segments, and the length of the headers. The kernel allocates a buffer for
+    // these, and pages for the rest of what is longer than a page.
+    let [low, high] = together.to_le_bytes();
+    let bytes = [&[0, 0, low, high, 0, 0, 0, 0, 0, 0], frame].concat();
+    // SAFETY: all zeroes is an address; the fields that matter are set.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_ifindex = index as i32;
+    // SAFETY: both buffers live across the call, and their lengths are theirs.
+    let sent = unsafe {
+        let (address, length) = ((&raw const to).cast(), size_of_val(&to) as u32);
+        libc::sendto(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0, address, length)
+    };
+    assert_eq!(sent, bytes.len() as isize, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn headers_that_lie_in_pieces_are_read() {
+    let mut cluster = Cluster::new(1);
+    cluster.add_nginx("web.1", 0);
+    cluster.set_mtu(9000);
+    let node = &cluster.nodes[0].netns;
+    let path = cluster.write_all_running();
+    let _agent = Agent::attach(node, cluster.folder(), &path, &["--mode", "tc"]);
+    eventually("the task is offered", || active_tasks(node, "web") == 1);
+    let mac = |netns: &Netns| {
+        let said: serde_json::Value =
+            serde_json::from_str(&netns.output("ip", &["-j", "link", "show", "eth1"])).expect("JSON");
+        let mac = said[0]["address"].as_str().expect("an address").to_owned();
+        let bytes: Vec<u8> =
+            mac.split(':').map(|byte| u8::from_str_radix(byte, 16).expect("a byte")).collect();
+        <[u8; 6]>::try_from(bytes).expect("six bytes")
+    };
+    let macs = (mac(&cluster.client), mac(node));
+    let mut port = 40_000;
+    for (client, listener) in [IpAddr::from(CLIENT4), CLIENT6.into()].into_iter().zip(cluster.addresses(0)) {
+        for together in [14, 20, 34, 54, 60, 64, 70, 80, 100] {
+            port += 1;
+            let packet = Packet::new(SYN, (client, port), (listener, 80)).with(|packet| {
+                packet.macs = macs;
+                packet.tcp_options = segment_size(1460);
+                packet.payload = vec![0; 5_000];
+            });
+            let before = outcome(node, "forwarded_reply");
+            cluster.client.enter(|| send_in_pieces("eth1", &packet.bytes(), together));
+            eventually(&format!("{listener}, {together} bytes together: the task answers"), || {
+                outcome(node, "forwarded_reply") > before
+            });
+        }
     }
 }

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use lb_common::{
     abi::XdpMetadata,
     checksum::Delta,
-    net::{Be16, UDP},
+    net::{Be16, TCP, UDP},
     tags::VlanTag,
 };
 
@@ -30,6 +30,9 @@ use crate::{
 
 /// Bytes that hold every header the datapath looks at: Ethernet, two tags, IPv6, extension headers, TCP.
 const HEADERS: u32 = 14 + 8 + 40 + 256 + 20;
+
+/// Bytes that hold the headers of a plain segment, with all options that TCP has room for.
+const PLAIN: u32 = 14 + 40 + 60;
 
 /// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16): the pseudo header's addresses are IPv6, so that the
 /// device's sum over the whole packet (`CHECKSUM_COMPLETE`) does not change.
@@ -61,13 +64,39 @@ impl Skb {
     /// Makes the headers readable and writable in place.
     #[inline(always)]
     pub fn pull_headers(&mut self) {
+        self.pull_if_shorter(self.headers());
+    }
+
+    /// The same of what has left the tunnel: it was pulled with its outer headers.
+    #[inline(always)]
+    pub fn pull_inner_headers(&mut self) {
+        self.pull_if_shorter(PLAIN);
+    }
+
+    #[inline(always)]
+    fn pull_if_shorter(&mut self, enough: u32) {
         let length = self.length() as u32;
-        let wanted = if length < HEADERS { length } else { HEADERS };
-        let linear = self.data_end() - self.data();
-        if linear < wanted as usize && linear < 64 {
+        let linear = (self.data_end() - self.data()) as u32;
+        if linear < length && linear < enough {
             // What cannot be pulled fails its bounds check later and is passed.
             // SAFETY: the context is the program's own.
-            unsafe { bpf_skb_pull_data(self.raw(), wanted) };
+            unsafe { bpf_skb_pull_data(self.raw(), if length < HEADERS { length } else { HEADERS }) };
+        }
+    }
+
+    /// Bytes of the headers of a plain TCP segment, most of what is sent in pieces: the headers alone are linear then. Of anything
+    /// else [`HEADERS`].
+    #[inline(never)]
+    fn headers(&self) -> u32 {
+        let protocol = self.read::<u16>(12).copied().unwrap_or(0);
+        let (transport, is_tcp) = match self.read::<u8>(14) {
+            Some(0x45) if protocol == IPV4 => (14 + 20, self.read::<u8>(14 + 9) == Some(&TCP)),
+            Some(_) if protocol == IPV6 => (14 + 40, self.read::<u8>(14 + 6) == Some(&TCP)),
+            _ => (0, false),
+        };
+        match self.read::<u8>(transport + 12) {
+            Some(offset) if is_tcp && !self.generic => transport as u32 + (*offset as u32 >> 4) * 4,
+            _ => HEADERS,
         }
     }
 
