@@ -318,11 +318,13 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         }
         return TC_ACT_UNSPEC;
     }
-    let Some(task) = task_of(&frame, config) else {
+    let Some(told) = told(&frame, config) else {
         return TC_ACT_UNSPEC;
     };
+    let told = verifier::forget(&mut scratch.told, told);
     frame.pull_headers();
     let parsed = parse::frame(&frame, scratch);
+    let task = Task::of(told);
     if let Task::Decide(_) = task {
         match tunnelled(&frame, parsed, scratch) {
             NOT_TUNNELLED => {}
@@ -369,18 +371,29 @@ enum Task {
     SendReply,
 }
 
-#[inline(always)]
-fn task_of(frame: &Skb, config: &Config) -> Option<Task> {
-    match frame.metadata(config.nonce) {
-        Some(metadata) => Some(match metadata.backend {
-            META_TC_DECIDES => Task::Decide(Scope::All),
-            META_TC_SENDS_REPLY => Task::SendReply,
-            backend => Task::Deliver(backend, metadata.port),
-        }),
-        None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Some(Task::Decide(Scope::All)),
-        None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => {
-            Some(Task::Decide(Scope::Connections))
+impl Task {
+    /// What is left where [`told`] said so.
+    #[inline(always)]
+    fn of(told: u64) -> Self {
+        match told as u32 {
+            META_TC_DECIDES => Self::Decide(Scope::All),
+            META_TC_SENDS_REPLY => Self::SendReply,
+            LOOK_UP => Self::Decide(Scope::Connections),
+            backend => Self::Deliver(backend, Be16::from_raw((told >> 32) as u16)),
         }
+    }
+}
+
+/// In the place of a backend: XDP decides, and could not say so.
+const LOOK_UP: u32 = META_TC_SENDS_REPLY - 1;
+
+/// What XDP has told of a frame: a backend, or what stands in its place, and above it the client's port.
+#[inline(always)]
+fn told(frame: &Skb, config: &Config) -> Option<u64> {
+    match frame.metadata(config.nonce) {
+        Some(metadata) => Some(metadata.backend as u64 | (metadata.port.raw() as u64) << 32),
+        None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Some(META_TC_DECIDES as u64),
+        None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Some(LOOK_UP as u64),
         None => None,
     }
 }
@@ -423,7 +436,7 @@ fn out_of_tunnel_in_tc(frame: &mut Skb, scratch: &mut Scratch) -> i32 {
     let headed = scratch.tunnel.headless == 0 || forward::tc::put_link_header(frame).is_some();
     let parsed = match encap::decapsulate(frame, &scratch.tunnel) {
         Some(()) if headed => {
-            frame.pull_headers();
+            frame.pull_inner_headers();
             parse::frame(frame, scratch)
         }
         _ => IS_OUTCOME,

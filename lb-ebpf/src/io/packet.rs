@@ -321,6 +321,8 @@ pub struct Scratch {
     pub v6: Packet<V6>,
     /// Set when the packet came through the tunnel.
     pub tunnel: TunnelMeta,
+    /// What XDP told TC of the frame.
+    pub told: u64,
 }
 
 /// What the tunnel said of a packet.
