@@ -272,8 +272,8 @@ impl Cluster {
         }
         let config = format!(
             "daemon off; worker_processes 1; pid {folder_text}/pid; error_log {folder_text}/error.log;\n\
-             events {{}}\n\
-             http {{ access_log off; client_body_temp_path {folder_text}/body; proxy_temp_path {folder_text}/p;\n\
+             worker_rlimit_nofile 32768; events {{ worker_connections 16384; }}\n\
+             http {{ access_log off; keepalive_requests 1000000; keepalive_timeout 600; client_body_temp_path {folder_text}/body; proxy_temp_path {folder_text}/p;\n\
              fastcgi_temp_path {folder_text}/f; uwsgi_temp_path {folder_text}/u; scgi_temp_path {folder_text}/s;\n\
              server {{ listen 8080 backlog=4096; listen [::]:8080 ipv6only=on backlog=4096;\n\
              location = / {{ return 200 \"{name} saw $remote_addr\\n\"; }}\n\

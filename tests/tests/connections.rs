@@ -543,3 +543,79 @@ fn a_port_that_comes_again_under_the_guard_is_not_led_to_its_last_task() {
         assert!(moved > 5, "{moved} ports came to another task than before");
     });
 }
+
+/// Two published ports that lead to the same tasks, so many.
+fn twins(tasks: u8) -> Vec<lb_userspace::cluster::Service> {
+    let local = |slot: u8| task(&format!("web.{slot}"), true, Via::Snat, &[&format!("172.18.0.1{slot}")]);
+    vec![service("web", &["84:8080", "85:8080"], (1..=tasks).map(local).collect())]
+}
+
+/// Opens a connection, has both sides close it, the task first, and says which task it was and which port that saw.
+fn open_and_close(lab: &Lab, port: u16, to: u16, first: u32) -> (u8, u16) {
+    let verdict = lab.xdp(&request(SYN, port, to).at(first, 0).bytes());
+    let task = slot(&lab.task_of(verdict.note.unwrap_or_else(|| panic!("{port} to {to}: {verdict:?}"))));
+    let seen = verdict.port.unwrap_or(port);
+    let reply = |transport, ahead, acknowledged| {
+        let reply = answer(transport, task, 8080, seen).at(TASK_FIRST + ahead, first + acknowledged);
+        assert_eq!(lab.task_tc(&reply.bytes()).action, REDIRECT, "{port} to {to}, seen as {seen}");
+    };
+    let ask = |transport, ahead, acknowledged| {
+        let segment = request(transport, port, to).at(first + ahead, TASK_FIRST + acknowledged);
+        assert_eq!(lab.delivered_to(&segment), format!("web.{task}"), "{port} to {to}");
+    };
+    reply(SYN_ACK, 0, 1);
+    ask(ACK, 1, 1);
+    reply(FIN, 1, 1);
+    ask(FIN, 1, 2);
+    reply(ACK, 2, 2);
+    (task, seen)
+}
+
+#[test]
+fn what_a_task_may_remember_of_a_closed_connection_is_not_given_to_another() {
+    with_lab(twins(1), |lab| {
+        let port = 30_000;
+        assert_eq!(open_and_close(lab, port, 84, FIRST), (1, port));
+        // By another listener the same port may look older to the task: it sees others, each once.
+        let mut seen = BTreeSet::from([port]);
+        for round in 1..10 {
+            let (_, other) = open_and_close(lab, port, 85, FIRST + round * 100_000);
+            assert!(seen.insert(other), "{other} was seen before");
+        }
+        // And none of those is another client's port by the first listener while it is remembered.
+        for port in seen {
+            if port != 30_000 {
+                let (_, other) = open_and_close(lab, port, 84, FIRST);
+                assert_ne!(other, port);
+            }
+        }
+        // By its own listener its numbers are newer.
+        assert_eq!(open_and_close(lab, port, 84, FIRST + 2_000_000), (1, port));
+    });
+}
+
+#[test]
+fn a_task_that_was_left_for_another_is_remembered_too() {
+    with_lab(twins(2), |lab| {
+        let port = 30_000;
+        let (first, _) = open_and_close(lab, port, 84, FIRST);
+        let (second, _) = open_and_close(lab, port, 84, FIRST + 100_000);
+        assert_ne!(first, second, "tasks take turns");
+        // Either may remember the port from the first listener.
+        for round in 2..6 {
+            let (_, seen) = open_and_close(lab, port, 85, FIRST + round * 100_000);
+            assert_ne!(seen, port);
+        }
+        // It is forgotten after a while, by user space too.
+        let aliases = |lab: &Lab| lab.lines().iter().filter(|(_, control, _)| control.has(ALIAS)).count();
+        let lingering = aliases(lab);
+        assert!(lingering >= 4, "{lingering}");
+        assert_eq!((lab.collect().0.removed, aliases(lab)), (0, lingering));
+        lab.configure(|config| config.jiffies_per_second = 0);
+        // The last connection's own goes after it.
+        eventually("all are forgotten", || {
+            lab.collect();
+            aliases(lab) == 0
+        });
+    });
+}

@@ -14,4 +14,4 @@ pub mod timers;
 
 pub use line::{Control, FiveTuple, Line, Set};
 pub use tcp::{Numbers, Segment};
-pub use timers::{Phase, Timers, elapsed, is_within};
+pub use timers::{Phase, TIME_WAIT, Timers, elapsed, is_within};

@@ -163,8 +163,8 @@ fn worth(control: Control, seen: u32, now: u32, longest: &Longest) -> u64 {
     let over = bit(RESET) | both(bit(CLIENT_FIN), bit(TASK_FIN));
     let (udp, alias) = (bit(UDP), bit(ALIAS));
     let class = HALF_OPEN - heard * (HALF_OPEN - KEPT - udp) - one_sided * (HALF_OPEN - ONE_SIDED);
-    let class = opaque(class + over * OVER - over * class);
     let class = opaque(class + alias * KEPT - alias * class);
+    let class = opaque(class + over * OVER - over * class);
     let age = elapsed(seen, now) as u64;
     let limit = longest.jiffies[(class & 7) as usize] as u64;
     let expired = opaque(limit.wrapping_sub(age) >> 63);

@@ -13,6 +13,11 @@ pub const fn elapsed(then: u32, now: u32) -> u32 {
 /// Jiffies by which another CPU's clock may be ahead.
 const SKEW: u32 = 64;
 
+/// Seconds for which Linux remembers a connection that its own side closed first (`TCP_TIMEWAIT_LEN`, `include/net/tcp.h`). A SYN
+/// for the same pair is taken for a new connection only if its numbers look newer than the last one's (RFC 6191): from one host,
+/// through another listener, they may look older.
+pub const TIME_WAIT: u32 = 60;
+
 /// Whether `then` lies not further back than so many jiffies. Unlike with [`elapsed`], what is older than half the clock's turn
 /// (24 days at 1,000 Hz) does not look new: for what nobody takes away when it is over.
 #[inline(always)]

@@ -7,22 +7,22 @@ use lb_common::{
     abi::Config,
     backend::{Backend, Kind},
     conntrack::{
-        Control,
-        line::{ALIAS, ALIAS_KEY, ANSWERED, UDP},
+        Control, TIME_WAIT, elapsed,
+        line::{ALIAS, ALIAS_KEY, ALIASED, ANSWERED, CLIENT_FIN, RESET, TASK_FIN, UDP},
     },
-    net::Be16,
+    net::{Be16, TCP},
     outcome::Outcome,
 };
 
 use super::{
-    table::{self, Found, Inserted, RESERVED},
+    table::{self, Entry, Found, Inserted, RESERVED},
     tracked::Tracked,
 };
 use crate::io::{
     clock,
     family::Family,
     maps::{self, BACKENDS},
-    packet::{Draft, NOBODY, Packet},
+    packet::{Draft, NOBODY, Packet, Search},
 };
 
 /// Ports tried for one connection. With nine tenths of a range in use, all fail once in thirty connections.
@@ -64,10 +64,11 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         Found::Nothing => return FREE,
         Found::Busy => return TAKEN,
         Found::DeadAlias => {
-            // One that is reserved has a moment; one that was bound since it was looked at is somebody's.
+            // One that is reserved has a moment; one that was bound since it was looked at is somebody's; and the task may
+            // remember the connection of one that lingers.
             let kept = table::entry::<A>(probe.alias).is_some_and(|alias| {
                 let fresh = !clock::is_due(alias.seen(), clock::now());
-                fresh && alias.client_next() == RESERVED || table::leads_on(&alias)
+                fresh && alias.client_next() == RESERVED || table::leads_on(&alias) || lingers(&alias)
             });
             return (kept || !forget::<A>(probe)) as u32;
         }
@@ -92,9 +93,8 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
 }
 
 #[inline(always)]
-fn forget<A: Family>(probe: &crate::io::packet::Search) -> bool {
-    let control = (probe.alias_control[1] as u64) << 32 | probe.alias_control[0] as u64;
-    table::remove::<A>(probe.alias, control)
+fn forget<A: Family>(probe: &Search) -> bool {
+    table::remove::<A>(probe.alias, alias_control(probe).0)
 }
 
 /// Stands for no port: none is as high.
@@ -111,7 +111,7 @@ pub fn reserve<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<
         NO_PLACE => Err(Outcome::TableFull),
         port => {
             packet.draft.port = Be16::from_raw(port as u16);
-            packet.draft.state |= lb_common::conntrack::line::ALIASED;
+            packet.draft.state |= ALIASED;
             Ok(())
         }
     }
@@ -130,7 +130,7 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
     for _ in 0..TRIES {
         packet.sought.destination_port = port;
         if A::probe(packet) == FREE {
-            match claim(packet, RESERVED, 0) {
+            match claim(packet, RESERVED, 0, 0) {
                 Inserted::AtHome | Inserted::Elsewhere => return port.raw() as u32,
                 Inserted::Full => return NO_PLACE,
                 Inserted::Again => continue,
@@ -143,9 +143,9 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
 
 /// Inserts the alias of the pair that was found free.
 #[inline(always)]
-fn claim<A: Tracked>(packet: &mut Packet<A>, slot: u32, version: u32) -> Inserted {
+fn claim<A: Tracked>(packet: &mut Packet<A>, slot: u32, version: u32, state: u32) -> Inserted {
     let Packet { key, alias, alias_tuple, alias_line, probe, .. } = packet;
-    draft(alias, slot, version, if key.protocol == lb_common::net::UDP { UDP } else { 0 });
+    draft(alias, slot, version, state | if key.protocol == lb_common::net::UDP { UDP } else { 0 });
     alias.tuple.source = alias_tuple.source;
     alias.tuple.destination = alias_tuple.destination;
     alias.tuple.source_port = alias_tuple.source_port;
@@ -193,7 +193,7 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
             return Err(Outcome::SourceCollision);
         }
         let (slot, version) = (packet.line.slot, Control(packet.line.control).version());
-        match claim(packet, slot, version) {
+        match claim(packet, slot, version, 0) {
             Inserted::AtHome | Inserted::Elsewhere => {
                 // In a full table the place that it took may be the connection's own.
                 let stands = table::entry::<A>(packet.line.slot)
@@ -209,6 +209,55 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
         }
     }
     Err(Outcome::SourceCollision)
+}
+
+/// Whether the task may still remember the connection that an alias was of.
+#[inline(always)]
+fn lingers<A: Family>(alias: &Entry<A>) -> bool {
+    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
+    alias.control().has(RESET) && elapsed(alias.seen(), clock::now()) < TIME_WAIT * hz
+}
+
+/// Before a line is given anew: keeps the pair that the task knew its closed connection by, for as long as the task may remember
+/// it. What came there by another listener or node meanwhile would not be taken for a new connection.
+#[inline(always)]
+pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
+    let Some(entry) = table::entry::<A>(packet.line.slot) else {
+        return 0;
+    };
+    let (control, index) = (Control(packet.line.control), entry.backend());
+    let Some(backend) = BACKENDS.get(index) else {
+        return 0;
+    };
+    // By its own listener the client's port is known as the same one's, and what is newer is taken.
+    let by_itself = index == packet.draft.backend && !control.has(ALIASED);
+    let remembered = control.has(ANSWERED) && control.has(CLIENT_FIN | TASK_FIN) && entry.is_of(backend);
+    if by_itself || !remembered || packet.key.protocol != TCP || backend.kind == Kind::Peer as u8 {
+        return 0;
+    }
+    let snat = backend.kind == Kind::Snat as u8;
+    let client = if snat { *A::in_wide(&backend.source) } else { packet.key.source };
+    set_pair(packet, backend, &client, entry.port());
+    let Packet { sought, alias_tuple, probed, probe, line, .. } = packet;
+    let found = table::find_reply(sought, alias_tuple, probed, probe, 0);
+    if found != Found::Line || probed.slot != line.slot {
+        return 0;
+    }
+    let (slot, version) = (line.slot, control.version());
+    if probe.alias == NOBODY {
+        // Without room it is not remembered: the client may have to send again.
+        let _ = claim(packet, slot, version, RESET);
+    } else if let Some(alias) = table::entry::<A>(probe.alias) {
+        let control = alias_control(probe);
+        let _ = alias.set_state(control, control.state() | RESET);
+    }
+    0
+}
+
+/// The control word of the alias that was found.
+#[inline(always)]
+fn alias_control(probe: &Search) -> Control {
+    Control((probe.alias_control[1] as u64) << 32 | probe.alias_control[0] as u64)
 }
 
 /// The client's own port where it cannot clash with a connection of the host itself, else any of the range.

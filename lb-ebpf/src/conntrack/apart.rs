@@ -35,13 +35,14 @@ macro_rules! apart {
 
 /// A family's functions, under the names that the verifier's log shows.
 macro_rules! tracked {
-    ($family:ty: $by_tuple:ident $by_task:ident $insert_new:ident $insert_anew:ident $probe:ident $free_port:ident $choose:ident $put:ident $from_peer:ident $request:ident $reply:ident $told:ident) => {
+    ($family:ty: $by_tuple:ident $by_task:ident $insert_new:ident $insert_anew:ident $probe:ident $free_port:ident $linger:ident $choose:ident $put:ident $from_peer:ident $request:ident $reply:ident $told:ident) => {
         apart!($by_tuple(line: Located, search: Search; tuple: FiveTuple<$family>; ) -> u32 = table::by_tuple, 1);
         apart!($by_task(line: Located, search: Search; alias: FiveTuple<$family>; interface) -> u32 = table::by_task, 1);
         apart!($insert_new(line: Located; draft: Draft<$family>, search: Search; ) -> u32 = table::insert_new, 3);
         apart!($insert_anew(line: Located; draft: Draft<$family>; ) -> u32 = table::insert_anew, 3);
         apart!($probe(packet: Packet<$family>; ; ) -> u32 = alias::probe, 1);
         apart!($free_port(packet: Packet<$family>; backend: Backend; snat) -> u32 = alias::free_port, u32::MAX);
+        apart!($linger(packet: Packet<$family>; ; ) -> u32 = alias::linger, 0);
         apart!($choose(packet: Packet<$family>; ; ) -> u64 = scheduler::choose, NOBODY as u64);
         apart!($put(packet: Packet<$family>; backend: Backend;) -> u64 = admission::put, NOTHING);
         apart!($from_peer(packet: Packet<$family>; tunnel: TunnelMeta, backend: Backend; index) -> u64 = admission::from_peer, NOTHING);
@@ -81,6 +82,11 @@ macro_rules! tracked {
             }
 
             #[inline(always)]
+            fn linger(packet: &mut Packet<Self>) -> u32 {
+                $linger(packet)
+            }
+
+            #[inline(always)]
             fn choose(packet: &mut Packet<Self>) -> u64 {
                 $choose(packet)
             }
@@ -114,8 +120,8 @@ macro_rules! tracked {
 }
 
 tracked!(V4:
-    connection_by_tuple4 connection_by_task4 connection_insert_new4 connection_insert_anew4 connection_probe4 connection_free_port4 connection_choose4 connection_put4 connection_from_peer4 connection_request4 connection_reply4 connection_told4
+    connection_by_tuple4 connection_by_task4 connection_insert_new4 connection_insert_anew4 connection_probe4 connection_free_port4 connection_linger4 connection_choose4 connection_put4 connection_from_peer4 connection_request4 connection_reply4 connection_told4
 );
 tracked!(V6:
-    connection_by_tuple6 connection_by_task6 connection_insert_new6 connection_insert_anew6 connection_probe6 connection_free_port6 connection_choose6 connection_put6 connection_from_peer6 connection_request6 connection_reply6 connection_told6
+    connection_by_tuple6 connection_by_task6 connection_insert_new6 connection_insert_anew6 connection_probe6 connection_free_port6 connection_linger6 connection_choose6 connection_put6 connection_from_peer6 connection_request6 connection_reply6 connection_told6
 );

@@ -171,6 +171,9 @@ pub fn for_task<A: Tracked>(packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> 
 pub fn place<A: Tracked>(packet: &mut Packet<A>) -> Result<u32, Outcome> {
     let backend = BACKENDS.get(packet.draft.backend).ok_or(Outcome::NoBackend)?;
     let mut placed = Ok(0);
+    if packet.line.anew != 0 {
+        A::linger(packet);
+    }
     if admission::needs_alias(packet, backend) {
         placed = alias::reserve(packet, backend).map(|()| 0);
     }

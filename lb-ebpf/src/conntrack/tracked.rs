@@ -22,6 +22,8 @@ pub trait Tracked: Family {
     fn probe(packet: &mut Packet<Self>) -> u32;
     /// [`super::alias::free_port`].
     fn free_port(packet: &mut Packet<Self>, backend: &Backend, snat: u32) -> u32;
+    /// [`super::alias::linger`].
+    fn linger(packet: &mut Packet<Self>) -> u32;
     /// [`super::scheduler::choose`].
     fn choose(packet: &mut Packet<Self>) -> u64;
     /// [`super::admission::put`].

@@ -15,9 +15,9 @@ use lb_common::{
     abi::{Removal, remove, size, table},
     backend::{Backend, State},
     conntrack::{
-        Control, Line, Phase, Set, Timers, elapsed,
+        Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
-        line::{ALIAS, UDP, WAYS, set_of, slot, way_of},
+        line::{ALIAS, RESET, UDP, WAYS, set_of, slot, way_of},
         table::SPILLED,
     },
     fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
@@ -208,8 +208,9 @@ fn collect<A: Address>(
         }
         let over = if control.has(ALIAS) {
             // It may have been read while it was bound to its connection, which the control word does not show: twice it is not.
-            let again = || mapping.live(at).is_some_and(|(_, line)| is_orphan(mapping, &line, clock));
-            is_orphan(mapping, &line, clock) && again()
+            let again =
+                || mapping.live(at).is_some_and(|(control, line)| is_orphan(mapping, control, &line, clock));
+            is_orphan(mapping, control, &line, clock) && again()
         } else {
             clock.has_ended(control, &line)
         };
@@ -245,9 +246,13 @@ fn collect<A: Address>(
     Ok(())
 }
 
-/// Whether an alias' connection is gone. One that was reserved for a connection which is being made has a moment.
-fn is_orphan<A: Address>(mapping: &Mapping<A>, alias: &Line<A>, clock: Clock<'_>) -> bool {
+/// Whether an alias' connection is gone. One that was reserved for a connection which is being made has a moment, one that
+/// lingers as long as the task may remember it.
+fn is_orphan<A: Address>(mapping: &Mapping<A>, control: Control, alias: &Line<A>, clock: Clock<'_>) -> bool {
     let (at, version) = (alias.client_next, alias.task_next);
+    if control.has(RESET) && elapsed(alias.seen, clock.now) < TIME_WAIT * clock.jiffies_per_second {
+        return false;
+    }
     if at >= mapping.lines() {
         return elapsed(alias.seen, clock.now) > clock.jiffies_per_second;
     }
