@@ -391,6 +391,7 @@ async fn could_start() -> Result<(), String> {
         Some(2) => {
             Err(format!("{said}\nwhere the options are right, restart the agent instead of reloading it"))
         }
+        _ if said.is_empty() => Err(format!("{} --check ended with {}", program.display(), output.status)),
         _ => Err(said),
     }
 }
