@@ -74,6 +74,14 @@ impl Refusal {
 /// carry both.
 type Identity<'a> = (&'a str, Protocol, u16, (IpAddr, bool), u8);
 
+/// What a listener leads to: a port of the tasks, by one family.
+type Target = (Protocol, u16, bool);
+
+/// What leads to a backend.
+fn target(label: &BackendLabel) -> Target {
+    (label.protocol, label.target, label.address.is_ipv4())
+}
+
 /// The tables as they are to be, while services are taken out and put in.
 pub(super) struct Draft<'a> {
     actual: &'a Tables,
@@ -190,9 +198,26 @@ impl<'a> Draft<'a> {
         self.room_for_listeners(service)?;
         let number = before.number.or_else(|| self.services.next()).ok_or_else(|| full("services"))?;
         let backends = self.number_backends(service, number, before)?;
-        let mut ports = Vec::new();
+        let known = self.cursors_of(before);
+        let mut by_target: HashMap<Target, Vec<usize>> = HashMap::new();
+        for (position, (_, entry)) in backends.iter().enumerate() {
+            if entry.backend.state == State::Active as u8 {
+                by_target.entry(target(&entry.label)).or_default().push(position);
+            }
+        }
+        let mut ports = Vec::with_capacity(service.ports.len());
         for port in &service.ports {
-            ports.push(self.port(number, port, (service, before), &backends)?);
+            let cursor = known.get(&(port.port.protocol, port.port.published)).copied();
+            let cursor = cursor.or_else(|| self.cursors.next()).ok_or_else(|| full("listeners"))?;
+            let eligible = |v4| {
+                let positions = by_target.get(&(port.port.protocol, port.port.target, v4));
+                let of = |position: &usize| {
+                    let (index, entry) = &backends[*position];
+                    (*index, service.backends[*position].weight, entry.label.task.as_str())
+                };
+                positions.into_iter().flatten().map(of).collect()
+            };
+            ports.push(self.port((number, cursor), port, service.placement, eligible)?);
         }
         self.conflicts(&backends, &ports)?;
         Ok(self.commit(number, service, backends, ports))
@@ -294,21 +319,25 @@ impl<'a> Draft<'a> {
         !self.actual.listeners.contains_key(at) && !self.next.listeners.contains(at)
     }
 
-    /// The cursor, listeners and slots of one published port.
-    fn port(
+    /// The cursors that a service has, by what it publishes.
+    fn cursors_of(&self, held: &Held) -> HashMap<(Protocol, u16), u32> {
+        let of = |cursor: &u32| {
+            let label = self.actual.ports.get(cursor)?;
+            Some(((label.protocol, label.published), *cursor))
+        };
+        held.ports.iter().filter_map(of).collect()
+    }
+
+    /// The listeners and slots of one published port of a service; `eligible` are the backends of a family that take new
+    /// connections of it, with weights and names.
+    fn port<'b>(
         &mut self,
-        number: u32,
+        (number, cursor): (u32, u32),
         wanted: &DesiredPort,
-        (service, before): (&DesiredService, &Held),
-        backends: &[(u32, BackendEntry)],
+        placement: Placement,
+        eligible: impl Fn(bool) -> Vec<(u32, u16, &'b str)>,
     ) -> Result<PlannedPort, Refusal> {
         let port = wanted.port;
-        let same = |cursor: &&u32| {
-            let label = self.actual.ports.get(cursor);
-            label.is_some_and(|label| (label.protocol, label.published) == (port.protocol, port.published))
-        };
-        let known = before.ports.iter().find(same).copied();
-        let cursor = known.or_else(|| self.cursors.next()).ok_or_else(|| full("listeners"))?;
         let label = PortLabel {
             service: number,
             protocol: port.protocol,
@@ -322,22 +351,13 @@ impl<'a> Draft<'a> {
             if addresses.is_empty() {
                 continue;
             }
-            let mut eligible: Vec<(u32, u16, &str)> = backends
-                .iter()
-                .zip(&service.backends)
-                .filter(|((_, entry), _)| {
-                    entry.backend.state == State::Active as u8
-                        && (entry.label.protocol, entry.label.target) == (port.protocol, port.target)
-                        && entry.label.address.is_ipv4() == v4
-                })
-                .map(|((index, entry), wanted)| (*index, wanted.weight, entry.label.task.as_str()))
-                .collect();
-            if service.placement == Placement::Consistent {
+            let mut eligible = eligible(v4);
+            if placement == Placement::Consistent {
                 eligible.sort_unstable_by_key(|(_, _, name)| *name);
             }
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
-            let (order, flags) = match service.placement {
+            let (order, flags) = match placement {
                 Placement::RoundRobin => (slots::order(&weights), 0),
                 Placement::Consistent => (slots::consistent(&names, &weights), endpoint::CONSISTENT),
             };
@@ -378,16 +398,16 @@ impl<'a> Draft<'a> {
     ) -> Held {
         let mut held = Held { number: Some(number), ..Held::default() };
         self.next.services.set(number, service.label.clone());
+        // Every listener of a family that leads to a port of the tasks.
+        let mut sources: HashMap<Target, Vec<(IpAddr, u16)>> = HashMap::new();
+        for port in &ports {
+            for (at, _) in &port.listeners {
+                let target = (port.label.protocol, port.label.target, at.address.is_ipv4());
+                sources.entry(target).or_default().push((at.address, at.port));
+            }
+        }
         for (index, mut entry) in backends {
-            // Every listener of the task's family that leads to its port.
-            let sources: Vec<(IpAddr, u16)> = ports
-                .iter()
-                .filter(|port| {
-                    (port.label.protocol, port.label.target) == (entry.label.protocol, entry.label.target)
-                })
-                .flat_map(|port| port.listeners.iter().map(|(at, _)| (at.address, at.port)))
-                .filter(|(address, _)| address.is_ipv4() == entry.label.address.is_ipv4())
-                .collect();
+            let sources = sources.get(&target(&entry.label)).map_or(&[][..], Vec::as_slice);
             let local = entry.backend.kind == Kind::Local as u8;
             if local {
                 entry.backend.source = task_key(&entry).address;
