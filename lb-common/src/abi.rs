@@ -326,7 +326,7 @@ pub mod size {
     }
 
     /// Listeners of each family.
-    pub const LISTENERS: usize = 16_384;
+    pub const LISTENERS: usize = 65_536;
     /// Services.
     pub const SERVICES: usize = 16_384;
     /// Backends (ports of tasks, by family).

@@ -283,7 +283,7 @@ pub struct Attach {
     /// Room for services [default: 16384]
     #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_services: Option<u32>,
-    /// Room for listeners of each family [default: 16384]
+    /// Room for listeners of each family: published ports by address [default: 65536]
     #[arg(long, value_name = "N", value_parser = |text: &str| count(text, 1..=1_048_576))]
     pub max_listeners: Option<u32>,
     /// Room for backends: ports of tasks, by family [default: 65536]

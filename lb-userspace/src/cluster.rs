@@ -241,27 +241,84 @@ pub struct Port {
     pub target: u16,
 }
 
-/// Why text is not a port.
+/// Why text is not a port, or a range of ports.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "{0:?} is not a port: write PUBLISHED:TARGET or PUBLISHED:TARGET/PROTOCOL, as in \"80:8080\" or \"53:5353/udp\""
-)]
-pub struct PortError(String);
+pub enum PortError {
+    /// It is written in another way.
+    #[error(
+        "{0:?} is not a port: write PUBLISHED:TARGET or PUBLISHED:TARGET/PROTOCOL, as in \"80:8080\", \"53:5353/udp\" or, of \
+         ranges, \"10000-10100:20000-20100/udp\""
+    )]
+    Form(String),
+    /// Two ranges that do not fit.
+    #[error("{0:?}: the ranges of published ports and of targets have different lengths, {1} and {2}")]
+    Lengths(String, u32, u32),
+    /// One that ends before it begins.
+    #[error("{0:?}: a range ends before it begins")]
+    Reversed(String),
+}
+
+impl Port {
+    /// A port or a range of ports in Docker's short syntax: `80:8080`, `53:5353/udp`, `10000-10100:20000-20100/udp`.
+    ///
+    /// # Errors
+    /// It is neither.
+    pub fn range(text: &str) -> Result<impl ExactSizeIterator<Item = Self> + use<>, PortError> {
+        let error = || PortError::Form(text.to_owned());
+        let (ports, protocol) = match text.split_once('/') {
+            None => (text, Protocol::Tcp),
+            Some((ports, "tcp")) => (ports, Protocol::Tcp),
+            Some((ports, "udp")) => (ports, Protocol::Udp),
+            Some(_) => return Err(error()),
+        };
+        let number = |text: &str| text.parse().ok().filter(|port: &u16| *port != 0).ok_or_else(error);
+        let ends = |text: &str| {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            let (first, last) = (number(first)?, number(last)?);
+            if first > last { Err(PortError::Reversed(text.to_owned())) } else { Ok((first, last)) }
+        };
+        let (published, target) = ports.split_once(':').ok_or_else(error)?;
+        let (published, target) = (ends(published)?, ends(target)?);
+        let length = |(first, last): (u16, u16)| u32::from(last - first) + 1;
+        if length(published) != length(target) {
+            return Err(PortError::Lengths(text.to_owned(), length(published), length(target)));
+        }
+        Ok((0..=published.1 - published.0).map(move |ahead| Self {
+            protocol,
+            published: published.0 + ahead,
+            target: target.0 + ahead,
+        }))
+    }
+
+    /// Ports as users read them: those that follow each other are one range, as `docker service ls` has it.
+    pub fn fold(ports: impl IntoIterator<Item = Self>) -> Vec<String> {
+        let mut ports: Vec<Self> = ports.into_iter().collect();
+        ports.sort();
+        let follows = |one: &Self, next: &Self| {
+            one.protocol == next.protocol
+                && one.published.checked_add(1) == Some(next.published)
+                && one.target.checked_add(1) == Some(next.target)
+        };
+        let text = |run: &[Self]| match run {
+            [only] => only.to_string(),
+            [first, .., last] => format!(
+                "{}-{}->{}-{}/{}",
+                first.published, last.published, first.target, last.target, first.protocol
+            ),
+            [] => String::new(),
+        };
+        ports.chunk_by(follows).map(text).collect()
+    }
+}
 
 impl FromStr for Port {
     type Err = PortError;
 
-    /// Docker's short syntax: `80:8080`, `53:5353/udp`.
+    /// One port, as [`Port::range`] reads it.
     fn from_str(text: &str) -> Result<Self, PortError> {
-        let error = || PortError(text.to_owned());
-        let (ports, protocol) = match text.split_once('/') {
-            None | Some((_, "tcp")) => (text.split('/').next().unwrap_or_default(), Protocol::Tcp),
-            Some((ports, "udp")) => (ports, Protocol::Udp),
-            Some(_) => return Err(error()),
-        };
-        let (published, target) = ports.split_once(':').ok_or_else(error)?;
-        let number = |text: &str| text.parse().ok().filter(|port| *port != 0).ok_or_else(error);
-        Ok(Self { protocol, published: number(published)?, target: number(target)? })
+        let mut range = Self::range(text)?;
+        let only = range.next().filter(|_| range.len() == 0);
+        only.ok_or_else(|| PortError::Form(text.to_owned()))
     }
 }
 
@@ -340,14 +397,46 @@ mod tests {
 
     #[test]
     fn ports_read_as_docker_writes_them() {
-        let port = |protocol, published, target| Ok(Port { protocol, published, target });
-        assert_eq!("80:8080".parse(), port(Protocol::Tcp, 80, 8080));
-        assert_eq!("80:8080/tcp".parse(), port(Protocol::Tcp, 80, 8080));
-        assert_eq!("53:5353/udp".parse(), port(Protocol::Udp, 53, 5353));
+        let read = |text: &str| Port::range(text).map(Iterator::collect::<Vec<_>>);
+        let port = |protocol, published, target| Ok(vec![Port { protocol, published, target }]);
+        assert_eq!(read("80:8080"), port(Protocol::Tcp, 80, 8080));
+        assert_eq!(read("80:8080/tcp"), port(Protocol::Tcp, 80, 8080));
+        assert_eq!(read("53:5353/udp"), port(Protocol::Udp, 53, 5353));
         for bad in
             ["", "80", "80:", ":80", "80:0", "0:80", "80:8080/sctp", "80:8080/tcp/x", "65536:1", "-1:80"]
         {
-            assert!(bad.parse::<Port>().is_err(), "{bad}");
+            assert!(read(bad).is_err(), "{bad}");
         }
+        let ports = read("10000-10002:20000-20002/udp").unwrap();
+        let pairs: Vec<_> = ports.iter().map(|port| (port.published, port.target)).collect();
+        assert_eq!(pairs, [(10_000, 20_000), (10_001, 20_001), (10_002, 20_002)]);
+        assert_eq!(read("1-65535:1-65535").unwrap().len(), 65_535);
+        for (bad, said) in [
+            ("1-2:1-3", "the ranges of published ports and of targets have different lengths, 2 and 3"),
+            ("2-1:1-2", "a range ends before it begins"),
+            ("0-1:1-2", "is not a port"),
+            ("1-2-3:1-3", "is not a port"),
+            ("1-65536:1-65536", "is not a port"),
+        ] {
+            let error = read(bad).unwrap_err().to_string();
+            assert!(error.contains(said), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn ports_that_follow_each_other_are_shown_as_ranges() {
+        let all = ["443:8443", "80:8080", "81:8081", "10000-20000:10000-20000/udp", "82:9000", "65535:65535"];
+        let ports = all.iter().flat_map(|text| Port::range(text).unwrap());
+        assert_eq!(
+            Port::fold(ports),
+            [
+                "80-81->8080-8081/tcp",
+                "82->9000/tcp",
+                "443->8443/tcp",
+                "65535->65535/tcp",
+                "10000-20000->10000-20000/udp"
+            ]
+        );
+        assert_eq!(Port::fold([]), [""; 0]);
     }
 }

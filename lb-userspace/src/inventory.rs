@@ -14,9 +14,9 @@ use lb_common::{
 use serde::Serialize;
 
 use crate::{
-    cluster::{Idle, TIMERS, TaskState},
+    cluster::{Idle, Port, TIMERS, TaskState},
     datapath::{Counters, DatapathError, TableSet},
-    plan::{BackendEntry, NodeLabel, Tables},
+    plan::{BackendEntry, NodeLabel, PortLabel, Tables},
     report::{Drain, Drained, SourceReport, Trouble, moment},
 };
 
@@ -210,10 +210,9 @@ impl Inventory {
 
     /// The services, by name.
     pub fn services(&self) -> Vec<Service> {
-        let mut ports: BTreeMap<u32, Vec<String>> = BTreeMap::new();
-        for port in self.tables.ports.values() {
-            let text = format!("*:{}->{}/{}", port.published, port.target, port.protocol);
-            ports.entry(port.service).or_default().push(text);
+        let mut ports: BTreeMap<u32, Vec<Port>> = BTreeMap::new();
+        for PortLabel { service, protocol, published, target } in self.tables.ports.values().cloned() {
+            ports.entry(service).or_default().push(Port { protocol, published, target });
         }
         let mut tasks: BTreeMap<u32, BTreeMap<&str, Vec<u32>>> = BTreeMap::new();
         for (number, entry) in &self.tables.backends {
@@ -231,7 +230,8 @@ impl Inventory {
                 let active = tasks.values().filter(|numbers| numbers.iter().all(is_active)).count();
                 let refusing = |numbers: &&Vec<u32>| numbers.iter().any(|n| self.troubles.contains_key(n));
                 let refusing = tasks.values().filter(refusing).count();
-                let mut ports = ports.remove(index).unwrap_or_default();
+                let ports = Port::fold(ports.remove(index).unwrap_or_default());
+                let mut ports: Vec<String> = ports.iter().map(|port| format!("*:{port}")).collect();
                 let served = !ports.is_empty();
                 let mut problems: Vec<String> = label.problem.iter().cloned().collect();
                 if served && active == 0 {

@@ -203,14 +203,18 @@ fn unique<'a>(names: &mut Names<'a>, (kind, name): (&'static str, &'a Spanned<St
 
 fn ports<'a>(service: &'a RawService, published: &mut Published<'a>) -> Result<Vec<Port>, Wrong> {
     let mut ports = Vec::new();
-    for text in &service.ports {
-        let port: Port = text.get_ref().parse().map_err(|error| Wrong::at(text, format!("{error}")))?;
-        let places: Vec<Option<IpAddr>> = match service.addresses.as_slice() {
-            [] => vec![None],
-            addresses => addresses.iter().copied().map(Some).collect(),
-        };
-        for place in places {
-            let key = (port.protocol.number(), port.published, place);
+    let places: Vec<Option<IpAddr>> = match service.addresses.as_slice() {
+        [] => vec![None],
+        addresses => addresses.iter().copied().map(Some).collect(),
+    };
+    let read = |text: &'a Spanned<String>| {
+        let range = Port::range(text.get_ref()).map_err(|error| Wrong::at(text, error.to_string()))?;
+        Ok(range.map(move |port| (text, port)))
+    };
+    let ranges = service.ports.iter().map(read).collect::<Result<Vec<_>, Wrong>>()?;
+    for (text, port) in ranges.into_iter().flatten() {
+        for place in &places {
+            let key = (port.protocol.number(), port.published, *place);
             if let Some(owner) = published.insert(key, service.name.get_ref()) {
                 let what =
                     format!("port {}/{} is already published by {owner:?}", port.published, port.protocol);
