@@ -21,7 +21,8 @@ pub struct Fill {
 const COUNTED: [(Outcome, &str); 2] = [
     (
         Outcome::SnatPortsExhausted,
-        "no source port is free for a new connection to a task that is reached by snat; attach again with a wider --snat-ports",
+        "no port is free under which a task could tell a new connection from others: of a task that is reached by snat, attach \
+         again with a wider --snat-ports; else one client has too many connections to one task through several nodes or listeners",
     ),
     (
         Outcome::TableFull,

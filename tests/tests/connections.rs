@@ -619,3 +619,48 @@ fn a_task_that_was_left_for_another_is_remembered_too() {
         });
     });
 }
+
+#[test]
+fn a_task_that_is_remembered_answers_who_is_placed_by_hash() {
+    // Without a line, and where two listeners lead to the task with one.
+    for (services, to) in [(services(), 80), (twins(2), 84)] {
+        with_lab(services, |lab| {
+            let ports = 30_000..30_040;
+            let mut left = BTreeMap::new();
+            for port in ports.clone() {
+                let (first, _) = open_and_close(lab, port, to, FIRST);
+                let (second, _) = open_and_close(lab, port, to, FIRST + 100_000);
+                assert_ne!(first, second, "tasks take turns");
+                left.insert(port, first);
+            }
+            lab.configure(|config| config.flood_rate = 1);
+            (0..200).for_each(|port| drop(lab.xdp(&request(SYN, 40_000 + port, to).at(FIRST, 0).bytes())));
+            let mut back = 0;
+            for port in ports {
+                let again = FIRST + 1_000_000;
+                let verdict = lab.xdp(&request(SYN, port, to).at(again, 0).bytes());
+                let task = slot(&lab.task_of(verdict.note.expect("a task")));
+                assert_eq!(verdict.port, Some(port), "to {to}");
+                let taken = answer(SYN_ACK, task, 8080, port).at(TASK_FIRST, again + 1).bytes();
+                let (verdict, counted) = lab.counting(|lab| lab.task_tc(&taken));
+                assert_eq!(verdict.action, REDIRECT, "{port} to {to}: {counted:?}");
+                let goes_on = request(ACK, port, to).at(again + 1, TASK_FIRST + 1);
+                assert_eq!(lab.delivered_to(&goes_on), format!("web.{task}"), "{port} to {to}");
+                back += usize::from(left[&port] == task);
+            }
+            assert!(back > 5, "{back} ports came back to the task that they had left, to {to}");
+        });
+    }
+}
+
+#[test]
+fn a_client_comes_back_to_a_task_under_its_own_port() {
+    with_lab(twins(2), |lab| {
+        let port = 30_000;
+        // By its own listener what is newer is taken: turns stay exact, and no port is translated.
+        let turns: Vec<(u8, u16)> =
+            (0..8).map(|round| open_and_close(lab, port, 84, FIRST + round * 100_000)).collect();
+        assert!(turns.iter().all(|(_, seen)| *seen == port), "{turns:?}");
+        assert!(turns.windows(2).all(|pair| pair[0].0 != pair[1].0), "{turns:?}");
+    });
+}

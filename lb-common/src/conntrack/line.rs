@@ -103,7 +103,7 @@ impl<A> FiveTuple<A> {
 pub const CLIENT_FIN: u32 = 1;
 /// The task sent FIN.
 pub const TASK_FIN: u32 = 2;
-/// Either side sent RST.
+/// Either side sent RST; of an alias: its connection is closed, and its task may remember it.
 pub const RESET: u32 = 4;
 /// The task answered, seen here or told by its node: of TCP, it took the client's SYN.
 pub const ANSWERED: u32 = 8;

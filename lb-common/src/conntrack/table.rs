@@ -136,7 +136,7 @@ pub struct Longest {
     pub jiffies: [u32; 8],
 }
 
-/// Established TCP, and aliases: they give way to nothing but their timer.
+/// Established TCP, and aliases that do not linger: they give way to nothing but their timer.
 pub const KEPT: u64 = 1;
 /// Datagrams that were answered.
 pub const EXCHANGE: u64 = 2;

@@ -15,7 +15,7 @@ use loom::{
 };
 
 use super::{
-    line::{ALIAS, ANSWERED, CLIENT_FIN, Control, ESTABLISHED, ONE_WAY, RESET, TASK_FIN, UDP},
+    line::{ALIAS, ALIASED, ANSWERED, CLIENT_FIN, Control, ESTABLISHED, ONE_WAY, RESET, TASK_FIN, UDP},
     table::{
         At, Longest, SPILLED, SharedSet, claim, claim_anew, find, gather, remove, settle_at_home,
         settle_elsewhere, victim,
@@ -352,6 +352,9 @@ fn who_is_missed_least_gives_way_first() {
         // Closed, before a handshake.
         (CLIENT_FIN | TASK_FIN, HALF_OPEN),
         (RESET, HALF_OPEN),
+        // What lingers of a closed connection, and no other alias.
+        (ALIAS | RESET, HALF_OPEN),
+        (ALIAS | ALIASED | RESET, UDP | ANSWERED | ESTABLISHED),
         // Datagrams of one side, before those that were answered.
         (UDP, UDP | ANSWERED | ESTABLISHED),
         // A handshake, before what goes on though its answers pass elsewhere, and that before answered datagrams.

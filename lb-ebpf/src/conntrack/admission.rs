@@ -282,6 +282,7 @@ fn try_from_peer<A: Tracked>(
 ) -> Result<u32, Outcome> {
     packet.search.avoid = NOBODY;
     packet.search.retries = 0;
+    packet.search.guarded = 0;
     packet.line.anew = 0;
     packet.connection.port = packet.key.source_port;
     let Packet { key, line, search, .. } = packet;

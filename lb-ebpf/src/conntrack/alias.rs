@@ -7,7 +7,7 @@ use lb_common::{
     abi::Config,
     backend::{Backend, Kind},
     conntrack::{
-        Control, TIME_WAIT, elapsed,
+        Control, FiveTuple, TIME_WAIT, elapsed,
         line::{ALIAS, ALIAS_KEY, ALIASED, ANSWERED, CLIENT_FIN, RESET, TASK_FIN, UDP},
     },
     net::{Be16, TCP},
@@ -36,6 +36,7 @@ pub fn is_taken<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> bool {
     sees_the_client && {
         let (source, port) = (packet.key.source, packet.key.source_port);
         set_pair(packet, backend, &source, port);
+        packet.search.forgetful = 0;
         A::probe(packet) == TAKEN
     }
 }
@@ -59,16 +60,17 @@ const TAKEN: u32 = 1;
 /// Whether a pair is taken. What has ended, or never began, gives it back.
 #[inline(always)]
 pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
-    let Packet { sought, alias_tuple, probed, probe, line, .. } = packet;
+    let Packet { key, sought, alias_tuple, probed, probe, line, search, .. } = packet;
     match table::find_reply(sought, alias_tuple, probed, probe, 0) {
         Found::Nothing => return FREE,
         Found::Busy => return TAKEN,
         Found::DeadAlias => {
             // One that is reserved has a moment; one that was bound since it was looked at is somebody's; and the task may
-            // remember the connection of one that lingers.
+            // remember the connection of one that lingers, but takes what is newer by the same listener.
             let kept = table::entry::<A>(probe.alias).is_some_and(|alias| {
                 let fresh = !clock::is_due(alias.seen(), clock::now());
-                fresh && alias.client_next() == RESERVED || table::leads_on(&alias) || lingers(&alias)
+                let remembered = search.forgetful == 0 && lingers(&alias) && alias.backend() != listener(key);
+                fresh && alias.client_next() == RESERVED || table::leads_on(&alias) || remembered
             });
             return (kept || !forget::<A>(probe)) as u32;
         }
@@ -127,10 +129,12 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
     let mut port = if snat { first_choice(config, packet.key.source_port) } else { another() };
     let client = if snat { *A::in_wide(&backend.source) } else { packet.key.source };
     set_pair(packet, backend, &client, port);
-    for _ in 0..TRIES {
+    for attempt in 0..TRIES {
         packet.sought.destination_port = port;
+        // Where nothing else is found, a pair that the task may remember costs a second, and none at all the connection.
+        packet.search.forgetful = (attempt >= TRIES / 2 || packet.search.guarded != 0) as u32;
         if A::probe(packet) == FREE {
-            match claim(packet, RESERVED, 0, 0) {
+            match claim(packet, (RESERVED, 0), (0, NOBODY)) {
                 Inserted::AtHome | Inserted::Elsewhere => return port.raw() as u32,
                 Inserted::Full => return NO_PLACE,
                 Inserted::Again => continue,
@@ -141,11 +145,17 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
     NO_PORT
 }
 
-/// Inserts the alias of the pair that was found free.
+/// Inserts the alias of the pair that was found free: of the connection in this line, in this version; in this state, and of this
+/// [`listener`] if it lingers.
 #[inline(always)]
-fn claim<A: Tracked>(packet: &mut Packet<A>, slot: u32, version: u32, state: u32) -> Inserted {
+fn claim<A: Tracked>(
+    packet: &mut Packet<A>,
+    (slot, version): (u32, u32),
+    (state, listener): (u32, u32),
+) -> Inserted {
     let Packet { key, alias, alias_tuple, alias_line, probe, .. } = packet;
     draft(alias, slot, version, state | if key.protocol == lb_common::net::UDP { UDP } else { 0 });
+    alias.backend = listener;
     alias.tuple.source = alias_tuple.source;
     alias.tuple.destination = alias_tuple.destination;
     alias.tuple.source_port = alias_tuple.source_port;
@@ -188,12 +198,14 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
     for _ in 0..4 {
         let (source, port) = (packet.key.source, packet.key.source_port);
         set_pair(packet, backend, &source, port);
+        // What was placed by its hash has no choice.
+        packet.search.forgetful = packet.search.guarded;
         if A::probe(packet) != FREE {
             // Another CPU was first with this pair: the client sends again.
             return Err(Outcome::SourceCollision);
         }
         let (slot, version) = (packet.line.slot, Control(packet.line.control).version());
-        match claim(packet, slot, version, 0) {
+        match claim(packet, (slot, version), (0, NOBODY)) {
             Inserted::AtHome | Inserted::Elsewhere => {
                 // In a full table the place that it took may be the connection's own.
                 let stands = table::entry::<A>(packet.line.slot)
@@ -214,8 +226,14 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
 /// Whether the task may still remember the connection that an alias was of.
 #[inline(always)]
 fn lingers<A: Family>(alias: &Entry<A>) -> bool {
+    alias.control().has(RESET) && is_remembered(alias.seen())
+}
+
+/// Whether a task may still remember a connection that was closed then.
+#[inline(always)]
+fn is_remembered(seen: u32) -> bool {
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
-    alias.control().has(RESET) && elapsed(alias.seen(), clock::now()) < TIME_WAIT * hz
+    elapsed(seen, clock::now()) < TIME_WAIT * hz
 }
 
 /// Before a line is given anew: keeps the pair that the task knew its closed connection by, for as long as the task may remember
@@ -232,7 +250,12 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
     // By its own listener the client's port is known as the same one's, and what is newer is taken.
     let by_itself = index == packet.draft.backend && !control.has(ALIASED);
     let remembered = control.has(ANSWERED) && control.has(CLIENT_FIN | TASK_FIN) && entry.is_of(backend);
-    if by_itself || !remembered || packet.key.protocol != TCP || backend.kind == Kind::Peer as u8 {
+    if by_itself
+        || !remembered
+        || !is_remembered(entry.seen())
+        || packet.key.protocol != TCP
+        || backend.kind == Kind::Peer as u8
+    {
         return 0;
     }
     let snat = backend.kind == Kind::Snat as u8;
@@ -243,15 +266,33 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
     if found != Found::Line || probed.slot != line.slot {
         return 0;
     }
-    let (slot, version) = (line.slot, control.version());
+    let (at, seen) = ((line.slot, control.version()), entry.seen());
     if probe.alias == NOBODY {
+        // From a SYN that found no place before.
+        if table::find(alias_tuple, probed, probe) == Found::Line {
+            return 0;
+        }
         // Without room it is not remembered: the client may have to send again.
-        let _ = claim(packet, slot, version, RESET);
+        let of = listener(&packet.key);
+        if claim(packet, at, (RESET, of)) == Inserted::AtHome
+            && let Some(alias) = table::entry::<A>(packet.alias_line.slot)
+        {
+            alias.set_seen(seen);
+        }
     } else if let Some(alias) = table::entry::<A>(probe.alias) {
         let control = alias_control(probe);
-        let _ = alias.set_state(control, control.state() | RESET);
+        // What is late for it must not leave by the host: the task was shown another port.
+        if alias.set_state(control, control.state() | RESET | ALIASED) {
+            alias.set_seen(seen);
+        }
     }
     0
+}
+
+/// Stands for the listener that a packet of a client asks for, in an alias that lingers.
+#[inline(always)]
+fn listener<A: Family>(key: &FiveTuple<A>) -> u32 {
+    key.destination.sum().wrapping_mul(0x9e37_79b1) ^ key.destination_port.raw() as u32
 }
 
 /// The control word of the alias that was found.

@@ -433,12 +433,13 @@ pub fn by_task<A: Family>(
             (&raw const (*line).tuple, (&raw const (*line).backend).read_volatile())
         };
         // SAFETY: as above.
-        let is = unsafe {
-            alias.is_of(tuple)
-                || !control.has(line::ALIASED)
-                    && has_client(tuple, alias)
-                    && is_task(backend, tuple, alias, interface)
-        };
+        let is = !(interface != 0 && remembers(control))
+            && unsafe {
+                alias.is_of(tuple)
+                    || !control.has(line::ALIASED)
+                        && has_client(tuple, alias)
+                        && is_task(backend, tuple, alias, interface)
+            };
         is.then_some(backend as u64)
     });
     if let Some(at) = found {
@@ -447,6 +448,13 @@ pub fn by_task<A: Family>(
         return if search.busy != 0 { Found::Busy as u32 } else { Found::Nothing as u32 };
     }
     if Control(line.control).has(line::ALIAS) { follow::<A>(line, search) } else { Found::Line as u32 }
+}
+
+/// Whether a line is only there for what a task may remember of a closed connection under the client's own port. It leads no packet
+/// anywhere: a connection that was placed by its hash meanwhile may have the same pair.
+#[inline(always)]
+fn remembers(control: Control) -> bool {
+    control.state() & (line::ALIAS | line::RESET | line::ALIASED) == line::ALIAS | line::RESET
 }
 
 /// Whether a line is a connection of the client that an alias would begin with.
@@ -630,7 +638,9 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
         if elsewhere.is_there() && (crowded || elsewhere.class() > at_home.class()) {
             (place, victim) = (away, elsewhere);
         }
-        if !victim.is_there() {
+        // What only remembers takes no place of anybody who is missed.
+        let modest = remembers(Control(0).with_state(draft.state));
+        if !victim.is_there() || modest && victim.class() < OVER {
             return Inserted::Full as u32;
         }
     }

@@ -191,6 +191,8 @@ pub struct Search {
     pub goes_on: u32,
     /// Whether it may do without a line.
     pub guarded: u32,
+    /// Whether a pair that its task may remember from a closed connection is as good as another.
+    pub forgetful: u32,
 }
 
 /// A line that is being made.

@@ -220,7 +220,8 @@ fn collect<A: Address>(
             ended.push(Ended { removal, resets });
             continue;
         }
-        left += 1;
+        // What lingers gives way to anybody.
+        left += u64::from(!(control.has(ALIAS) && control.has(RESET)));
         if !control.has(ALIAS) {
             done.named.insert(line.backend);
         }
