@@ -280,9 +280,10 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
             alias.set_seen(seen);
         }
     } else if let Some(alias) = table::entry::<A>(probe.alias) {
+        // Where the task was shown another port, what is late must not leave by the host.
+        let translated = control.state() & ALIASED;
         let control = alias_control(probe);
-        // What is late for it must not leave by the host: the task was shown another port.
-        if alias.set_state(control, control.state() | RESET | ALIASED) {
+        if alias.set_state(control, control.state() | RESET | translated) {
             alias.set_seen(seen);
         }
     }
