@@ -82,7 +82,8 @@ outcomes! {
     SourceCollision = "source_collision",
     /// No free source port for another connection to this task.
     SnatPortsExhausted = "snat_ports_exhausted",
-    /// The connection table has no place for a connection that needs one.
+    /// The connection table has no place for a connection that needs one: dropped, for the client's next SYN is placed by its
+    /// hash.
     TableFull = "table_full",
     /// Too long for the way to its task and not to be fragmented; answered with an ICMP error that says the
     /// right length.
@@ -123,6 +124,7 @@ impl Outcome {
                 | Self::LateReply
                 | Self::StaleAlias
                 | Self::SourceCollision
+                | Self::TableFull
                 | Self::TooBig
                 | Self::TunnelNotPeer
                 | Self::TunnelNoTask

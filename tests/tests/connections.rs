@@ -12,7 +12,7 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    lab::{Lab, REDIRECT, TX, UNSPEC, ip, service, task, with_lab, with_lab_of},
+    lab::{DROP, Lab, REDIRECT, TX, UNSPEC, ip, service, task, with_lab, with_lab_of},
     netns::eventually,
     packet::{ACK, FIN, Flags, Packet, RST, RST_ACK, SYN, SYN_ACK, Transport, assert_checksums},
     talk::{
@@ -461,6 +461,8 @@ fn twelve() -> Sizes {
 fn try_to_establish(lab: &Lab, port: u16) -> Result<u8, BTreeMap<Outcome, u64>> {
     let (verdict, counted) = lab.counting(|lab| lab.xdp(&request(SYN, port, 80).at(FIRST, 0).bytes()));
     if counted != BTreeMap::from([(Outcome::Local, 1)]) {
+        // The host would refuse it.
+        assert_eq!(verdict.action, DROP, "{port}: {counted:?}");
         return Err(counted);
     }
     let to = slot(&lab.task_of(verdict.note.expect("a note")));
