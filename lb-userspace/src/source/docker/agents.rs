@@ -129,11 +129,11 @@ impl Agents {
     }
 
     /// Gives each node the addresses that are its, the best first; what two of them claim is said, and what one claims that
-    /// it was not seen to have. `down` are the nodes that the managers do not hear, `own` is this node with its addresses.
-    pub fn place(&self, nodes: &mut [Node], down: &BTreeSet<String>, own: (&str, &[IpAddr])) -> Vec<String> {
+    /// it was not seen to have. `own` is this node with its addresses.
+    pub fn place(&self, nodes: &mut [Node], own: (&str, &[IpAddr])) -> Vec<String> {
         let mut claims: BTreeMap<IpAddr, Vec<Claim>> = BTreeMap::new();
         for (index, node) in nodes.iter().enumerate() {
-            for (address, by) in self.claims(node, down, own) {
+            for (address, by) in self.claims(node, own) {
                 claims.entry(address).or_default().push(Claim { by, index });
             }
         }
@@ -149,7 +149,7 @@ impl Agents {
                 owned[first.index].push(*address);
             }
             // One that has left and joined again stands twice with one address, and nobody contradicts anybody.
-            let is_down = |claim: &Claim| down.contains(&nodes[claim.index].name);
+            let is_down = |claim: &Claim| nodes[claim.index].down;
             let other = |claim: &&Claim| claim.index != first.index && !is_down(claim);
             said.extend(rest.iter().filter(other).map(|claim| {
                 let (one, other) = (nodes[first.index].shown(), nodes[claim.index].shown());
@@ -166,20 +166,13 @@ impl Agents {
     }
 
     /// What a node claims, and by what.
-    fn claims(
-        &self,
-        node: &Node,
-        down: &BTreeSet<String>,
-        (this, own): (&str, &[IpAddr]),
-    ) -> Vec<(IpAddr, By)> {
+    fn claims(&self, node: &Node, (this, own): (&str, &[IpAddr])) -> Vec<(IpAddr, By)> {
         let agent = self.0.get(&node.name);
         let proof = |address: &IpAddr| agent.and_then(|agent| agent.proofs.get(address));
         let claim = |address: IpAddr| {
             let by = match proof(&address) {
                 _ if this == node.name && own.contains(&address) => By::Here,
-                proof if node.addresses.contains(&address) && !down.contains(&node.name) => {
-                    By::Managers(proof.is_none())
-                }
+                proof if node.addresses.contains(&address) && !node.down => By::Managers(proof.is_none()),
                 Some(proof) => By::Proof(proof.since),
                 None if node.addresses.contains(&address) => By::Past,
                 None => By::Word,
@@ -298,7 +291,8 @@ mod tests {
         /// The addresses of two nodes that the managers see at 192.0.2.2 and .3, and what is said.
         fn placed(&self) -> ([Vec<String>; 2], Vec<String>) {
             let mut nodes = nodes(&[("a", &["192.0.2.2"]), ("b", &["192.0.2.3"]), ("m", &[])]);
-            let said = self.agents.place(&mut nodes, &self.down, ("m", &[ip("192.0.2.1")]));
+            nodes.iter_mut().for_each(|node| node.down = self.down.contains(&node.name));
+            let said = self.agents.place(&mut nodes, ("m", &[ip("192.0.2.1")]));
             assert_eq!(nodes[2].addresses, [ip("192.0.2.1")]);
             let shown = |node: &Node| node.addresses.iter().map(ToString::to_string).collect();
             ([shown(&nodes[0]), shown(&nodes[1])], said)

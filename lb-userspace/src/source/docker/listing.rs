@@ -20,7 +20,7 @@ use crate::{
     text,
 };
 
-/// Service label: how the answers of its tasks travel, `tunnel` or `direct`.
+/// Service label: how the replies of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
 /// Service label: how new connections find their tasks, `round-robin` or `consistent`.
 pub const PLACEMENT_LABEL: &str = "lb.placement";
@@ -50,8 +50,6 @@ pub struct Picture {
     pub cluster: ClusterState,
     /// The nodes of the swarm, by identifier.
     pub members: BTreeSet<String>,
-    /// Those that the managers do not hear.
-    pub down: BTreeSet<String>,
     /// What the operator should hear once.
     pub notes: Vec<String>,
 }
@@ -88,8 +86,8 @@ impl Listing {
         let mut notes = Vec::new();
         let nodes = self.nodes();
         let members: BTreeSet<String> = self.nodes.iter().map(|node| node.id.clone()).collect();
-        let down: BTreeSet<String> =
-            self.nodes.iter().filter(|node| is_down(node)).map(|node| node.id.clone()).collect();
+        let down: BTreeSet<&str> =
+            nodes.iter().filter(|node| node.down).map(|node| node.name.as_str()).collect();
         let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
         for task in &self.tasks {
             tasks.entry(&task.service_id).or_default().push(task);
@@ -102,7 +100,7 @@ impl Listing {
             let of = of.into_iter().filter_map(|raw| {
                 let mut task = task(raw, &service.spec.name).filter(|task| members.contains(&task.node))?;
                 // Its node does not answer the managers; if its connections still get there, they go on.
-                if task.state == TaskState::Running && down.contains(&raw.node_id) {
+                if task.state == TaskState::Running && down.contains(raw.node_id.as_str()) {
                     task.state = TaskState::Draining;
                 }
                 Some(task)
@@ -128,7 +126,7 @@ impl Listing {
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
         let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };
-        Picture { cluster, members, down, notes }
+        Picture { cluster, members, notes }
     }
 
     /// What nodes are called. A host name is the node's own to choose: one that another node has too, or that could be taken

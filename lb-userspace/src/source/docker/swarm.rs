@@ -282,7 +282,7 @@ impl Swarm {
             let picture = self.picture.as_ref()?;
             let mut state = picture.cluster.clone();
             state.this = Some(node.clone()).filter(|node| picture.members.contains(node));
-            let claimed = self.agents.place(&mut state.nodes, &picture.down, (&node, &own.facts.addresses));
+            let claimed = self.agents.place(&mut state.nodes, (&node, &own.facts.addresses));
             let notes = picture.notes.iter().cloned().chain(claimed).collect();
             self.base = Some(state.clone());
             let mut facts = self.agents.facts();
@@ -322,7 +322,7 @@ impl Swarm {
         let own = self.member().map(|member| member.node.as_str());
         let unheard = picture.cluster.nodes.iter().filter(|node| {
             let id = node.name.as_str();
-            Some(id) != own && !picture.down.contains(id) && !self.agents.is_settled(id)
+            Some(id) != own && !node.down && !self.agents.is_settled(id)
         });
         unheard.map(|node| node.shown().to_owned()).collect()
     }
