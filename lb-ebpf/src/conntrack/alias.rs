@@ -7,7 +7,7 @@ use lb_common::{
     abi::Config,
     backend::{Backend, Kind},
     conntrack::{
-        Control, FiveTuple, TIME_WAIT, elapsed,
+        Control, FiveTuple, TIME_WAIT, is_within,
         line::{ALIAS, ALIAS_KEY, ALIASED, ANSWERED, CLIENT_FIN, RESET, TASK_FIN, UDP},
     },
     net::{Be16, TCP},
@@ -233,7 +233,7 @@ fn lingers<A: Family>(alias: &Entry<A>) -> bool {
 #[inline(always)]
 fn is_remembered(seen: u32) -> bool {
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
-    elapsed(seen, clock::now()) < TIME_WAIT * hz
+    is_within(seen, clock::now(), TIME_WAIT * hz)
 }
 
 /// Before a line is given anew: keeps the pair that the task knew its closed connection by, for as long as the task may remember

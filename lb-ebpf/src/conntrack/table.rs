@@ -389,7 +389,7 @@ fn locate(line: &mut Located, set: u32, at: At) {
 
 /// Finds the line of the connection that a task's packet belongs to, by the client that it goes to: among the lines of the
 /// client's endpoint the one whose backend the packet comes from, or an alias' connection. `interface` is where the packet came
-/// in: a task of this node answers by its own veth alone; 0 asks for nothing.
+/// in: a task of this node answers by its own veth alone; 0, of no packet, asks for nothing, and finds what a task may remember too.
 #[inline(always)]
 pub fn find_reply<A: Tracked>(
     key: &FiveTuple<A>,

@@ -17,6 +17,7 @@ use lb_common::{
     conntrack::{
         Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
+        is_within,
         line::{ALIAS, RESET, UDP, WAYS, set_of, slot, way_of},
         table::SPILLED,
     },
@@ -251,7 +252,7 @@ fn collect<A: Address>(
 /// lingers as long as the task may remember it.
 fn is_orphan<A: Address>(mapping: &Mapping<A>, control: Control, alias: &Line<A>, clock: Clock<'_>) -> bool {
     let (at, version) = (alias.client_next, alias.task_next);
-    if control.has(RESET) && elapsed(alias.seen, clock.now) < TIME_WAIT * clock.jiffies_per_second {
+    if control.has(RESET) && is_within(alias.seen, clock.now, TIME_WAIT * clock.jiffies_per_second) {
         return false;
     }
     if at >= mapping.lines() {
