@@ -68,7 +68,7 @@ pub const VIA_TC: u8 = 2;
 /// The task's node sends answers straight to the client (peer).
 pub const RETURN_DIRECT: u8 = 4;
 
-/// A single listener leads to this backend, so that its answers tell by themselves where they go.
+/// A single listener leads to this backend, so that its replies tell by themselves where they go.
 pub const SINGLE: u8 = 8;
 /// [`Backend::source`] is the name that other nodes have for the task (local).
 pub const NAMED: u8 = 32;
@@ -84,7 +84,7 @@ pub struct Backend {
     /// IPv4-mapped address.
     pub address: Wide,
     /// Own address that reaches it, the source of snat; IPv4 in the first word. Of a [`NAMED`] task of this node its
-    /// address in the cluster, IPv4 as an IPv4-mapped address: what its answers are from as the tunnel has it.
+    /// address in the cluster, IPv4 as an IPv4-mapped address: what its replies are from as the tunnel has it.
     pub source: Wide,
     /// Hardware address of the task or of the next hop; zero leaves a local task's frames as they came.
     pub mac: [u8; 6],

@@ -101,7 +101,7 @@ outcomes! {
     /// waits for it.
     TunnelProbe = "tunnel_probe",
     /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
-    HandoverLost = "handover_lost",
+    DeliveryLost = "delivery_lost",
 }
 
 /// How many outcomes there are.

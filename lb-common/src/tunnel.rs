@@ -1,11 +1,11 @@
-//! What nodes say to each other: a client's packet, or a task's answer, whole inside Geneve (RFC 8926).
+//! What nodes say to each other: a client's packet, or a task's reply, whole inside Geneve (RFC 8926).
 //!
 //! ```text
 //! Ethernet │ IPv4 or IPv6 │ UDP │ Geneve │ option: to whom │ the packet as the client sent it
 //!          └──────────── 60 or 80 bytes ────────────────────┘
 //! ```
 //!
-//! The inner packet starts with its IP header. The one option says which task a request is for, or an answer from, by an
+//! The inner packet starts with its IP header. The one option says which task a request is for, or a reply from, by an
 //! address that is unique in the cluster and its target port. All fields on the wire are in network order.
 
 use core::net::IpAddr;
@@ -23,7 +23,7 @@ pub const OPTION_CLASS: Be16 = Be16::new(0xfff5);
 /// Type of our option when the packet goes to the task it names. The highest bit is set: who does not know the
 /// option must drop the packet (RFC 8926, 3.5.1).
 pub const TO_TASK: u8 = 0x81;
-/// Type of our option when the packet is a task's answer, which the node emits to the client; address and port are the
+/// Type of our option when the packet is a task's reply, which the node emits to the client; address and port are the
 /// task's if [`NAMES_TASK`] is set, else they have no meaning.
 pub const TO_CLIENT: u8 = 0x82;
 /// Type of our option in a probe: the datapath that receives it sends it back at once. There is no packet inside, address
@@ -50,7 +50,7 @@ pub const CRITICAL: u8 = 0x40;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
-    /// UDP source port: the flow's hash, for queues and equal-cost paths.
+    /// UDP source port: the connection's hash, for queues and equal-cost paths.
     pub source_port: Be16,
     /// UDP destination port.
     pub destination_port: Be16,

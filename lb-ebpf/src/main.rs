@@ -318,13 +318,13 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         }
         return TC_ACT_UNSPEC;
     }
-    let Some(told) = told(&frame, config) else {
+    let Some(metadata) = metadata(&frame, config) else {
         return TC_ACT_UNSPEC;
     };
-    let told = verifier::forget(&mut scratch.told, told);
+    let metadata = verifier::forget(&mut scratch.metadata, metadata);
     frame.pull_headers();
     let parsed = parse::frame(&frame, scratch);
-    let task = Task::of(told);
+    let task = Task::of(metadata);
     if let Task::Decide(_) = task {
         match tunnelled(&frame, parsed, scratch) {
             NOT_TUNNELLED => {}
@@ -355,7 +355,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         (Err(outcome), Task::Decide(Scope::Connections)) if is_dropped(outcome) => end_in_tc(&frame, outcome),
         // What XDP passed to the host it has counted already.
         (Err(_), Task::Decide(Scope::Connections)) => TC_ACT_UNSPEC,
-        (Err(_), Task::Deliver(..)) => end_in_tc(&frame, Outcome::HandoverLost as u32),
+        (Err(_), Task::Deliver(..)) => end_in_tc(&frame, Outcome::DeliveryLost as u32),
         (Err(outcome), Task::SendReply) => drop_in_tc(&frame, outcome),
     }
 }
@@ -372,14 +372,14 @@ enum Task {
 }
 
 impl Task {
-    /// What is left where [`told`] said so.
+    /// What is left where the [`metadata`] says so.
     #[inline(always)]
-    fn of(told: u64) -> Self {
-        match told as u32 {
+    fn of(metadata: u64) -> Self {
+        match metadata as u32 {
             META_TC_DECIDES => Self::Decide(Scope::All),
             META_TC_SENDS_REPLY => Self::SendReply,
             LOOK_UP => Self::Decide(Scope::Connections),
-            backend => Self::Deliver(backend, Be16::from_raw((told >> 32) as u16)),
+            backend => Self::Deliver(backend, Be16::from_raw((metadata >> 32) as u16)),
         }
     }
 }
@@ -387,9 +387,9 @@ impl Task {
 /// In the place of a backend: XDP decides, and could not say so.
 const LOOK_UP: u32 = META_TC_SENDS_REPLY - 1;
 
-/// What XDP has told of a frame: a backend, or what stands in its place, and above it the client's port.
+/// XDP's metadata of a frame in one word: a backend, or what stands in its place, and above it the client's port.
 #[inline(always)]
-fn told(frame: &Skb, config: &Config) -> Option<u64> {
+fn metadata(frame: &Skb, config: &Config) -> Option<u64> {
     match frame.metadata(config.nonce) {
         Some(metadata) => Some(metadata.backend as u64 | (metadata.port.raw() as u64) << 32),
         None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Some(META_TC_DECIDES as u64),

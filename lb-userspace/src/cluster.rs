@@ -47,7 +47,7 @@ impl ClusterState {
 pub struct Tunnel {
     /// UDP port of the agents.
     pub port: u16,
-    /// How answers travel, where a service does not say otherwise.
+    /// How replies travel, where a service does not say otherwise.
     pub returns: Return,
 }
 
@@ -57,7 +57,7 @@ impl Default for Tunnel {
     }
 }
 
-/// How the answers of a task travel whose node is not the one that the client used.
+/// How the replies of a task travel whose node is not the one that the client used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Return {
@@ -134,7 +134,7 @@ pub struct Service {
     pub ports: Vec<Port>,
     /// What serves it.
     pub tasks: Vec<Task>,
-    /// How answers travel; `None` is the cluster's way.
+    /// How replies travel; `None` is the cluster's way.
     pub returns: Option<Return>,
     /// How new connections find their tasks.
     #[serde(default)]

@@ -547,7 +547,7 @@ fn a_port_that_comes_again_under_the_guard_is_not_led_to_its_last_task() {
 }
 
 /// Two published ports that lead to the same tasks, so many.
-fn twins(tasks: u8) -> Vec<lb_userspace::cluster::Service> {
+fn behind_two_ports(tasks: u8) -> Vec<lb_userspace::cluster::Service> {
     let local = |slot: u8| task(&format!("web.{slot}"), true, Via::Snat, &[&format!("172.18.0.1{slot}")]);
     vec![service("web", &["84:8080", "85:8080"], (1..=tasks).map(local).collect())]
 }
@@ -575,7 +575,7 @@ fn open_and_close(lab: &Lab, port: u16, to: u16, first: u32) -> (u8, u16) {
 
 #[test]
 fn what_a_task_may_remember_of_a_closed_connection_is_not_given_to_another() {
-    with_lab(twins(1), |lab| {
+    with_lab(behind_two_ports(1), |lab| {
         let port = 30_000;
         assert_eq!(open_and_close(lab, port, 84, FIRST), (1, port));
         // By another listener the same port may look older to the task: it sees others, each once.
@@ -598,7 +598,7 @@ fn what_a_task_may_remember_of_a_closed_connection_is_not_given_to_another() {
 
 #[test]
 fn a_task_that_was_left_for_another_is_remembered_too() {
-    with_lab(twins(2), |lab| {
+    with_lab(behind_two_ports(2), |lab| {
         let port = 30_000;
         let (first, _) = open_and_close(lab, port, 84, FIRST);
         let (second, _) = open_and_close(lab, port, 84, FIRST + 100_000);
@@ -625,7 +625,7 @@ fn a_task_that_was_left_for_another_is_remembered_too() {
 #[test]
 fn a_task_that_is_remembered_answers_who_is_placed_by_hash() {
     // Without a line, and where two listeners lead to the task with one.
-    for (services, to) in [(services(), 80), (twins(2), 84)] {
+    for (services, to) in [(services(), 80), (behind_two_ports(2), 84)] {
         with_lab(services, |lab| {
             let ports = 30_000..30_040;
             let mut left = BTreeMap::new();
@@ -657,7 +657,7 @@ fn a_task_that_is_remembered_answers_who_is_placed_by_hash() {
 
 #[test]
 fn a_client_comes_back_to_a_task_under_its_own_port() {
-    with_lab(twins(2), |lab| {
+    with_lab(behind_two_ports(2), |lab| {
         let port = 30_000;
         // By its own listener what is newer is taken: turns stay exact, and no port is translated.
         let turns: Vec<(u8, u16)> =

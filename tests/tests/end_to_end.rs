@@ -67,7 +67,7 @@ fn any_node_answers_and_rotation_is_exact() {
         }
         let netns = &cluster.nodes[node].netns;
         assert!(outcome(netns, "forwarded_local") > 0 && outcome(netns, "forwarded_snat") > 0);
-        assert_eq!(outcome(netns, "handover_lost"), 0);
+        assert_eq!(outcome(netns, "delivery_lost"), 0);
         let tasks = json(netns, &["service", "ps", "web"])["tasks"].as_array().expect("tasks").clone();
         assert_eq!(tasks.len(), 5);
         assert!(tasks.iter().all(|task| task["connections"] == 4), "{tasks:?}");
@@ -209,7 +209,7 @@ fn a_connection_lives_on_past_every_renewal_of_its_next_hop() {
             let task = answers[0].split(' ').next().expect("a name");
             assert!(answers.iter().all(|answer| answer.starts_with(task)), "{mode}: {answers:?}");
         }
-        assert_eq!(outcome(&cluster.nodes[0].netns, "handover_lost"), 0);
+        assert_eq!(outcome(&cluster.nodes[0].netns, "delivery_lost"), 0);
         drop(agent);
     }
     stop_echoes(&cluster, servers);

@@ -39,7 +39,7 @@ fn serve(cluster: &Cluster, lacks: &str, mode: &str) -> Value {
         let answers = requests(&cluster.client, address, 6);
         assert!(tally(&answers).values().all(|count| *count == 2), "{mode} {address}: {answers:?}");
     }
-    assert_eq!(outcome(node, "handover_lost"), 0);
+    assert_eq!(outcome(node, "delivery_lost"), 0);
     let status = json(node, &["status"]);
     drop(agent);
     status

@@ -62,7 +62,7 @@ fn every_task_sees_the_client_through_every_node(cluster: &Cluster, what: &str) 
         let netns = &cluster.nodes[node].netns;
         assert!(outcome(netns, "forwarded_peer") > 0 && outcome(netns, "forwarded_local") > 0, "{what}");
         for lost in
-            ["handover_lost", "tunnel_not_peer", "tunnel_no_task", "tunnel_malformed", "backend_unreachable"]
+            ["delivery_lost", "tunnel_not_peer", "tunnel_no_task", "tunnel_malformed", "backend_unreachable"]
         {
             assert_eq!(outcome(netns, lost), 0, "{what}: {lost}");
         }
@@ -134,7 +134,7 @@ fn a_node_is_a_client_like_any_other_whatever_way_the_nodes_serve() {
             }
         }
         for node in &cluster.nodes {
-            for lost in ["handover_lost", "tunnel_not_peer", "tunnel_no_task"] {
+            for lost in ["delivery_lost", "tunnel_not_peer", "tunnel_no_task"] {
                 assert_eq!(outcome(&node.netns, lost), 0, "{own} asks {theirs}: {lost} at {}", node.name);
             }
         }

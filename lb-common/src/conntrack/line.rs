@@ -124,7 +124,7 @@ pub const UDP: u32 = 512;
 pub const ALIAS: u32 = 1024;
 /// The connection has an alias: its replies find it by that alone.
 pub const ALIASED: u32 = 2048;
-/// Answers go straight to the client, and pass here only until it is established.
+/// Replies go straight to the client, and pass here only until it is established.
 pub const ONE_WAY: u32 = 8192;
 
 /// The word of a line that says whose it is and in which state: changed by compare-and-swap alone.
@@ -252,7 +252,7 @@ pub const fn is_over(state: u32) -> bool {
 pub const fn with_fast(state: u32) -> u32 {
     const LIVES: u32 = ANSWERED | ESTABLISHED;
     const ENDS: u32 = CLIENT_FIN | TASK_FIN | RESET | ALIAS;
-    // Of an exchange whose answers pass elsewhere only the client is heard.
+    // Of an exchange whose replies pass elsewhere only the client is heard.
     let heard = state & LIVES == LIVES || state & (ONE_WAY | ESTABLISHED) == ONE_WAY | ESTABLISHED;
     if heard && state & ENDS == 0 { state | FAST } else { state & !FAST }
 }

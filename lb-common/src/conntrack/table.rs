@@ -140,7 +140,7 @@ pub struct Longest {
 pub const KEPT: u64 = 1;
 /// Datagrams that were answered.
 pub const EXCHANGE: u64 = 2;
-/// TCP that goes on though its answers pass elsewhere: it may be forged, and lives as long as an established one if there is room.
+/// TCP that goes on though its replies pass elsewhere: it may be forged, and lives as long as an established one if there is room.
 pub const ONE_SIDED: u64 = 3;
 /// Not established, or datagrams of one side alone.
 pub const HALF_OPEN: u64 = 4;

@@ -357,7 +357,7 @@ fn who_is_missed_least_gives_way_first() {
         (ALIAS | ALIASED | RESET, UDP | ANSWERED | ESTABLISHED),
         // Datagrams of one side, before those that were answered.
         (UDP, UDP | ANSWERED | ESTABLISHED),
-        // A handshake, before what goes on though its answers pass elsewhere, and that before answered datagrams.
+        // A handshake, before what goes on though its replies pass elsewhere, and that before answered datagrams.
         (HALF_OPEN, ONE_WAY | ESTABLISHED),
         (ONE_WAY | ESTABLISHED, UDP | ANSWERED | ESTABLISHED),
     ];

@@ -67,7 +67,7 @@ impl Numbers {
     /// Notes what a segment of the client says; the state after it. What is not plausible changes nothing: a forged RST or FIN
     /// must not close a connection (RFC 5961).
     ///
-    /// `one_way` says that the task's answers do not pass here.
+    /// `one_way` says that the task's replies do not pass here.
     #[inline(always)]
     #[must_use]
     pub fn client_sent(&mut self, mut state: u32, segment: &Segment, one_way: bool) -> u32 {

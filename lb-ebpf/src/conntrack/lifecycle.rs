@@ -139,7 +139,7 @@ fn should_fail_over<A: Family>(
     if !packet.opens() || control.has(ANSWERED) || entry.peer() != 0 {
         return false;
     }
-    // Whether the task has answered is not known where its answers pass elsewhere.
+    // Whether the task has answered is not known where its replies pass elsewhere.
     if backend.flags & RETURN_DIRECT != 0 {
         return false;
     }

@@ -115,13 +115,13 @@ pub fn deliver<A: Family>(
     index: u32,
     port: Be16,
 ) -> Result<Action, Outcome> {
-    let backend = BACKENDS.get(index).ok_or(Outcome::HandoverLost)?;
+    let backend = BACKENDS.get(index).ok_or(Outcome::DeliveryLost)?;
     if !backend.forwards() || backend.kind != Kind::Local as u8 {
-        return Err(Outcome::HandoverLost);
+        return Err(Outcome::DeliveryLost);
     }
     untag(frame, packet)?;
     let target = Target::task(packet, backend, port);
-    nat::apply(frame, packet, &target, backend_hop(backend)).ok_or(Outcome::HandoverLost)?;
+    nat::apply(frame, packet, &target, backend_hop(backend)).ok_or(Outcome::DeliveryLost)?;
     if packet.negotiates() {
         // The task's replies leave by this interface.
         let interface = frame.ifindex();
@@ -154,7 +154,7 @@ pub fn emit<A: Tracked>(
     packet: &mut Packet<A>,
     tunnel: &TunnelMeta,
 ) -> Result<Action, Outcome> {
-    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let config = maps::config().ok_or(Outcome::DeliveryLost)?;
     let known = conntrack::for_client(packet, tunnel)?;
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     give_link_header(frame, packet)?;
@@ -326,7 +326,7 @@ fn give_link_header<A: Family>(frame: &mut Skb, packet: &mut Packet<A>) -> Resul
     if packet.network() != 0 {
         return Ok(());
     }
-    put_link_header(frame).ok_or(Outcome::HandoverLost)?;
+    put_link_header(frame).ok_or(Outcome::DeliveryLost)?;
     packet.move_to(LINK as u16);
     Ok(())
 }

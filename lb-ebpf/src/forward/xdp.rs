@@ -155,11 +155,11 @@ pub fn arrived<A: Tracked>(
     tunnel: &TunnelMeta,
     index: u32,
 ) -> Result<Action, Outcome> {
-    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let config = maps::config().ok_or(Outcome::DeliveryLost)?;
     let finished = !(config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet));
     clamp_arrived(frame, packet, tunnel, finished)?;
     if !set_metadata(frame, config, index, packet.connection.port) {
-        return Err(Outcome::HandoverLost);
+        return Err(Outcome::DeliveryLost);
     }
     counters::request(index, 1, packet.bytes as u64);
     counters::outcome(Outcome::Local as u32, 1);
@@ -209,7 +209,7 @@ pub fn emit<A: Tracked>(
     packet: &mut Packet<A>,
     tunnel: &TunnelMeta,
 ) -> Result<Action, Outcome> {
-    let config = maps::config().ok_or(Outcome::HandoverLost)?;
+    let config = maps::config().ok_or(Outcome::DeliveryLost)?;
     let known = conntrack::for_client(packet, tunnel)?;
     let fits = config.flags & XDP_TRANSMITS != 0
         && !(config.flags & PARTIAL_CHECKSUMS != 0 && leaves_sum(frame, packet));
@@ -218,7 +218,7 @@ pub fn emit<A: Tracked>(
         return if set_metadata(frame, config, META_TC_SENDS_REPLY, Be16::from_raw(0)) {
             Ok(Action::PASS)
         } else {
-            Err(Outcome::HandoverLost)
+            Err(Outcome::DeliveryLost)
         };
     }
     clamp_emitted(frame, packet, tunnel.peer)?;

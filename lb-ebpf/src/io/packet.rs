@@ -323,8 +323,8 @@ pub struct Scratch {
     pub v6: Packet<V6>,
     /// Set when the packet came through the tunnel.
     pub tunnel: TunnelMeta,
-    /// What XDP told TC of the frame.
-    pub told: u64,
+    /// XDP's metadata of the frame, in TC.
+    pub metadata: u64,
 }
 
 /// What the tunnel said of a packet.

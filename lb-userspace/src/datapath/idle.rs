@@ -27,7 +27,7 @@ pub(super) fn resets<A: Address>(line: &Line<A>, backend: &Backend) -> Vec<Reset
     let to_task = |from| Reset { from, to: task, sequence: line.client_next, acknowledgment: line.task_next };
     let through_peer = line.peer != 0 && line.link & DIRECT == 0;
     match Kind::try_from(backend.kind) {
-        // The task's answers pass elsewhere, so that its number is not known here: its own node tells both ends.
+        // The task's replies pass elsewhere, so that its number is not known here: its own node tells both ends.
         Ok(Kind::Peer) if backend.flags & RETURN_DIRECT != 0 => vec![],
         Ok(Kind::Peer) => vec![to_client],
         Ok(Kind::Snat) => vec![to_client, to_task(seen_as(A::from_wide(backend.source)))],
