@@ -29,6 +29,8 @@ pub fn run() -> Result<()> {
         "--package",
         "lb-common",
         "--package",
+        "lb-ebpf",
+        "--package",
         "lb-userspace",
     ]))?;
     // Advisories need a database from outside the package registry: a release asks for those.

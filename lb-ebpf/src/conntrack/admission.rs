@@ -66,7 +66,7 @@ fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
     listener.flags & CONSISTENT != 0 || guard::was_full() || packet.acknowledges() && guard::lingers()
 }
 
-/// Drafts the connection to the task that was chosen, [`scheduler::choose`].
+/// Drafts the connection to the task that was chosen, [`super::scheduler::choose`].
 #[inline(always)]
 pub fn take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Outcome> {
     let taken = try_take(packet, chosen);

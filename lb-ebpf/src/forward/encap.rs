@@ -68,7 +68,7 @@ pub struct EncapParams<'a> {
     pub address: &'a Wide,
     /// Port in the option.
     pub port: Be16,
-    /// [`TO_TASK`] or [`TO_CLIENT`].
+    /// [`TO_TASK`] or [`lb_common::tunnel::TO_CLIENT`].
     pub kind: u8,
     /// Flags of the option.
     pub flags: u8,
