@@ -358,13 +358,19 @@ fn segment<A: Family>(
     sender: Sender,
     one_way: bool,
 ) -> u32 {
-    let mut numbers = Numbers { client_next: entry.client_next(), task_next: entry.task_next() };
+    let before_it = Numbers { client_next: entry.client_next(), task_next: entry.task_next() };
+    let mut numbers = before_it;
     let state = match sender {
         Sender::Client => numbers.client_sent(before, &packet.segment(), one_way),
         Sender::Task => numbers.task_sent(before, &packet.segment()),
     };
-    entry.set_client_next(numbers.client_next);
-    entry.set_task_next(numbers.task_next);
+    // What this segment leaves as it was may be moved by one of the other side, on another CPU.
+    if numbers.client_next != before_it.client_next {
+        entry.set_client_next(numbers.client_next);
+    }
+    if numbers.task_next != before_it.task_next {
+        entry.set_task_next(numbers.task_next);
+    }
     state
 }
 

@@ -166,10 +166,14 @@ fn offsets<A: Family>(packet: &Packet<A>) -> Offsets {
 fn see<A: Family>(entry: &Entry<A>, packet: &Packet<A>) {
     entry.set_seen(clock::now());
     if packet.is_tcp() {
-        let mut numbers = Numbers { client_next: entry.client_next(), task_next: 0 };
+        let before = entry.client_next();
+        let mut numbers = Numbers { client_next: before, task_next: 0 };
         // What else it may have makes no difference.
         let _ = numbers.client_sent(0, &Segment { flags: ACK, ..packet.segment() }, false);
-        entry.set_client_next(numbers.client_next);
+        // The task's acknowledgment may move it, on another CPU.
+        if numbers.client_next != before {
+            entry.set_client_next(numbers.client_next);
+        }
     }
 }
 
