@@ -32,13 +32,18 @@ const TRIES: usize = 32;
 /// answered may be forged, and gives way.
 #[inline(always)]
 pub fn is_taken<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> bool {
-    let sees_the_client = backend.kind == Kind::Local as u8 || backend.kind == Kind::Routed as u8;
-    sees_the_client && {
+    sees_the_client(backend) && {
         let (source, port) = (packet.key.source, packet.key.source_port);
         set_pair(packet, backend, &source, port);
         packet.search.forgetful = 0;
         A::probe(packet) == TAKEN
     }
+}
+
+/// Whether a task of this backend sees the client's own address from this node.
+#[inline(always)]
+pub fn sees_the_client(backend: &Backend) -> bool {
+    backend.kind == Kind::Local as u8 || backend.kind == Kind::Routed as u8
 }
 
 /// The pair that is asked for: the task's endpoint, and the client's as the task would see it.
@@ -66,10 +71,10 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         Found::Busy => return TAKEN,
         Found::DeadAlias => {
             // One that is reserved has a moment; one that was bound since it was looked at is somebody's; and the task may
-            // remember the connection of one that lingers, but takes what is newer by the same listener.
+            // remember the connection of one that lingers, but takes what is newer by the same port and listener.
             let kept = table::entry::<A>(probe.alias).is_some_and(|alias| {
                 let fresh = !clock::is_due(alias.seen(), clock::now());
-                let remembered = search.forgetful == 0 && lingers(&alias) && alias.backend() != listener(key);
+                let remembered = search.forgetful == 0 && lingers(&alias) && alias.backend() != origin(key);
                 fresh && alias.client_next() == RESERVED || table::leads_on(&alias) || remembered
             });
             return (kept || !forget::<A>(probe)) as u32;
@@ -146,16 +151,16 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
 }
 
 /// Inserts the alias of the pair that was found free: of the connection in this line, in this version; in this state, and of this
-/// [`listener`] if it lingers.
+/// [`origin`] if it lingers.
 #[inline(always)]
 fn claim<A: Tracked>(
     packet: &mut Packet<A>,
     (slot, version): (u32, u32),
-    (state, listener): (u32, u32),
+    (state, origin): (u32, u32),
 ) -> Inserted {
     let Packet { key, alias, alias_tuple, alias_line, probe, .. } = packet;
     draft(alias, slot, version, state | if key.protocol == lb_common::net::UDP { UDP } else { 0 });
-    alias.backend = listener;
+    alias.backend = origin;
     alias.tuple.source = alias_tuple.source;
     alias.tuple.destination = alias_tuple.destination;
     alias.tuple.source_port = alias_tuple.source_port;
@@ -201,7 +206,7 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
         // What was placed by its hash has no choice.
         packet.search.forgetful = packet.search.guarded;
         if A::probe(packet) != FREE {
-            // Another CPU was first with this pair: the client sends again.
+            // Another CPU was first with this pair.
             return Err(Outcome::SourceCollision);
         }
         let (slot, version) = (packet.line.slot, Control(packet.line.control).version());
@@ -273,7 +278,7 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
             return 0;
         }
         // Without room it is not remembered: the client may have to send again.
-        let of = listener(&packet.key);
+        let of = origin(&packet.key);
         if claim(packet, at, (RESET, of)) == Inserted::AtHome
             && let Some(alias) = table::entry::<A>(packet.alias_line.slot)
         {
@@ -290,10 +295,12 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
     0
 }
 
-/// Stands for the listener that a packet of a client asks for, in an alias that lingers.
+/// Stands for the client's port and the listener that its packet asks for, in an alias that lingers: a connection's
+/// numbers are newer than the last one's between the same two ports alone (RFC 6528, 3; Linux' timestamps likewise).
 #[inline(always)]
-fn listener<A: Family>(key: &FiveTuple<A>) -> u32 {
-    key.destination.sum().wrapping_mul(0x9e37_79b1) ^ key.destination_port.raw() as u32
+fn origin<A: Family>(key: &FiveTuple<A>) -> u32 {
+    let ports = (key.source_port.raw() as u32) << 16 | key.destination_port.raw() as u32;
+    key.destination.sum().wrapping_mul(0x9e37_79b1) ^ ports
 }
 
 /// The control word of the alias that was found.
