@@ -391,6 +391,32 @@ pub fn syns_repeated(netns: &Netns) -> u64 {
     kernel_counter(netns, "netstat", "TcpExt:", "TCPSynRetrans")
 }
 
+/// Where a namespace's kernel lost packets so far: its links' and its stack's counters of that which are not zero.
+pub fn losses(netns: &Netns) -> String {
+    let mut lost = Vec::new();
+    let links = netns.output("ip", &["-s", "-j", "link", "show"]);
+    let links: serde_json::Value = serde_json::from_str(&links).expect("the links as JSON");
+    for link in links.as_array().into_iter().flatten() {
+        for way in ["rx", "tx"] {
+            let counters = link["stats64"][way].as_object().expect("counters");
+            for (name, count) in counters {
+                if !["bytes", "packets", "multicast"].contains(&name.as_str()) && *count != 0 {
+                    lost.push(format!("{} {way} {name} {count}", link["ifname"]));
+                }
+            }
+        }
+    }
+    for line in netns.output("nstat", &["-asz"]).lines() {
+        let mut fields = line.split_whitespace();
+        let (Some(name), Some(count)) = (fields.next(), fields.next()) else { continue };
+        let says = ["Drop", "Discard", "Overflow", "Retrans", "Error", "Rejected", "Fail", "InErrs", "OutRsts"];
+        if count != "0" && says.iter().any(|word| name.contains(word)) {
+            lost.push(format!("{name} {count}"));
+        }
+    }
+    lost.join(", ")
+}
+
 /// A counter of a namespace in a file of `/proc/net` that has a line of names and one of values.
 fn kernel_counter(netns: &Netns, file: &str, line: &str, name: &str) -> u64 {
     let path = format!("/proc/thread-self/net/{file}");

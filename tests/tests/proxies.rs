@@ -14,7 +14,7 @@ use lb_tests::{
     agent::{Agent, active_tasks, outcome, text},
     cluster::{CLIENT4, CLIENT6, Cluster, Reach},
     netns::{eventually, run},
-    traffic::syns_repeated,
+    traffic::{losses, syns_repeated},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -159,7 +159,13 @@ fn one_address(reach: Reach, tasks: usize, v6: bool) {
     let explain = || {
         for node in &cluster.nodes {
             println!("{}: {}", node.name, text(&node.netns, &["stats"]));
+            println!("{} lost: {}", node.name, losses(&node.netns));
         }
+        for task in &cluster.tasks {
+            println!("{} lost: {}", task.name, losses(&task.netns));
+        }
+        println!("the client lost: {}", losses(&cluster.client));
+        println!("between them: {}", losses(cluster.lan()));
     };
     if !failed.is_empty() {
         explain();
