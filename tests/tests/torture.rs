@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -13,7 +14,7 @@ use lb_common::{
     abi::remove,
     conntrack::{
         Control,
-        line::{ALIAS, WAYS, slot},
+        line::{ALIAS, ALIASED, WAYS, slot},
         table::SPILLED,
     },
     net::Address as _,
@@ -25,7 +26,7 @@ use lb_tests::{
 };
 use lb_userspace::{cluster::Via, datapath::Sizes};
 use nix::{
-    sched::{CpuSet, sched_setaffinity},
+    sched::{CloneFlags, CpuSet, sched_setaffinity, setns},
     unistd::Pid,
 };
 
@@ -137,6 +138,15 @@ fn assert_at_rest(lab: &Lab) -> BTreeMap<u32, Control> {
     live
 }
 
+/// Puts a thread into the lab's namespace and on a processor of its own.
+fn settle(netns: &File, number: usize) {
+    setns(netns, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut set = CpuSet::new();
+    set.set(number % cpus).expect("a processor");
+    sched_setaffinity(Pid::from_raw(0), &set).expect("stay on one processor");
+}
+
 #[test]
 fn two_cpus_and_user_space_leave_the_table_whole() {
     let seconds = std::env::var("LB_TORTURE_SECONDS").map_or(10, |text| text.parse().expect("seconds"));
@@ -158,18 +168,13 @@ fn two_cpus_and_user_space_leave_the_table_whole() {
         // Nothing is placed without a line before the table is full.
         lab.configure(|config| config.flood_rate = 0);
         let (over, packets, removed) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let netns = std::fs::File::open("/proc/thread-self/ns/net").expect("the namespace");
+        let netns = File::open("/proc/thread-self/ns/net").expect("the namespace");
         let lab = &*lab;
         std::thread::scope(|scope| {
             for number in 0..2_usize {
                 let (over, packets, netns) = (&over, &packets, &netns);
                 scope.spawn(move || {
-                    nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET)
-                        .expect("enter the namespace");
-                    let mut set = CpuSet::new();
-                    set.set(number % cpus).expect("a processor");
-                    sched_setaffinity(Pid::from_raw(0), &set).expect("stay on one processor");
+                    settle(netns, number);
                     let mut random = Random(0x9e37_79b9_7f4a_7c15 + number as u64);
                     while !over.load(Ordering::Relaxed) {
                         one_packet(lab, &mut random);
@@ -213,5 +218,47 @@ fn two_cpus_and_user_space_leave_the_table_whole() {
             .collect();
         assert!(lab.try_remove(&all).iter().all(|gone| *gone));
         assert!(assert_at_rest(lab).is_empty());
+    });
+}
+
+/// Client ports that are used through both listeners at the same moment.
+const RACES: u16 = 4_000;
+
+/// A task that two listeners lead to would take the two connections of one client port for one.
+#[test]
+fn two_cpus_that_are_asked_for_a_client_at_once_show_it_to_its_task_by_two_ports() {
+    let local = task("lone.1", true, Via::Snat, &["172.18.0.13"]);
+    let services = vec![service("lone", &["83:8083", "84:8083"], vec![local])];
+    with_lab_of(Sizes::default(), services, |lab| {
+        lab.configure(|config| config.flood_rate = 0);
+        let netns = File::open("/proc/thread-self/ns/net").expect("the namespace");
+        let (lab, ready) = (&*lab, AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for (number, listener) in [(0, 83), (1, 84)] {
+                let (netns, ready) = (&netns, &ready);
+                scope.spawn(move || {
+                    settle(netns, number);
+                    for race in 0..RACES {
+                        let syn = request(SYN, FIRST_PORT + race, listener).at(FIRST, 0).bytes();
+                        ready.fetch_add(1, Ordering::AcqRel);
+                        while ready.load(Ordering::Acquire) < 2 * (u64::from(race) + 1) {
+                            std::hint::spin_loop();
+                        }
+                        lab.xdp(&syn);
+                    }
+                });
+            }
+        });
+        let mut seen = BTreeSet::new();
+        let live = assert_at_rest(lab);
+        let lines = lab.lines();
+        for (at, control, line) in lines.iter().filter(|(_, control, _)| !control.has(ALIAS)) {
+            let port = if control.has(ALIASED) { line.port } else { line.tuple.source_port };
+            assert!(seen.insert(port.get()), "{at}: a task has port {} twice", port.get());
+        }
+        let aliased = live.values().filter(|control| control.has(ALIASED) && !control.has(ALIAS)).count();
+        // More, where a port that was chosen for one is asked for later.
+        assert_eq!(seen.len(), 2 * usize::from(RACES));
+        assert!(aliased >= usize::from(RACES), "{aliased} are shown another port");
     });
 }

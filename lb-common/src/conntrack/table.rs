@@ -26,7 +26,10 @@
 //! | 8 | its control word: claimed → live | found |
 //!
 //! If step 7 fails, what was set in step 6 is taken back and the line is freed. A change of state is one compare-and-swap of the
-//! control word. A line is removed by steps 3 and 4 and freed; a line is given anew to the same five-tuple by steps 3, 5 and 8.
+//! control word. A line is removed by steps 3 and 4 and freed; a line is given anew to the same five-tuple by steps 3, 5, 7 and 8.
+//!
+//! What must not be twice for an endpoint is looked for after step 1, and again whenever an insertion has to look again: the
+//! five-tuple itself, and the pair of the client's endpoint and the task's by which a reply finds its connection.
 
 use super::{
     line::{ALIAS, ANSWERED, CLIENT_FIN, Control, ESTABLISHED, RESET, TASK_FIN, UDP},
@@ -309,11 +312,33 @@ pub fn settle_elsewhere<S: SharedSet>(
     Some(live)
 }
 
-/// Claims a line that is to be given anew to its own five-tuple (step 3): written, it is [`SharedSet::publish`]ed with
-/// [`Control::live`] at its [`Control::home`]. `None` if it was changed meanwhile.
+/// Claims a line that is to be given anew to its own five-tuple (step 3); `None` if it was changed meanwhile.
 #[inline(always)]
-pub fn claim_anew<S: SharedSet>(set: S, at: At) -> Option<Control> {
-    set.swap_control(at.way, at.control, at.control.claimed()).then_some(at.control.claimed())
+pub fn claim_anew<S: SharedSet>(set: S, at: At) -> Option<Claim> {
+    let control = at.control.claimed();
+    set.swap_control(at.way, at.control, control).then_some(Claim { way: at.way, control, before: at.control })
+}
+
+/// Ends the giving anew of a line that was claimed and written (steps 7 and 8): its control word, or `None` if something was
+/// inserted for the endpoint since `hints` was read, and the line is free.
+#[inline(always)]
+pub fn settle_anew<S: SharedSet>(
+    (home_set, home): (S, u32),
+    hints: u32,
+    set: S,
+    claim: Claim,
+    state: u32,
+) -> Option<Control> {
+    // The home of the line's own set, which is another than the endpoint's if it lies elsewhere.
+    let own = claim.before.home();
+    if !home_set.swap_home(home, hints, hints.wrapping_add(INSERTION)) {
+        set.clear_hints(own, 1 << (own ^ claim.way));
+        set.publish(claim.way, claim.control.free());
+        return None;
+    }
+    let live = claim.control.live(own, state);
+    set.publish(claim.way, live);
+    Some(live)
 }
 
 /// Removes a line; false if it was changed meanwhile. `still` is asked once the line is claimed, and may have it put back.

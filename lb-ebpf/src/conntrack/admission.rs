@@ -115,7 +115,7 @@ pub fn needs_alias<A: Family>(packet: &Packet<A>, backend: &Backend) -> bool {
 }
 
 /// Puts the draft into the table, and the connection into the packet; packed. When there is no place it goes without a line, if
-/// it can.
+/// it can. [`Step::Place`]: another CPU was at work, see [`look_again`].
 #[inline(always)]
 pub fn put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> u64 {
     verifier::pack(try_put(packet, backend))
@@ -123,25 +123,21 @@ pub fn put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> u64 {
 
 #[inline(always)]
 fn try_put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32, Outcome> {
-    let (mut inserted, aliased) = (insert(packet), needs_alias(packet, backend));
-    let is_in = inserted == INSERTED || inserted == INSERTED_ELSEWHERE;
-    let sees_the_client = backend.kind == Kind::Local as u8 || backend.kind == Kind::Routed as u8;
+    let (mut inserted, aliased) = (table::insert(packet), needs_alias(packet, backend));
+    let is_in = inserted == Inserted::AtHome || inserted == Inserted::Elsewhere;
     if aliased {
         if is_in { alias::bind(packet) } else { alias::release(packet) }
-    } else if inserted == INSERTED_ELSEWHERE && sees_the_client {
+    } else if inserted == Inserted::Elsewhere && alias::sees_the_client(backend) {
         // Its replies would not find it.
         if let Err(outcome) = alias::follow_home(packet, backend) {
             let _ = table::remove::<A>(packet.line.slot, packet.line.control);
-            if outcome != Outcome::TableFull {
-                return Err(outcome);
-            }
-            inserted = NO_PLACE;
+            inserted = if outcome == Outcome::TableFull { Inserted::Full } else { Inserted::Again };
         }
     }
-    if inserted == CONTENDED {
-        return Err(Outcome::SourceCollision);
+    if inserted == Inserted::Again {
+        return Ok(Step::Place as u32);
     }
-    if inserted == NO_PLACE {
+    if inserted == Inserted::Full {
         guard::full();
         // What comes by another node has to go back there, which the line alone would say; and a task that was chosen in turn
         // is not found again. The SYN that the client sends next is placed by its hash.
@@ -151,13 +147,10 @@ fn try_put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32,
         }
         without_line(packet);
     } else {
-        let entry = table::entry::<A>(packet.line.slot).ok_or(Outcome::TableFull)?;
-        let state = Control(packet.line.control).state();
-        table::copy(&entry, state, &mut packet.connection);
+        into_packet(packet)?;
     }
     let Search { is_new, avoid, .. } = packet.search;
-    // What another CPU was first with it has counted.
-    if inserted != THERE && is_new != 0 {
+    if is_new != 0 {
         counters::new_connection(backend.service, packet.draft.backend);
         if avoid != NOBODY && avoid != packet.draft.backend {
             counters::failover(avoid);
@@ -166,29 +159,29 @@ fn try_put<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32,
     Ok(Step::ToTask as u32)
 }
 
-const INSERTED: u32 = 0;
-const INSERTED_ELSEWHERE: u32 = 1;
-const THERE: u32 = 2;
-const NO_PLACE: u32 = 3;
-const CONTENDED: u32 = 4;
+/// Copies what the later stages need of the line into the packet.
+#[inline(always)]
+fn into_packet<A: Family>(packet: &mut Packet<A>) -> Result<(), Outcome> {
+    let entry = table::entry::<A>(packet.line.slot).ok_or(Outcome::TableFull)?;
+    let state = Control(packet.line.control).state();
+    table::copy(&entry, state, &mut packet.connection);
+    Ok(())
+}
 
-/// Inserts the draft, unless another CPU is first with the same connection.
+/// What was inserted for the client's endpoint since it was looked for. Another CPU that was first with the same connection has
+/// counted it; one that was first with the client's port at this task leaves it another port. Packed.
 #[inline(never)]
-fn insert<A: Tracked>(packet: &mut Packet<A>) -> u32 {
-    for _ in 0..8 {
-        match table::insert(packet) {
-            Inserted::AtHome => return INSERTED,
-            Inserted::Elsewhere => return INSERTED_ELSEWHERE,
-            Inserted::Full => return NO_PLACE,
-            Inserted::Again => {}
-        }
-        packet.line.anew = 0;
-        let Packet { key, line, search, .. } = packet;
-        if table::find(key, line, search) == Found::Line {
-            return THERE;
-        }
+pub fn look_again<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> u64 {
+    let Packet { key, line, search, .. } = packet;
+    line.anew = 0;
+    if table::find(key, line, search) == Found::Line {
+        return verifier::pack(into_packet(packet).map(|()| Step::ToTask as u32));
     }
-    CONTENDED
+    // What was placed by its hash has no choice.
+    if !needs_alias(packet, backend) && packet.search.guarded == 0 {
+        packet.search.port_is_taken = alias::is_taken(packet, backend) as u32;
+    }
+    Step::Place as u64
 }
 
 /// Lets the packet go on as its draft says, without a line.

@@ -39,7 +39,7 @@ macro_rules! tracked {
         apart!($by_tuple(line: Located, search: Search; tuple: FiveTuple<$family>; ) -> u32 = table::by_tuple, 1);
         apart!($by_task(line: Located, search: Search; alias: FiveTuple<$family>; interface) -> u32 = table::by_task, 1);
         apart!($insert_new(line: Located; draft: Draft<$family>, search: Search; ) -> u32 = table::insert_new, 3);
-        apart!($insert_anew(line: Located; draft: Draft<$family>; ) -> u32 = table::insert_anew, 3);
+        apart!($insert_anew(line: Located; draft: Draft<$family>, search: Search; ) -> u32 = table::insert_anew, 3);
         apart!($probe(packet: Packet<$family>; ; ) -> u32 = alias::probe, 1);
         apart!($free_port(packet: Packet<$family>; backend: Backend; snat) -> u32 = alias::free_port, u32::MAX);
         apart!($linger(packet: Packet<$family>; ; ) -> u32 = alias::linger, 0);
@@ -67,8 +67,8 @@ macro_rules! tracked {
             }
 
             #[inline(always)]
-            fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32 {
-                $insert_anew(line, draft)
+            fn insert_anew(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32 {
+                $insert_anew(line, draft, search)
             }
 
             #[inline(always)]

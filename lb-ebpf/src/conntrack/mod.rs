@@ -166,24 +166,40 @@ pub fn for_task<A: Tracked>(packet: &mut Packet<A>, tunnel: &mut TunnelMeta) -> 
     verifier::unpack(A::from_peer(packet, tunnel, backend, index))
 }
 
+/// Tries to put a line into the table while other CPUs insert lines of the same endpoint.
+const PLACE_TRIES: u32 = 8;
+
 /// Puts a drafted line into the table.
 #[inline(always)]
 pub fn place<A: Tracked>(packet: &mut Packet<A>) -> Result<u32, Outcome> {
     let backend = BACKENDS.get(packet.draft.backend).ok_or(Outcome::NoBackend)?;
-    let mut placed = Ok(0);
     if packet.line.anew != 0 {
         A::linger(packet);
     }
-    if admission::needs_alias(packet, backend) {
-        placed = alias::reserve(packet, backend).map(|()| 0);
-    }
-    if placed.is_ok() {
-        placed = verifier::unpack(A::put(packet, backend));
-    }
+    let placed = place_again(packet, backend);
     if placed.is_err() {
         counters::refused(backend.service);
     }
     placed
+}
+
+/// The same, once for each time that another CPU inserts a line of the same endpoint meanwhile.
+#[inline(always)]
+fn place_again<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<u32, Outcome> {
+    for _ in 0..PLACE_TRIES {
+        if admission::needs_alias(packet, backend) {
+            alias::reserve(packet, backend)?;
+        }
+        let step = verifier::unpack(A::put(packet, backend))?;
+        if step != Step::Place as u32 {
+            return Ok(step);
+        }
+        let step = verifier::unpack(admission::look_again(packet, backend))?;
+        if step != Step::Place as u32 {
+            return Ok(step);
+        }
+    }
+    Err(Outcome::SourceCollision)
 }
 
 /// The connection of a reply that a peer sent for the client; false if this node has it no more: a reply needs none.

@@ -559,7 +559,7 @@ impl Inserted {
 pub fn insert<A: Tracked>(packet: &mut Packet<A>) -> Inserted {
     let Packet { draft, line, search, .. } = packet;
     if line.anew != 0 {
-        let inserted = Inserted::of(A::insert_anew(line, draft));
+        let inserted = Inserted::of(A::insert_anew(line, draft, search));
         let away = inserted == Inserted::AtHome && line::set_of(line.slot) != search.set;
         return if away { Inserted::Elsewhere } else { inserted };
     }
@@ -574,20 +574,21 @@ pub fn insert_draft<A: Tracked>(draft: &Draft<A>, line: &mut Located, search: &S
 
 /// Gives a line anew to a draft.
 #[inline(always)]
-pub fn insert_anew<A: Family>(line: &mut Located, draft: &Draft<A>) -> u32 {
+pub fn insert_anew<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Search) -> u32 {
     let (index, way) = (line::set_of(line.slot), line::way_of(line.slot));
-    let Some(set) = set::<A>(index) else {
+    let (Some(set), Some(home)) = (set::<A>(index), set::<A>(search.set)) else {
         return Inserted::Full as u32;
     };
-    let control = Control(line.control);
-    let Some(claimed) = table::claim_anew(set, At { way, control }) else {
+    line.anew = 0;
+    let Some(claim) = table::claim_anew(set, At { way, control: Control(line.control) }) else {
         return Inserted::Again as u32;
     };
     write(set.line(way), draft);
-    let live = claimed.live(control.home(), draft.state);
-    set.publish(way, live);
+    let settled = table::settle_anew((home, search.way), search.hints, set, claim, draft.state);
+    let Some(live) = settled else {
+        return Inserted::Again as u32;
+    };
     line.control = live.0;
-    line.anew = 0;
     Inserted::AtHome as u32
 }
 

@@ -17,7 +17,7 @@ pub trait Tracked: Family {
     /// [`super::table::insert_new`].
     fn insert_new(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32;
     /// [`super::table::insert_anew`].
-    fn insert_anew(line: &mut Located, draft: &Draft<Self>) -> u32;
+    fn insert_anew(line: &mut Located, draft: &Draft<Self>, search: &Search) -> u32;
     /// [`super::alias::probe`].
     fn probe(packet: &mut Packet<Self>) -> u32;
     /// [`super::alias::free_port`].
