@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -57,13 +57,15 @@ pub mod table {
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
     pub const BACKEND_STATS: &str = "BACKEND_STATS";
+    /// The ranges of this node's own bridges, mapped ([`crate::net::Address::to_mapped`]): the interface's index.
+    pub const INNER_RANGES: &str = "INNER_RANGES";
     /// [`crate::stats::ServiceStats`] by service.
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
     /// [`super::Label`] by [`super::LabelKey`]: what user space calls the numbers.
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 25] = [
+    pub const ALL: [&str; 26] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -85,6 +87,7 @@ pub mod table {
         PEER_PATHS,
         PEER_NUMBERS,
         TASKS,
+        INNER_RANGES,
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
@@ -337,6 +340,8 @@ pub mod size {
     pub const NODES: usize = 4_096;
     /// Addresses of a node that there is room for, on average.
     pub const NODE_ADDRESSES: usize = 4;
+    /// Ranges of this node's own bridges.
+    pub const INNER_RANGES: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;
 }

@@ -86,6 +86,10 @@ pub trait Address: Copy + Eq + Default + core::fmt::Debug + 'static {
     /// Widened with IPv4 as an IPv4-mapped address (RFC 4291, 2.5.5.2), for tables that hold both families.
     fn to_mapped(self) -> Wide;
 
+    /// Whether nobody can have it as a packet's source on a wire: of IPv4 0/8, 127/8 and 224/3 (RFC 1122, 3.2.1.3; RFC 1112, 7.2),
+    /// of IPv6 ::, ::1 and ff00::/8 (RFC 4291, 2.5.2, 2.5.3, 2.7).
+    fn is_martian(self) -> bool;
+
     /// As the standard library's address.
     fn to_ip(self) -> IpAddr;
 }
@@ -124,6 +128,12 @@ impl Address for V4 {
         [0, 0, 0xffff_u32.to_be(), self.0]
     }
 
+    #[inline(always)]
+    fn is_martian(self) -> bool {
+        let first = self.0.to_ne_bytes()[0];
+        first == 0 || first == 127 || first >= 224
+    }
+
     fn to_ip(self) -> IpAddr {
         Ipv4Addr::from(self.0.to_ne_bytes()).into()
     }
@@ -156,6 +166,12 @@ impl Address for V6 {
     #[inline(always)]
     fn to_mapped(self) -> Wide {
         self.0
+    }
+
+    #[inline(always)]
+    fn is_martian(self) -> bool {
+        let [first, second, third, fourth] = self.0;
+        first.to_ne_bytes()[0] == 0xff || first | second | third == 0 && u32::from_be(fourth) <= 1
     }
 
     fn to_ip(self) -> IpAddr {

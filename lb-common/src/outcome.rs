@@ -65,6 +65,9 @@ outcomes! {
     NoConnection = "no_connection",
     /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
+    /// A new connection for a listener from an address that nobody can have out there: loopback, multicast, unspecified, one of
+    /// this node's own, or one behind a bridge of this node's.
+    Martian = "martian",
     /// The task of the connection is gone.
     BackendGone = "backend_gone",
     /// The task of the connection is gone: answered with a reset in place of the packet.
@@ -120,6 +123,7 @@ impl Outcome {
         matches!(
             self,
             Self::BackendUnreachable
+                | Self::Martian
                 | Self::TaskRefused
                 | Self::LateReply
                 | Self::StaleAlias

@@ -18,7 +18,7 @@ use lb_common::{
 };
 use lb_userspace::{
     cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
-    datapath::{Collection, ConnectionLog, Counters, Datapath, PinDir, Sizes, TableSet},
+    datapath::{Collection, ConnectionLog, Counters, Datapath, InnerRanges, PinDir, Sizes, TableSet},
     net::Reset,
     plan::{Planner, Reach, View, Way},
 };
@@ -319,6 +319,12 @@ impl Lab {
     /// The kernel's coarse clock as connections have it, low 32 bits.
     pub fn jiffies(&self) -> u32 {
         self.datapath().now().expect("the clock")
+    }
+
+    /// Has the programs refuse clients of this range, as an interface of this number leads there.
+    pub fn set_inner_range(&mut self, first: &str, prefix: u8) {
+        let ranges = InnerRanges::from([((ip(first), prefix), 7)]);
+        self.datapath_mut().set_inner_ranges(ranges).expect("set the ranges");
     }
 
     /// Changes the programs' surroundings.

@@ -409,7 +409,8 @@ pub fn losses(netns: &Netns) -> String {
     for line in netns.output("nstat", &["-asz"]).lines() {
         let mut fields = line.split_whitespace();
         let (Some(name), Some(count)) = (fields.next(), fields.next()) else { continue };
-        let says = ["Drop", "Discard", "Overflow", "Retrans", "Error", "Rejected", "Fail", "InErrs", "OutRsts"];
+        let says =
+            ["Drop", "Discard", "Overflow", "Retrans", "Error", "Rejected", "Fail", "InErrs", "OutRsts"];
         if count != "0" && says.iter().any(|word| name.contains(word)) {
             lost.push(format!("{name} {count}"));
         }

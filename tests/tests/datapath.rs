@@ -130,6 +130,49 @@ fn what_is_not_ours_passes_untouched_and_named() {
 }
 
 #[test]
+fn nobody_is_served_who_cannot_be_out_there() {
+    let sources = [
+        (
+            &V4,
+            ["0.0.0.1", "127.0.0.1", "127.255.255.254", "224.0.0.1", "240.0.0.1", "255.255.255.255"]
+                .as_slice(),
+        ),
+        (&V4, [V4.listener, "172.30.0.0", "172.30.0.1", "172.30.255.255"].as_slice()),
+        (&V6, ["::", "::1", "ff02::1", V6.listener].as_slice()),
+    ];
+    with_lab(services(), |lab| {
+        lab.set_inner_range("172.30.0.0", 16);
+        let forged = |family: &Family, transport, to, source: &str| {
+            family.packet(transport, 40_000, to).with(|p| p.source = ip(source)).bytes()
+        };
+        for (family, sources) in sources {
+            for source in sources {
+                for (transport, to) in [(SYN, 80), (Transport::Udp, 53)] {
+                    let frame = forged(family, transport, to, source);
+                    let (verdict, counted) = lab.counting(|lab| lab.xdp(&frame));
+                    let refused = BTreeMap::from([(Outcome::Martian, 1)]);
+                    assert_eq!((verdict.action, counted), (DROP, refused), "{source}");
+                }
+            }
+        }
+        assert_eq!((lab.lines().len(), lab.lines6().len()), (0, 0));
+        // Their neighbours are.
+        for source in
+            ["1.0.0.1", "126.255.255.255", "128.0.0.1", "223.255.255.255", "172.29.255.255", "172.31.0.0"]
+        {
+            let (_, counted) = lab.counting(|lab| lab.xdp(&forged(&V4, SYN, 80, source)));
+            assert_eq!(counted.get(&Outcome::Martian), None, "{source}");
+        }
+        assert_eq!(lab.lines().len(), 6);
+        lab.set_inner_range("fd30::", 64);
+        let (verdict, counted) = lab.counting(|lab| lab.xdp(&forged(&V6, SYN, 80, "fd30::7")));
+        assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::Martian, 1)])));
+        let (_, counted) = lab.counting(|lab| lab.xdp(&forged(&V4, SYN, 80, "172.30.0.1")));
+        assert_eq!(counted.get(&Outcome::Martian), None);
+    });
+}
+
+#[test]
 fn other_protocols_and_stray_fragments_pass() {
     with_lab(services(), |lab| {
         let (v4, v6) = (V4.packet(SYN, 40_000, 80), V6.packet(SYN, 40_000, 80));

@@ -9,8 +9,8 @@ use std::{
 };
 
 use lb_tests::{
-    agent::{Agent, json, program, text, verb},
-    cluster::Cluster,
+    agent::{Agent, json, outcome, program, text, verb},
+    cluster::{CLIENT4, Cluster},
     netns::{Netns, Running, run, within},
     swarm::{Node, PATIENCE, Swarm, packaging},
 };
@@ -76,6 +76,57 @@ fn node(at: &Netns, name: &str) -> Value {
 fn has(at: &Netns, name: &str, address: IpAddr) -> bool {
     let addresses = node(at, name)["addresses"].as_array().cloned().unwrap_or_default();
     addresses.iter().any(|known| *known == address.to_string())
+}
+
+/// Whether a client is served by a node when it binds a source first.
+fn is_served(cluster: &Cluster, source: Ipv4Addr, node: usize) -> bool {
+    let to = SocketAddr::new(cluster.addresses(node)[0], 80);
+    cluster.client.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from((source, 0)).into()).expect("bind it");
+        socket.connect_timeout(&to.into(), Duration::from_millis(500)).is_ok()
+    })
+}
+
+/// What comes from outside with an address behind a bridge of the node's own would pass for a container.
+#[test]
+fn nobody_outside_passes_for_a_container() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    let task = cluster.add_nginx("web.1", 0);
+    let path = cluster.write_all_running();
+    let nodes = cluster.nodes.iter();
+    let _agents: Vec<_> =
+        nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let container = Ipv4Addr::new(172, 18, 1, 99);
+    let late = Ipv4Addr::new(10, 77, 0, 9);
+    for source in [container, late] {
+        cluster.client.ip(&format!("addr add {source}/32 dev eth1"));
+        for node in &cluster.nodes {
+            node.netns.ip(&format!("route add {source}/32 dev eth1"));
+        }
+    }
+    for node in 0..2 {
+        within(PATIENCE, "the task is served", || is_served(&cluster, CLIENT4, node));
+        assert!(is_served(&cluster, late, node));
+    }
+    let refused = || outcome(&cluster.nodes[0].netns, "martian");
+    assert_eq!(refused(), 0);
+    // By itself and by another node, whose bridge has another range.
+    for node in 0..2 {
+        let before = refused();
+        assert!(!is_served(&cluster, container, node), "through {}", cluster.nodes[node].name);
+        assert!(refused() > before);
+        assert!(is_served(&cluster, CLIENT4, node));
+    }
+    assert_eq!(cluster.tasks[task].v4.octets()[..3], container.octets()[..3], "the range is the task's");
+    // A bridge that comes, and goes.
+    let node = &cluster.nodes[0].netns;
+    node.ip("link add br-late type bridge");
+    node.ip("addr add 10.77.0.1/24 dev br-late");
+    within(PATIENCE, "the bridge's range is refused", || !is_served(&cluster, late, 0));
+    node.ip("link del br-late");
+    within(PATIENCE, "the range is nobody's", || is_served(&cluster, late, 0));
 }
 
 /// A worker whose certificate is in the wrong hands claims what other nodes have.

@@ -316,7 +316,11 @@ pub fn settle_elsewhere<S: SharedSet>(
 #[inline(always)]
 pub fn claim_anew<S: SharedSet>(set: S, at: At) -> Option<Claim> {
     let control = at.control.claimed();
-    set.swap_control(at.way, at.control, control).then_some(Claim { way: at.way, control, before: at.control })
+    set.swap_control(at.way, at.control, control).then_some(Claim {
+        way: at.way,
+        control,
+        before: at.control,
+    })
 }
 
 /// Ends the giving anew of a line that was claimed and written (steps 7 and 8): its control word, or `None` if something was

@@ -17,8 +17,8 @@ use loom::{
 use super::{
     line::{ALIAS, ALIASED, ANSWERED, CLIENT_FIN, Control, ESTABLISHED, ONE_WAY, RESET, TASK_FIN, UDP},
     table::{
-        At, Longest, SPILLED, SharedSet, claim, claim_anew, find, gather, remove, settle_anew, settle_at_home,
-        settle_elsewhere, victim,
+        At, Longest, SPILLED, SharedSet, claim, claim_anew, find, gather, remove, settle_anew,
+        settle_at_home, settle_elsewhere, victim,
     },
 };
 

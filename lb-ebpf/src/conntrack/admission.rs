@@ -24,7 +24,7 @@ use super::{
 use crate::io::{
     clock, counters,
     family::Family,
-    maps::BACKENDS,
+    maps::{self, BACKENDS},
     packet::{Draft, FIRST, NOBODY, Packet, Search, TunnelMeta, WHOLE},
     verifier,
 };
@@ -41,6 +41,12 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     }
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);
+    }
+    // The kernel refuses them where it routes. A task would trust what its neighbours alone should be, and answer one of this
+    // node's addresses, which may be another service's, for ever.
+    let source = &packet.key.source;
+    if source.is_martian() || maps::is_own(source) || maps::is_inner(source) {
+        return Err(Outcome::Martian);
     }
     // What goes on behind the guard was counted when it was placed.
     let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
@@ -300,6 +306,10 @@ fn try_from_peer<A: Tracked>(
     // An error or a later fragment makes no connection; its packet or first fragment has.
     if packet.kind > FIRST {
         return Ok(Step::ToTask as u32);
+    }
+    // The node that the client used knows its own bridges alone.
+    if maps::is_inner(&packet.key.source) {
+        return Err(Outcome::Martian);
     }
     draft_by_peer(packet, tunnel, index, backend);
     packet.search.port_is_taken = alias::is_taken(packet, backend) as u32;

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
     macros::btf_map,
 };
 use lb_common::{
@@ -110,6 +110,9 @@ pub static PEER_NUMBERS: HashMap<Wide, u32, { size::NODES * size::NODE_ADDRESSES
 pub static TASKS: HashMap<TaskKey, u32, { size::BACKENDS }, ON_DEMAND> = HashMap::new();
 
 #[btf_map]
+pub static INNER_RANGES: LpmTrie<Wide, u32, { size::INNER_RANGES }> = LpmTrie::new();
+
+#[btf_map]
 pub static OUTCOMES: PerCpuArray<u64, OUTCOME_COUNT> = PerCpuArray::new();
 
 #[btf_map]
@@ -161,4 +164,10 @@ pub fn is_own<A: Address>(address: &A) -> bool {
     let mapped = address.to_mapped();
     // SAFETY: copied at once.
     unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
+}
+
+/// Whether the address lies behind a bridge of this node's.
+#[inline(always)]
+pub fn is_inner<A: Address>(address: &A) -> bool {
+    INNER_RANGES.get(&Key::new(128, address.to_mapped())).is_some()
 }

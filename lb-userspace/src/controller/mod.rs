@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::{
-    abi::{Config, Mode},
+    abi::{Config, Mode, size},
     net::Be16,
 };
 use tokio::{
@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     cluster::{ClusterState, TaskState},
-    datapath::{self, ConnectionLog, Datapath, DatapathError, Sizes, TcHook},
+    datapath::{self, ConnectionLog, Datapath, DatapathError, InnerRanges, Sizes, TcHook},
     events::{Event, Kind, Recorder},
     limits::Watch,
     logging,
@@ -445,6 +445,26 @@ impl Controller {
         self.served.is_none() || !self.behind.is_empty() || self.planner.unreached() > 0
     }
 
+    /// Has the datapath refuse clients that say to be where this node's own bridges lead.
+    fn sync_inner_ranges(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<BTreeSet<String>> {
+        let ranges = snapshot.inner_ranges(uplink.index);
+        let mut wanted: InnerRanges =
+            ranges.map(|range| ((range.first, range.prefix), range.interface)).collect();
+        let many = wanted.len();
+        let mut complaints = BTreeSet::new();
+        while wanted.len() > size::INNER_RANGES {
+            wanted.pop_last();
+        }
+        if wanted.len() < many {
+            complaints.insert(format!(
+                "this node's bridges have {many} ranges, and {} fit: forged packets from the others are served",
+                size::INNER_RANGES
+            ));
+        }
+        self.datapath.set_inner_ranges(wanted)?;
+        Ok(complaints)
+    }
+
     /// Makes tables and links what source and network say they should be.
     async fn sync(&mut self) -> Result<()> {
         let snapshot = self.look().await?;
@@ -463,7 +483,7 @@ impl Controller {
         if !serve && config.uplink_mac != uplink.mac {
             self.datapath.set_config(Config { uplink_mac: uplink.mac, ..config })?;
         }
-        let mut complaints = BTreeSet::new();
+        let mut complaints = self.sync_inner_ranges(&snapshot, &uplink)?;
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();
             let synced = self.sync_tables(&cluster, &snapshot, &uplink, &mut complaints).await;

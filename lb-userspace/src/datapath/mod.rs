@@ -11,6 +11,7 @@ mod fault;
 mod features;
 mod foreign;
 mod idle;
+mod inner_ranges;
 mod journal;
 mod links;
 mod loader;
@@ -37,6 +38,7 @@ pub use counters::{Counters, OutcomeCount};
 pub use error::{DatapathError, Hint};
 pub use features::{Features, release};
 pub use foreign::{Loaded, loaded, own};
+pub use inner_ranges::InnerRanges;
 use journal::{Journal, Place};
 use lb_common::{
     abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
@@ -90,6 +92,8 @@ pub struct Datapath {
     /// What the tables say, kept in step.
     tables: Tables,
     config: Config,
+    /// The ranges of the node's own bridges, once they were written.
+    inner_ranges: Option<InnerRanges>,
     adopted: bool,
     /// What was done to links and filters, and can be undone.
     journal: Journal,
@@ -132,6 +136,7 @@ impl Datapath {
             set,
             tables,
             config,
+            inner_ranges: None,
             adopted,
             journal: Journal::default(),
             qdiscs: Vec::new(),
@@ -237,6 +242,18 @@ impl Datapath {
     /// The surroundings as the programs know them.
     pub fn config(&self) -> Config {
         self.config
+    }
+
+    /// Has the programs refuse clients that say to be in one of these ranges, and no other.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or a write.
+    pub fn set_inner_ranges(&mut self, wanted: InnerRanges) -> Result<(), DatapathError> {
+        if self.inner_ranges.as_ref() != Some(&wanted) {
+            self.set.set_inner_ranges(&wanted)?;
+            self.inner_ranges = Some(wanted);
+        }
+        Ok(())
     }
 
     /// Tells the programs of their surroundings.

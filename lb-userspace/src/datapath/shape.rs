@@ -1,6 +1,6 @@
 //! The shape each table must have: the kernel hands out a pinned table of any.
 
-use aya::maps::{MapInfo, MapType};
+use aya::maps::{MapInfo, MapType, lpm_trie::Key};
 use lb_common::{
     abi::{Config, Label, LabelKey, size, table},
     backend::Backend,
@@ -54,7 +54,7 @@ pub struct Shape {
 impl Shape {
     /// The shapes of all tables.
     pub fn all(sizes: &Sizes) -> Vec<Self> {
-        use MapType::{Array, Hash, LruHash, PerCpuArray};
+        use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray};
         fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Shape {
             Shape { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
         }
@@ -87,6 +87,7 @@ impl Shape {
                 nodes.map(|nodes| nodes * size::NODE_ADDRESSES as u32),
             ),
             shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
+            shape::<Key<Wide>, u32>(table::INNER_RANGES, LpmTrie, Some(size::INNER_RANGES as u32)),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray},
 };
 use lb_common::{
     abi::{
@@ -46,6 +46,7 @@ pub struct TableSet {
     peer_paths: Array<MapData, Path>,
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
+    pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
     labels: HashMap<MapData, LabelKey, Label>,
     timers: Array<MapData, Timers>,
     guard: Array<MapData, Guard>,
@@ -102,6 +103,7 @@ impl TableSet {
             peer_paths: open(pins, table::PEER_PATHS)?,
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
+            inner_ranges: open(pins, table::INNER_RANGES)?,
             labels: open(pins, table::LABELS)?,
             timers: open(pins, table::TIMERS)?,
             guard: open(pins, table::GUARD)?,

@@ -14,7 +14,7 @@ mod ways;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
@@ -90,6 +90,9 @@ pub struct Snapshot {
     pub links: BTreeMap<u32, Link>,
     /// Addresses by interface, in the kernel's order; link-local ones are left out.
     pub addresses: Vec<(u32, IpAddr)>,
+    /// The ranges that lie behind interfaces by their addresses' prefixes, and each one's first address; link-local ones are left
+    /// out.
+    pub ranges: Vec<Range>,
     /// Resolved neighbours, by interface and address.
     pub neighbours: HashMap<(u32, IpAddr), Neighbour>,
     /// Ports of bridges behind which hardware addresses were seen, by bridge and address.
@@ -104,9 +107,47 @@ impl Snapshot {
         self.links.values().find(|link| link.name == name)
     }
 
+    /// The ranges of this node's own bridges: those that none but containers and virtual machines of this node are plugged into.
+    /// Where the uplink itself has an address of such a range, clients of it may come from there too.
+    pub fn inner_ranges(&self, uplink: u32) -> impl Iterator<Item = &Range> {
+        let inner = move |index: u32| {
+            let mut ports = self.links.values().filter(|link| link.master == Some(index));
+            index != uplink
+                && self.links.get(&index).is_some_and(|link| link.kind == "bridge")
+                && ports.all(|port| port.index != uplink && ["veth", "tun"].contains(&port.kind.as_str()))
+        };
+        let outside = self.addresses_of(uplink);
+        let meets = move |range: &Range| outside.iter().any(|address| range.has(*address));
+        self.ranges.iter().filter(move |range| inner(range.interface) && !meets(range))
+    }
+
     /// The addresses of an interface.
     pub fn addresses_of(&self, index: u32) -> Vec<IpAddr> {
         self.addresses.iter().filter(|(owner, _)| *owner == index).map(|(_, address)| *address).collect()
+    }
+}
+
+/// A range of addresses that an interface leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Index of the interface.
+    pub interface: u32,
+    /// Its first address.
+    pub first: IpAddr,
+    /// Length of its prefix in bits.
+    pub prefix: u8,
+}
+
+impl Range {
+    /// Whether an address lies in it.
+    pub fn has(&self, address: IpAddr) -> bool {
+        let same =
+            |bits: u32, differ: u128| differ.checked_shr(bits - u32::from(self.prefix)).unwrap_or(0) == 0;
+        match (self.first, address) {
+            (IpAddr::V4(first), IpAddr::V4(other)) => same(32, (first.to_bits() ^ other.to_bits()).into()),
+            (IpAddr::V6(first), IpAddr::V6(other)) => same(128, first.to_bits() ^ other.to_bits()),
+            _ => false,
+        }
     }
 }
 
@@ -199,6 +240,7 @@ impl Net {
         let addresses: Vec<AddressMessage> =
             self.handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
+        snapshot.ranges = addresses.iter().filter_map(range).collect();
         let neighbours: Vec<NeighbourMessage> =
             self.handle.neighbours().get().execute().try_collect().await.map_err(failed("neighbours"))?;
         snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
@@ -380,6 +422,19 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
     let local = of(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None });
     let plain = of(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
     Some((message.header.index, local.or(plain)?))
+}
+
+/// The range that lies behind an interface by its address, if it is more than the address itself.
+fn range(message: &AddressMessage) -> Option<Range> {
+    let (interface, own) = address(message)?;
+    let prefix = message.header.prefix_len;
+    let bits: u32 = if own.is_ipv4() { 32 } else { 128 };
+    let host = bits.checked_sub(prefix.into()).filter(|host| *host > 0)?;
+    let first = match own {
+        IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() & u32::MAX.checked_shl(host).unwrap_or(0)).into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & u128::MAX.checked_shl(host).unwrap_or(0)).into(),
+    };
+    Some(Range { interface, first, prefix })
 }
 
 fn neighbour(message: &NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {

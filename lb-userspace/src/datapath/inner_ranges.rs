@@ -1,0 +1,62 @@
+//! The ranges of this node's own bridges: nobody out there can have an address of theirs.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use aya::maps::lpm_trie::Key;
+use lb_common::{
+    net::Wide,
+    tunnel::{mapped, unmapped},
+};
+
+use super::{DatapathError, tables::TableSet};
+
+/// Ranges, by their first address and the length of their prefix in bits: the index of the interface that leads there.
+pub type InnerRanges = BTreeMap<(IpAddr, u8), u32>;
+
+/// Bits before an IPv4 address where it is mapped.
+const MAPPED: u32 = 96;
+
+fn key(range: &(IpAddr, u8)) -> Key<Wide> {
+    let (address, prefix) = range;
+    let before = if address.is_ipv4() { MAPPED } else { 0 };
+    Key::new(before + u32::from(*prefix), mapped(*address))
+}
+
+fn range(key: &Key<Wide>) -> (IpAddr, u8) {
+    let address = unmapped(key.data());
+    let before = if address.is_ipv4() { MAPPED } else { 0 };
+    (address, key.prefix_len().saturating_sub(before) as u8)
+}
+
+impl TableSet {
+    /// Makes the table hold these ranges and no other.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or a write.
+    pub(super) fn set_inner_ranges(&mut self, wanted: &InnerRanges) -> Result<(), DatapathError> {
+        let read: Result<InnerRanges, _> =
+            self.inner_ranges.iter().map(|entry| entry.map(|(key, index)| (range(&key), index))).collect();
+        let there = read.map_err(|error| DatapathError::map("read", error))?;
+        let written = |error| DatapathError::map("write", error);
+        for gone in there.keys().filter(|range| !wanted.contains_key(range)) {
+            self.inner_ranges.remove(&key(gone)).map_err(written)?;
+        }
+        for (range, index) in wanted.iter().filter(|(range, index)| there.get(range) != Some(index)) {
+            self.inner_ranges.insert(&key(range), index, 0).map_err(written)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_told_from_its_key() {
+        for (address, prefix) in [("172.18.0.0", 16), ("0.0.0.0", 0), ("fd00:1::", 64), ("10.0.0.7", 32)] {
+            let wanted = (address.parse().unwrap(), prefix);
+            assert_eq!(range(&key(&wanted)), wanted);
+        }
+    }
+}
