@@ -13,7 +13,7 @@ use lb_tests::{
     agent::{self, Agent, json, text},
     netns::{succeeds, within},
     swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
-    traffic::{Load, syns_repeated},
+    traffic::{Load, losses, syns_repeated},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
@@ -428,13 +428,21 @@ fn a_worker_that_left_and_joined_again_is_no_stranger() {
     update(first, "web", &["--force"]);
     within(PATIENCE, "tasks run on it again", || nodes_of(first, "web").contains(&"node3".to_owned()));
     serves(&swarm, "web", 6);
-    let before = syns_repeated(&swarm.client);
     for node in &swarm.nodes {
-        let counts = swarm.ask_often(node, 80, 102);
-        let counts = by_task(&counts);
-        assert_eq!((counts.len(), counts.values().max()), (6, Some(&17)), "{}: {counts:?}", node.name);
+        // Who takes replies of the new one for late ones of the old one costs each third client a second, every time.
+        within(PATIENCE, &format!("no client of {} sends its SYN twice", node.name), || {
+            let before = syns_repeated(&swarm.client);
+            let replies = swarm.ask_often(node, 80, 102);
+            let tasks = by_task(&replies);
+            assert_eq!(tasks.len(), 6, "{}: {tasks:?}", node.name);
+            let turns = tasks.values().all(|count| *count == 17);
+            let repeated = syns_repeated(&swarm.client) - before;
+            if !turns || repeated > 0 {
+                println!("{}: {repeated} SYNs sent again: {tasks:?}; {}", node.name, losses(&swarm.client));
+            }
+            turns && repeated == 0
+        });
     }
-    assert_eq!(syns_repeated(&swarm.client), before, "a SYN that is sent again costs its client a second");
     // Both are listed, each by a name of its own, and what is wrong with the old one is said.
     for node in &swarm.nodes {
         let document = json(&node.netns, &["node", "ls"]);
