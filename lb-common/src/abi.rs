@@ -61,11 +61,13 @@ pub mod table {
     pub const INNER_RANGES: &str = "INNER_RANGES";
     /// [`crate::stats::ServiceStats`] by service.
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
+    /// [`crate::stats::TableStats`] of the connection tables: IPv4, IPv6.
+    pub const TABLE_STATS: &str = "TABLE_STATS";
     /// [`super::Label`] by [`super::LabelKey`]: what user space calls the numbers.
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 26] = [
+    pub const ALL: [&str; 27] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -91,6 +93,7 @@ pub mod table {
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
+        TABLE_STATS,
         LABELS,
     ];
 }

@@ -1,4 +1,4 @@
-//! Per-CPU counters of services and backends.
+//! Per-CPU counters of services, backends and connection tables.
 
 use crate::pod;
 
@@ -30,6 +30,20 @@ pub struct ServiceStats {
     pub refused: u64,
 }
 
+/// What became of a connection table's lines. Those that are there are all that were inserted, less the others.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TableStats {
+    /// Made.
+    pub inserted: u64,
+    /// Given to another, after their connection had ended or been silent for too long.
+    pub reused: u64,
+    /// Given to another, though somebody may miss them: half-open ones, datagrams, one-sided ones.
+    pub displaced: u64,
+    /// Given up.
+    pub removed: u64,
+}
+
 impl BackendStats {
     /// The sum of both.
     #[must_use]
@@ -45,6 +59,25 @@ impl BackendStats {
     }
 }
 
+impl TableStats {
+    /// The sum of both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            inserted: self.inserted + other.inserted,
+            reused: self.reused + other.reused,
+            displaced: self.displaced + other.displaced,
+            removed: self.removed + other.removed,
+        }
+    }
+
+    /// Lines that are there, once nobody is at work.
+    #[must_use]
+    pub const fn live(&self) -> u64 {
+        self.inserted.wrapping_sub(self.reused).wrapping_sub(self.displaced).wrapping_sub(self.removed)
+    }
+}
+
 impl ServiceStats {
     /// The sum of both.
     #[must_use]
@@ -53,4 +86,4 @@ impl ServiceStats {
     }
 }
 
-pod!(BackendStats, ServiceStats);
+pod!(BackendStats, ServiceStats, TableStats);

@@ -18,6 +18,7 @@ use lb_common::{
         table::SPILLED,
     },
     net::Address as _,
+    stats::TableStats,
 };
 use lb_tests::{
     lab::{Lab, ip, service, task, with_lab_of},
@@ -138,6 +139,13 @@ fn assert_at_rest(lab: &Lab) -> BTreeMap<u32, Control> {
     live
 }
 
+/// The programs' account of the table is exact.
+fn assert_accounted(lab: &Lab, live: usize) -> TableStats {
+    let counted = lab.counters().connections[0];
+    assert_eq!(counted.live(), live as u64, "{counted:?}");
+    counted
+}
+
 /// Puts a thread into the lab's namespace and on a processor of its own.
 fn settle(netns: &File, number: usize) {
     setns(netns, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
@@ -197,6 +205,7 @@ fn two_cpus_and_user_space_leave_the_table_whole() {
             over.store(true, Ordering::Relaxed);
         });
         let live = assert_at_rest(lab);
+        let counted = assert_accounted(lab, live.len());
         // What spilled is told at home, or nobody would look for it.
         let sets = lab.sets();
         let lines = sets.iter().flat_map(|set| set.lines);
@@ -218,6 +227,8 @@ fn two_cpus_and_user_space_leave_the_table_whole() {
             .collect();
         assert!(lab.try_remove(&all).iter().all(|gone| *gone));
         assert!(assert_at_rest(lab).is_empty());
+        assert_accounted(lab, 0);
+        assert!(counted.displaced > 0 && counted.reused > 0 && counted.removed > 0, "{counted:?}");
     });
 }
 
@@ -251,6 +262,7 @@ fn two_cpus_that_are_asked_for_a_client_at_once_show_it_to_its_task_by_two_ports
         });
         let mut seen = BTreeSet::new();
         let live = assert_at_rest(lab);
+        assert_accounted(lab, live.len());
         let lines = lab.lines();
         for (at, control, line) in lines.iter().filter(|(_, control, _)| !control.has(ALIAS)) {
             let port = if control.has(ALIASED) { line.port } else { line.tuple.source_port };

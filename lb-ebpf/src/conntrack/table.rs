@@ -15,7 +15,7 @@ use lb_common::{
 
 use super::tracked::Tracked;
 use crate::io::{
-    atomic, clock,
+    atomic, clock, counters,
     family::Family,
     maps::{self, BACKENDS, TIMERS},
     packet::{Connection, Draft, Located, NOBODY, Packet, Search},
@@ -586,6 +586,7 @@ pub fn insert_anew<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sea
     write(set.line(way), draft);
     let settled = table::settle_anew((home, search.way), search.hints, set, claim, draft.state);
     let Some(live) = settled else {
+        counters::line::<A>(|lines| lines.removed += 1);
         return Inserted::Again as u32;
     };
     line.control = live.0;
@@ -651,6 +652,10 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
     let Some(claim) = table::claim(chosen, place.way, victim, now, longest) else {
         return Inserted::Again as u32;
     };
+    if claim.before.is_live() {
+        let missed = victim.class() < OVER;
+        counters::line::<A>(|lines| *(if missed { &mut lines.displaced } else { &mut lines.reused }) += 1);
+    }
     write(chosen.line(claim.way), draft);
     let here = place.set == search.set;
     let settled = if here {
@@ -661,6 +666,7 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
     let Some(live) = settled else {
         return Inserted::Again as u32;
     };
+    counters::line::<A>(|lines| lines.inserted += 1);
     line.control = live.0;
     line.slot = line::slot(place.set, claim.way & (WAYS - 1));
     if here { Inserted::AtHome as u32 } else { Inserted::Elsewhere as u32 }
@@ -728,7 +734,15 @@ pub fn has_other_task<A: Family>(alias: &FiveTuple<A>, search: &Search, service:
 #[inline(never)]
 pub fn remove<A: Family>(slot: u32, control: u64) -> bool {
     let at = At { way: line::way_of(slot), control: Control(control) };
-    set::<A>(line::set_of(slot)).is_some_and(|set| table::remove(set, at, || true))
+    set::<A>(line::set_of(slot)).is_some_and(|set| counted::<A>(table::remove(set, at, || true)))
+}
+
+#[inline(always)]
+fn counted<A: Family>(removed: bool) -> bool {
+    if removed {
+        counters::line::<A>(|lines| lines.removed += 1);
+    }
+    removed
 }
 
 /// The same, of a line that was last seen then and has not been since: what user space asks for.
@@ -738,7 +752,7 @@ pub fn expire<A: Family>(slot: u32, control: u64, seen: u32) -> bool {
     let Some(set) = set::<A>(line::set_of(slot)) else {
         return false;
     };
-    table::remove(set, at, || set.seen(at.way) == seen)
+    counted::<A>(table::remove(set, at, || set.seen(at.way) == seen))
 }
 
 /// Says that no line of a home lies elsewhere any more, see [`table::gather`].

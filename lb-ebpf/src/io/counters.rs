@@ -1,6 +1,8 @@
 //! Counters, all per CPU: an add is a plain memory write.
 
-use super::maps::{BACKEND_STATS, OUTCOMES, SERVICE_STATS};
+use lb_common::{net::Address, stats::TableStats};
+
+use super::maps::{BACKEND_STATS, OUTCOMES, SERVICE_STATS, TABLE_STATS};
 
 /// Counts what became of `packets` packets: an [`Outcome`](lb_common::outcome::Outcome)'s discriminant.
 #[inline(always)]
@@ -63,5 +65,14 @@ pub fn refused(service: u32) {
     if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
         // SAFETY: as above.
         unsafe { (*stats).refused += 1 };
+    }
+}
+
+/// Counts what became of a line of a family's connection table.
+#[inline(always)]
+pub fn line<A: Address>(count: impl FnOnce(&mut TableStats)) {
+    if let Some(stats) = TABLE_STATS.get_ptr_mut(!A::IS_V4 as u32) {
+        // SAFETY: as above.
+        count(unsafe { &mut *stats });
     }
 }

@@ -16,7 +16,7 @@ use lb_common::{
     guard::{Guard, Rate},
     net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
-    stats::{BackendStats, ServiceStats},
+    stats::{BackendStats, ServiceStats, TableStats},
     tunnel::{Path, Peer, SELF, TaskKey},
 };
 
@@ -120,6 +120,10 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
+
+/// Of IPv4, of IPv6.
+#[btf_map]
+pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
 
 /// What each program is working on, see [`super::packet::Packet`]: one entry a program. Not pinned: whoever
 /// loads the programs gets one of its own.

@@ -8,7 +8,7 @@ use aya::{
 };
 use lb_common::{
     outcome::Outcome,
-    stats::{BackendStats, ServiceStats},
+    stats::{BackendStats, ServiceStats, TableStats},
 };
 
 use super::{DatapathError, TableSet};
@@ -32,6 +32,8 @@ pub struct Counters {
     pub services: BTreeMap<u32, ServiceStats>,
     /// By number of the backend.
     pub backends: BTreeMap<u32, BackendStats>,
+    /// Of the connection tables: IPv4, IPv6.
+    pub connections: [TableStats; 2],
 }
 
 impl Counters {
@@ -68,6 +70,9 @@ impl TableSet {
     /// The kernel refuses a read.
     pub fn counters(&self, tables: &Tables) -> Result<Counters, DatapathError> {
         let mut counters = Counters::default();
+        for (family, stats) in (0..).zip(&mut counters.connections) {
+            *stats = sum(&self.table_stats, family, TableStats::default(), TableStats::plus)?;
+        }
         for outcome in Outcome::ALL {
             let packets = self.outcome(*outcome)?;
             counters.outcomes.push(OutcomeCount { outcome: *outcome, packets });

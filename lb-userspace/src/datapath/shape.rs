@@ -11,7 +11,7 @@ use lb_common::{
     guard::{Guard, Rate},
     net::{V4, V6, Wide},
     outcome::OUTCOMES,
-    stats::{BackendStats, ServiceStats},
+    stats::{BackendStats, ServiceStats, TableStats},
     tunnel::{Path, Peer, TaskKey},
 };
 
@@ -91,6 +91,7 @@ impl Shape {
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),
+            shape::<u32, TableStats>(table::TABLE_STATS, PerCpuArray, Some(2)),
             shape::<LabelKey, Label>(table::LABELS, Hash, labels(sizes)),
         ]
     }

@@ -16,7 +16,7 @@ use lb_common::{
     endpoint::{Endpoint, Listener, TaskEndpoint},
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
-    stats::{BackendStats, ServiceStats},
+    stats::{BackendStats, ServiceStats, TableStats},
     tunnel::{Path, Peer, TaskKey, mapped, unmapped},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -55,6 +55,7 @@ pub struct TableSet {
     pub(super) outcomes: PerCpuArray<MapData, u64>,
     pub(super) backend_stats: PerCpuArray<MapData, BackendStats>,
     pub(super) service_stats: PerCpuArray<MapData, ServiceStats>,
+    pub(super) table_stats: PerCpuArray<MapData, TableStats>,
 }
 
 fn open<T: TryFrom<Map, Error = MapError>>(pins: &PinDir, name: &str) -> Result<T, DatapathError> {
@@ -112,6 +113,7 @@ impl TableSet {
             outcomes: open(pins, table::OUTCOMES)?,
             backend_stats: open(pins, table::BACKEND_STATS)?,
             service_stats: open(pins, table::SERVICE_STATS)?,
+            table_stats: open(pins, table::TABLE_STATS)?,
         })
     }
 

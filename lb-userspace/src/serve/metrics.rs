@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use lb_common::{abi::Mode, stats::BackendStats};
+use lb_common::{
+    abi::{Mode, table},
+    stats::{BackendStats, TableStats},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{
@@ -388,6 +391,21 @@ impl Metrics {
             ("table_entries", "Entries of a table of connections, as they were counted last", None),
             fills(0),
         )?;
+        let lines = self.each(|exposed, interface| {
+            let tables = [table::CONNECTIONS4, table::CONNECTIONS6];
+            let tables = tables.into_iter().zip(&exposed.inventory.counters.connections);
+            let changes = |(table, stats): (&'static str, &TableStats)| {
+                let TableStats { inserted, reused, displaced, removed } = *stats;
+                [("inserted", inserted), ("reused", reused), ("displaced", displaced), ("removed", removed)]
+                    .map(|change| (table, change))
+            };
+            let sample = |(table, (change, count)): (&str, (&str, u64))| {
+                Sample(labels(interface, [("table", table), ("change", change)]), count as f64)
+            };
+            tables.flat_map(changes).map(sample).collect()
+        });
+        let help = "Lines of a table of connections by what became of them; displaced ones had not ended";
+        to.counter(("table_lines", help, None), lines)?;
         to.gauge(("table_capacity", "Entries that a table of connections is made for", None), fills(1))?;
         let memory = self.each(|exposed, interface| {
             let memory = exposed.memory.iter();
