@@ -57,6 +57,8 @@ pub mod table {
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
     pub const BACKEND_STATS: &str = "BACKEND_STATS";
+    /// Bits of the VLANs that this node has on the uplink, by their ids.
+    pub const VLANS: &str = "VLANS";
     /// The ranges of this node's own bridges, mapped ([`crate::net::Address::to_mapped`]): the interface's index.
     pub const INNER_RANGES: &str = "INNER_RANGES";
     /// [`crate::stats::ServiceStats`] by service.
@@ -67,7 +69,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 27] = [
+    pub const ALL: [&str; 28] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -90,6 +92,7 @@ pub mod table {
         PEER_NUMBERS,
         TASKS,
         INNER_RANGES,
+        VLANS,
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
@@ -343,6 +346,8 @@ pub mod size {
     pub const NODES: usize = 4_096;
     /// Addresses of a node that there is room for, on average.
     pub const NODE_ADDRESSES: usize = 4;
+    /// Words of the VLANs' bits: ids have twelve bits (IEEE 802.1Q).
+    pub const VLAN_WORDS: usize = (1 << 12) / u64::BITS as usize;
     /// Ranges of this node's own bridges.
     pub const INNER_RANGES: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.

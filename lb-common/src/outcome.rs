@@ -51,6 +51,9 @@ outcomes! {
     OtherProtocol = "other_protocol",
     /// No listener and no connection of ours.
     NotOurs = "not_ours",
+    /// A new connection for a listener in a frame of a VLAN that this node does not have on the uplink: its switch sends it more
+    /// than it should.
+    ForeignVlan = "foreign_vlan",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
     /// A later fragment of a datagram whose first one was not seen, or is not ours.

@@ -32,6 +32,12 @@ impl VlanTag {
     /// No tag.
     pub const NONE: Self = Self { protocol: Be16::from_raw(0), tci: Be16::from_raw(0) };
 
+    /// The VLAN's id; zero in a tag that has a priority alone.
+    #[inline(always)]
+    pub const fn id(self) -> u16 {
+        self.tci.get() & 0xfff
+    }
+
     /// Whether there is a tag.
     #[inline(always)]
     pub const fn is_some(self) -> bool {

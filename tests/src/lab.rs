@@ -288,6 +288,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             mtu: 1500,
         };
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);
+        lab.set_vlans(0..4096);
         lab.update(|_| {});
         test(&mut lab);
     });
@@ -325,6 +326,11 @@ impl Lab {
     pub fn set_inner_range(&mut self, first: &str, prefix: u8) {
         let ranges = InnerRanges::from([((ip(first), prefix), 7)]);
         self.datapath_mut().set_inner_ranges(ranges).expect("set the ranges");
+    }
+
+    /// Has the programs serve frames of these VLANs; at first it is all.
+    pub fn set_vlans(&mut self, ids: impl IntoIterator<Item = u16>) {
+        self.datapath_mut().set_vlans(ids.into_iter().collect()).expect("set the VLANs");
     }
 
     /// Changes the programs' surroundings.

@@ -173,6 +173,48 @@ fn nobody_is_served_who_cannot_be_out_there() {
 }
 
 #[test]
+fn frames_of_vlans_that_the_node_does_not_have_pass() {
+    with_lab(services(), |lab| {
+        let mut port = 41_000;
+        let mut counted = |lab: &mut Lab, tags: &[(u16, u16)]| {
+            port += 1;
+            let packet = V4.packet(SYN, port, 80).with(|p| p.tags = tags.to_vec());
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));
+            assert!(verdict.action == PASS, "{tags:?}");
+            counted.into_keys().collect::<Vec<_>>()
+        };
+        lab.set_vlans([7, 63, 64, 4094]);
+        // A tag that has a priority alone is of no VLAN; what the inner one is the owner of the outer one knows.
+        let here = [
+            &[][..],
+            &[(0x8100, 0)],
+            &[(0x8100, 7)],
+            &[(0x8100, 63)],
+            &[(0x88a8, 64), (0x8100, 5)],
+            &[(0x8100, 4094)],
+        ];
+        for tags in here {
+            assert_ne!(counted(lab, tags), [Outcome::ForeignVlan], "{tags:?}");
+        }
+        let lines = lab.lines().len();
+        assert_eq!(lines, here.len());
+        for tags in [
+            &[(0x8100, 1)][..],
+            &[(0x8100, 8)],
+            &[(0x8100, 62)],
+            &[(0x88a8, 65), (0x8100, 7)],
+            &[(0x8100, 4095)],
+        ] {
+            assert_eq!(counted(lab, tags), [Outcome::ForeignVlan], "{tags:?}");
+        }
+        // One that goes.
+        lab.set_vlans([]);
+        assert_eq!(counted(lab, &[(0x8100, 7)]), [Outcome::ForeignVlan]);
+        assert_eq!(lab.lines().len(), lines);
+    });
+}
+
+#[test]
 fn other_protocols_and_stray_fragments_pass() {
     with_lab(services(), |lab| {
         let (v4, v6) = (V4.packet(SYN, 40_000, 80), V6.packet(SYN, 40_000, 80));

@@ -42,6 +42,9 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);
     }
+    if !maps::has_vlan(packet.tags.outer) {
+        return Err(Outcome::ForeignVlan);
+    }
     // The kernel refuses them where it routes. A task would trust what its neighbours alone should be, and answer one of this
     // node's addresses, which may be another service's, for ever.
     let source = &packet.key.source;

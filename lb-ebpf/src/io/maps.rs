@@ -17,6 +17,7 @@ use lb_common::{
     net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats, TableStats},
+    tags::VlanTag,
     tunnel::{Path, Peer, SELF, TaskKey},
 };
 
@@ -121,6 +122,9 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
 
+#[btf_map]
+pub static VLANS: Array<u64, { size::VLAN_WORDS }> = Array::new();
+
 /// Of IPv4, of IPv6.
 #[btf_map]
 pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
@@ -174,4 +178,11 @@ pub fn is_own<A: Address>(address: &A) -> bool {
 #[inline(always)]
 pub fn is_inner<A: Address>(address: &A) -> bool {
     INNER_RANGES.get(&Key::new(128, address.to_mapped())).is_some()
+}
+
+/// Whether a frame with this outer tag is one of this node's: it has no VLAN, or one that the node has on the uplink.
+#[inline(always)]
+pub fn has_vlan(outer: VlanTag) -> bool {
+    let id = outer.id() as u32;
+    id == 0 || VLANS.get(id / u64::BITS).is_some_and(|bits| bits >> (id % u64::BITS) & 1 != 0)
 }

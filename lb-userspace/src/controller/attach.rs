@@ -151,12 +151,7 @@ impl Controller {
 
 /// XDP cannot see tags that the device takes out of the frames; TC can.
 fn hidden_tags(snapshot: &Snapshot, uplink: &Link, mode: Mode) -> Result<(), String> {
-    let above: Vec<&str> = snapshot
-        .links
-        .values()
-        .filter(|link| link.kind == "vlan" && link.lower == Some(uplink.index) && !link.lower_elsewhere)
-        .map(|link| link.name.as_str())
-        .collect();
+    let above: Vec<&str> = snapshot.vlans_on(uplink.index).map(|link| link.name.as_str()).collect();
     if mode == Mode::Tc
         || above.is_empty()
         || !net::device(&uplink.name).is_ok_and(|device| device.takes_tags)

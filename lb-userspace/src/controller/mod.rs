@@ -483,6 +483,7 @@ impl Controller {
         if !serve && config.uplink_mac != uplink.mac {
             self.datapath.set_config(Config { uplink_mac: uplink.mac, ..config })?;
         }
+        self.datapath.set_vlans(snapshot.vlans_on(uplink.index).filter_map(|link| link.vlan).collect())?;
         let mut complaints = self.sync_inner_ranges(&snapshot, &uplink)?;
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();

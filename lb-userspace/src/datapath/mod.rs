@@ -58,7 +58,7 @@ pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
 pub use shape::Sizes;
-pub use tables::{Drains, TableSet};
+pub use tables::{Drains, TableSet, Vlans};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -94,6 +94,8 @@ pub struct Datapath {
     config: Config,
     /// The ranges of the node's own bridges, once they were written.
     inner_ranges: Option<InnerRanges>,
+    /// The VLANs on the uplink, once they were written.
+    vlans: Option<Vlans>,
     adopted: bool,
     /// What was done to links and filters, and can be undone.
     journal: Journal,
@@ -137,6 +139,7 @@ impl Datapath {
             tables,
             config,
             inner_ranges: None,
+            vlans: None,
             adopted,
             journal: Journal::default(),
             qdiscs: Vec::new(),
@@ -252,6 +255,18 @@ impl Datapath {
         if self.inner_ranges.as_ref() != Some(&wanted) {
             self.set.set_inner_ranges(&wanted)?;
             self.inner_ranges = Some(wanted);
+        }
+        Ok(())
+    }
+
+    /// Has the programs serve frames of these VLANs, of none, and no others.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or a write.
+    pub fn set_vlans(&mut self, wanted: Vlans) -> Result<(), DatapathError> {
+        if self.vlans.as_ref() != Some(&wanted) {
+            self.set.set_vlans(&wanted)?;
+            self.vlans = Some(wanted);
         }
         Ok(())
     }

@@ -88,6 +88,7 @@ impl Shape {
             ),
             shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
             shape::<Key<Wide>, u32>(table::INNER_RANGES, LpmTrie, Some(size::INNER_RANGES as u32)),
+            shape::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),

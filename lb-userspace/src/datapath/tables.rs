@@ -1,6 +1,9 @@
 //! Reading and writing the pinned tables.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use aya::{
     Pod,
@@ -9,7 +12,7 @@ use aya::{
 use lb_common::{
     abi::{
         Config, LABEL_BACKEND, LABEL_BYTES, LABEL_DRAIN, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE,
-        LABEL_TROUBLE, Label, LabelKey, table,
+        LABEL_TROUBLE, Label, LabelKey, size, table,
     },
     backend::{Backend, State},
     conntrack::{Phase, Timers},
@@ -27,6 +30,9 @@ use crate::{
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ServiceLabel, Tables, TaskListener},
     report::{Drain, SourceReport, Trouble},
 };
+
+/// Ids of VLANs.
+pub type Vlans = BTreeSet<u16>;
 
 type Listeners<A> = HashMap<MapData, Endpoint<A>, Listener>;
 type TaskEndpoints<A> = HashMap<MapData, Endpoint<A>, TaskEndpoint<A>>;
@@ -47,6 +53,7 @@ pub struct TableSet {
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
     pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
+    vlans: Array<MapData, u64>,
     labels: HashMap<MapData, LabelKey, Label>,
     timers: Array<MapData, Timers>,
     guard: Array<MapData, Guard>,
@@ -105,6 +112,7 @@ impl TableSet {
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
             inner_ranges: open(pins, table::INNER_RANGES)?,
+            vlans: open(pins, table::VLANS)?,
             labels: open(pins, table::LABELS)?,
             timers: open(pins, table::TIMERS)?,
             guard: open(pins, table::GUARD)?,
@@ -139,6 +147,19 @@ impl TableSet {
     /// The kernel refuses the read.
     pub fn surroundings(&self) -> Result<Config, DatapathError> {
         self.config()
+    }
+
+    /// Makes the table hold these VLANs and no other.
+    pub(super) fn set_vlans(&mut self, wanted: &Vlans) -> Result<(), DatapathError> {
+        for word in 0..size::VLAN_WORDS as u32 {
+            let first = word as u16 * u64::BITS as u16;
+            let ids = wanted.range(first..first + u64::BITS as u16);
+            let bits = ids.fold(0_u64, |bits, id| bits | 1 << (id - first));
+            if self.vlans.get(&word, 0).map_err(|e| DatapathError::map("read", e))? != bits {
+                write(&mut self.vlans, word, bits)?;
+            }
+        }
+        Ok(())
     }
 
     /// The flood guard, and how many connections it has placed.

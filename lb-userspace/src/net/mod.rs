@@ -25,7 +25,7 @@ use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
+    link::{InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
         NeighbourState,
@@ -69,6 +69,8 @@ pub struct Link {
     pub up: bool,
     /// `veth`, `bridge`, `vlan`, …; empty for a plain device.
     pub kind: String,
+    /// The id of the VLAN that it is.
+    pub vlan: Option<u16>,
     /// The bridge or bond it is a port of.
     pub master: Option<u32>,
     /// The interface it sits on, or a veth's peer.
@@ -119,6 +121,12 @@ impl Snapshot {
         let outside = self.addresses_of(uplink);
         let meets = move |range: &Range| outside.iter().any(|address| range.has(*address));
         self.ranges.iter().filter(move |range| inner(range.interface) && !meets(range))
+    }
+
+    /// The VLANs on an interface that this machine has itself.
+    pub fn vlans_on(&self, index: u32) -> impl Iterator<Item = &Link> {
+        let here = move |link: &&Link| link.lower == Some(index) && !link.lower_elsewhere;
+        self.links.values().filter(|link| link.kind == "vlan").filter(here)
     }
 
     /// The addresses of an interface.
@@ -372,6 +380,7 @@ fn link(message: &LinkMessage) -> Link {
         mac: [0; 6],
         up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
         kind: String::new(),
+        vlan: None,
         master: None,
         lower: None,
         lower_elsewhere: false,
@@ -398,8 +407,15 @@ fn link(message: &LinkMessage) -> Link {
             }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
-                    if let LinkInfo::Kind(kind) = info {
-                        link.kind = kind_name(kind);
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = kind_name(kind),
+                        LinkInfo::Data(InfoData::Vlan(facts)) => {
+                            link.vlan = facts.iter().find_map(|fact| match fact {
+                                InfoVlan::Id(id) => Some(*id),
+                                _ => None,
+                            });
+                        }
+                        _ => {}
                     }
                 }
             }

@@ -198,6 +198,7 @@ mod tests {
             mac: [0; 6],
             up: true,
             kind: kind.into(),
+            vlan: None,
             master,
             lower: None,
             lower_elsewhere: true,
