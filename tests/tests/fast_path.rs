@@ -157,6 +157,12 @@ fn since(mut end: End, before: &Counters) -> End {
         stats.connections -= before.connections;
         stats.refused -= before.refused;
     }
+    for (lines, before) in end.counters.connections.iter_mut().zip(&before.connections) {
+        lines.inserted -= before.inserted;
+        lines.reused -= before.reused;
+        lines.displaced -= before.displaced;
+        lines.removed -= before.removed;
+    }
     end
 }
 
