@@ -13,7 +13,7 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use crate::netns::Netns;
+use crate::netns::{Netns, succeeds};
 
 /// A client that opens a connection for each request, as `curl` in a loop does.
 pub fn client() -> ureq::Agent {
@@ -198,7 +198,7 @@ pub fn hash(bytes: &[u8]) -> [u8; 32] {
 /// Serves one TCP connection on port 8080 of every address: answers with the hash of what it receives until the
 /// client stops sending.
 pub fn hash_one_upload() {
-    let listener = TcpListener::bind("[::]:8080").expect("listen");
+    let listener = listen("[::]:8080");
     let (mut stream, _) = listener.accept().expect("a client");
     let mut sum = Sha256::new();
     let mut buffer = vec![0; 1 << 16];
@@ -340,6 +340,13 @@ fn read_hash(stream: &mut TcpStream) -> ([u8; 32], usize) {
     }
 }
 
+/// Listens at an address of this namespace. A program that another test is starting holds copies of all descriptors until it runs:
+/// what listened there before is gone a moment after it was closed.
+pub fn listen(address: &str) -> TcpListener {
+    let bind = || TcpListener::bind(address).map_err(|error| error.to_string());
+    succeeds(Duration::from_secs(10), &format!("listen at {address}"), bind)
+}
+
 /// Which way a transfer goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -351,7 +358,7 @@ pub enum Direction {
 
 /// Sends megabytes between a client and a task that listens on port 8080, and compares the hashes of both ends.
 pub fn transfer(client: &Netns, task: &Netns, to: SocketAddr, direction: Direction, megabytes: usize) {
-    let listener = task.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+    let listener = task.enter(|| listen("[::]:8080"));
     let server = task.spawn(move || {
         let (mut stream, _) = listener.accept().expect("a client");
         match direction {

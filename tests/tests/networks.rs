@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     os::fd::AsRawFd as _,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use lb_tests::{
     lab::{Lab, REDIRECT, ip, service, task, with_lab},
     netns::{Netns, eventually, run},
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
-    traffic::{Direction, transfer},
+    traffic::{Direction, listen, transfer},
 };
 use lb_userspace::cluster::Via;
 use socket2::{Domain, Socket, Type};
@@ -155,7 +155,7 @@ fn a_connection_goes_on_when_its_uplink_becomes_narrower() {
         let _agent = attach(&cluster, mode);
         for address in cluster.addresses(0) {
             narrow_to(&cluster, 1500);
-            let listener = cluster.tasks[0].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+            let listener = cluster.tasks[0].netns.enter(|| listen("[::]:8080"));
             let mut stream = cluster.client.enter(|| {
                 TcpStream::connect_timeout(&SocketAddr::new(address, 80), Duration::from_secs(10))
                     .expect("connect")

@@ -16,6 +16,7 @@ use lb_tests::{
     cluster::{Cluster, Node, Reach, Task},
     lab::{Whose, take_lines},
     netns::eventually,
+    traffic::listen,
 };
 
 /// How long an answer may take on a busy machine.
@@ -32,7 +33,7 @@ struct Server {
 
 impl Server {
     fn start(task: &Task, number: u8) -> Self {
-        let listener = task.netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+        let listener = task.netns.enter(|| listen("[::]:8080"));
         let socket = listener.try_clone().expect("the same socket");
         let thread = task.netns.spawn(move || {
             std::thread::scope(|scope| {

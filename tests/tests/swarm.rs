@@ -429,8 +429,9 @@ fn a_worker_that_left_and_joined_again_is_no_stranger() {
     within(PATIENCE, "tasks run on it again", || nodes_of(first, "web").contains(&"node3".to_owned()));
     serves(&swarm, "web", 6);
     for node in &swarm.nodes {
-        // Who takes replies of the new one for late ones of the old one costs each third client a second, every time.
-        within(PATIENCE, &format!("no client of {} sends its SYN twice", node.name), || {
+        // Who takes replies of the new one for late ones of the old one costs each third client a second, every time. Swarm may
+        // move a task once.
+        let clean = (0..3).any(|_| {
             let before = syns_repeated(&swarm.client);
             let replies = swarm.ask_often(node, 80, 102);
             let tasks = by_task(&replies);
@@ -442,6 +443,7 @@ fn a_worker_that_left_and_joined_again_is_no_stranger() {
             }
             turns && repeated == 0
         });
+        assert!(clean, "no client of {} sends its SYN twice, in turns", node.name);
     }
     // Both are listed, each by a name of its own, and what is wrong with the old one is said.
     for node in &swarm.nodes {
