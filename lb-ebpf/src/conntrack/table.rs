@@ -579,12 +579,12 @@ pub fn insert_anew<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sea
     let (Some(set), Some(home)) = (set::<A>(index), set::<A>(search.set)) else {
         return Inserted::Full as u32;
     };
-    line.anew = 0;
     let Some(claim) = table::claim_anew(set, At { way, control: Control(line.control) }) else {
         return Inserted::Again as u32;
     };
     write(set.line(way), draft);
     let settled = table::settle_anew((home, search.way), search.hints, set, claim, draft.state);
+    line.anew = 0;
     let Some(live) = settled else {
         counters::line::<A>(|lines| lines.removed += 1);
         return Inserted::Again as u32;
@@ -752,7 +752,15 @@ pub fn expire<A: Family>(slot: u32, control: u64, seen: u32) -> bool {
     let Some(set) = set::<A>(line::set_of(slot)) else {
         return false;
     };
-    counted::<A>(table::remove(set, at, || set.seen(at.way) == seen))
+    let removed = table::remove(set, at, || set.seen(at.way) == seen);
+    if removed {
+        // Before Linux 6.2 a packet may come between the two halves of an addition by who is not called for one.
+        counters::line::<A>(|lines| {
+            // SAFETY: it is a counter, aligned.
+            let _ = unsafe { atomic::fetch_add(&raw mut lines.removed, 1) };
+        });
+    }
+    removed
 }
 
 /// Says that no line of a home lies elsewhere any more, see [`table::gather`].
