@@ -59,7 +59,7 @@ pub mod table {
     pub const BACKEND_STATS: &str = "BACKEND_STATS";
     /// Bits of the VLANs that this node has on the uplink, by their ids.
     pub const VLANS: &str = "VLANS";
-    /// The ranges of this node's own bridges, mapped ([`crate::net::Address::to_mapped`]): the interface's index.
+    /// What ranges of addresses are to this node, mapped ([`crate::net::Address::to_mapped`]): [`super::inner`].
     pub const INNER_RANGES: &str = "INNER_RANGES";
     /// [`crate::stats::ServiceStats`] by service.
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
@@ -99,6 +99,16 @@ pub mod table {
         TABLE_STATS,
         LABELS,
     ];
+}
+
+/// What a range of addresses is to this node; the narrowest one that has an address counts.
+pub mod inner {
+    /// It lies behind an interface that leads outside.
+    pub const OUTSIDE: u32 = 0;
+    /// It lies behind a bridge of containers of this node.
+    pub const BRIDGE: u32 = 1;
+    /// It is an address of this node itself.
+    pub const OWN: u32 = 2;
 }
 
 /// Names of the programs in the object.
@@ -348,7 +358,7 @@ pub mod size {
     pub const NODE_ADDRESSES: usize = 4;
     /// Words of the VLANs' bits: ids have twelve bits (IEEE 802.1Q).
     pub const VLAN_WORDS: usize = (1 << 12) / u64::BITS as usize;
-    /// Ranges of this node's own bridges.
+    /// Ranges of this node's interfaces, and its addresses.
     pub const INNER_RANGES: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;

@@ -69,7 +69,7 @@ outcomes! {
     /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
     /// A new connection for a listener from an address that nobody can have out there: loopback, multicast, unspecified, one of
-    /// this node's own, or one behind a bridge of this node's.
+    /// this node's own, or one behind a bridge of its containers.
     Martian = "martian",
     /// The task of the connection is gone.
     BackendGone = "backend_gone",
@@ -84,7 +84,7 @@ outcomes! {
     LateReply = "late_reply",
     /// A reply to a translated port whose connection is gone: dropped, for it would leave with the task's address.
     StaleAlias = "stale_alias",
-    /// Two CPUs began a connection of one client port to one task at once, and this one was second: the client sends again.
+    /// Other CPUs began connections of this client port each time that this one was tried: the client sends again.
     SourceCollision = "source_collision",
     /// No free source port for another connection to this task.
     SnatPortsExhausted = "snat_ports_exhausted",

@@ -322,9 +322,10 @@ impl Lab {
         self.datapath().now().expect("the clock")
     }
 
-    /// Has the programs refuse clients of this range, as an interface of this number leads there.
-    pub fn set_inner_range(&mut self, first: &str, prefix: u8) {
-        let ranges = InnerRanges::from([((ip(first), prefix), 7)]);
+    /// Tells the programs what these ranges are to the node, one of [`lb_common::abi::inner`] each.
+    pub fn set_inner_ranges(&mut self, ranges: &[(&str, u8, u32)]) {
+        let ranges = ranges.iter().map(|(first, prefix, what)| ((ip(first), *prefix), *what));
+        let ranges = InnerRanges::from_iter(ranges);
         self.datapath_mut().set_inner_ranges(ranges).expect("set the ranges");
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use lb_common::{
-    abi::{META_TC_DECIDES, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS},
+    abi::{META_TC_DECIDES, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS, inner},
     backend::VIA_TC,
     conntrack::line::ALIAS,
     outcome::Outcome,
@@ -141,7 +141,13 @@ fn nobody_is_served_who_cannot_be_out_there() {
         (&V6, ["::", "::1", "ff02::1", V6.listener].as_slice()),
     ];
     with_lab(services(), |lab| {
-        lab.set_inner_range("172.30.0.0", 16);
+        lab.set_inner_ranges(&[
+            ("172.30.0.0", 16, inner::BRIDGE),
+            // The kernel routes what is narrower elsewhere.
+            ("172.30.7.0", 24, inner::OUTSIDE),
+            (V4.listener, 32, inner::OWN),
+            (V6.listener, 128, inner::OWN),
+        ]);
         let forged = |family: &Family, transport, to, source: &str| {
             family.packet(transport, 40_000, to).with(|p| p.source = ip(source)).bytes()
         };
@@ -157,14 +163,20 @@ fn nobody_is_served_who_cannot_be_out_there() {
         }
         assert_eq!((lab.lines().len(), lab.lines6().len()), (0, 0));
         // Their neighbours are.
-        for source in
-            ["1.0.0.1", "126.255.255.255", "128.0.0.1", "223.255.255.255", "172.29.255.255", "172.31.0.0"]
-        {
+        for source in [
+            "1.0.0.1",
+            "126.255.255.255",
+            "128.0.0.1",
+            "223.255.255.255",
+            "172.29.255.255",
+            "172.31.0.0",
+            "172.30.7.7",
+        ] {
             let (_, counted) = lab.counting(|lab| lab.xdp(&forged(&V4, SYN, 80, source)));
             assert_eq!(counted.get(&Outcome::Martian), None, "{source}");
         }
-        assert_eq!(lab.lines().len(), 6);
-        lab.set_inner_range("fd30::", 64);
+        assert_eq!(lab.lines().len(), 7);
+        lab.set_inner_ranges(&[("fd30::", 64, inner::BRIDGE)]);
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&forged(&V6, SYN, 80, "fd30::7")));
         assert_eq!((verdict.action, counted), (DROP, BTreeMap::from([(Outcome::Martian, 1)])));
         let (_, counted) = lab.counting(|lab| lab.xdp(&forged(&V4, SYN, 80, "172.30.0.1")));
@@ -188,6 +200,7 @@ fn frames_of_vlans_that_the_node_does_not_have_pass() {
         let here = [
             &[][..],
             &[(0x8100, 0)],
+            &[(0x8100, 0), (0x8100, 7)],
             &[(0x8100, 7)],
             &[(0x8100, 63)],
             &[(0x88a8, 64), (0x8100, 5)],
@@ -202,6 +215,7 @@ fn frames_of_vlans_that_the_node_does_not_have_pass() {
             &[(0x8100, 1)][..],
             &[(0x8100, 8)],
             &[(0x8100, 62)],
+            &[(0x8100, 0), (0x8100, 5)],
             &[(0x88a8, 65), (0x8100, 7)],
             &[(0x8100, 4095)],
         ] {

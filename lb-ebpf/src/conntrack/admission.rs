@@ -1,10 +1,11 @@
 //! Making connections: choose a task, draft a line, put it into the table.
 
 use lb_common::{
+    abi::inner,
     backend::{Backend, Kind},
     conntrack::{
         Control, FiveTuple,
-        line::{CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
+        line::{ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
         tcp::{FIN, RST, SYN},
     },
     endpoint::{CONSISTENT, Endpoint, Listener},
@@ -42,13 +43,13 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);
     }
-    if !maps::has_vlan(packet.tags.outer) {
+    if !maps::has_vlan(&packet.tags) {
         return Err(Outcome::ForeignVlan);
     }
     // The kernel refuses them where it routes. A task would trust what its neighbours alone should be, and answer one of this
     // node's addresses, which may be another service's, for ever.
     let source = &packet.key.source;
-    if source.is_martian() || maps::is_own(source) || maps::is_inner(source) {
+    if source.is_martian() || maps::inner(source) != inner::OUTSIDE {
         return Err(Outcome::Martian);
     }
     // What goes on behind the guard was counted when it was placed.
@@ -182,9 +183,18 @@ fn into_packet<A: Family>(packet: &mut Packet<A>) -> Result<(), Outcome> {
 #[inline(never)]
 pub fn look_again<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> u64 {
     let Packet { key, line, search, .. } = packet;
+    let (anew, slot, version) = (line.anew != 0, line.slot, Control(line.control).version());
     line.anew = 0;
     if table::find(key, line, search) == Found::Line {
-        return verifier::pack(into_packet(packet).map(|()| Step::ToTask as u32));
+        let control = Control(line.control);
+        let answered = search.avoid != NOBODY && control.has(ANSWERED) && !control.is_closing();
+        // The line that was to be given anew, in another state by now, is nobody's new one; but a task that is late may have
+        // answered after all.
+        let still = anew && line.slot == slot && control.version() == version && !answered;
+        if !still {
+            return verifier::pack(into_packet(packet).map(|()| Step::ToTask as u32));
+        }
+        line.anew = 1;
     }
     // What was placed by its hash has no choice.
     if !needs_alias(packet, backend) && packet.search.guarded == 0 {
@@ -310,8 +320,8 @@ fn try_from_peer<A: Tracked>(
     if packet.kind > FIRST {
         return Ok(Step::ToTask as u32);
     }
-    // The node that the client used knows its own bridges alone.
-    if maps::is_inner(&packet.key.source) {
+    // The node that the client used knows its own bridges alone; the client may be this node itself.
+    if maps::inner(&packet.key.source) == inner::BRIDGE {
         return Err(Outcome::Martian);
     }
     draft_by_peer(packet, tunnel, index, backend);

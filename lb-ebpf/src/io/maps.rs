@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    abi::{Config, Label, LabelKey, size},
+    abi::{Config, Label, LabelKey, inner, size},
     backend::Backend,
     conntrack::{Set, Timers, is_within},
     endpoint::{Endpoint, Listener, TaskEndpoint},
@@ -17,7 +17,7 @@ use lb_common::{
     net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats, TableStats},
-    tags::VlanTag,
+    tags::Tags,
     tunnel::{Path, Peer, SELF, TaskKey},
 };
 
@@ -174,15 +174,19 @@ pub fn is_own<A: Address>(address: &A) -> bool {
     unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }
 
-/// Whether the address lies behind a bridge of this node's.
+/// What the address is to this node: [`inner`].
 #[inline(always)]
-pub fn is_inner<A: Address>(address: &A) -> bool {
-    INNER_RANGES.get(&Key::new(128, address.to_mapped())).is_some()
+pub fn inner<A: Address>(address: &A) -> u32 {
+    INNER_RANGES.get(&Key::new(128, address.to_mapped())).copied().unwrap_or(inner::OUTSIDE)
 }
 
-/// Whether a frame with this outer tag is one of this node's: it has no VLAN, or one that the node has on the uplink.
+/// Whether a frame with these tags is one of this node's: it has no VLAN, or one that the node has on the uplink. A tag that
+/// has a priority alone is of none; the kernel takes it off and looks at the next.
 #[inline(always)]
-pub fn has_vlan(outer: VlanTag) -> bool {
-    let id = outer.id() as u32;
+pub fn has_vlan(tags: &Tags) -> bool {
+    let id = match tags.outer.id() {
+        0 => tags.inner.id(),
+        id => id,
+    } as u32;
     id == 0 || VLANS.get(id / u64::BITS).is_some_and(|bits| bits >> (id % u64::BITS) & 1 != 0)
 }

@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     cluster::{ClusterState, TaskState},
-    datapath::{self, ConnectionLog, Datapath, DatapathError, InnerRanges, Sizes, TcHook},
+    datapath::{self, ConnectionLog, Datapath, DatapathError, Sizes, TcHook},
     events::{Event, Kind, Recorder},
     limits::Watch,
     logging,
@@ -445,11 +445,9 @@ impl Controller {
         self.served.is_none() || !self.behind.is_empty() || self.planner.unreached() > 0
     }
 
-    /// Has the datapath refuse clients that say to be where this node's own bridges lead.
-    fn sync_inner_ranges(&mut self, snapshot: &Snapshot, uplink: &Link) -> Result<BTreeSet<String>> {
-        let ranges = snapshot.inner_ranges(uplink.index);
-        let mut wanted: InnerRanges =
-            ranges.map(|range| ((range.first, range.prefix), range.interface)).collect();
+    /// Has the datapath refuse clients that say to be where this node itself or its containers are.
+    fn sync_inner_ranges(&mut self, snapshot: &Snapshot) -> Result<BTreeSet<String>> {
+        let mut wanted = snapshot.inner_ranges();
         let many = wanted.len();
         let mut complaints = BTreeSet::new();
         while wanted.len() > size::INNER_RANGES {
@@ -457,7 +455,7 @@ impl Controller {
         }
         if wanted.len() < many {
             complaints.insert(format!(
-                "this node's bridges have {many} ranges, and {} fit: forged packets from the others are served",
+                "this node's interfaces have {many} ranges and addresses, and {} fit: forged packets from the others are served",
                 size::INNER_RANGES
             ));
         }
@@ -484,7 +482,7 @@ impl Controller {
             self.datapath.set_config(Config { uplink_mac: uplink.mac, ..config })?;
         }
         self.datapath.set_vlans(snapshot.vlans_on(uplink.index).filter_map(|link| link.vlan).collect())?;
-        let mut complaints = self.sync_inner_ranges(&snapshot, &uplink)?;
+        let mut complaints = self.sync_inner_ranges(&snapshot)?;
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();
             let synced = self.sync_tables(&cluster, &snapshot, &uplink, &mut complaints).await;

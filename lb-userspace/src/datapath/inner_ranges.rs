@@ -1,4 +1,4 @@
-//! The ranges of this node's own bridges: nobody out there can have an address of theirs.
+//! What ranges of addresses are to this node: nobody out there can have one of its own, or one of its containers'.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -10,7 +10,7 @@ use lb_common::{
 
 use super::{DatapathError, tables::TableSet};
 
-/// Ranges, by their first address and the length of their prefix in bits: the index of the interface that leads there.
+/// Ranges, by their first address and the length of their prefix in bits: one of [`lb_common::abi::inner`].
 pub type InnerRanges = BTreeMap<(IpAddr, u8), u32>;
 
 /// Bits before an IPv4 address where it is mapped.
@@ -35,14 +35,14 @@ impl TableSet {
     /// The kernel refuses a read or a write.
     pub(super) fn set_inner_ranges(&mut self, wanted: &InnerRanges) -> Result<(), DatapathError> {
         let read: Result<InnerRanges, _> =
-            self.inner_ranges.iter().map(|entry| entry.map(|(key, index)| (range(&key), index))).collect();
+            self.inner_ranges.iter().map(|entry| entry.map(|(key, what)| (range(&key), what))).collect();
         let there = read.map_err(|error| DatapathError::map("read", error))?;
         let written = |error| DatapathError::map("write", error);
         for gone in there.keys().filter(|range| !wanted.contains_key(range)) {
             self.inner_ranges.remove(&key(gone)).map_err(written)?;
         }
-        for (range, index) in wanted.iter().filter(|(range, index)| there.get(range) != Some(index)) {
-            self.inner_ranges.insert(&key(range), index, 0).map_err(written)?;
+        for (range, what) in wanted.iter().filter(|(range, what)| there.get(range) != Some(what)) {
+            self.inner_ranges.insert(&key(range), what, 0).map_err(written)?;
         }
         Ok(())
     }

@@ -92,7 +92,7 @@ pub struct Datapath {
     /// What the tables say, kept in step.
     tables: Tables,
     config: Config,
-    /// The ranges of the node's own bridges, once they were written.
+    /// What ranges of addresses are to the node, once it was written.
     inner_ranges: Option<InnerRanges>,
     /// The VLANs on the uplink, once they were written.
     vlans: Option<Vlans>,
@@ -247,7 +247,7 @@ impl Datapath {
         self.config
     }
 
-    /// Has the programs refuse clients that say to be in one of these ranges, and no other.
+    /// Tells the programs what ranges of addresses are to the node: who says to be inside is refused.
     ///
     /// # Errors
     /// The kernel refuses a read or a write.

@@ -20,6 +20,7 @@ use std::{
 
 pub use device::{Device, device};
 use futures::{StreamExt as _, TryStreamExt as _};
+use lb_common::abi::inner;
 pub use netdev::xdp_features;
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
@@ -109,23 +110,35 @@ impl Snapshot {
         self.links.values().find(|link| link.name == name)
     }
 
-    /// The ranges of this node's own bridges: those that none but containers and virtual machines of this node are plugged into.
-    /// Where the uplink itself has an address of such a range, clients of it may come from there too.
-    pub fn inner_ranges(&self, uplink: u32) -> impl Iterator<Item = &Range> {
-        let inner = move |index: u32| {
-            let mut ports = self.links.values().filter(|link| link.master == Some(index));
-            index != uplink
-                && self.links.get(&index).is_some_and(|link| link.kind == "bridge")
-                && ports.all(|port| port.index != uplink && ["veth", "tun"].contains(&port.kind.as_str()))
+    /// What the ranges behind this node's interfaces are to it, by their first address and prefix; as the kernel routes, the
+    /// narrowest one counts. A bridge of containers is one that is up and has veths alone as its ports: behind others are
+    /// machines, or the network itself.
+    pub fn inner_ranges(&self) -> BTreeMap<(IpAddr, u8), u32> {
+        let has_containers = |index: u32| {
+            let mut ports = self.links.values().filter(|link| link.master == Some(index)).peekable();
+            self.links.get(&index).is_some_and(|link| link.kind == "bridge" && link.up)
+                && ports.peek().is_some()
+                && ports.all(|port| port.kind == "veth")
         };
-        let outside = self.addresses_of(uplink);
-        let meets = move |range: &Range| outside.iter().any(|address| range.has(*address));
-        self.ranges.iter().filter(move |range| inner(range.interface) && !meets(range))
+        let mut ranges = BTreeMap::new();
+        for range in &self.ranges {
+            let what = if has_containers(range.interface) { inner::BRIDGE } else { inner::OUTSIDE };
+            // Where two interfaces have one range, its clients may be behind either.
+            let known: &mut u32 = ranges.entry((range.first, range.prefix)).or_insert(what);
+            *known = (*known).min(what);
+        }
+        let own =
+            self.addresses.iter().map(|(_, own)| ((*own, if own.is_ipv4() { 32 } else { 128 }), inner::OWN));
+        ranges.extend(own);
+        ranges
     }
 
-    /// The VLANs on an interface that this machine has itself.
+    /// The VLANs on an interface, or on the bond or bridge that it is a port of, that this machine has itself.
     pub fn vlans_on(&self, index: u32) -> impl Iterator<Item = &Link> {
-        let here = move |link: &&Link| link.lower == Some(index) && !link.lower_elsewhere;
+        let master = self.links.get(&index).and_then(|link| link.master);
+        let here = move |link: &&Link| {
+            !link.lower_elsewhere && link.lower.is_some_and(|lower| lower == index || Some(lower) == master)
+        };
         self.links.values().filter(|link| link.kind == "vlan").filter(here)
     }
 
@@ -144,19 +157,6 @@ pub struct Range {
     pub first: IpAddr,
     /// Length of its prefix in bits.
     pub prefix: u8,
-}
-
-impl Range {
-    /// Whether an address lies in it.
-    pub fn has(&self, address: IpAddr) -> bool {
-        let same =
-            |bits: u32, differ: u128| differ.checked_shr(bits - u32::from(self.prefix)).unwrap_or(0) == 0;
-        match (self.first, address) {
-            (IpAddr::V4(first), IpAddr::V4(other)) => same(32, (first.to_bits() ^ other.to_bits()).into()),
-            (IpAddr::V6(first), IpAddr::V6(other)) => same(128, first.to_bits() ^ other.to_bits()),
-            _ => false,
-        }
-    }
 }
 
 /// A resolved neighbour.
@@ -487,4 +487,121 @@ fn bridge_port(message: &NeighbourMessage) -> Option<((u32, [u8; 6]), u32)> {
         }
     }
     Some(((master?, hardware?), message.header.ifindex))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, kind: &str, master: Option<u32>, lower: Option<u32>) -> (u32, Link) {
+        let link = Link {
+            index,
+            name: format!("link{index}"),
+            mac: [2, 0, 0, 0, 0, index as u8],
+            up: true,
+            kind: kind.into(),
+            vlan: (kind == "vlan").then_some(index as u16),
+            master,
+            lower,
+            lower_elsewhere: false,
+            namespace: None,
+            mtu: 1500,
+            xdp: None,
+        };
+        (index, link)
+    }
+
+    fn range(interface: u32, first: &str, prefix: u8) -> Range {
+        Range { interface, first: first.parse().unwrap(), prefix }
+    }
+
+    #[test]
+    fn only_bridges_of_containers_are_inside() {
+        let mut links = BTreeMap::from([
+            link(1, "", None, None),
+            // One of containers, one of machines, one with the network itself, one that nobody is plugged into.
+            link(2, "bridge", None, None),
+            link(3, "veth", Some(2), None),
+            link(4, "bridge", None, None),
+            link(5, "veth", Some(4), None),
+            link(6, "tun", Some(4), None),
+            link(7, "bridge", None, None),
+            link(8, "vlan", Some(7), Some(1)),
+            link(9, "bridge", None, None),
+            // One that is down.
+            link(10, "bridge", None, None),
+            link(11, "veth", Some(10), None),
+        ]);
+        links.get_mut(&10).unwrap().up = false;
+        let ranges = vec![
+            range(1, "192.0.2.0", 24),
+            range(2, "172.18.0.0", 16),
+            range(2, "fd18::", 64),
+            range(4, "192.168.122.0", 24),
+            range(7, "10.0.0.0", 8),
+            range(9, "172.19.0.0", 16),
+            range(10, "172.20.0.0", 16),
+            // The uplink has it too, and a part of the containers'.
+            range(2, "198.51.100.0", 24),
+            range(1, "198.51.100.0", 24),
+            range(1, "172.18.40.0", 24),
+        ];
+        let own: IpAddr = "172.18.0.1".parse().unwrap();
+        let snapshot = Snapshot { links, ranges, addresses: vec![(2, own)], ..Snapshot::default() };
+        let inside: Vec<_> =
+            snapshot.inner_ranges().into_iter().filter(|(_, what)| *what != inner::OUTSIDE).collect();
+        let of = |first: &str, prefix, what| ((first.parse::<IpAddr>().unwrap(), prefix), what);
+        assert_eq!(
+            inside,
+            [
+                of("172.18.0.0", 16, inner::BRIDGE),
+                of("172.18.0.1", 32, inner::OWN),
+                of("fd18::", 64, inner::BRIDGE)
+            ]
+        );
+        assert_eq!(snapshot.inner_ranges()[&("172.18.40.0".parse().unwrap(), 24)], inner::OUTSIDE);
+    }
+
+    #[test]
+    fn vlans_sit_on_the_uplink_or_on_what_it_is_a_port_of() {
+        let mut links = BTreeMap::from([
+            link(1, "", Some(2), None),
+            link(2, "bond", None, None),
+            link(5, "vlan", None, Some(1)),
+            link(6, "vlan", None, Some(2)),
+            link(7, "vlan", None, Some(3)),
+            link(8, "vlan", None, Some(1)),
+        ]);
+        links.get_mut(&8).unwrap().lower_elsewhere = true;
+        let snapshot = Snapshot { links, ..Snapshot::default() };
+        assert_eq!(snapshot.vlans_on(1).filter_map(|link| link.vlan).collect::<Vec<_>>(), [5, 6]);
+    }
+
+    #[test]
+    fn the_id_of_a_vlan_is_read_from_what_the_kernel_says() {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Vlan),
+            LinkInfo::Data(InfoData::Vlan(vec![InfoVlan::Id(4_094)])),
+        ])];
+        let link = super::link(&message);
+        assert_eq!((link.kind.as_str(), link.vlan), ("vlan", Some(4_094)));
+    }
+
+    #[test]
+    fn a_range_begins_where_its_prefix_says() {
+        let message = |own: &str, prefix| {
+            let mut message = AddressMessage::default();
+            message.header.prefix_len = prefix;
+            message.attributes = vec![AddressAttribute::Local(own.parse().unwrap())];
+            super::range(&message).map(|range| (range.first.to_string(), range.prefix))
+        };
+        let is = |first: &str, prefix| Some((first.to_owned(), prefix));
+        assert_eq!(message("172.18.7.9", 16), is("172.18.0.0", 16));
+        assert_eq!(message("10.0.0.5", 31), is("10.0.0.4", 31));
+        assert_eq!(message("10.0.0.5", 0), is("0.0.0.0", 0));
+        assert_eq!(message("10.0.0.5", 32), None);
+        assert_eq!(message("fd18::1:0:0:9", 64), is("fd18::", 64));
+        assert_eq!(message("fd18::9", 128), None);
+    }
 }
