@@ -106,22 +106,21 @@ fn with_echo(arguments: &[&str], test: impl FnOnce(&Cluster, &mut Agent<'_>, Soc
     server.join().expect("the server");
 }
 
-/// Exchanges of so many datagrams each, from so many new ports. A full table may have no place for one, whose client asks again.
+/// Exchanges of so many datagrams each, from so many new ports. A full table may have no place for one in fifty.
 fn exchanges(client: &Netns, to: SocketAddr, ports: usize, datagrams: usize) {
-    client.enter(|| {
-        for _ in 0..ports {
+    let replied = client.enter(|| {
+        let exchange = |_: &usize| {
             let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
-            socket.set_read_timeout(Some(Duration::from_secs(1))).expect("set a time limit");
+            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
             socket.connect(to).expect("connect");
-            for _ in 0..datagrams {
-                let replied = (0..5).any(|_| {
-                    socket.send(b"hello").expect("send");
-                    socket.recv(&mut [0; 64]).is_ok()
-                });
-                assert!(replied, "a reply to one of five");
-            }
-        }
+            (0..datagrams).all(|_| {
+                socket.send(b"hello").expect("send");
+                socket.recv(&mut [0; 64]).is_ok()
+            })
+        };
+        (0..ports).filter(exchange).count()
     });
+    assert!(replied >= ports - ports / 50, "{replied} of {ports}");
 }
 
 #[test]

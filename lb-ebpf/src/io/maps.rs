@@ -174,7 +174,7 @@ pub fn is_own<A: Address>(address: &A) -> bool {
     unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }
 
-/// What the address is to this node: [`inner`].
+/// What the address is to this node, one of [`mod@inner`].
 #[inline(always)]
 pub fn inner<A: Address>(address: &A) -> u32 {
     INNER_RANGES.get(&Key::new(128, address.to_mapped())).copied().unwrap_or(inner::OUTSIDE)
