@@ -106,30 +106,26 @@ fn with_echo(arguments: &[&str], test: impl FnOnce(&Cluster, &mut Agent<'_>, Soc
     server.join().expect("the server");
 }
 
-/// Exchanges of so many datagrams each, from so many new ports. A full table may have no place for one in fifty.
+/// Exchanges of so many datagrams each, from so many new ports.
 fn exchanges(client: &Netns, to: SocketAddr, ports: usize, datagrams: usize) {
-    let replied = client.enter(|| {
-        let exchange = |_: &usize| {
+    client.enter(|| {
+        for _ in 0..ports {
             let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
-            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("set a time limit");
+            socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a time limit");
             socket.connect(to).expect("connect");
-            (0..datagrams).all(|_| {
+            for _ in 0..datagrams {
                 socket.send(b"hello").expect("send");
-                socket.recv(&mut [0; 64]).is_ok()
-            })
-        };
-        (0..ports).filter(exchange).count()
+                socket.recv(&mut [0; 64]).expect("an answer");
+            }
+        }
     });
-    assert!(replied >= ports - ports / 50, "{replied} of {ports}");
 }
 
 #[test]
 fn a_full_connection_table_is_said_once() {
     with_echo(&["--max-connections", "1024", "--flood-rate", "0"], |cluster, agent, to| {
         let node = &cluster.nodes[0].netns;
-        said_once(node, agent, "the table of connections (CONNECTIONS4) has", || {
-            exchanges(&cluster.client, to, 1_500, 2)
-        });
+        said_once(node, agent, "--max-connections", || exchanges(&cluster.client, to, 1_500, 2));
     });
 }
 

@@ -18,6 +18,7 @@ use lb_common::{
         table::SPILLED,
     },
     net::Address as _,
+    outcome::Outcome,
     stats::TableStats,
 };
 use lb_tests::{
@@ -229,6 +230,36 @@ fn two_cpus_and_user_space_leave_the_table_whole() {
         assert!(assert_at_rest(lab).is_empty());
         assert_accounted(lab, 0);
         assert!(counted.displaced > 0 && counted.reused > 0 && counted.removed > 0, "{counted:?}");
+    });
+}
+
+/// In a table where every line is somebody's, and now and then one becomes free, most of what is new lies outside its home and needs an
+/// alias: that it takes no line of its own connection.
+#[test]
+fn in_a_full_table_each_new_exchange_finds_a_place() {
+    let services =
+        vec![service("web", &["53:5353/udp"], vec![task("web.1", true, Via::Snat, &["172.18.0.11"])])];
+    let sizes = Sizes { connections: Some(CONNECTIONS), ..Sizes::default() };
+    with_lab_of(sizes, services, |lab| {
+        lab.configure(|config| config.flood_rate = 0);
+        for number in 0..2_000 {
+            let port = FIRST_PORT + number;
+            let (verdicts, counted) = lab.counting(|lab| {
+                let request = request(Transport::Udp, port, 53).bytes();
+                let reply = answer(Transport::Udp, 1, 5353, port).bytes();
+                [lab.xdp(&request), lab.task_tc(&reply), lab.xdp(&request)].map(|verdict| verdict.action)
+            });
+            let expected = BTreeMap::from([(Outcome::Local, 2), (Outcome::Reply, 1)]);
+            assert_eq!(counted, expected, "exchange {number}: {verdicts:?}");
+            if number % 3 == 0 {
+                lab.evict(|_, line| line.tuple.source_port.get() + 20 == port);
+                lab.collect();
+            }
+        }
+        let counted = assert_accounted(lab, lab.lines().len());
+        assert!(counted.displaced > 1_000, "the table was full: {counted:?}");
+        let lines = lab.lines();
+        assert!(lines.iter().any(|(_, control, _)| control.has(ALIAS)), "some lie outside their home");
     });
 }
 

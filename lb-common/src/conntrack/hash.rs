@@ -30,6 +30,14 @@ pub struct Place {
     pub way: u32,
 }
 
+impl Place {
+    /// This one where the mask is zero, the other where it is all ones: without a branch.
+    #[inline(always)]
+    pub const fn or(self, other: Self, mask: u32) -> Self {
+        Self { set: self.set ^ (self.set ^ other.set) & mask, way: self.way ^ (self.way ^ other.way) & mask }
+    }
+}
+
 impl HashKeys {
     #[inline(always)]
     fn pair(&self, one: u32, other: u32, at: usize) -> u64 {

@@ -197,7 +197,8 @@ pub fn release<A: Family>(packet: &Packet<A>) {
     let _ = table::remove::<A>(packet.alias_line.slot, packet.alias_line.control);
 }
 
-/// Makes an alias for a connection whose line lies outside its home, under the client's own port.
+/// Makes an alias for a connection whose line lies outside its home, under the client's own port. A source collision: the line is
+/// to be placed again.
 #[inline(always)]
 pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Result<(), Outcome> {
     for _ in 0..4 {
@@ -219,7 +220,9 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
                     return Ok(());
                 }
                 release(packet);
-                return Err(Outcome::TableFull);
+                // So it would at each further try: the line itself has to lie where it needs none.
+                packet.search.stays = u32::MAX;
+                return Err(Outcome::SourceCollision);
             }
             Inserted::Full => return Err(Outcome::TableFull),
             Inserted::Again => {}

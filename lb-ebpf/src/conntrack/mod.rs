@@ -176,6 +176,7 @@ pub fn place<A: Tracked>(packet: &mut Packet<A>) -> Result<u32, Outcome> {
     if packet.line.anew != 0 {
         A::linger(packet);
     }
+    packet.search.stays = 0;
     let placed = place_again(packet, backend);
     if placed.is_err() {
         counters::refused(backend.service);

@@ -626,11 +626,11 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
     let crowded = two && is_crowded(home, draft, search);
     let own = if crowded { None } else { table::own_way_if_free(home, search.way) };
     let at_home = own.unwrap_or_else(|| table::victim(home, search.way, now, longest));
-    let mut place = Place { set: search.set, way: search.way };
-    let mut victim = at_home;
+    let at = Place { set: search.set, way: search.way };
+    let (mut place, mut victim) = (at, at_home);
     // Nobody is driven out at home while there is room elsewhere.
     if crowded || at_home.class() < OVER {
-        let [one, other] = others(&draft.tuple, search);
+        let [one, other] = others(&draft.tuple, search).map(|place| place.or(at, search.stays));
         let (Some(first), Some(second)) = (set::<A>(one.set), set::<A>(other.set)) else {
             return Inserted::Full as u32;
         };

@@ -191,6 +191,9 @@ pub struct Search {
     pub goes_on: u32,
     /// Whether it may do without a line.
     pub guarded: u32,
+    /// All ones if its line is to lie at home whoever is driven out there, for an alias found no other place than that of the line
+    /// itself; else zero.
+    pub stays: u32,
     /// Whether a pair that its task may remember from a closed connection is as good as another.
     pub forgetful: u32,
 }
