@@ -1,5 +1,5 @@
-//! Limits that the datapath has run into, in words with the setting to raise: said when it begins, and again only after
-//! it was over for a while. What a plan has no room for the planner says itself.
+//! Limits that the datapath has run into, and whom it refuses, in words with the next step: said when it begins, and again only
+//! after it was over for a while. What a plan has no room for the planner says itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,8 +17,8 @@ pub struct Fill {
     pub room: u64,
 }
 
-/// Limits that packets run into, by the outcome that counts them.
-const COUNTED: [(Outcome, &str); 2] = [
+/// What packets run into, by the outcome that counts them.
+const COUNTED: [(Outcome, &str); 4] = [
     (
         Outcome::SnatPortsExhausted,
         "no port is free under which a task could tell a new connection from others: of a task that is reached by snat, attach \
@@ -28,6 +28,16 @@ const COUNTED: [(Outcome, &str); 2] = [
         Outcome::TableFull,
         "the connection table had no place for a connection that needs one; attach again with --replace-state and a higher \
          --max-connections",
+    ),
+    (
+        Outcome::Martian,
+        "clients are refused that say to have an address of this node, or one behind a bridge of its containers: they are forged, or \
+         a network outside has the same range (`ip route get CLIENT` names the bridge); give the bridge another range then",
+    ),
+    (
+        Outcome::ForeignVlan,
+        "frames came that are addressed to this node, of a VLAN that it does not have on the uplink: they are left alone; if they are \
+         for it, add the VLAN's interface, else the switch sends more than it should",
     ),
 ];
 
