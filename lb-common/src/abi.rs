@@ -53,14 +53,14 @@ pub mod table {
     pub const PEER_NUMBERS: &str = "PEER_NUMBERS";
     /// Index of the backend by [`crate::tunnel::TaskKey`].
     pub const TASKS: &str = "TASKS";
+    /// What ranges of addresses are to this node, mapped ([`crate::net::Address::to_mapped`]): [`super::inner`].
+    pub const INNER_RANGES: &str = "INNER_RANGES";
+    /// Bits of the VLANs that this node has on the uplink, by their ids.
+    pub const VLANS: &str = "VLANS";
     /// Counter of each [`crate::outcome::Outcome`].
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
     pub const BACKEND_STATS: &str = "BACKEND_STATS";
-    /// Bits of the VLANs that this node has on the uplink, by their ids.
-    pub const VLANS: &str = "VLANS";
-    /// What ranges of addresses are to this node, mapped ([`crate::net::Address::to_mapped`]): [`super::inner`].
-    pub const INNER_RANGES: &str = "INNER_RANGES";
     /// [`crate::stats::ServiceStats`] by service.
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
     /// [`crate::stats::TableStats`] of the connection tables: IPv4, IPv6.

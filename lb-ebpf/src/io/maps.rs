@@ -114,6 +114,9 @@ pub static TASKS: HashMap<TaskKey, u32, { size::BACKENDS }, ON_DEMAND> = HashMap
 pub static INNER_RANGES: LpmTrie<Wide, u32, { size::INNER_RANGES }> = LpmTrie::new();
 
 #[btf_map]
+pub static VLANS: Array<u64, { size::VLAN_WORDS }> = Array::new();
+
+#[btf_map]
 pub static OUTCOMES: PerCpuArray<u64, OUTCOME_COUNT> = PerCpuArray::new();
 
 #[btf_map]
@@ -121,9 +124,6 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
-
-#[btf_map]
-pub static VLANS: Array<u64, { size::VLAN_WORDS }> = Array::new();
 
 /// Of IPv4, of IPv6.
 #[btf_map]
