@@ -153,7 +153,7 @@ pub const STAGES_ONLY: u32 = 64;
 /// to what XDP has come to, and does not count it again.
 pub const XDP_IS_NEW: u32 = 128;
 
-/// What the programs need to know of their surroundings; read on the fly, so that it may change.
+/// The configuration of the programs; read on the fly, so that it may change.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Config {

@@ -53,7 +53,7 @@ pub const NEARLY_FULL: u64 = 90;
 /// What is known beside the inventory.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
-    /// The programs' surroundings.
+    /// The programs' configuration.
     pub config: Config,
     /// The process that controls the datapath.
     pub controller: Option<u32>,
@@ -68,7 +68,7 @@ impl Surroundings {
     /// The kernel refuses a read.
     pub fn read(interface: &str, set: &TableSet) -> Result<Self, DatapathError> {
         Ok(Self {
-            config: set.surroundings()?,
+            config: set.config()?,
             controller: PinDir::of(interface)?.controller(),
             fills: set.fills(),
         })

@@ -334,7 +334,7 @@ impl Lab {
         self.datapath_mut().set_vlans(ids.into_iter().collect()).expect("set the VLANs");
     }
 
-    /// Changes the programs' surroundings.
+    /// Changes the programs' configuration.
     pub fn configure(&mut self, change: impl FnOnce(&mut Config)) {
         let mut config = self.datapath().config();
         config.uplink = self.uplink;
@@ -346,7 +346,7 @@ impl Lab {
             config.tunnel_port = Be16::new(DEFAULT_PORT);
         }
         change(&mut config);
-        self.datapath_mut().set_config(config).expect("write the surroundings");
+        self.datapath_mut().set_config(config).expect("write the configuration");
     }
 
     /// Changes the cluster, and the tables with it.

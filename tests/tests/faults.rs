@@ -70,20 +70,20 @@ fn swap(node: &Netns, mode: Mode, rounds: u32, mut pace: impl FnMut() + Send) {
         let mut spare = datapath.load_programs(ConnectionLog::Off).unwrap_or_else(failed);
         let (uplink, attached) = datapath.attached().expect("it is attached");
         assert_eq!(attached, mode);
-        let carriers: Vec<(u32, String)> = datapath
+        let task_interfaces: Vec<(u32, String)> = datapath
             .task_links()
             .into_iter()
             .map(|index| (index, nix::net::if_::if_indextoname(index).expect("a name")))
             .map(|(index, name)| (index, name.into_string().expect("a name")))
             .collect();
-        assert!(!carriers.is_empty());
+        assert!(!task_interfaces.is_empty());
         for _ in 0..rounds {
-            for (index, name) in &carriers {
+            for (index, name) in &task_interfaces {
                 datapath.attach_task(name, *index, uplink).unwrap_or_else(failed);
             }
             datapath.attach_uplink("eth1", uplink, mode).unwrap_or_else(failed);
             assert_eq!(running("eth1"), program_id(&datapath, "uplink_tc"));
-            assert_eq!(running(&carriers[0].1), program_id(&datapath, "task_tc"));
+            assert_eq!(running(&task_interfaces[0].1), program_id(&datapath, "task_tc"));
             spare = datapath.exchange(spare);
             pace();
         }

@@ -146,7 +146,7 @@ pub fn scratch(program: u32) -> Option<&'static mut Scratch> {
     SCRATCH.get_ptr_mut(program).map(|scratch| unsafe { &mut *scratch })
 }
 
-/// The surroundings; missing only before user space has written them.
+/// The configuration; missing only before user space has written them.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)

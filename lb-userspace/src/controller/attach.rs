@@ -114,11 +114,11 @@ impl Controller {
 
     /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
     /// answers would go astray is not offered. What is to be said of programs that could not be swapped.
-    pub(super) fn attach_carriers(
+    pub(super) fn attach_task_interfaces(
         &mut self,
         snapshot: &Snapshot,
         uplink: u32,
-        carriers: &BTreeSet<u32>,
+        task_interfaces: &BTreeSet<u32>,
         ways: &mut Found,
     ) -> Vec<String> {
         let behind = std::mem::take(&mut self.behind);
@@ -129,7 +129,7 @@ impl Controller {
             None => BTreeSet::new(),
         };
         let mut stay = Vec::new();
-        for index in carriers.difference(&attached) {
+        for index in task_interfaces.difference(&attached) {
             let name = snapshot.links.get(index).map_or("", |link| &link.name);
             let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
                 continue;

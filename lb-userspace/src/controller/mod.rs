@@ -529,8 +529,8 @@ impl Controller {
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;
-        let carriers = carriers(&ways, uplink.index);
-        complaints.extend(self.attach_carriers(snapshot, uplink.index, &carriers, &mut ways));
+        let task_interfaces = task_interfaces(&ways, uplink.index);
+        complaints.extend(self.attach_task_interfaces(snapshot, uplink.index, &task_interfaces, &mut ways));
         let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
@@ -548,7 +548,7 @@ impl Controller {
             self.settings.events.record(event);
         }
         for index in self.datapath.task_links() {
-            if !carriers.contains(&index) && !self.in_use(index) {
+            if !task_interfaces.contains(&index) && !self.in_use(index) {
                 let name = snapshot.links.get(&index).map(|link| link.name.as_str());
                 self.datapath.detach_task(name, index, uplink.index);
             }
@@ -769,6 +769,6 @@ async fn silence(prober: Option<&mut Prober>) {
 }
 
 /// The interfaces by which tasks answer, other than the uplink.
-fn carriers(ways: &Found, uplink: u32) -> BTreeSet<u32> {
+fn task_interfaces(ways: &Found, uplink: u32) -> BTreeSet<u32> {
     ways.values().flatten().map(|way| way.ifindex).filter(|index| *index != uplink).collect()
 }

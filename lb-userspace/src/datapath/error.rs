@@ -86,13 +86,13 @@ pub enum DatapathError {
         /// Ours.
         expected: u32,
     },
-    /// A table of another shape.
+    /// A table of another kind or size.
     #[error(
         "{} {expected}: the datapath that runs has {found} ({what} of {table}). Leave the option out to keep it and its \
          connections, or add --replace-state to start anew, which breaks them",
         crate::limits::setting_of(table)
     )]
-    Shape {
+    MapSpec {
         /// The table.
         table: &'static str,
         /// The attribute.
@@ -164,7 +164,7 @@ pub enum DatapathError {
 impl DatapathError {
     /// Whether what is pinned does not fit this agent or what is asked for.
     pub fn is_misfit(&self) -> bool {
-        matches!(self, Self::Version { .. } | Self::Shape { .. })
+        matches!(self, Self::Version { .. } | Self::MapSpec { .. })
     }
 
     pub(super) fn map(what: &'static str, cause: MapError) -> Self {
@@ -338,7 +338,12 @@ mod tests {
             DatapathError::pin("create", pin, io::Error::from_raw_os_error(libc::EROFS)),
             DatapathError::pin("open", pin, io::Error::from_raw_os_error(libc::ENOENT)),
             DatapathError::Version { found: 4, expected: 5 },
-            DatapathError::Shape { table: "CONNECTIONS4", what: "entries", found: 262_144, expected: 1_000 },
+            DatapathError::MapSpec {
+                table: "CONNECTIONS4",
+                what: "entries",
+                found: 262_144,
+                expected: 1_000,
+            },
             DatapathError::Full { table: "LISTENERS", setting: "--max-listeners" },
         ];
         let said: Vec<String> = errors.iter().map(ToString::to_string).collect();

@@ -9,7 +9,7 @@ use aya::{
 };
 use lb_common::abi::{ABI_VERSION, program, size, table};
 
-use super::{DatapathError, Features, PinDir, Sizes, TableSet, fault, object, shape::Shape};
+use super::{DatapathError, Features, PinDir, Sizes, TableSet, fault, map_spec::MapSpec, object};
 
 /// Whether the programs tell of each new connection; the value is the level they log at.
 #[repr(u8)]
@@ -55,10 +55,10 @@ impl Pinned {
         if self.version != ABI_VERSION || self.tables < table::ALL.len() {
             return Err(DatapathError::Version { found: self.version, expected: ABI_VERSION });
         }
-        for shape in Shape::all(sizes) {
+        for spec in MapSpec::all(sizes) {
             let pinned =
-                MapData::from_pin(pins.table(shape.name)).map_err(|e| DatapathError::map("open", e))?;
-            shape.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
+                MapData::from_pin(pins.table(spec.name)).map_err(|e| DatapathError::map("open", e))?;
+            spec.compare(&pinned.info().map_err(|e| DatapathError::map("inspect", e))?)?;
         }
         Ok(())
     }
@@ -106,9 +106,9 @@ pub(super) fn load(
     for name in [table::CONNECTIONS4, table::CONNECTIONS6] {
         loader.map_max_entries(name, sets);
     }
-    for shape in Shape::all(sizes) {
-        if let Some(entries) = shape.entries {
-            loader.map_max_entries(shape.name, entries);
+    for spec in MapSpec::all(sizes) {
+        if let Some(entries) = spec.entries {
+            loader.map_max_entries(spec.name, entries);
         }
     }
     for name in table::ALL {

@@ -15,10 +15,10 @@ mod inner_ranges;
 mod journal;
 mod links;
 mod loader;
+mod map_spec;
 mod memory;
 mod object;
 mod pin;
-mod shape;
 mod sys;
 mod tables;
 
@@ -55,9 +55,9 @@ use lb_common::{
 };
 pub use links::{AttachProblem, TcHook};
 pub use loader::{ConnectionLog, Programs, would_adopt};
+pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
-pub use shape::Sizes;
 pub use tables::{Drains, TableSet, Vlans};
 
 use tokio::io::{Interest, unix::AsyncFd};
@@ -101,7 +101,7 @@ pub struct Datapath {
     journal: Journal,
     /// The interfaces that were given a clsact qdisc by what was undone.
     qdiscs: Vec<String>,
-    /// The surroundings as they were found; none once there is no way back.
+    /// The configuration as it was found; none once there is no way back.
     found: Option<Config>,
     /// Interface and mode of the uplink's links, as far as they are known to be there.
     attached: Option<(u32, Mode)>,
@@ -206,7 +206,7 @@ impl Datapath {
             self.pins.remove(&self.pins.next_program(name));
         }
         if let Err(error) = self.set.set_config(found) {
-            log::warn!("put the surroundings back: {error}");
+            log::warn!("put the configuration back: {error}");
         }
         qdiscs
     }
@@ -242,7 +242,7 @@ impl Datapath {
         self.set.limits()
     }
 
-    /// The surroundings as the programs know them.
+    /// The configuration as the programs know it.
     pub fn config(&self) -> Config {
         self.config
     }
@@ -271,7 +271,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Tells the programs of their surroundings.
+    /// Configures the programs.
     ///
     /// # Errors
     /// The kernel refuses the write.

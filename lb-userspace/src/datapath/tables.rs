@@ -136,17 +136,12 @@ impl TableSet {
         Ok(config.get(&0, 0).map_err(|e| DatapathError::map("read", e))?.abi_version)
     }
 
-    /// The surroundings.
-    pub(super) fn config(&self) -> Result<Config, DatapathError> {
-        self.config.get(&0, 0).map_err(|e| DatapathError::map("read", e))
-    }
-
-    /// The surroundings, for verbs that only read.
+    /// The configuration of the programs.
     ///
     /// # Errors
     /// The kernel refuses the read.
-    pub fn surroundings(&self) -> Result<Config, DatapathError> {
-        self.config()
+    pub fn config(&self) -> Result<Config, DatapathError> {
+        self.config.get(&0, 0).map_err(|e| DatapathError::map("read", e))
     }
 
     /// Makes the table hold these VLANs and no other.

@@ -3,11 +3,11 @@
 //! It reads by netlink and, where a neighbour is not resolved, asks the kernel to resolve it and keep it so. It
 //! knows nothing of services; the ways it finds are what the planner turns into backends.
 
+mod container_netns;
 mod device;
 mod netdev;
 mod probe;
 mod reset;
-mod sandbox;
 pub mod sockets;
 mod ways;
 
@@ -18,6 +18,8 @@ use std::{
     time::Duration,
 };
 
+use container_netns::ContainerNetnsCache;
+pub use container_netns::{ContainerNetns, newest};
 pub use device::{Device, device};
 use futures::{StreamExt as _, TryStreamExt as _};
 use lb_common::abi::inner;
@@ -36,8 +38,6 @@ use netlink_packet_route::{
 pub use probe::{Asked, Prober, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
-use sandbox::Sandboxes;
-pub use sandbox::{Sandbox, newest};
 use tokio::sync::mpsc;
 pub use ways::{Found, Ways};
 
@@ -101,7 +101,7 @@ pub struct Snapshot {
     /// Ports of bridges behind which hardware addresses were seen, by bridge and address.
     pub ports: HashMap<(u32, [u8; 6]), u32>,
     /// What lies behind the veths of containers.
-    pub sandboxes: Vec<Sandbox>,
+    pub containers: Vec<ContainerNetns>,
 }
 
 impl Snapshot {
@@ -187,7 +187,7 @@ pub struct Net {
     handle: Handle,
     /// A socket of its own for questions about other namespaces: those are heard only with strict checking.
     strict: Handle,
-    sandboxes: Sandboxes,
+    containers: ContainerNetnsCache,
 }
 
 /// Something changed that ways may depend on.
@@ -230,7 +230,7 @@ impl Net {
                 }
             }
         });
-        Ok((Self { handle, strict, sandboxes: Sandboxes::default() }, changes))
+        Ok((Self { handle, strict, containers: ContainerNetnsCache::default() }, changes))
     }
 
     /// Everything there is now.
@@ -257,7 +257,7 @@ impl Net {
         let ports: Vec<NeighbourMessage> =
             request.execute().try_collect().await.map_err(failed("forwarding tables of bridges"))?;
         snapshot.ports = ports.iter().filter_map(bridge_port).collect();
-        snapshot.sandboxes = self.sandboxes.behind(&self.strict, &snapshot.links).await;
+        snapshot.containers = self.containers.behind(&self.strict, &snapshot.links).await;
         Ok(snapshot)
     }
 

@@ -77,17 +77,18 @@ impl Ways {
             ));
         }
         let leads_there = |port: &Link| port.index == device.index || port.master == Some(device.index);
-        let inside = newest(&snapshot.sandboxes, |sandbox| {
-            sandbox.addresses.contains(&address) && snapshot.links.get(&sandbox.port).is_some_and(leads_there)
+        let inside = newest(&snapshot.containers, |container| {
+            container.addresses.contains(&address)
+                && snapshot.links.get(&container.port).is_some_and(leads_there)
         });
         let mac = match inside {
-            Some(sandbox) => Some(sandbox.mac),
+            Some(container) => Some(container.mac),
             None => self.neighbour(net, snapshot, device.index, address).await,
         };
         let port = match device.kind.as_str() {
             "veth" => device,
             "bridge" => match inside {
-                Some(sandbox) => link(snapshot, sandbox.port)?,
+                Some(container) => link(snapshot, container.port)?,
                 None => self.port(snapshot, device, address, mac).ok_or_else(|| {
                     format!("no port of bridge {} is known yet to lead to {address}", device.name)
                 })?,

@@ -1,21 +1,21 @@
 //! From what the cluster should look like to the operations that make the tables say so.
 //!
 //! Pure: no I/O, no clock, neither aya nor tokio. [`desired`] turns the cluster's state into what the tables should mean;
-//! [`assign`] gives that numbers, keeping those in use; [`transition`] orders the changes so that no packet ever sees half
+//! [`table_builder`] gives that numbers, keeping those in use; [`transition`] orders the changes so that no packet ever sees half
 //! of one. The [`Planner`] remembers what was planned, so that a change costs what changes.
 
-mod assign;
-mod books;
+mod allocation_index;
 mod desired;
 mod numbers;
-mod overlay;
 mod planner;
+mod table_builder;
+mod table_diff;
 mod tables;
 mod transition;
 
-pub use assign::Limits;
 pub use desired::{Reach, View, Way};
 pub use planner::Planner;
+pub use table_builder::Limits;
 pub use tables::{
     At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener,
 };

@@ -1,7 +1,7 @@
 //! What is remembered from one plan to the next, so that a plan costs what has changed, not what there is.
 //!
 //! A service is planned anew when it, or something that it depends on, differs from what the last plan was made of. That
-//! needs to know what belongs to it in the tables: the books. They are true as long as every plan was applied whole;
+//! needs to know what belongs to it in the tables: the [`AllocationIndex`]. It is true as long as every plan was applied whole;
 //! after one that was not, [`Planner::forget`] has them read from the tables again.
 
 use std::{
@@ -12,9 +12,9 @@ use std::{
 
 use super::{
     Plan,
-    assign::{Draft, Held, Limits, Refusal},
-    books::Books,
+    allocation_index::AllocationIndex,
     desired::{self, DesiredNode, Reach, Reaching, Scene, View, Way, is_shown},
+    table_builder::{Limits, Refusal, ServiceEntries, TableBuilder},
     tables::{MapOp, Tables},
     transition::transition,
 };
@@ -42,7 +42,7 @@ pub struct Planner {
     look: u64,
     /// What the last plan was made of.
     around: Around,
-    books: Option<Books>,
+    allocations: Option<AllocationIndex>,
     /// Backends that should be reached, and are not.
     unreached: usize,
 }
@@ -55,7 +55,7 @@ struct Entry {
     /// The look that saw it last, unless it stood where it was.
     look: u64,
     destinations: Vec<(IpAddr, Reach)>,
-    held: Held,
+    in_tables: ServiceEntries,
     /// What was left out, in words for the operator.
     said: Vec<String>,
     refused: bool,
@@ -105,7 +105,7 @@ impl Planner {
 
     /// Forgets what was planned: the next plan is made of what the tables say.
     pub fn forget(&mut self) {
-        self.books = None;
+        self.allocations = None;
     }
 
     /// How many backends should be offered, and cannot be reached.
@@ -196,46 +196,46 @@ impl Planner {
     }
 
     fn attempt(&mut self, view: &View<'_>, actual: &Tables, limits: &Limits) -> Result<Plan, Unordered> {
-        let complete = self.books.is_none();
-        let (books, orphans) = match self.books.take() {
-            Some(books) => (books, Vec::new()),
+        let complete = self.allocations.is_none();
+        let (allocations, orphans) = match self.allocations.take() {
+            Some(allocations) => (allocations, Vec::new()),
             None => self.read(actual),
         };
-        let mut draft = Draft::new(actual, limits, books);
-        self.look_around(view, complete, &mut draft);
+        let mut builder = TableBuilder::new(actual, limits, allocations);
+        self.look_around(view, complete, &mut builder);
         let due = std::mem::take(&mut self.due);
-        orphans.iter().for_each(|held| draft.withdraw(held));
-        let mut before: HashMap<&str, Held> = HashMap::new();
+        orphans.iter().for_each(|in_tables| builder.withdraw(in_tables));
+        let mut before: HashMap<&str, ServiceEntries> = HashMap::new();
         for name in &due {
             if let Some(entry) = self.entries.get_mut(name) {
-                let held = std::mem::take(&mut entry.held);
-                draft.withdraw(&held);
-                before.insert(name, held);
+                let in_tables = std::mem::take(&mut entry.in_tables);
+                builder.withdraw(&in_tables);
+                before.insert(name, in_tables);
             }
         }
         let nodes = std::mem::take(&mut self.around.nodes);
         let scene = Scene::new(view, &nodes);
         for name in &due {
-            let held = before.remove(name.as_str()).unwrap_or_default();
-            self.settle(name, &held, complete, &scene, &mut draft)?;
+            let in_tables = before.remove(name.as_str()).unwrap_or_default();
+            self.settle(name, &in_tables, complete, &scene, &mut builder)?;
         }
         self.around.nodes = nodes;
-        let (next, books) = draft.finish();
-        self.books = Some(books);
+        let (next, allocations) = builder.finish();
+        self.allocations = Some(allocations);
         let ops = transition(next);
         let crowded = !self.around.refused.is_empty()
             || self.noted.iter().filter_map(|name| self.entries.get(name)).any(|entry| entry.crowded);
         Ok(Plan { again: crowded && ops.iter().any(MapOp::frees), ops, refused: self.refused() })
     }
 
-    /// Puts a service in as it is now; what it held before was taken out.
+    /// Puts a service in as it is now; what it had before was taken out.
     fn settle(
         &mut self,
         name: &str,
-        before: &Held,
+        before: &ServiceEntries,
         complete: bool,
         scene: &Scene<'_>,
-        draft: &mut Draft<'_>,
+        builder: &mut TableBuilder<'_>,
     ) -> Result<(), Unordered> {
         let Some(entry) = self.entries.get_mut(name) else {
             return Ok(());
@@ -248,9 +248,9 @@ impl Planner {
             return Ok(());
         };
         let wanted = scene.service(&service);
-        match draft.add(&wanted, before) {
-            Ok(held) => {
-                (entry.held, entry.refused, entry.crowded) = (held, false, false);
+        match builder.add(&wanted, before) {
+            Ok(in_tables) => {
+                (entry.in_tables, entry.refused, entry.crowded) = (in_tables, false, false);
                 entry.unreached = wanted.backends.iter().filter(|b| b.label.problem.is_some()).count();
             }
             Err(Refusal::Taken(owner, _)) if !complete && owner.as_str() > name => return Err(Unordered),
@@ -268,27 +268,27 @@ impl Planner {
     }
 
     /// Looks at what services depend on, and marks those that must be planned anew.
-    fn look_around(&mut self, view: &View<'_>, complete: bool, draft: &mut Draft<'_>) {
+    fn look_around(&mut self, view: &View<'_>, complete: bool, builder: &mut TableBuilder<'_>) {
         let returns = view.cluster.tunnel.returns;
         let ways = changed_ways(&self.around.ways, view.ways);
         let same = self.around.addresses == view.addresses && self.around.returns == returns;
         let mut all = complete || !same;
         let mut nodes = HashSet::new();
-        let peers = draft.has_peers();
+        let peers = builder.has_peers();
         let before = std::mem::take(&mut self.around.nodes);
         let numbers: HashMap<String, Option<u32>> =
-            before.iter().map(|node| (node.label.name.clone(), draft.node(&node.label.name))).collect();
+            before.iter().map(|node| (node.label.name.clone(), builder.node(&node.label.name))).collect();
         let mut refused = Vec::new();
         let now = desired::nodes(view, &mut refused);
         if all || now != before || !self.around.refused.is_empty() {
-            draft.set_nodes(&now, &mut refused);
-            all |= draft.has_peers() != peers;
+            builder.set_nodes(&now, &mut refused);
+            all |= builder.has_peers() != peers;
             let known: HashMap<&str, &DesiredNode> =
                 before.iter().map(|node| (node.label.name.as_str(), node)).collect();
             for node in &now {
                 let name = node.label.name.as_str();
                 let number = numbers.get(name).copied().flatten();
-                if known.get(name) != Some(&node) || number != draft.node(name) {
+                if known.get(name) != Some(&node) || number != builder.node(name) {
                     nodes.insert(name.to_owned());
                 }
             }
@@ -318,33 +318,34 @@ impl Planner {
     }
 
     /// Finds out what belongs to whom in the tables, and what to no service that has a name.
-    fn read(&mut self, actual: &Tables) -> (Books, Vec<Held>) {
-        let mut held: HashMap<u32, Held> = HashMap::new();
+    fn read(&mut self, actual: &Tables) -> (AllocationIndex, Vec<ServiceEntries>) {
+        let mut in_tables: HashMap<u32, ServiceEntries> = HashMap::new();
         for (cursor, label) in &actual.ports {
-            held.entry(label.service).or_default().ports.push(*cursor);
+            in_tables.entry(label.service).or_default().ports.push(*cursor);
         }
         for (index, entry) in &actual.backends {
-            held.entry(entry.backend.service).or_default().backends.push(*index);
+            in_tables.entry(entry.backend.service).or_default().backends.push(*index);
         }
         for (at, listener) in &actual.listeners {
-            held.entry(listener.service).or_default().listeners.push(*at);
+            in_tables.entry(listener.service).or_default().listeners.push(*at);
         }
         let service =
             |index: &u32| actual.backends.get(index).map_or(u32::MAX, |entry| entry.backend.service);
         for (at, task) in &actual.endpoints {
-            held.entry(service(&task.backend)).or_default().endpoints.push(*at);
+            in_tables.entry(service(&task.backend)).or_default().endpoints.push(*at);
         }
         for (key, index) in &actual.tasks {
-            held.entry(service(index)).or_default().tasks.push(*key);
+            in_tables.entry(service(index)).or_default().tasks.push(*key);
         }
         for entry in self.entries.values_mut() {
-            entry.held = Held::default();
+            entry.in_tables = ServiceEntries::default();
         }
         for (number, label) in &actual.services {
-            let held = Held { number: Some(*number), ..held.remove(number).unwrap_or_default() };
-            self.entries.entry(label.name.clone()).or_default().held = held;
+            let in_tables =
+                ServiceEntries { number: Some(*number), ..in_tables.remove(number).unwrap_or_default() };
+            self.entries.entry(label.name.clone()).or_default().in_tables = in_tables;
         }
-        (Books::of(actual), held.into_values().collect())
+        (AllocationIndex::of(actual), in_tables.into_values().collect())
     }
 }
 

@@ -10,22 +10,22 @@ use lb_common::{
 };
 
 use super::{
-    overlay::Overlay,
+    table_diff::TableDiff,
     tables::{At, BackendEntry, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener},
 };
 
 /// The tables as they are to be.
 pub(super) struct Next<'a> {
-    pub nodes: Overlay<'a, u32, NodeLabel>,
-    pub peers: Overlay<'a, u32, Peer>,
-    pub peer_numbers: Overlay<'a, IpAddr, u32>,
-    pub tasks: Overlay<'a, TaskKey, u32>,
-    pub services: Overlay<'a, u32, ServiceLabel>,
-    pub ports: Overlay<'a, u32, PortLabel>,
-    pub backends: Overlay<'a, u32, BackendEntry>,
-    pub listeners: Overlay<'a, At, Listener>,
-    pub endpoints: Overlay<'a, At, TaskListener>,
-    pub filter: Overlay<'a, u32, u64>,
+    pub nodes: TableDiff<'a, u32, NodeLabel>,
+    pub peers: TableDiff<'a, u32, Peer>,
+    pub peer_numbers: TableDiff<'a, IpAddr, u32>,
+    pub tasks: TableDiff<'a, TaskKey, u32>,
+    pub services: TableDiff<'a, u32, ServiceLabel>,
+    pub ports: TableDiff<'a, u32, PortLabel>,
+    pub backends: TableDiff<'a, u32, BackendEntry>,
+    pub listeners: TableDiff<'a, At, Listener>,
+    pub endpoints: TableDiff<'a, At, TaskListener>,
+    pub filter: TableDiff<'a, u32, u64>,
     /// Slots by the start of a range that no listener reads today.
     pub slots: BTreeMap<u32, Vec<u32>>,
 }
@@ -34,16 +34,16 @@ impl<'a> Next<'a> {
     /// As they are.
     pub fn new(actual: &'a Tables) -> Self {
         Self {
-            nodes: Overlay::new(&actual.nodes),
-            peers: Overlay::new(&actual.peers),
-            peer_numbers: Overlay::new(&actual.peer_numbers),
-            tasks: Overlay::new(&actual.tasks),
-            services: Overlay::new(&actual.services),
-            ports: Overlay::new(&actual.ports),
-            backends: Overlay::new(&actual.backends),
-            listeners: Overlay::new(&actual.listeners),
-            endpoints: Overlay::new(&actual.endpoints),
-            filter: Overlay::new(&actual.filter),
+            nodes: TableDiff::new(&actual.nodes),
+            peers: TableDiff::new(&actual.peers),
+            peer_numbers: TableDiff::new(&actual.peer_numbers),
+            tasks: TableDiff::new(&actual.tasks),
+            services: TableDiff::new(&actual.services),
+            ports: TableDiff::new(&actual.ports),
+            backends: TableDiff::new(&actual.backends),
+            listeners: TableDiff::new(&actual.listeners),
+            endpoints: TableDiff::new(&actual.endpoints),
+            filter: TableDiff::new(&actual.filter),
             slots: BTreeMap::new(),
         }
     }
@@ -101,7 +101,7 @@ fn demoted(actual: Option<&BackendEntry>, next: &BackendEntry) -> bool {
 }
 
 /// What the filter is to let through as long as both the old and the new listeners are there, and what after that.
-fn filter(next: Overlay<'_, u32, u64>) -> (Vec<MapOp>, Vec<MapOp>) {
+fn filter(next: TableDiff<'_, u32, u64>) -> (Vec<MapOp>, Vec<MapOp>) {
     let (mut before, mut after) = (Vec::new(), Vec::new());
     let actual = next.base;
     let (set, gone) = next.split();

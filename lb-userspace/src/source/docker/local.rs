@@ -181,15 +181,16 @@ fn behind(snapshot: &Snapshot, overlay: IpAddr) -> Vec<IpAddr> {
         let master = snapshot.links.get(&port).and_then(|link| link.master);
         master.is_some() && master == bridge
     };
-    let inside =
-        newest(&snapshot.sandboxes, |sandbox| sandbox.others.contains(&overlay) && on_bridge(sandbox.port));
-    inside.map(|sandbox| sandbox.addresses.clone()).unwrap_or_default()
+    let inside = newest(&snapshot.containers, |container| {
+        container.others.contains(&overlay) && on_bridge(container.port)
+    });
+    inside.map(|container| container.addresses.clone()).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::{Link, Sandbox};
+    use crate::net::{ContainerNetns, Link};
 
     fn link(index: u32, name: &str, kind: &str, master: Option<u32>) -> (u32, Link) {
         let link = Link {
@@ -212,7 +213,7 @@ mod tests {
     #[test]
     fn a_task_is_reached_by_the_gateway_bridge_alone() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let sandbox = |port, own: &str| Sandbox {
+        let container = |port, own: &str| ContainerNetns {
             port,
             mac: [2; 6],
             addresses: vec![ip(own)],
@@ -226,14 +227,14 @@ mod tests {
                 link(8, "veth2", "veth", Some(6)),
             ]
             .into(),
-            sandboxes: vec![sandbox(8, "172.19.0.2"), sandbox(7, "172.18.0.3")],
+            containers: vec![container(8, "172.19.0.2"), container(7, "172.18.0.3")],
             ..Snapshot::default()
         };
         assert_eq!(behind(&snapshot, ip("10.0.0.7")), [ip("172.18.0.3")]);
         // Somebody holds the namespace of an earlier container, whose address another has by now.
         let mut held = snapshot.clone();
         held.links.insert(9, link(9, "veth3", "veth", Some(5)).1);
-        held.sandboxes.insert(0, sandbox(9, "172.18.0.4"));
+        held.containers.insert(0, container(9, "172.18.0.4"));
         assert_eq!(behind(&held, ip("10.0.0.7")), [ip("172.18.0.4")]);
         assert_eq!(behind(&snapshot, ip("10.0.0.8")), Vec::<IpAddr>::new());
     }

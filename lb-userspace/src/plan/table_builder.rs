@@ -14,7 +14,7 @@ use lb_common::{
 };
 
 use super::{
-    books::{Books, family, listener_mark, source_mark},
+    allocation_index::{AllocationIndex, family, listener_mark, source_mark},
     desired::{DesiredNode, DesiredPort, DesiredService},
     numbers::Numbers,
     tables::{At, BackendEntry, BackendLabel, PortLabel, ServiceLabel, Tables, TaskListener},
@@ -42,7 +42,7 @@ pub struct Limits {
 
 /// What belongs to a service in the tables.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct ServiceEntries {
     pub number: Option<u32>,
     pub ports: Vec<u32>,
     pub backends: Vec<u32>,
@@ -83,11 +83,11 @@ fn target(label: &BackendLabel) -> Target {
 }
 
 /// The tables as they are to be, while services are taken out and put in.
-pub(super) struct Draft<'a> {
+pub(super) struct TableBuilder<'a> {
     actual: &'a Tables,
     limits: &'a Limits,
     pub next: Next<'a>,
-    books: Books,
+    allocations: AllocationIndex,
     services: Numbers<'a, ServiceLabel>,
     cursors: Numbers<'a, PortLabel>,
     backends: Numbers<'a, BackendEntry>,
@@ -97,17 +97,17 @@ pub(super) struct Draft<'a> {
     peers: bool,
 }
 
-impl<'a> Draft<'a> {
-    /// The tables as they are, and the books of them.
-    pub fn new(actual: &'a Tables, limits: &'a Limits, mut books: Books) -> Self {
+impl<'a> TableBuilder<'a> {
+    /// The tables as they are, and the allocations of them.
+    pub fn new(actual: &'a Tables, limits: &'a Limits, mut allocations: AllocationIndex) -> Self {
         // A number that was used last is given again last.
         let rested = actual.generations.keys().next_back().map_or(0, |last| last + 1);
-        books.ranges.rewind();
+        allocations.ranges.rewind();
         Self {
             actual,
             limits,
             next: Next::new(actual),
-            books,
+            allocations,
             services: Numbers::new(&actual.services, limits.services, 0, None),
             cursors: Numbers::new(&actual.ports, limits.listeners, 0, None),
             backends: Numbers::new(&actual.backends, limits.backends, rested, Some(&actual.resting)),
@@ -171,30 +171,34 @@ impl<'a> Draft<'a> {
     }
 
     /// Takes out everything of a service.
-    pub fn withdraw(&mut self, held: &Held) {
-        for index in &held.backends {
+    pub fn withdraw(&mut self, in_tables: &ServiceEntries) {
+        for index in &in_tables.backends {
             if let Some(mark) = self.actual.backends.get(index).and_then(source_mark) {
-                self.books.marks.remove(mark);
+                self.allocations.marks.remove(mark);
             }
             self.next.backends.remove(*index);
         }
-        for at in &held.listeners {
+        for at in &in_tables.listeners {
             if let Some(listener) = self.actual.listeners.get(at) {
-                self.books.ranges.leave(listener);
+                self.allocations.ranges.leave(listener);
             }
-            self.books.marks.remove(listener_mark(at));
+            self.allocations.marks.remove(listener_mark(at));
             self.next.listeners.remove(*at);
         }
-        held.ports.iter().for_each(|cursor| self.next.ports.remove(*cursor));
-        held.endpoints.iter().for_each(|at| self.next.endpoints.remove(*at));
-        held.tasks.iter().for_each(|key| self.next.tasks.remove(*key));
-        if let Some(number) = held.number {
+        in_tables.ports.iter().for_each(|cursor| self.next.ports.remove(*cursor));
+        in_tables.endpoints.iter().for_each(|at| self.next.endpoints.remove(*at));
+        in_tables.tasks.iter().for_each(|key| self.next.tasks.remove(*key));
+        if let Some(number) = in_tables.number {
             self.next.services.remove(number);
         }
     }
 
-    /// Puts a service in, or nothing of it. What it held before keeps its numbers.
-    pub fn add(&mut self, service: &DesiredService, before: &Held) -> Result<Held, Refusal> {
+    /// Puts a service in, or nothing of it. What it had before keeps its numbers.
+    pub fn add(
+        &mut self,
+        service: &DesiredService,
+        before: &ServiceEntries,
+    ) -> Result<ServiceEntries, Refusal> {
         self.room_for_listeners(service)?;
         let number = before.number.or_else(|| self.services.next()).ok_or_else(|| full("services"))?;
         let backends = self.number_backends(service, number, before)?;
@@ -228,7 +232,7 @@ impl<'a> Draft<'a> {
         &mut self,
         service: &DesiredService,
         number: u32,
-        before: &Held,
+        before: &ServiceEntries,
     ) -> Result<Vec<(u32, BackendEntry)>, Refusal> {
         let actual = self.actual;
         let entries = before.backends.iter().filter_map(|index| Some((actual.backends.get(index)?, *index)));
@@ -309,8 +313,8 @@ impl<'a> Draft<'a> {
         let mut come = [0; 2];
         wanted.filter(|at| self.is_new(at)).for_each(|at| come[family(&at)] += 1);
         let room = self.limits.listeners as usize;
-        let fits =
-            (0..2).all(|family| come[family] == 0 || self.books.listeners[family] + come[family] <= room);
+        let fits = (0..2)
+            .all(|family| come[family] == 0 || self.allocations.listeners[family] + come[family] <= room);
         if fits { Ok(()) } else { Err(full("listeners")) }
     }
 
@@ -320,12 +324,12 @@ impl<'a> Draft<'a> {
     }
 
     /// The cursors that a service has, by what it publishes.
-    fn cursors_of(&self, held: &Held) -> HashMap<(Protocol, u16), u32> {
+    fn cursors_of(&self, in_tables: &ServiceEntries) -> HashMap<(Protocol, u16), u32> {
         let of = |cursor: &u32| {
             let label = self.actual.ports.get(cursor)?;
             Some(((label.protocol, label.published), *cursor))
         };
-        held.ports.iter().filter_map(of).collect()
+        in_tables.ports.iter().filter_map(of).collect()
     }
 
     /// The listeners and slots of one published port of a service; `eligible` are the backends of a family that take new
@@ -367,8 +371,11 @@ impl<'a> Draft<'a> {
             let slot_base = match self.stands(&slots, addresses.iter().map(at)) {
                 Some(base) => base,
                 None => {
-                    let base =
-                        self.books.ranges.take(slot_count, self.limits.slots).ok_or_else(|| full("slots"))?;
+                    let base = self
+                        .allocations
+                        .ranges
+                        .take(slot_count, self.limits.slots)
+                        .ok_or_else(|| full("slots"))?;
                     ranges.push((base, slots));
                     base
                 }
@@ -395,8 +402,8 @@ impl<'a> Draft<'a> {
         service: &DesiredService,
         backends: Vec<(u32, BackendEntry)>,
         ports: Vec<PlannedPort>,
-    ) -> Held {
-        let mut held = Held { number: Some(number), ..Held::default() };
+    ) -> ServiceEntries {
+        let mut in_tables = ServiceEntries { number: Some(number), ..ServiceEntries::default() };
         self.next.services.set(number, service.label.clone());
         // Every listener of a family that leads to a port of the tasks.
         let mut sources: HashMap<Target, Vec<(IpAddr, u16)>> = HashMap::new();
@@ -423,7 +430,7 @@ impl<'a> Draft<'a> {
                 if !taken || entry.backend.state == State::Active as u8 {
                     let listener = sources.first().copied().filter(|_| sources.len() == 1);
                     self.next.endpoints.set(at, TaskListener { backend: index, listener });
-                    held.endpoints.push(at);
+                    in_tables.endpoints.push(at);
                 }
             }
             if local {
@@ -431,7 +438,7 @@ impl<'a> Draft<'a> {
                 let taken = self.next.tasks.contains(&key);
                 if !taken || entry.backend.state == State::Active as u8 {
                     self.next.tasks.set(key, index);
-                    held.tasks.push(key);
+                    in_tables.tasks.push(key);
                 }
             }
             entry.backend.generation = match self.actual.backends.get(&index) {
@@ -439,34 +446,34 @@ impl<'a> Draft<'a> {
                 None => self.actual.generations.get(&index).map_or(1, |last| last.wrapping_add(1)),
             };
             if let Some(mark) = source_mark(&entry) {
-                self.books.marks.add(mark);
+                self.allocations.marks.add(mark);
             }
-            held.backends.push(index);
+            in_tables.backends.push(index);
             self.next.backends.set(index, entry);
         }
         for port in ports {
-            held.ports.push(port.cursor);
+            in_tables.ports.push(port.cursor);
             self.next.ports.set(port.cursor, port.label);
             self.next.slots.extend(port.ranges);
             for (at, listener) in port.listeners {
-                self.books.listeners[family(&at)] += usize::from(self.is_new(&at));
-                self.books.ranges.join(&listener);
-                self.books.marks.add(listener_mark(&at));
-                held.listeners.push(at);
+                self.allocations.listeners[family(&at)] += usize::from(self.is_new(&at));
+                self.allocations.ranges.join(&listener);
+                self.allocations.marks.add(listener_mark(&at));
+                in_tables.listeners.push(at);
                 self.next.listeners.set(at, listener);
             }
         }
-        held
+        in_tables
     }
 
-    /// The tables as they are to be, and the books of them.
-    pub fn finish(mut self) -> (Next<'a>, Books) {
-        self.books.marks.write(&mut self.next.filter);
-        self.books.ranges.settle();
+    /// The tables as they are to be, and the allocations of them.
+    pub fn finish(mut self) -> (Next<'a>, AllocationIndex) {
+        self.allocations.marks.write(&mut self.next.filter);
+        self.allocations.ranges.settle();
         for at in self.next.listeners.gone() {
-            self.books.listeners[family(at)] -= 1;
+            self.allocations.listeners[family(at)] -= 1;
         }
-        (self.next, self.books)
+        (self.next, self.allocations)
     }
 }
 

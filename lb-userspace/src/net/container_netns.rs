@@ -22,7 +22,7 @@ use super::{Link, address, mac};
 
 /// A container's network namespace, seen through one of its veths.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sandbox {
+pub struct ContainerNetns {
     /// The host-side veth.
     pub port: u32,
     /// Hardware address of its peer, inside.
@@ -36,8 +36,11 @@ pub struct Sandbox {
 /// The namespace that something holds for. Somebody may keep a namespace whose container has ended (a capture of its
 /// packets, a monitor), and Docker gives its addresses to the next container: the newer veth is that one's, for the
 /// kernel counts interfaces upwards.
-pub fn newest(sandboxes: &[Sandbox], holds: impl Fn(&Sandbox) -> bool) -> Option<&Sandbox> {
-    sandboxes.iter().filter(|sandbox| holds(sandbox)).max_by_key(|sandbox| sandbox.port)
+pub fn newest(
+    containers: &[ContainerNetns],
+    holds: impl Fn(&ContainerNetns) -> bool,
+) -> Option<&ContainerNetns> {
+    containers.iter().filter(|container| holds(container)).max_by_key(|container| container.port)
 }
 
 /// An address may come a moment after its interface: until so long after the veth was first seen it is read each time.
@@ -52,18 +55,18 @@ type Identity = (u32, i32, u32);
 struct Known {
     since: Instant,
     read: Instant,
-    sandbox: Sandbox,
+    container: ContainerNetns,
 }
 
 /// What was learnt so far.
 #[derive(Clone, Default)]
-pub struct Sandboxes {
+pub struct ContainerNetnsCache {
     known: Arc<Mutex<HashMap<Identity, Known>>>,
 }
 
-impl Sandboxes {
-    /// The sandboxes behind the veths among some links.
-    pub async fn behind(&self, handle: &Handle, links: &BTreeMap<u32, Link>) -> Vec<Sandbox> {
+impl ContainerNetnsCache {
+    /// The containers behind the veths among some links.
+    pub async fn behind(&self, handle: &Handle, links: &BTreeMap<u32, Link>) -> Vec<ContainerNetns> {
         let wanted: Vec<Identity> = links
             .values()
             .filter(|link| link.kind == "veth")
@@ -77,7 +80,7 @@ impl Sandboxes {
         let stale = |identity: &&Identity| {
             known.get(*identity).is_none_or(|known| {
                 // On a busy machine the first one takes longer.
-                let bare = known.sandbox.addresses.is_empty();
+                let bare = known.container.addresses.is_empty();
                 bare || known.read.duration_since(known.since) < SETTLED || known.read.elapsed() > FRESH
             })
         };
@@ -94,17 +97,21 @@ impl Sandboxes {
                     mine.map(|(_, address)| *address).collect()
                 };
                 let mac = hardware(handle, namespace, *peer).await.unwrap_or_default();
-                let sandbox = Sandbox { port: *port, mac, addresses: of(true), others: of(false) };
-                fresh.insert((*port, namespace, *peer), sandbox);
+                let container = ContainerNetns { port: *port, mac, addresses: of(true), others: of(false) };
+                fresh.insert((*port, namespace, *peer), container);
             }
         }
         let now = Instant::now();
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for (identity, sandbox) in fresh {
+        for (identity, container) in fresh {
             let since = known.get(&identity).map_or(now, |known| known.since);
-            known.insert(identity, Known { since, read: now, sandbox });
+            known.insert(identity, Known { since, read: now, container });
         }
-        wanted.iter().filter_map(|identity| known.get(identity)).map(|known| known.sandbox.clone()).collect()
+        wanted
+            .iter()
+            .filter_map(|identity| known.get(identity))
+            .map(|known| known.container.clone())
+            .collect()
     }
 }
 

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 /// A table and its changes.
-pub(super) struct Overlay<'a, K, V> {
+pub(super) struct TableDiff<'a, K, V> {
     /// As it is.
     pub base: &'a BTreeMap<K, V>,
     /// What differs: the new value, or none where the entry goes.
     changes: BTreeMap<K, Option<V>>,
 }
 
-impl<'a, K: Ord + Clone, V: PartialEq> Overlay<'a, K, V> {
+impl<'a, K: Ord + Clone, V: PartialEq> TableDiff<'a, K, V> {
     /// Without changes.
     pub fn new(base: &'a BTreeMap<K, V>) -> Self {
         Self { base, changes: BTreeMap::new() }
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn only_what_differs_is_a_change() {
         let base = BTreeMap::from([(1, 'a'), (2, 'b'), (3, 'c')]);
-        let mut table = Overlay::new(&base);
+        let mut table = TableDiff::new(&base);
         for key in [1, 2, 4] {
             table.remove(key);
         }

@@ -38,7 +38,7 @@ pub struct Sizes {
 
 /// The shape a pinned table must have.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct MapSpec {
     /// Name.
     pub name: &'static str,
     /// Kind.
@@ -51,12 +51,12 @@ pub struct Shape {
     pub entries: Option<u32>,
 }
 
-impl Shape {
+impl MapSpec {
     /// The shapes of all tables.
     pub fn all(sizes: &Sizes) -> Vec<Self> {
         use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray};
-        fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> Shape {
-            Shape { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
+        fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> MapSpec {
+            MapSpec { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
         }
         // Zero is no node's number.
         let nodes = sizes.nodes.map(|nodes| nodes + 1);
@@ -116,10 +116,10 @@ impl Shape {
                 if matches!(self.name, table::CONNECTIONS4 | table::CONNECTIONS6) =>
             {
                 let [found, expected] = [found, expected].map(size::connections);
-                Err(DatapathError::Shape { table: self.name, what: "connections", found, expected })
+                Err(DatapathError::MapSpec { table: self.name, what: "connections", found, expected })
             }
             Some((what, found, expected)) => {
-                Err(DatapathError::Shape { table: self.name, what, found, expected })
+                Err(DatapathError::MapSpec { table: self.name, what, found, expected })
             }
         }
     }

@@ -10,13 +10,13 @@ use lb_common::{
 };
 
 use super::{
-    overlay::Overlay,
+    table_diff::TableDiff,
     tables::{At, BackendEntry, Tables},
 };
 
 /// What the tables hold beside the services' own.
 #[derive(Debug, Default)]
-pub(super) struct Books {
+pub(super) struct AllocationIndex {
     pub ranges: Ranges,
     pub marks: Marks,
     /// Listeners of each family: those that are there, and those that come. New ones are set before old ones go: the
@@ -24,19 +24,19 @@ pub(super) struct Books {
     pub listeners: [usize; 2],
 }
 
-impl Books {
+impl AllocationIndex {
     /// Those of the tables as they are.
     pub fn of(actual: &Tables) -> Self {
-        let mut books = Self::default();
+        let mut allocations = Self::default();
         for (at, listener) in &actual.listeners {
-            books.listeners[family(at)] += 1;
-            books.ranges.join(listener);
-            books.marks.add(listener_mark(at));
+            allocations.listeners[family(at)] += 1;
+            allocations.ranges.join(listener);
+            allocations.marks.add(listener_mark(at));
         }
-        actual.backends.values().filter_map(source_mark).for_each(|mark| books.marks.add(mark));
+        actual.backends.values().filter_map(source_mark).for_each(|mark| allocations.marks.add(mark));
         // Bits that nobody asks for may be left of a plan that was cut short.
-        books.marks.touched.extend(actual.filter.keys());
-        books
+        allocations.marks.touched.extend(actual.filter.keys());
+        allocations
     }
 }
 
@@ -160,7 +160,7 @@ impl Marks {
         }
     }
 
-    pub fn write(&mut self, filter: &mut Overlay<'_, u32, u64>) {
+    pub fn write(&mut self, filter: &mut TableDiff<'_, u32, u64>) {
         for word in std::mem::take(&mut self.touched) {
             let wanted =
                 (0..u64::BITS).map(|bit| 1 << bit).filter(|bit| self.wanted.contains_key(&(word, *bit)));
