@@ -116,6 +116,44 @@ fn both_sides_close_and_the_last_packets_still_arrive() {
     });
 }
 
+#[test]
+fn a_syn_on_a_half_closed_connection_cuts_nothing() {
+    with_lab(services(), |lab| {
+        for (port, client_first) in [(40_004, true), (40_005, false)] {
+            let to = establish(lab, port);
+            let client_closes = |lab: &mut Lab, heard| {
+                lab.delivered_to(&segment(FIN, port, 80, 0).at(FIRST + 1, TASK_FIRST + heard));
+            };
+            let task_closes = |lab: &mut Lab, heard| {
+                lab.task_tc(&answer(FIN, to, 8080, port).at(TASK_FIRST + 1, FIRST + heard).bytes());
+            };
+            if client_first {
+                client_closes(lab, 1)
+            } else {
+                task_closes(lab, 1)
+            }
+            let half = states(lab, port);
+            let first = if client_first { CLIENT_FIN } else { TASK_FIN };
+            assert_eq!(half, [ANSWERED | ESTABLISHED | first]);
+            // Anybody can send it: the task asks whoever is the client's address.
+            assert_eq!(lab.delivered_to(&request(SYN, port, 80).at(77, 0)), format!("web.{to}"));
+            assert_eq!(states(lab, port), half);
+            let rest = answer(ACK, to, 8080, port).at(TASK_FIRST + 1, FIRST + 1);
+            let (verdict, counted) = lab.counting(|lab| lab.task_tc(&rest.bytes()));
+            assert_eq!((verdict.action, counted), (REDIRECT, BTreeMap::from([(Outcome::Reply, 1)])));
+            // What both have closed begins anew.
+            if client_first {
+                task_closes(lab, 2)
+            } else {
+                client_closes(lab, 2)
+            }
+            assert_eq!(states(lab, port), [ANSWERED | ESTABLISHED | CLIENT_FIN | TASK_FIN]);
+            lab.delivered_to(&request(SYN, port, 80).at(77, 0));
+            assert_eq!(states(lab, port), [0]);
+        }
+    });
+}
+
 /// How often connections were taken away from each task.
 fn failovers(lab: &Lab) -> BTreeMap<String, u64> {
     let counters = lab.counters();

@@ -221,7 +221,7 @@ impl Control {
         Self((self.0 >> VERSION).wrapping_add(1) << VERSION)
     }
 
-    /// Whether either side has begun to close: a SYN starts anew.
+    /// Whether either side has begun to close.
     #[inline(always)]
     pub const fn is_closing(self) -> bool {
         self.has(CLIENT_FIN | TASK_FIN | RESET)
@@ -231,6 +231,14 @@ impl Control {
     #[inline(always)]
     pub const fn is_over(self) -> bool {
         is_over(self.state())
+    }
+
+    /// Whether a SYN begins another connection: both sides have closed this one, or the one that was heard alone, or it was reset.
+    /// Before that the task is asked, who answers a SYN that it does not expect by what it expects (RFC 5961, 4.2); unless either side
+    /// has closed it and been silent for longer than its kernel remembers that.
+    #[inline(always)]
+    pub const fn may_begin_anew(self) -> bool {
+        self.is_over() || self.is_closing() && !self.has(ANSWERED)
     }
 
     /// To how many tasks it was given without an answer, after the first.

@@ -302,7 +302,7 @@ fn try_from_peer<A: Tracked>(
     if found && let Some(entry) = table::entry::<A>(packet.line.slot) {
         let control = Control(packet.line.control);
         let same = entry.backend() == index && entry.is_of(backend);
-        if same && !(packet.opens() && control.is_closing()) {
+        if same && !lifecycle::begins_anew(packet, &entry, control) {
             packet.connection.port = entry.port();
             // An error or a later fragment says nothing of where its connection comes from.
             if packet.kind <= FIRST {

@@ -239,7 +239,7 @@ fn lingers<A: Family>(alias: &Entry<A>) -> bool {
 
 /// Whether a task may still remember a connection that was closed then.
 #[inline(always)]
-fn is_remembered(seen: u32) -> bool {
+pub fn is_remembered(seen: u32) -> bool {
     let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
     is_within(seen, clock::now(), TIME_WAIT * hz)
 }

@@ -13,7 +13,7 @@ use lb_common::{
 };
 
 use super::{
-    guard, scheduler,
+    alias, guard, scheduler,
     table::{self, Entry, Found},
     tracked::Tracked,
 };
@@ -98,7 +98,7 @@ fn of_client<A: Family>(packet: &mut Packet<A>) -> Result<Lookup, Outcome> {
         packet.search.retries = (control.retries() + 1).min(lb_common::conntrack::line::MAX_RETRIES);
         true
     } else {
-        !backend.forwards() || entry.is_silent(control, backend) || packet.opens() && control.is_closing()
+        !backend.forwards() || entry.is_silent(control, backend) || begins_anew(packet, &entry, control)
     };
     if given_anew {
         packet.line.anew = 1;
@@ -118,6 +118,13 @@ fn of_client<A: Family>(packet: &mut Packet<A>) -> Result<Lookup, Outcome> {
     let state = note(&entry, control, packet, Sender::Client, one_way);
     table::copy(&entry, state, &mut packet.connection);
     Ok(Lookup::Hit)
+}
+
+/// Whether the packet is a SYN that begins another connection than the line's.
+#[inline(always)]
+pub fn begins_anew<A: Family>(packet: &Packet<A>, entry: &Entry<A>, control: Control) -> bool {
+    packet.opens()
+        && (control.may_begin_anew() || control.is_closing() && !alias::is_remembered(entry.seen()))
 }
 
 /// The client's packets came through another node and come here now: so do the replies.
