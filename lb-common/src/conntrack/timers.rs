@@ -3,11 +3,13 @@
 use super::line::{ANSWERED, CLIENT_FIN, Control, ESTABLISHED, RESET, TASK_FIN, UDP};
 use crate::{pod, verifier::opaque};
 
-/// Jiffies from `then` to `now`, both their low 32 bits; none if another CPU has noted `then` after `now` was read.
+/// Jiffies from `then` to `now`, both their low 32 bits; none if another CPU has noted `then` after `now` was read, up to 65,536
+/// later (65 s at 1,000 Hz): a walk over a table reads the clock once. After as long as the clock takes to turn (49 days at
+/// 1,000 Hz) what is that old looks new for as long.
 #[inline(always)]
 pub const fn elapsed(then: u32, now: u32) -> u32 {
     let elapsed = now.wrapping_sub(then);
-    if elapsed >> 31 == 0 { elapsed } else { 0 }
+    if elapsed >> 16 == 0xffff { 0 } else { elapsed }
 }
 
 /// Jiffies by which another CPU's clock may be ahead.
@@ -18,8 +20,8 @@ const SKEW: u32 = 64;
 /// through another listener, they may look older.
 pub const TIME_WAIT: u32 = 60;
 
-/// Whether `then` lies not further back than so many jiffies. Unlike with [`elapsed`], what is older than half the clock's turn
-/// (24 days at 1,000 Hz) does not look new: for what nobody takes away when it is over.
+/// Whether `then` lies not further back than so many jiffies. For what nobody takes away when it is over:
+/// unlike with [`elapsed`], what the clock has turned since looks new for a moment only.
 #[inline(always)]
 pub const fn is_within(then: u32, now: u32, jiffies: u32) -> bool {
     now.wrapping_sub(then).wrapping_add(SKEW) <= jiffies.saturating_add(SKEW)
@@ -133,7 +135,14 @@ mod tests {
                 assert!(!timers.expired(control, seen, seen.wrapping_add(seconds * hz), hz), "{state}");
                 assert!(timers.expired(control, seen, seen.wrapping_add(seconds * hz + 1), hz), "{state}");
                 // Seen by another CPU after this one has read the clock.
-                assert!(!timers.expired(control, seen, seen.wrapping_sub(1), hz), "{state}");
+                for ahead in [1, 60 * hz] {
+                    assert!(!timers.expired(control, seen, seen.wrapping_sub(ahead), hz), "{state}");
+                }
+                // Nobody has looked for a month, or two and a half.
+                for days in [25, 30, 75, 190] {
+                    let later = seen.wrapping_add((days * 24 * 60 * 60_u32).wrapping_mul(hz));
+                    assert!(timers.expired(control, seen, later, hz), "{state} after {days} days");
+                }
             }
         }
     }
