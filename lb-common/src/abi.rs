@@ -39,6 +39,8 @@ pub mod table {
     pub const GUARD: &str = "GUARD";
     /// [`crate::guard::Rate`], by CPU.
     pub const RATES: &str = "RATES";
+    /// [`crate::budget::Budget`] of errors, by a hash of whom they go to.
+    pub const ERROR_BUDGETS: &str = "ERROR_BUDGETS";
     /// When the controller was last there: the clock of connections, one entry.
     pub const HEARTBEAT: &str = "HEARTBEAT";
     /// [`crate::fragment::Ports`] by [`crate::fragment::FragmentKey`], IPv4.
@@ -69,7 +71,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 28] = [
+    pub const ALL: [&str; 29] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -87,6 +89,7 @@ pub mod table {
         HEARTBEAT,
         FRAGMENTS4,
         FRAGMENTS6,
+        ERROR_BUDGETS,
         PEERS,
         PEER_PATHS,
         PEER_NUMBERS,
@@ -360,6 +363,8 @@ pub mod size {
     pub const VLAN_WORDS: usize = (1 << 12) / u64::BITS as usize;
     /// Ranges of this node's interfaces, and its addresses.
     pub const INNER_RANGES: usize = 1_024;
+    /// Budgets of errors; a power of two.
+    pub const ERROR_BUDGETS: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;
 }

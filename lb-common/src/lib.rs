@@ -9,6 +9,7 @@
 pub mod abi;
 pub mod backend;
 pub mod checksum;
+pub mod budget;
 pub mod conntrack;
 pub mod endpoint;
 pub mod filter;

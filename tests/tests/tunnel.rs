@@ -602,6 +602,38 @@ fn what_is_too_long_is_answered_with_the_length_that_fits() {
 }
 
 #[test]
+fn nobody_is_flooded_with_errors_that_he_did_not_ask_for() {
+    with_both(|lab, outer| {
+        let v4 = outer.headers == V4.headers;
+        let family = if v4 { V4 } else { V6 };
+        // Of IPv6 a network shares its errors.
+        let victims = if v4 { ["203.0.113.7"; 2] } else { ["2001:db8:7::1", "2001:db8:7::2"] };
+        let others = if v4 {
+            ["203.0.113.8", "203.0.113.9", "198.51.101.7"]
+        } else {
+            ["2001:db8:8::1", "2001:db8:7:1::1", "2001:db9:7::1"]
+        };
+        let answered = |lab: &mut Lab, source: &str, port| {
+            let forged = packet(family, Transport::Udp, port, 83)
+                .with(|p| (p.source, p.payload) = (ip(source), vec![7; 1_460]));
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&forged.bytes()));
+            assert_eq!(counted.get(&Outcome::TooBig), Some(&1), "{counted:?}");
+            assert!([TX, DROP].contains(&verdict.action), "{verdict:?}");
+            verdict.action == TX
+        };
+        let hz = lab.datapath().config().jiffies_per_second;
+        let begin = lab.jiffies();
+        let sent = (50_000..50_100).zip(victims.into_iter().cycle());
+        let errors = sent.filter(|(port, victim)| answered(lab, victim, *port)).count();
+        let seconds = lab.jiffies().wrapping_sub(begin) / hz;
+        let room = 10 * (1 + seconds as usize);
+        assert!((10..=room).contains(&errors), "{errors} errors in {seconds} s");
+        // Budgets are shared by hash: one of three others has its own.
+        assert!(others.into_iter().any(|other| answered(lab, other, 50_100)));
+    });
+}
+
+#[test]
 fn an_answer_that_cannot_go_through_the_tunnel_does_not_go_by_the_host() {
     with_both(|lab, outer| {
         for family in FAMILIES {

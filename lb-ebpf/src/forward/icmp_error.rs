@@ -4,11 +4,20 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::generated::bpf_csum_diff;
-use lb_common::checksum::fold;
+use lb_common::{
+    abi::size,
+    checksum::fold,
+    net::{Address, Be16},
+};
 
 use super::headers::{Back, turn_link};
 use crate::{
-    io::{frame::Frame, packet::Packet},
+    io::{
+        clock,
+        frame::Frame,
+        maps::{self, ERROR_BUDGETS},
+        packet::Packet,
+    },
     wire::{ethernet::Ethernet, icmp::Icmp},
 };
 
@@ -19,7 +28,24 @@ const LINK: usize = size_of::<Ethernet>();
 /// Header of an ICMP message and quote.
 const MESSAGE: u16 = size_of::<Icmp>() as u16 + QUOTE;
 
-/// Turns the framese link header is not tagged, into an ICMP error about it: for its sender, from where it was going
+/// Whether an address gets one more error in this second; of IPv6 those of a network share them. A function of its own, for the
+/// verifier's sake.
+#[inline(never)]
+pub fn may_answer<A: Address>(client: &A) -> bool {
+    let Some(config) = maps::config() else {
+        return false;
+    };
+    let [network, rest, ..] = client.to_wide();
+    let whose = A::from_wide([network, rest, 0, 0]);
+    let hash = config.hash_keys.endpoint(&whose, Be16::from_raw(0), 0) as u32;
+    let Some(budget) = ERROR_BUDGETS.get_ptr_mut(hash % size::ERROR_BUDGETS as u32) else {
+        return false;
+    };
+    // SAFETY: an array's entry is valid while the program runs; what two CPUs count at once may be lost.
+    unsafe { (*budget).spend(clock::now(), config.jiffies_per_second) }
+}
+
+/// Turns the frame, whose link header is not tagged, into an ICMP error about it: for its sender, from where it was going
 /// to. `None` if it cannot be done.
 #[inline(never)]
 pub fn too_big<F: Frame, A: Back>(frame: &mut F, packet: &Packet<A>, mtu: u32) -> Option<()> {
@@ -35,7 +61,7 @@ pub fn too_big<F: Frame, A: Back>(frame: &mut F, packet: &Packet<A>, mtu: u32) -
     header.kind = kind;
     header.code = code;
     header.checksum = 0;
-    // The upper half is unused by IPv4'sse packets are not as long (RFC 1191).
+    // The upper half is unused by IPv4, whose packets are not as long (RFC 1191).
     header.rest = mtu.to_be();
     let message = frame.at::<[u8; MESSAGE as usize]>(LINK + A::HEADER)?;
     // SAFETY: the helper reads no more than it is told, which is all of the message.

@@ -88,6 +88,19 @@ fn tally<A: Family>(packet: &Packet<A>, found: &Classified, packets: u64, bytes:
     }
 }
 
+/// [`too_big`] for a client, who may be forged: an address gets so many errors in a second.
+#[inline(always)]
+fn too_big_for_client<F: Frame, A: headers::Back>(
+    frame: &mut F,
+    packet: &Packet<A>,
+    mtu: u32,
+) -> Result<(), Outcome> {
+    if packet.kind > FIRST || !icmp_error::may_answer(&packet.key.source) {
+        return Err(Outcome::TooBig);
+    }
+    too_big(frame, packet, mtu)
+}
+
 /// Answers a packet that is too long by an ICMP error in its place, to be sent back. Errors are not answered by errors, nor are
 /// later fragments (RFC 1122, 3.2.2).
 #[inline(always)]

@@ -23,7 +23,7 @@ use super::{
     mss, mtu,
     nat::{self, Hop, Target, backend_hop},
     next_hop::{self, Next},
-    outcome, rst, tally, too_big,
+    outcome, rst, tally, too_big, too_big_for_client,
     xdp::{clamp_arrived, clamp_emitted, peer_of},
 };
 use crate::{
@@ -83,7 +83,7 @@ fn to_peer<A: Back>(
     let inner_mtu = encap::inner_mtu(number, peer);
     let (packets, bytes) = (frame.packets(), packet_bytes(frame, packet));
     if frame.longest(packet) > inner_mtu {
-        too_big(frame, packet, inner_mtu)?;
+        too_big_for_client(frame, packet, inner_mtu)?;
         return back(frame, config, packet.tags, headless);
     }
     if packet.negotiates() {

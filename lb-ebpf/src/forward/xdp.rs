@@ -19,7 +19,7 @@ use super::{
     headers::Back,
     mss,
     nat::{self, Target, backend_hop},
-    next_hop, outcome, rst, tally, too_big,
+    next_hop, outcome, rst, tally, too_big_for_client,
 };
 use crate::{
     conntrack::{self, Classified, Direction, tracked::Tracked},
@@ -99,7 +99,7 @@ fn to_peer<A: Back>(
     let peer = encap::peer(number)?;
     let inner_mtu = encap::inner_mtu(number, peer);
     if packet.bytes as u32 > inner_mtu {
-        too_big(frame, packet, inner_mtu)?;
+        too_big_for_client(frame, packet, inner_mtu)?;
         let interface = frame.ifindex();
         return Ok(transmit(frame, config, interface));
     }

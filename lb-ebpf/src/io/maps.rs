@@ -10,6 +10,7 @@ use lb_common::{
     abi::{Config, Label, LabelKey, inner, size},
     backend::Backend,
     conntrack::{Set, Timers, is_within},
+    budget::Budget,
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
@@ -89,6 +90,9 @@ pub static GUARD: Array<Guard, 1> = Array::new();
 pub static RATES: PerCpuArray<Rate, 1> = PerCpuArray::new();
 
 #[btf_map]
+#[btf_map]
+pub static ERROR_BUDGETS: Array<Budget, { size::ERROR_BUDGETS }> = Array::new();
+
 pub static HEARTBEAT: Array<u32, 1> = Array::new();
 
 #[btf_map]
