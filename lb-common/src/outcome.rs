@@ -69,7 +69,7 @@ outcomes! {
     /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
     /// A new connection for a listener from an address that nobody can have out there: loopback, multicast, unspecified, one of
-    /// this node's own, or one behind a bridge of its containers.
+    /// this node's own, or one behind a bridge of its containers; or a datagram from a published port of another node.
     Martian = "martian",
     /// The task of the connection is gone.
     BackendGone = "backend_gone",

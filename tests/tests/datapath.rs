@@ -185,6 +185,32 @@ fn nobody_is_served_who_cannot_be_out_there() {
 }
 
 #[test]
+fn services_that_answer_every_datagram_do_not_answer_each_other() {
+    with_lab(services(), |lab| {
+        let [node, node6] = ["192.0.2.2", "2001:db8::2"];
+        let from = |family: &Family, source: &str, port: u16| {
+            family.packet(Transport::Udp, port, 81).with(|p| p.source = ip(source)).bytes()
+        };
+        for (family, node) in [(&V4, node), (&V6, node6)] {
+            // Whichever service it is whose port it says to come from.
+            for port in [53, 81, 82] {
+                let (verdict, counted) = lab.counting(|lab| lab.xdp(&from(family, node, port)));
+                assert_eq!(
+                    (verdict.action, counted),
+                    (DROP, BTreeMap::from([(Outcome::Martian, 1)])),
+                    "{port}"
+                );
+            }
+            // A node may be a client, and a client may have any port.
+            for (source, port) in [(node, 40_000), (node, 80), (family.client, 53)] {
+                let (_, counted) = lab.counting(|lab| lab.xdp(&from(family, source, port)));
+                assert_eq!(counted, BTreeMap::from([(Outcome::Routed, 1)]), "{source} {port}");
+            }
+        }
+    });
+}
+
+#[test]
 fn frames_of_vlans_that_the_node_does_not_have_pass() {
     with_lab(services(), |lab| {
         let mut port = 41_000;

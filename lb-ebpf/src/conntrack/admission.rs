@@ -52,6 +52,9 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if source.is_martian() || maps::inner(source) != inner::OUTSIDE {
         return Err(Outcome::Martian);
     }
+    if !packet.is_tcp() && is_of_a_listener(&packet.key) {
+        return Err(Outcome::Martian);
+    }
     // What goes on behind the guard was counted when it was placed.
     let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
     let guarded = goes_on || too_many || guard::was_full();
@@ -73,6 +76,14 @@ fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
     if !packet.is_tcp() || packet.kind != WHOLE || packet.tcp_flags & SYN != 0 {
         return false;
     }
+/// Whether a datagram comes, or says to come, from a published port of another node: two services that answer every datagram would
+/// answer each other for ever. A function of its own, for the stack's sake.
+#[inline(never)]
+fn is_of_a_listener<A: Family>(key: &FiveTuple<A>) -> bool {
+    maps::is_node(&key.source)
+        && A::listener(&Endpoint::new(key.destination, key.source_port, key.protocol)).is_some()
+}
+
     listener.flags & CONSISTENT != 0 || guard::was_full() || packet.acknowledges() && guard::lingers()
 }
 

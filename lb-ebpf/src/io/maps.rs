@@ -174,6 +174,14 @@ fn is_silent(config: &Config) -> bool {
 #[inline(always)]
 pub fn is_own<A: Address>(address: &A) -> bool {
     let mapped = address.to_mapped();
+/// Whether the address is one of a node's of the cluster.
+#[inline(always)]
+pub fn is_node<A: Address>(address: &A) -> bool {
+    let mapped = address.to_mapped();
+    // SAFETY: not read.
+    unsafe { PEER_NUMBERS.get(mapped) }.is_some()
+}
+
     // SAFETY: copied at once.
     unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }
