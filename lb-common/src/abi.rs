@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -57,6 +57,9 @@ pub mod table {
     pub const TASKS: &str = "TASKS";
     /// What ranges of addresses are to this node, mapped ([`crate::net::Address::to_mapped`]): [`super::inner`].
     pub const INNER_RANGES: &str = "INNER_RANGES";
+    /// Whether clients may connect, by ranges of their addresses ([`crate::access::AccessKey`]): [`crate::access::ALLOWED`] or
+    /// [`crate::access::DENIED`].
+    pub const ACCESS: &str = "ACCESS";
     /// Bits of the VLANs that this node has on the uplink, by their ids.
     pub const VLANS: &str = "VLANS";
     /// Counter of each [`crate::outcome::Outcome`].
@@ -71,7 +74,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 29] = [
+    pub const ALL: [&str; 30] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -86,15 +89,16 @@ pub mod table {
         TIMERS,
         GUARD,
         RATES,
+        ERROR_BUDGETS,
         HEARTBEAT,
         FRAGMENTS4,
         FRAGMENTS6,
-        ERROR_BUDGETS,
         PEERS,
         PEER_PATHS,
         PEER_NUMBERS,
         TASKS,
         INNER_RANGES,
+        ACCESS,
         VLANS,
         OUTCOMES,
         BACKEND_STATS,
@@ -280,6 +284,10 @@ pub mod remove {
     pub const CONNECTION4: u32 = 1;
     /// A line of IPv6.
     pub const CONNECTION6: u32 = 2;
+    /// A line of IPv4 whose client may no longer connect: also if it was seen since.
+    pub const DENIED4: u32 = 5;
+    /// The same, IPv6.
+    pub const DENIED6: u32 = 6;
     /// The mark of a home that lines of it lie in other sets, IPv4.
     pub const SPILLED4: u32 = 3;
     /// The same, IPv6.
@@ -363,6 +371,13 @@ pub mod size {
     pub const VLAN_WORDS: usize = (1 << 12) / u64::BITS as usize;
     /// Ranges of this node's interfaces, and its addresses.
     pub const INNER_RANGES: usize = 1_024;
+    /// Ranges in the lists of who may connect, of all services.
+    pub const RANGES: usize = 32_768;
+    /// The same in a table that has two more for each of so many services: those of everybody, of each family, so that one whose
+    /// list finds no room can always be closed. Before Linux 6.13 a full trie refuses to change what is in it.
+    pub const fn access(services: usize) -> usize {
+        RANGES + 2 * services + 1
+    }
     /// Budgets of errors; a power of two.
     pub const ERROR_BUDGETS: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.

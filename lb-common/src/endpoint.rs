@@ -42,12 +42,14 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`] or nothing.
+    /// [`CONSISTENT`], [`RESTRICTED`].
     pub flags: u32,
 }
 
 /// New connections of a listener are placed by a hash of their five-tuple, so that one whose line is lost is found again.
 pub const CONSISTENT: u32 = 1;
+/// Not everybody may connect: [`crate::access`].
+pub const RESTRICTED: u32 = 2;
 
 /// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
 /// table.

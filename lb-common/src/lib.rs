@@ -7,9 +7,10 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod abi;
+pub mod access;
 pub mod backend;
-pub mod checksum;
 pub mod budget;
+pub mod checksum;
 pub mod conntrack;
 pub mod endpoint;
 pub mod filter;

@@ -71,6 +71,8 @@ outcomes! {
     /// A new connection for a listener from an address that nobody can have out there: loopback, multicast, unspecified, one of
     /// this node's own, or one behind a bridge of its containers; or a datagram from a published port of another node.
     Martian = "martian",
+    /// A new connection for a listener from an address that its service does not allow, or denies.
+    Denied = "denied",
     /// The task of the connection is gone.
     BackendGone = "backend_gone",
     /// The task of the connection is gone: answered with a reset in place of the packet.
@@ -127,6 +129,7 @@ impl Outcome {
             self,
             Self::BackendUnreachable
                 | Self::Martian
+                | Self::Denied
                 | Self::TaskRefused
                 | Self::LateReply
                 | Self::StaleAlias

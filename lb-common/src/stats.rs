@@ -28,6 +28,8 @@ pub struct ServiceStats {
     pub connections: u64,
     /// New connections given to none, passed to the host.
     pub refused: u64,
+    /// Packets of clients that may not connect, dropped.
+    pub denied: u64,
 }
 
 /// What became of a connection table's lines. Those that are there are all that were inserted, less the others.
@@ -82,7 +84,11 @@ impl ServiceStats {
     /// The sum of both.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
-        Self { connections: self.connections + other.connections, refused: self.refused + other.refused }
+        Self {
+            connections: self.connections + other.connections,
+            refused: self.refused + other.refused,
+            denied: self.denied + other.denied,
+        }
     }
 }
 

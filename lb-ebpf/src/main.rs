@@ -561,8 +561,10 @@ pub fn gc(context: XdpContext) -> u32 {
         };
         let Removal { control, slot, seen, what, .. } = *removal;
         let done = match what {
-            remove::CONNECTION4 => table::expire::<V4>(slot, control, seen),
-            remove::CONNECTION6 => table::expire::<V6>(slot, control, seen),
+            remove::CONNECTION4 => table::expire::<V4>(slot, control, seen, 0),
+            remove::CONNECTION6 => table::expire::<V6>(slot, control, seen, 0),
+            remove::DENIED4 => table::expire::<V4>(slot, control, 0, 1),
+            remove::DENIED6 => table::expire::<V6>(slot, control, 0, 1),
             remove::SPILLED4 => table::gather::<V4>(slot, seen),
             remove::SPILLED6 => table::gather::<V6>(slot, seen),
             _ => false,

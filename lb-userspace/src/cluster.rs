@@ -1,7 +1,15 @@
 //! The cluster as a source describes it: plain data, no I/O, no numbers of the datapath.
 
-use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::IpAddr,
+    str::FromStr,
+    sync::Arc,
+    time::SystemTime,
+};
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::conntrack::{Phase, Timers};
 use serde::{Deserialize, Serialize};
 
@@ -81,6 +89,69 @@ pub enum Placement {
     Consistent,
 }
 
+/// Who may connect to a service. Of the ranges that have a client's address the narrowest decides; a range that is both allowed and
+/// denied is denied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Access {
+    /// Who may; `None` is everybody who is not denied.
+    #[serde(default)]
+    pub allow: Option<Vec<IpNet>>,
+    /// Who may not.
+    #[serde(default)]
+    pub deny: Vec<IpNet>,
+}
+
+/// Why a range of addresses was refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} is neither an address nor a range of them, as in 192.0.2.0/24 or 2001:db8::/32")]
+pub struct RangeError(String);
+
+/// A range of addresses from text: an address, or one and the length of a prefix, whose further bits do not matter.
+///
+/// # Errors
+/// It is neither.
+pub fn address_range(text: &str) -> Result<IpNet, RangeError> {
+    let address = || text.parse::<IpAddr>().map(IpNet::from);
+    let range = text.parse().or_else(|_| address()).map_err(|_| RangeError(text.to_owned()))?;
+    Ok(as_known(range))
+}
+
+/// A range as clients are known: by IPv4 where they have that, without the bits that do not matter.
+fn as_known(range: IpNet) -> IpNet {
+    let mapped = match range {
+        IpNet::V6(v6) if v6.prefix_len() >= 96 => v6.addr().to_ipv4_mapped(),
+        _ => None,
+    };
+    let v4 = mapped.and_then(|address| IpNet::new(address.into(), range.prefix_len() - 96).ok());
+    v4.unwrap_or(range).trunc()
+}
+
+impl Access {
+    /// Nobody may connect.
+    pub fn closed() -> Self {
+        Self { allow: Some(Vec::new()), deny: Vec::new() }
+    }
+
+    /// Whether everybody may.
+    pub fn is_open(&self) -> bool {
+        self.allow.is_none() && self.deny.is_empty()
+    }
+
+    /// Whether clients may connect, by ranges, those of everybody among them; empty if all may.
+    pub fn ranges(&self) -> BTreeMap<IpNet, bool> {
+        if self.is_open() {
+            return BTreeMap::new();
+        }
+        let others = self.allow.is_none();
+        let all = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+        let allowed = self.allow.iter().flatten().map(|range| (*range, true));
+        let denied = self.deny.iter().map(|range| (*range, false));
+        // Another agent may have told of ranges in a form of its own.
+        let listed = allowed.chain(denied).map(|(range, allowed)| (as_known(range), allowed));
+        all.map(|range| (range, others)).into_iter().chain(listed).collect()
+    }
+}
+
 /// What becomes of an established TCP connection whose timer has run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -139,6 +210,9 @@ pub struct Service {
     /// How new connections find their tasks.
     #[serde(default)]
     pub placement: Placement,
+    /// Who may connect. Agents that know none let everybody.
+    #[serde(default, skip_serializing_if = "Access::is_open")]
+    pub access: Access,
     /// Published ports that are shown but left to Swarm, as users read them.
     pub left: String,
     /// What is wrong with how the service is described, as users read it: a label that nobody knows, a value that is none.
@@ -394,6 +468,40 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_of_addresses_read_as_users_write_them() {
+        let read = |text: &str| address_range(text).map(|range| range.to_string());
+        for (text, range) in [
+            ("10.1.2.3", "10.1.2.3/32"),
+            ("10.1.2.3/8", "10.0.0.0/8"),
+            ("2001:db8::7", "2001:db8::7/128"),
+            ("2001:db8::7/32", "2001:db8::/32"),
+            ("::/0", "::/0"),
+            ("::ffff:10.1.2.3", "10.1.2.3/32"),
+            ("::ffff:10.1.2.3/104", "10.0.0.0/8"),
+        ] {
+            assert_eq!(read(text).as_deref(), Ok(range), "{text}");
+        }
+        for text in ["", "office", "10.0.0.0/33", "10.0.0/8", "10.0.0.1:80", "2001:db8::/129", "*"] {
+            assert_eq!(read(text), Err(RangeError(text.into())));
+        }
+    }
+
+    #[test]
+    fn of_two_lists_that_name_the_same_range_the_one_that_denies_counts() {
+        let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        assert!(Access::default().ranges().is_empty());
+        let lists =
+            Access { allow: Some(ranges(&["10.0.0.0/8", "192.0.2.0/24"])), deny: ranges(&["10.0.0.0/8"]) };
+        let expected = [("0.0.0.0/0", false), ("10.0.0.0/8", false), ("192.0.2.0/24", true), ("::/0", false)];
+        let expected = expected.map(|(range, allowed)| (range.parse().unwrap(), allowed));
+        assert_eq!(lists.ranges(), BTreeMap::from(expected));
+        assert!(
+            Access { deny: ranges(&["10.0.0.0/8"]), ..Access::default() }.ranges()[&"::/0".parse().unwrap()]
+        );
+        assert_eq!(Access::closed().ranges().len(), 2);
+    }
 
     #[test]
     fn ports_read_as_docker_writes_them() {

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
     stats::{BackendStats, ServiceStats},
@@ -53,6 +54,8 @@ pub struct Service {
     pub connections: u64,
     /// New connections that no task could be given: passed to the host.
     pub refused_connections: u64,
+    /// Packets of clients that may not connect, dropped.
+    pub denied_packets: u64,
     /// New connections that a task did not take, given to another.
     pub failovers: u64,
     /// What is wrong.
@@ -254,6 +257,7 @@ impl Inventory {
                     left_to_swarm: label.left.clone(),
                     connections: stats.connections,
                     refused_connections: stats.refused,
+                    denied_packets: stats.denied,
                     failovers: tasks
                         .values()
                         .flatten()
@@ -372,6 +376,13 @@ impl Inventory {
         self.counters.services.get(&index).copied().unwrap_or_default()
     }
 
+    /// Whether clients may connect to a service, by ranges of their addresses; none if everybody may.
+    fn ranges(&self, index: u32) -> impl Iterator<Item = (IpNet, bool)> {
+        let first = (index, IpNet::V4(Ipv4Net::default()));
+        let of = self.tables.access.range(first..).take_while(move |((service, _), _)| *service == index);
+        of.map(|((_, range), allowed)| (*range, *allowed))
+    }
+
     /// A service's settings, by their names.
     pub fn settings(&self, index: u32) -> serde_json::Value {
         let Some(label) = self.tables.services.get(&index) else {
@@ -385,7 +396,13 @@ impl Inventory {
             Idle::Forget => "forget",
             Idle::Reset => "reset",
         };
-        serde_json::json!({ "timers": timers, "idle": idle })
+        let of = |wanted: bool| -> Vec<String> {
+            let ranges = self.ranges(index).filter(|(_, allowed)| *allowed == wanted);
+            ranges.map(|(range, _)| range.to_string()).collect()
+        };
+        let access =
+            self.ranges(index).next().map(|_| serde_json::json!({ "allow": of(true), "deny": of(false) }));
+        serde_json::json!({ "timers": timers, "idle": idle, "access": access })
     }
 }
 

@@ -230,6 +230,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         tasks,
         returns: None,
         placement: lb_userspace::cluster::Placement::default(),
+        access: lb_userspace::cluster::Access::default(),
         left: String::new(),
         problem: String::new(),
         timers: Timers::DEFAULT,

@@ -22,8 +22,9 @@ const VERIFIED: [((u32, u32), [u32; 4]); 3] = [
     ((6, 18), [261_000, 361_000, 71_400, 104_000]),
 ];
 
-/// Bytes of the translated programs, nearly the same everywhere.
-const BYTES: [u32; 4] = [196_000, 212_000, 73_000, 2_300];
+/// Bytes of the translated programs, nearly the same everywhere. What is given anew looks for its pair at each try, and asks who may
+/// connect.
+const BYTES: [u32; 4] = [217_000, 234_000, 73_000, 2_300];
 
 /// Bytes of the stack that the frames of a chain of calls may take together: the kernel's 512 (`MAX_BPF_STACK`), of which 64 stay
 /// free for what is built next.
@@ -84,8 +85,8 @@ fn tables_stay_within_their_memory() {
         [table::BACKEND_STATS, table::SERVICE_STATS, table::OUTCOMES].map(|name| tables[name]).iter().sum();
     assert!(per_cpu / cpus <= 4 << 20, "{per_cpu} bytes of counters on {cpus} CPUs");
     let rest: u64 = tables.values().sum::<u64>() - per_cpu;
-    // Older kernels count tables that grow on demand as if they were full.
-    let most = if version() >= COUNTED_MEMORY { 120 } else { 155 };
+    // Older kernels count tables that grow on demand as if they were full; five are the ranges of who may connect.
+    let most = if version() >= COUNTED_MEMORY { 120 } else { 160 };
     assert!(rest <= most << 20, "{rest} bytes of tables");
     let connections = tables[table::CONNECTIONS4] + tables[table::CONNECTIONS6];
     assert!(connections <= 97 << 20, "{connections} bytes of connections");

@@ -480,6 +480,12 @@ fn nothing_is_removed_that_was_seen_since_it_was_found_to_have_ended() {
         let (_, control, line) = lab.lines()[0];
         assert_eq!(lab.try_remove(&[(slot, control.0, line.seen, remove::CONNECTION4)]), [true]);
         assert_eq!(lab.lines().len(), 0);
+        // But for those whose client may no longer connect, however busy.
+        establish(lab, port);
+        let (slot, control, line) = lab.lines()[0];
+        let denied = |control| (slot, control, line.seen.wrapping_sub(1), remove::DENIED4);
+        assert_eq!(lab.try_remove(&[denied(control.0 ^ 1 << 40), denied(control.0)]), [false, true]);
+        assert_eq!(lab.lines().len(), 0);
     });
 }
 

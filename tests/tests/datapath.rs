@@ -6,6 +6,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
+use lb_common::net::Address as _;
 use lb_common::{
     abi::{META_TC_DECIDES, PARTIAL_CHECKSUMS, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, XDP_TRANSMITS, inner},
     backend::VIA_TC,
@@ -21,7 +22,7 @@ use lb_tests::{
         ACK, CLIENT_MAC, Checksum, FIN, NODE_MAC, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums,
     },
 };
-use lb_userspace::cluster::{Service, TaskState, Via};
+use lb_userspace::cluster::{Access, Placement, Service, TaskState, Via};
 
 /// What one family's tests use: client, listener, tasks.
 #[derive(Clone, Copy)]
@@ -207,6 +208,61 @@ fn services_that_answer_every_datagram_do_not_answer_each_other() {
                 assert_eq!(counted, BTreeMap::from([(Outcome::Routed, 1)]), "{source} {port}");
             }
         }
+    });
+}
+
+#[test]
+fn only_who_may_connect_is_served() {
+    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("a range")).collect();
+    with_lab(services(), |lab| {
+        let ask = |lab: &mut Lab, family: &Family, source: &str, transport, to| {
+            let frame = family.packet(transport, 40_000, to).with(|p| p.source = ip(source)).bytes();
+            lab.counting(|lab| lab.xdp(&frame))
+        };
+        // Another service is everybody's.
+        lab.update(|cluster| {
+            cluster.service_mut(0).access = Access {
+                allow: Some(ranges(&["198.51.100.0/24", "2001:db8:9::/48"])),
+                deny: ranges(&["198.51.100.7/32"]),
+            };
+        });
+        let denied = BTreeMap::from([(Outcome::Denied, 1)]);
+        let lists = [
+            (&V4, "198.51.100.6", true),
+            (&V4, "198.51.100.7", false),
+            (&V4, "198.51.100.8", true),
+            (&V4, "198.51.101.1", false),
+            (&V6, "2001:db8:9::1", true),
+            (&V6, "2001:db8:a::1", false),
+        ];
+        for (family, source, allowed) in lists {
+            let (verdict, counted) = ask(lab, family, source, SYN, 80);
+            assert_eq!(counted == denied, !allowed, "{source}: {counted:?}");
+            assert_eq!(verdict.action == DROP, !allowed, "{source}");
+            let (_, counted) = ask(lab, family, source, Transport::Udp, 81);
+            assert_eq!(counted, BTreeMap::from([(Outcome::Routed, 1)]), "{source}: of another service");
+        }
+        let stats = lab.datapath().counters().expect("the counters").services;
+        assert_eq!(stats.values().map(|stats| stats.denied).collect::<Vec<_>>(), [0, 0, 0, 0, 3], "by name");
+        // What no line is known of is denied before anything else is done for it; the guard counts none of it.
+        lab.update(|cluster| cluster.service_mut(0).placement = Placement::Consistent);
+        let (verdict, counted) = ask(lab, &V4, "198.51.101.1", ACK, 80);
+        assert_eq!((verdict.action, counted), (DROP, denied.clone()));
+        // A list that shrinks ends what it no longer allows.
+        let (before, before6) = (lab.lines().len(), lab.lines6().len());
+        lab.update(|cluster| {
+            cluster.service_mut(0).access.deny = ranges(&["198.51.100.8/32", "2001:db8:9::1/128"])
+        });
+        lab.collect();
+        assert_eq!((lab.lines().len(), lab.lines6().len()), (before - 1, before6 - 1));
+        let left = lab.lines().into_iter().map(|(_, _, line)| line.tuple);
+        let tcp =
+            left.filter(|tuple| tuple.protocol == lb_common::net::TCP).map(|tuple| tuple.source.to_ip());
+        assert_eq!(tcp.collect::<Vec<_>>(), [ip("198.51.100.6")]);
+        // Everybody's again.
+        lab.update(|cluster| cluster.service_mut(0).access = Access::default());
+        let (_, counted) = ask(lab, &V4, "198.51.101.1", SYN, 80);
+        assert_eq!(counted.get(&Outcome::Denied), None);
     });
 }
 

@@ -616,7 +616,7 @@ fn without_raw_sockets_idle_connections_are_forgotten_and_one_warning_says_so() 
     eventually("the task is offered", || active_tasks(node, "web") == 1);
     are_forgotten_in_silence(&cluster);
     let log = agent.log();
-    let said = "eth1: service web: idle connections are forgotten, not reset: open a raw socket: Operation not permitted \
+    let said = "eth1: service web: connections that are idle, or whose client is denied, are forgotten, not reset: open a raw socket: Operation not permitted \
                 (os error 1); the agent needs the capability CAP_NET_RAW";
     assert_eq!(log.matches(said).count(), 1, "{log}");
 }

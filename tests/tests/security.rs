@@ -1,8 +1,8 @@
 //! What an attacker tries, against the real agent: `SECURITY.md` says of each attack what stops it.
 
 use std::{
-    io::{BufRead as _, BufReader, ErrorKind, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -86,6 +86,97 @@ fn is_served(cluster: &Cluster, source: Ipv4Addr, node: usize) -> bool {
         socket.bind(&SocketAddr::from((source, 0)).into()).expect("bind it");
         socket.connect_timeout(&to.into(), Duration::from_millis(500)).is_ok()
     })
+}
+
+/// Who may connect is said by lists in the cluster file: who is not among them is not served by any node, and a list that shrinks ends
+/// what it no longer allows, at both ends.
+#[test]
+fn only_who_is_on_the_list_connects_and_a_list_that_shrinks_ends_connections() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    let task = cluster.add_task("web.1", 0);
+    let write = |cluster: &Cluster, lists: &str| {
+        let text = cluster.file("\"80:8080\"", &[(&cluster.tasks[task], "running")]);
+        cluster.write(&text.replacen("ports =", &format!("{lists}\nports ="), 1))
+    };
+    let path = write(&cluster, "");
+    let nodes = cluster.nodes.iter();
+    let _agents: Vec<_> =
+        nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let other = Ipv4Addr::new(10, 77, 0, 9);
+    cluster.client.ip(&format!("addr add {other}/32 dev eth1"));
+    for node in &cluster.nodes {
+        node.netns.ip(&format!("route add {other}/32 dev eth1"));
+    }
+    let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+    let connect = |source: Ipv4Addr, node: usize| {
+        let to = SocketAddr::new(cluster.addresses(node)[0], 80);
+        let socket = cluster.client.enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.bind(&SocketAddr::from((source, 0)).into()).expect("bind it");
+            socket.connect_timeout(&to.into(), PATIENCE).map(|()| socket)
+        });
+        let mut client = TcpStream::from(socket.expect("connect"));
+        let (mut server, from) = listener.accept().expect("a client");
+        assert_eq!(from.ip().to_canonical(), IpAddr::V4(source));
+        client.write_all(b"x").expect("send");
+        server.read_exact(&mut [0]).expect("what was sent");
+        for end in [&client, &server] {
+            end.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+        }
+        [client, server]
+    };
+    for node in 0..2 {
+        within(PATIENCE, "everybody is served", || is_served(&cluster, other, node));
+        while listener.set_nonblocking(true).is_ok() && listener.accept().is_ok() {}
+        listener.set_nonblocking(false).expect("wait for clients");
+    }
+    let ended = [connect(other, 0), connect(other, 1)];
+    let mut stays = [connect(CLIENT4, 0), connect(CLIENT4, 1)];
+    // Who does not stop sending is ended all the same.
+    let busy = [connect(other, 0), connect(other, 1)].map(|ends| {
+        ends.map(|mut end| {
+            end.set_write_timeout(Some(PATIENCE)).expect("set a time limit");
+            let mut heard = end.try_clone().expect("another hand");
+            thread::spawn(move || while heard.read(&mut [0; 4_096]).is_ok_and(|bytes| bytes > 0) {});
+            thread::spawn(move || while end.write_all(&[0; 512]).is_ok() {})
+        })
+    });
+    write(&cluster, "allow = [\"192.0.2.0/24\", \"10.77.0.0/16\"]\ndeny = [\"10.77.0.9\"]");
+    for (node, ends) in ended.iter().enumerate() {
+        let heard = ends.each_ref().map(|mut end| end.read(&mut [0]).map_err(|error| error.kind()));
+        assert_eq!(heard, [Err(ErrorKind::ConnectionReset); 2], "client and task, through node {node}");
+    }
+    for node in 0..2 {
+        let at = &cluster.nodes[node].netns;
+        let denied = || json(at, &["service", "ls"])["services"][0]["denied_packets"].as_u64();
+        let before = denied().expect("not everybody may connect");
+        assert!(!is_served(&cluster, other, node));
+        assert!(denied() > Some(before));
+        assert!(is_served(&cluster, CLIENT4, node));
+        let access = &json(at, &["service", "inspect", "web"])["settings"]["access"];
+        let expected = serde_json::json!({
+            "allow": ["10.77.0.0/16", "192.0.2.0/24"], "deny": ["0.0.0.0/0", "10.77.0.9/32", "::/0"]
+        });
+        assert_eq!(*access, expected);
+    }
+    let open = |node: usize| {
+        let tasks = json(&cluster.nodes[node].netns, &["service", "ps", "web"])["tasks"].clone();
+        tasks[0]["open_connections"].as_u64().expect("a number")
+    };
+    for (node, left) in [2, 1].into_iter().enumerate() {
+        within(PATIENCE, "those who may connect have the only connections", || open(node) == left);
+    }
+    busy.into_iter().flatten().for_each(|sender| sender.join().expect("the sender"));
+    // Whoever may, goes on.
+    for [client, server] in &mut stays {
+        client.write_all(b"x").expect("send");
+        server.read_exact(&mut [0]).expect("what was sent");
+    }
+    write(&cluster, "");
+    for node in 0..2 {
+        within(PATIENCE, "everybody is served again", || is_served(&cluster, other, node));
+    }
 }
 
 /// What comes from outside with an address behind a bridge of the node's own would pass for a container.

@@ -689,6 +689,52 @@ fn idle_connections_are_reset(swarm: &Swarm) {
 }
 
 #[test]
+fn who_may_connect_is_a_label_that_every_node_heeds() {
+    let swarm = Swarm::new(3);
+    let first = &swarm.nodes[0];
+    let _agents = swarm.attach();
+    create(first, "web", 5, "80:8080", &["--label", "lb.deny=10.9.9.0/24"], &[]);
+    serves(&swarm, "web", 5);
+    swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 5));
+    let shown = |node: &Node| json(&node.netns, &["service", "ls"])["services"][0].clone();
+    let label = |change: [&str; 2]| {
+        first.docker(&["service", "update", "-d", change[0], change[1], "web"]);
+    };
+    let lets_nobody_in = |what: &str| {
+        for node in &swarm.nodes {
+            within(PATIENCE, &format!("{}: {what}", node.name), || swarm.ask(node, 80).is_err());
+            assert!(shown(node)["denied_packets"].as_u64() > Some(0), "{}", shown(node));
+        }
+    };
+    label(["--label-add", "lb.allow=10.0.0.0/8"]);
+    lets_nobody_in("the client is not on the list");
+    let within_its_network = format!("lb.allow={CLIENT}/24");
+    label(["--label-add", &within_its_network]);
+    for node in &swarm.nodes {
+        within(PATIENCE, "the client is on the list", || swarm.ask(node, 80).is_ok());
+        rotates(&swarm, node, 80, 5);
+    }
+    label(["--label-add", "lb.deny=office"]);
+    lets_nobody_in("a list is wrong");
+    let wrong = "label lb.deny: \"office\" is neither an address nor a range of them";
+    for node in &swarm.nodes {
+        assert!(
+            shown(node)["problem"].as_str().is_some_and(|said| said.starts_with(wrong)),
+            "{}",
+            shown(node)
+        );
+    }
+    label(["--label-rm", "lb.deny"]);
+    label(["--label-rm", "lb.allow"]);
+    for node in &swarm.nodes {
+        let inspect = || json(&node.netns, &["service", "inspect", "web"]);
+        within(PATIENCE, "everybody may connect", || inspect()["settings"]["access"].is_null());
+        assert!(shown(node)["problem"].is_null(), "{}", shown(node));
+        rotates(&swarm, node, 80, 5);
+    }
+}
+
+#[test]
 fn the_agent_runs_as_a_global_service() {
     let swarm = Swarm::new(2);
     let manager = &swarm.nodes[0];

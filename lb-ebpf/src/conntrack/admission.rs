@@ -8,7 +8,7 @@ use lb_common::{
         line::{ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
         tcp::{FIN, RST, SYN},
     },
-    endpoint::{CONSISTENT, Endpoint, Listener},
+    endpoint::{CONSISTENT, Endpoint, Listener, RESTRICTED},
     net::Be16,
     outcome::Outcome,
     tags::Tags,
@@ -55,6 +55,10 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if !packet.is_tcp() && is_of_a_listener(&packet.key) {
         return Err(Outcome::Martian);
     }
+    if listener.flags & RESTRICTED != 0 && !maps::may_connect(listener.service, source) {
+        counters::denied(listener.service);
+        return Err(Outcome::Denied);
+    }
     // What goes on behind the guard was counted when it was placed.
     let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();
     let guarded = goes_on || too_many || guard::was_full();
@@ -69,13 +73,6 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     Ok(Step::Choose)
 }
 
-/// Whether the packet goes on with a connection that has no line. What was placed without one has to acknowledge the answer to
-/// a SYN; where connections are placed by hash it may be any but a SYN, for the task's own kernel knows them.
-#[inline(always)]
-fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
-    if !packet.is_tcp() || packet.kind != WHOLE || packet.tcp_flags & SYN != 0 {
-        return false;
-    }
 /// Whether a datagram comes, or says to come, from a published port of another node: two services that answer every datagram would
 /// answer each other for ever. A function of its own, for the stack's sake.
 #[inline(never)]
@@ -84,6 +81,13 @@ fn is_of_a_listener<A: Family>(key: &FiveTuple<A>) -> bool {
         && A::listener(&Endpoint::new(key.destination, key.source_port, key.protocol)).is_some()
 }
 
+/// Whether the packet goes on with a connection that has no line. What was placed without one has to acknowledge the answer to
+/// a SYN; where connections are placed by hash it may be any but a SYN, for the task's own kernel knows them.
+#[inline(always)]
+fn goes_on<A>(packet: &Packet<A>, listener: &Listener) -> bool {
+    if !packet.is_tcp() || packet.kind != WHOLE || packet.tcp_flags & SYN != 0 {
+        return false;
+    }
     listener.flags & CONSISTENT != 0 || guard::was_full() || packet.acknowledges() && guard::lingers()
 }
 

@@ -745,14 +745,14 @@ fn counted<A: Family>(removed: bool) -> bool {
     removed
 }
 
-/// The same, of a line that was last seen then and has not been since: what user space asks for.
+/// The same, of a line that was last seen then and has not been since, or has if that does not matter: what user space asks for.
 #[inline(never)]
-pub fn expire<A: Family>(slot: u32, control: u64, seen: u32) -> bool {
+pub fn expire<A: Family>(slot: u32, control: u64, seen: u32, also_if_seen: u32) -> bool {
     let at = At { way: line::way_of(slot), control: Control(control) };
     let Some(set) = set::<A>(line::set_of(slot)) else {
         return false;
     };
-    let removed = table::remove(set, at, || set.seen(at.way) == seen);
+    let removed = table::remove(set, at, || also_if_seen != 0 || set.seen(at.way) == seen);
     if removed {
         // Before Linux 6.2 a packet may come between the two halves of an addition by who is not called for one.
         counters::line::<A>(|lines| {

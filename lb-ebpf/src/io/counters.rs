@@ -68,6 +68,15 @@ pub fn refused(service: u32) {
     }
 }
 
+/// Counts a packet of a client that may not connect.
+#[inline(always)]
+pub fn denied(service: u32) {
+    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        // SAFETY: as above.
+        unsafe { (*stats).denied += 1 };
+    }
+}
+
 /// Counts what became of a line of a family's connection table.
 #[inline(always)]
 pub fn line<A: Address>(count: impl FnOnce(&mut TableStats)) {

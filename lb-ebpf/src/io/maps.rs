@@ -8,9 +8,10 @@ use aya_ebpf::{
 };
 use lb_common::{
     abi::{Config, Label, LabelKey, inner, size},
+    access::{self, AccessKey},
     backend::Backend,
-    conntrack::{Set, Timers, is_within},
     budget::Budget,
+    conntrack::{Set, Timers, is_within},
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
@@ -90,9 +91,9 @@ pub static GUARD: Array<Guard, 1> = Array::new();
 pub static RATES: PerCpuArray<Rate, 1> = PerCpuArray::new();
 
 #[btf_map]
-#[btf_map]
 pub static ERROR_BUDGETS: Array<Budget, { size::ERROR_BUDGETS }> = Array::new();
 
+#[btf_map]
 pub static HEARTBEAT: Array<u32, 1> = Array::new();
 
 #[btf_map]
@@ -116,6 +117,9 @@ pub static TASKS: HashMap<TaskKey, u32, { size::BACKENDS }, ON_DEMAND> = HashMap
 
 #[btf_map]
 pub static INNER_RANGES: LpmTrie<Wide, u32, { size::INNER_RANGES }> = LpmTrie::new();
+
+#[btf_map]
+pub static ACCESS: LpmTrie<AccessKey, u32, { size::access(size::SERVICES) }> = LpmTrie::new();
 
 #[btf_map]
 pub static VLANS: Array<u64, { size::VLAN_WORDS }> = Array::new();
@@ -170,10 +174,6 @@ fn is_silent(config: &Config) -> bool {
     })
 }
 
-/// Whether the address is one of this node's.
-#[inline(always)]
-pub fn is_own<A: Address>(address: &A) -> bool {
-    let mapped = address.to_mapped();
 /// Whether the address is one of a node's of the cluster.
 #[inline(always)]
 pub fn is_node<A: Address>(address: &A) -> bool {
@@ -182,6 +182,10 @@ pub fn is_node<A: Address>(address: &A) -> bool {
     unsafe { PEER_NUMBERS.get(mapped) }.is_some()
 }
 
+/// Whether the address is one of this node's.
+#[inline(always)]
+pub fn is_own<A: Address>(address: &A) -> bool {
+    let mapped = address.to_mapped();
     // SAFETY: copied at once.
     unsafe { PEER_NUMBERS.get(mapped) }.is_some_and(|number| *number == SELF)
 }
@@ -190,6 +194,13 @@ pub fn is_node<A: Address>(address: &A) -> bool {
 #[inline(always)]
 pub fn inner<A: Address>(address: &A) -> u32 {
     INNER_RANGES.get(&Key::new(128, address.to_mapped())).copied().unwrap_or(inner::OUTSIDE)
+}
+
+/// Whether a client may connect to a service that not everybody may connect to. A function of its own: the key is large.
+#[inline(never)]
+pub fn may_connect<A: Address>(service: u32, client: &A) -> bool {
+    let key = Key::new(access::KEY_BITS, AccessKey { service, address: client.to_mapped() });
+    ACCESS.get(&key).copied() == Some(access::ALLOWED)
 }
 
 /// Whether a frame with these tags is one of this node's: it has no VLAN, or one that the node has on the uplink. A tag that

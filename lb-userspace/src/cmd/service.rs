@@ -78,6 +78,7 @@ const SERVICES: &[Column] = &[
     Column("PORTS", |row| text(row, "ports")),
     Column("CONNECTIONS", |row| text(row, "connections")),
     Column("REFUSED", |row| text(row, "refused_connections")),
+    Column("DENIED", |row| text(row, "denied_packets")),
     Column("FAILOVERS", |row| text(row, "failovers")),
     Column("PROBLEM", |row| text(row, "problem")),
 ];

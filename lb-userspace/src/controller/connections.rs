@@ -1,6 +1,9 @@
 //! What is due once a second: the heartbeat, removing connections that have ended and what comes of it, the guard.
 
-use std::{collections::BTreeMap, io::ErrorKind};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+};
 
 use super::{Controller, refusals::Change};
 use crate::{
@@ -8,6 +11,7 @@ use crate::{
     datapath::DatapathError,
     events::{Event, Kind},
     net::{Reset, Resetter},
+    plan::ServiceLabel,
     report,
 };
 
@@ -25,7 +29,7 @@ impl Controller {
         let collection = collected?;
         if collection.removed > 0 {
             log::debug!(
-                "{interface}: {} of {} connections had ended, {} resets for idle ones",
+                "{interface}: {} of {} connections had ended, {} resets for those",
                 collection.removed,
                 collection.seen,
                 collection.resets
@@ -112,17 +116,17 @@ impl Controller {
         Ok(())
     }
 
-    /// Tells ends of idle connections that those are gone. Who cannot be told finds out by itself, as where nobody is told.
+    /// Tells ends of connections, idle ones or of clients that may no longer connect, that those are gone. Who cannot be told finds out by itself, as where nobody is told.
     fn reset(&self, resets: &[Reset]) {
         let Some(resetter) = self.resetter.as_ref().filter(|_| !resets.is_empty()) else {
             return;
         };
         let interface = &self.settings.interface;
         let done = resetter.send(resets);
-        log::debug!("{interface}: sent {} resets to ends of idle connections", done.sent);
+        log::debug!("{interface}: sent {} resets to ends of connections", done.sent);
         if let Some(error) = done.error {
             log::warn!(
-                "{interface}: {} ends of idle connections could not be told by a reset: {error}; they find out when they \
+                "{interface}: {} ends of connections could not be told by a reset: {error}; they find out when they \
                  send something. Is there a route to them, and does the packet filter let the node's own packets out?",
                 done.failed
             );
@@ -134,8 +138,12 @@ impl Controller {
         if self.resetter.is_some() {
             return None;
         }
-        let services = self.datapath.tables().services.values();
-        let mut asking = services.filter(|label| label.idle == Idle::Reset).map(|label| &label.name);
+        let tables = self.datapath.tables();
+        let restricted: BTreeSet<u32> = tables.access.keys().map(|(service, _)| *service).collect();
+        let asks = |(number, label): &(&u32, &ServiceLabel)| {
+            label.idle == Idle::Reset || restricted.contains(*number)
+        };
+        let mut asking = tables.services.iter().filter(asks).map(|(_, label)| &label.name);
         let first = asking.next()?;
         let error = match Resetter::open() {
             Ok(resetter) => {
@@ -153,7 +161,7 @@ impl Controller {
             _ => "",
         };
         Some(format!(
-            "service {first}{others}: idle connections are forgotten, not reset: open a raw socket: {error}{needs}"
+            "service {first}{others}: connections that are idle, or whose client is denied, are forgotten, not reset: open a raw socket: {error}{needs}"
         ))
     }
 }

@@ -91,7 +91,7 @@ pub struct Controller {
     drains: (u64, Vec<Drain>),
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
-    /// Tells the ends of idle connections; none before a service asks for it, or where the kernel refuses.
+    /// Tells the ends of connections that were given up; none before a service asks for it, or where the kernel refuses.
     resetter: Option<Resetter>,
     /// What is said of the source, for the verbs.
     report: SourceReport,

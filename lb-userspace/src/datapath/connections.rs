@@ -18,14 +18,14 @@ use lb_common::{
         Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
         is_within,
-        line::{ALIAS, RESET, UDP, WAYS, set_of, slot, way_of},
+        line::{ALIAS, ESTABLISHED, RESET, UDP, WAYS, set_of, slot, way_of},
         table::SPILLED,
     },
     fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
     net::{Address, V4, V6},
 };
 
-use super::{DatapathError, PinDir, TableSet, batch::Batches, idle};
+use super::{DatapathError, PinDir, TableSet, access::AccessLists, batch::Batches, idle};
 use crate::{cluster::Idle, limits::Fill, net::Reset, plan::Tables};
 
 /// A connection table, mapped into this process.
@@ -107,6 +107,8 @@ fn map(pins: &PinDir, name: &str) -> Result<MapData, DatapathError> {
 #[derive(Clone, Copy)]
 pub(super) struct Clock<'a> {
     pub(super) tables: &'a Tables,
+    /// Who may connect, if that has changed.
+    pub(super) access: Option<&'a AccessLists>,
     /// Jiffies, low 32 bits.
     pub(super) now: u32,
     pub(super) jiffies_per_second: u32,
@@ -138,6 +140,21 @@ impl Clock<'_> {
         }
     }
 
+    /// Whether its client may no longer connect.
+    fn is_denied<A: Address>(&self, line: &Line<A>) -> bool {
+        self.access.is_some_and(|access| {
+            let backend = self.backend(line);
+            backend.is_some_and(|backend| !access.allow(backend.service, line.tuple.source.to_ip()))
+        })
+    }
+
+    /// The resets for a connection whose client may no longer connect.
+    fn farewell<A: Address>(&self, control: Control, line: &Line<A>) -> Vec<Reset> {
+        let lives = control.has(ESTABLISHED) && !control.has(UDP) && !control.is_over();
+        let backend = self.backend(line).filter(|_| lives);
+        backend.map(|backend| idle::resets(line, backend)).unwrap_or_default()
+    }
+
     /// The resets for a connection that has ended, if its service asks for them. Who closes, or has lost its task, is told by
     /// others.
     fn resets<A: Address>(&self, control: Control, line: &Line<A>) -> Vec<Reset> {
@@ -163,7 +180,9 @@ pub struct Collection {
     pub seen: u64,
     /// Lines removed, because what they stood for had ended.
     pub removed: u64,
-    /// Resets for ends of those that were idle connections.
+    /// Lines whose client may no longer connect, those that are left among them.
+    pub denied: u64,
+    /// Resets for ends of those that were idle, or denied.
     pub resets: u64,
     /// The backends that those left name.
     pub named: BTreeSet<u32>,
@@ -177,10 +196,18 @@ struct Ended {
     resets: Vec<Reset>,
 }
 
-/// Goes once over a table, and removes what has ended.
+/// A connection table, and what is removed of it.
+struct Kinds {
+    name: &'static str,
+    lines: u32,
+    denied: u32,
+    spilled: u32,
+}
+
+/// Goes once over a table, and removes what has ended, and whose client may no longer connect.
 fn collect<A: Address>(
     mapping: &Mapping<A>,
-    (name, lines, spilled): (&'static str, u32, u32),
+    Kinds { name, lines, denied, spilled }: Kinds,
     clock: Clock<'_>,
     program: &Xdp,
     done: &mut Collection,
@@ -207,18 +234,29 @@ fn collect<A: Address>(
                 away.insert(slot(home.set, home.way));
             }
         }
+        let removal = |what| Removal { control: control.0, slot: at, seen: line.seen, what, done: 0 };
         let over = if control.has(ALIAS) {
             // It may have been read while it was bound to its connection, which the control word does not show: twice it is not.
             let again =
                 || mapping.live(at).is_some_and(|(control, line)| is_orphan(mapping, control, &line, clock));
             is_orphan(mapping, control, &line, clock) && again()
+        } else if clock.is_denied(&line) {
+            done.denied += 1;
+            // At once: its ends are told the numbers that they are at now.
+            let denied = Ended { removal: removal(denied), resets: clock.farewell(control, &line) };
+            if remove_batch(program, std::slice::from_ref(&denied))? == [true] {
+                done.removed += 1;
+                done.resets += denied.resets.len() as u64;
+                resets.extend(denied.resets);
+                continue;
+            }
+            false
         } else {
             clock.has_ended(control, &line)
         };
         if over {
-            let removal = Removal { control: control.0, slot: at, seen: line.seen, what: lines, done: 0 };
             let resets = if control.has(ALIAS) { Vec::new() } else { clock.resets(control, &line) };
-            ended.push(Ended { removal, resets });
+            ended.push(Ended { removal: removal(lines), resets });
             continue;
         }
         // What lingers gives way to anybody.
@@ -287,10 +325,14 @@ impl TableSet {
         resets: &mut Vec<Reset>,
     ) -> Result<Collection, DatapathError> {
         let mut done = Collection::default();
-        let v4 = (table::CONNECTIONS4, remove::CONNECTION4, remove::SPILLED4);
-        let v6 = (table::CONNECTIONS6, remove::CONNECTION6, remove::SPILLED6);
-        collect(&Mapping::<V4>::open(self.pins(), v4.0)?, v4, clock, program, &mut done, resets)?;
-        collect(&Mapping::<V6>::open(self.pins(), v6.0)?, v6, clock, program, &mut done, resets)?;
+        let (name, lines, denied, spilled) =
+            (table::CONNECTIONS4, remove::CONNECTION4, remove::DENIED4, remove::SPILLED4);
+        let v4 = Kinds { name, lines, denied, spilled };
+        let (name, lines, denied, spilled) =
+            (table::CONNECTIONS6, remove::CONNECTION6, remove::DENIED6, remove::SPILLED6);
+        let v6 = Kinds { name, lines, denied, spilled };
+        collect(&Mapping::<V4>::open(self.pins(), v4.name)?, v4, clock, program, &mut done, resets)?;
+        collect(&Mapping::<V6>::open(self.pins(), v6.name)?, v6, clock, program, &mut done, resets)?;
         done.fills.extend(self.fragments(clock.now, clock.jiffies_per_second)?);
         Ok(done)
     }

@@ -16,16 +16,23 @@ pub type InnerRanges = BTreeMap<(IpAddr, u8), u32>;
 /// Bits before an IPv4 address where it is mapped.
 const MAPPED: u32 = 96;
 
-fn key(range: &(IpAddr, u8)) -> Key<Wide> {
-    let (address, prefix) = range;
-    let before = if address.is_ipv4() { MAPPED } else { 0 };
-    Key::new(before + u32::from(*prefix), mapped(*address))
+/// Bits of a range's address, mapped, that decide, by the length of its prefix.
+pub(super) fn bits(address: IpAddr, prefix: u8) -> u32 {
+    u32::from(prefix) + if address.is_ipv4() { MAPPED } else { 0 }
+}
+
+/// The length of its prefix, by the bits that decide.
+pub(super) fn prefix(address: IpAddr, bits: u32) -> u8 {
+    bits.saturating_sub(if address.is_ipv4() { MAPPED } else { 0 }) as u8
+}
+
+fn key((address, prefix): &(IpAddr, u8)) -> Key<Wide> {
+    Key::new(bits(*address, *prefix), mapped(*address))
 }
 
 fn range(key: &Key<Wide>) -> (IpAddr, u8) {
     let address = unmapped(key.data());
-    let before = if address.is_ipv4() { MAPPED } else { 0 };
-    (address, key.prefix_len().saturating_sub(before) as u8)
+    (address, prefix(address, key.prefix_len()))
 }
 
 impl TableSet {

@@ -3,9 +3,10 @@
 use aya::maps::{MapInfo, MapType, lpm_trie::Key};
 use lb_common::{
     abi::{Config, Label, LabelKey, size, table},
+    access::AccessKey,
     backend::Backend,
-    conntrack::{Set, Timers},
     budget::Budget,
+    conntrack::{Set, Timers},
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
@@ -77,8 +78,8 @@ impl MapSpec {
             shape::<u32, Timers>(table::TIMERS, Array, sizes.services),
             shape::<u32, Guard>(table::GUARD, Array, Some(1)),
             shape::<u32, Rate>(table::RATES, PerCpuArray, Some(1)),
-            shape::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
             shape::<u32, Budget>(table::ERROR_BUDGETS, Array, Some(size::ERROR_BUDGETS as u32)),
+            shape::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
             shape::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, sizes.fragments),
             shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
             shape::<u32, Peer>(table::PEERS, Array, nodes),
@@ -90,6 +91,11 @@ impl MapSpec {
             ),
             shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
             shape::<Key<Wide>, u32>(table::INNER_RANGES, LpmTrie, Some(size::INNER_RANGES as u32)),
+            shape::<Key<AccessKey>, u32>(
+                table::ACCESS,
+                LpmTrie,
+                sizes.services.map(|services| size::access(services as usize) as u32),
+            ),
             shape::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
             shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),

@@ -3,6 +3,7 @@
 //! The only module that names aya. It owns the pins of one interface ([`pin`]), the object and its loading ([`loader`]), the
 //! tables ([`tables`]), the links ([`links`]) and the counters ([`counters`]); it decides nothing about services.
 
+mod access;
 mod batch;
 mod connections;
 mod counters;
@@ -28,6 +29,7 @@ use std::{
     path::Path,
 };
 
+use access::AccessLists;
 use aya::{
     Ebpf,
     programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
@@ -69,6 +71,10 @@ use crate::{
     report::{SourceReport, Trouble},
 };
 
+/// Collections in which connections are looked for whose client may no longer connect, after the last change and the last find: another
+/// node may follow later, and forward until then.
+const ACCESS_LOOKS: u32 = 10;
+
 /// What the flood guard is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuardState {
@@ -92,6 +98,8 @@ pub struct Datapath {
     /// What the tables say, kept in step.
     tables: Tables,
     config: Config,
+    /// In how many collections connections are looked for whose client may no longer connect.
+    access_looks: u32,
     /// What ranges of addresses are to the node, once it was written.
     inner_ranges: Option<InnerRanges>,
     /// The VLANs on the uplink, once they were written.
@@ -138,6 +146,8 @@ impl Datapath {
             set,
             tables,
             config,
+            // Whoever was here before may not have come to it.
+            access_looks: ACCESS_LOOKS,
             inner_ranges: None,
             vlans: None,
             adopted,
@@ -332,6 +342,9 @@ impl Datapath {
                 self.set.set_service(*index, label, !self.tables.services.contains_key(index))?;
             }
             other => self.set.apply(other)?,
+        }
+        if matches!(op, MapOp::SetAccess(..) | MapOp::RemoveAccess(_) | MapOp::SetListener(..)) {
+            self.access_looks = ACCESS_LOOKS;
         }
         self.tables.apply(op);
         Ok(())
@@ -554,8 +567,8 @@ impl Datapath {
         clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
     }
 
-    /// Removes all connections that have ended. The numbers of backends that none names any more are then free to be given
-    /// again. The resets for idle connections that were removed go to `resets`, whatever else fails.
+    /// Removes all connections that have ended, and those whose client may no longer connect. The numbers of backends that none names any more are then free to be given
+    /// again. The resets for those of them that ask for some go to `resets`, whatever else fails.
     ///
     /// # Errors
     /// The kernel refuses a read, or to run the program that removes.
@@ -564,11 +577,13 @@ impl Datapath {
         let resting = self.tables.resting.clone();
         let Config { jiffies_per_second, hash_keys, .. } = &self.config;
         let (tables, jiffies_per_second) = (&self.tables, *jiffies_per_second);
-        let clock = Clock { tables, now, jiffies_per_second, hash_keys };
+        let access = (self.access_looks > 0).then(|| AccessLists::of(tables));
+        let clock = Clock { tables, access: access.as_ref(), now, jiffies_per_second, hash_keys };
         let Some(Program::Xdp(program)) = self.ebpf.program(program::GC) else {
             return Err(DatapathError::NoProgram(program::GC));
         };
         let done = self.set.collect(clock, program, resets)?;
+        self.access_looks = if done.denied > 0 { ACCESS_LOOKS } else { self.access_looks.saturating_sub(1) };
         for index in resting.difference(&done.named) {
             self.tables.resting.remove(index);
         }

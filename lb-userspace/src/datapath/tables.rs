@@ -14,6 +14,7 @@ use lb_common::{
         Config, LABEL_BACKEND, LABEL_BYTES, LABEL_DRAIN, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE,
         LABEL_TROUBLE, Label, LabelKey, size, table,
     },
+    access::AccessKey,
     backend::{Backend, State},
     conntrack::{Phase, Timers},
     endpoint::{Endpoint, Listener, TaskEndpoint},
@@ -53,6 +54,7 @@ pub struct TableSet {
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
     pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
+    pub(super) access: LpmTrie<MapData, AccessKey, u32>,
     vlans: Array<MapData, u64>,
     labels: HashMap<MapData, LabelKey, Label>,
     timers: Array<MapData, Timers>,
@@ -112,6 +114,7 @@ impl TableSet {
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
             inner_ranges: open(pins, table::INNER_RANGES)?,
+            access: open(pins, table::ACCESS)?,
             vlans: open(pins, table::VLANS)?,
             labels: open(pins, table::LABELS)?,
             timers: open(pins, table::TIMERS)?,
@@ -183,6 +186,7 @@ impl TableSet {
             slots: self.entries(table::SLOTS)?,
             // Zero is this node.
             nodes: self.entries(table::PEERS)?.saturating_sub(1),
+            ranges: size::RANGES as u32,
         })
     }
 
@@ -257,6 +261,7 @@ impl TableSet {
         }
         self.read_listeners(&self.listeners4, &mut tables)?;
         self.read_listeners(&self.listeners6, &mut tables)?;
+        tables.access = self.read_access()?;
         Ok(tables)
     }
 
@@ -473,6 +478,8 @@ impl TableSet {
             MapOp::RemovePeerNumber(address) => remove(&mut self.peer_numbers, &mapped(*address)),
             MapOp::SetTask(key, index) => insert(&mut self.tasks, key, index, ("TASKS", "--max-backends")),
             MapOp::RemoveTask(key) => remove(&mut self.tasks, key),
+            MapOp::SetAccess(of, allowed) => self.set_access(of, *allowed),
+            MapOp::RemoveAccess(of) => self.remove_access(of),
             MapOp::SetService(index, label) => self.set_service(*index, label, false),
             MapOp::RemoveService(index) => self.remove_label(LABEL_SERVICE, *index),
             MapOp::SetPort(index, label) => self.set_label(LABEL_PORT, *index, &json_of(label)),

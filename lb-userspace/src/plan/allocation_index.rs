@@ -22,12 +22,14 @@ pub(super) struct AllocationIndex {
     /// Listeners of each family: those that are there, and those that come. New ones are set before old ones go: the
     /// tables hold both for a moment.
     pub listeners: [usize; 2],
+    /// Ranges of clients, likewise.
+    pub access: usize,
 }
 
 impl AllocationIndex {
     /// Those of the tables as they are.
     pub fn of(actual: &Tables) -> Self {
-        let mut allocations = Self::default();
+        let mut allocations = Self { access: actual.access.len(), ..Self::default() };
         for (at, listener) in &actual.listeners {
             allocations.listeners[family(at)] += 1;
             allocations.ranges.join(listener);

@@ -5,6 +5,7 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 use lb_common::{
     backend::{Backend, Kind, RETURN_DIRECT, State},
     net::{Be16, wide},
@@ -101,6 +102,8 @@ pub struct DesiredService {
     pub ports: Vec<DesiredPort>,
     /// How new connections find their tasks.
     pub placement: Placement,
+    /// Whether clients may connect, by ranges; empty if all may.
+    pub access: BTreeMap<IpNet, bool>,
 }
 
 /// One port of one task; service number, generation and the sharing flag are not known yet.
@@ -191,6 +194,7 @@ impl<'a> Scene<'a> {
             backends: self.backends(service),
             ports: ports(self.view, service),
             placement: service.placement,
+            access: service.access.ranges(),
         }
     }
 

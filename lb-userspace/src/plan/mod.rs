@@ -17,7 +17,8 @@ pub use desired::{Reach, View, Way};
 pub use planner::Planner;
 pub use table_builder::Limits;
 pub use tables::{
-    At, BackendEntry, BackendLabel, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener,
+    At, BackendEntry, BackendLabel, ClientRange, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables,
+    TaskListener,
 };
 
 /// What a planning came to.

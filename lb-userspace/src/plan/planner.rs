@@ -18,7 +18,7 @@ use super::{
     tables::{MapOp, Tables},
     transition::transition,
 };
-use crate::cluster::{ClusterState, Node, Return, Service};
+use crate::cluster::{Access, ClusterState, Node, Return, Service};
 
 /// The ways to destinations, or why there is none.
 type Ways = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
@@ -247,10 +247,23 @@ impl Planner {
             self.entries.remove(name);
             return Ok(());
         };
-        let wanted = scene.service(&service);
+        let mut wanted = scene.service(&service);
+        let closed = !builder.has_room_for_list(&wanted, before);
+        if closed && !complete {
+            return Err(Unordered);
+        }
+        if closed {
+            // Left out it would be served by Swarm's mesh, which knows no list.
+            wanted.access = Access::closed().ranges();
+            let room = builder.room_for_ranges();
+            entry.said.push(format!(
+                "service {name}: nobody may connect: there is room for {room} ranges in the lists of all services; allow or deny \
+                 fewer, wider ones"
+            ));
+        }
         match builder.add(&wanted, before) {
             Ok(in_tables) => {
-                (entry.in_tables, entry.refused, entry.crowded) = (in_tables, false, false);
+                (entry.in_tables, entry.refused, entry.crowded) = (in_tables, closed, closed);
                 entry.unreached = wanted.backends.iter().filter(|b| b.label.problem.is_some()).count();
             }
             Err(Refusal::Taken(owner, _)) if !complete && owner.as_str() > name => return Err(Unordered),
@@ -336,6 +349,9 @@ impl Planner {
         }
         for (key, index) in &actual.tasks {
             in_tables.entry(service(index)).or_default().tasks.push(*key);
+        }
+        for of in actual.access.keys() {
+            in_tables.entry(of.0).or_default().access.push(*of);
         }
         for entry in self.entries.values_mut() {
             entry.in_tables = ServiceEntries::default();

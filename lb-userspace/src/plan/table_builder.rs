@@ -5,6 +5,7 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 use lb_common::{
     abi::size::NODE_ADDRESSES,
     backend::{self, Kind, SINGLE, State},
@@ -17,7 +18,7 @@ use super::{
     allocation_index::{AllocationIndex, family, listener_mark, source_mark},
     desired::{DesiredNode, DesiredPort, DesiredService},
     numbers::Numbers,
-    tables::{At, BackendEntry, BackendLabel, PortLabel, ServiceLabel, Tables, TaskListener},
+    tables::{At, BackendEntry, BackendLabel, ClientRange, PortLabel, ServiceLabel, Tables, TaskListener},
     transition::Next,
 };
 use crate::{
@@ -38,6 +39,8 @@ pub struct Limits {
     pub slots: u32,
     /// Nodes.
     pub nodes: u32,
+    /// Ranges in the lists of who may connect.
+    pub ranges: u32,
 }
 
 /// What belongs to a service in the tables.
@@ -49,6 +52,7 @@ pub(super) struct ServiceEntries {
     pub listeners: Vec<At>,
     pub endpoints: Vec<At>,
     pub tasks: Vec<TaskKey>,
+    pub access: Vec<ClientRange>,
 }
 
 /// Why a service is left out.
@@ -188,6 +192,7 @@ impl<'a> TableBuilder<'a> {
         in_tables.ports.iter().for_each(|cursor| self.next.ports.remove(*cursor));
         in_tables.endpoints.iter().for_each(|at| self.next.endpoints.remove(*at));
         in_tables.tasks.iter().for_each(|key| self.next.tasks.remove(*key));
+        in_tables.access.iter().for_each(|of| self.next.access.remove(*of));
         if let Some(number) = in_tables.number {
             self.next.services.remove(number);
         }
@@ -221,7 +226,7 @@ impl<'a> TableBuilder<'a> {
                 };
                 positions.into_iter().flatten().map(of).collect()
             };
-            ports.push(self.port((number, cursor), port, service.placement, eligible)?);
+            ports.push(self.port((number, cursor), port, service, eligible)?);
         }
         self.conflicts(&backends, &ports)?;
         Ok(self.commit(number, service, backends, ports))
@@ -318,6 +323,24 @@ impl<'a> TableBuilder<'a> {
         if fits { Ok(()) } else { Err(full("listeners")) }
     }
 
+    /// Whether there is room for a service's list of who may connect, under the number that it has.
+    pub fn has_room_for_list(&self, service: &DesiredService, before: &ServiceEntries) -> bool {
+        let is_new =
+            |range: &&IpNet| before.number.is_none_or(|number| self.is_new_range(&(number, **range)));
+        let new = service.access.keys().filter(is_new).count();
+        new == 0 || self.allocations.access + new <= self.limits.ranges as usize
+    }
+
+    /// How many ranges in lists there is room for.
+    pub fn room_for_ranges(&self) -> u32 {
+        self.limits.ranges
+    }
+
+    /// Whether there is no such range of clients, nor one to come.
+    fn is_new_range(&self, of: &ClientRange) -> bool {
+        !self.actual.access.contains_key(of) && !self.next.access.contains(of)
+    }
+
     /// Whether there is no such listener, nor one to come.
     fn is_new(&self, at: &At) -> bool {
         !self.actual.listeners.contains_key(at) && !self.next.listeners.contains(at)
@@ -338,7 +361,7 @@ impl<'a> TableBuilder<'a> {
         &mut self,
         (number, cursor): (u32, u32),
         wanted: &DesiredPort,
-        placement: Placement,
+        service: &DesiredService,
         eligible: impl Fn(bool) -> Vec<(u32, u16, &'b str)>,
     ) -> Result<PlannedPort, Refusal> {
         let port = wanted.port;
@@ -356,15 +379,16 @@ impl<'a> TableBuilder<'a> {
                 continue;
             }
             let mut eligible = eligible(v4);
-            if placement == Placement::Consistent {
+            if service.placement == Placement::Consistent {
                 eligible.sort_unstable_by_key(|(_, _, name)| *name);
             }
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
-            let (order, flags) = match placement {
+            let (order, flags) = match service.placement {
                 Placement::RoundRobin => (slots::order(&weights), 0),
                 Placement::Consistent => (slots::consistent(&names, &weights), endpoint::CONSISTENT),
             };
+            let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
             let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
             let at = |address: &IpAddr| at(port, *address);
             let slot_count = slots.len() as u32;
@@ -405,6 +429,12 @@ impl<'a> TableBuilder<'a> {
     ) -> ServiceEntries {
         let mut in_tables = ServiceEntries { number: Some(number), ..ServiceEntries::default() };
         self.next.services.set(number, service.label.clone());
+        for (range, allowed) in &service.access {
+            let of = (number, *range);
+            self.allocations.access += usize::from(self.is_new_range(&of));
+            in_tables.access.push(of);
+            self.next.access.set(of, *allowed);
+        }
         // Every listener of a family that leads to a port of the tasks.
         let mut sources: HashMap<Target, Vec<(IpAddr, u16)>> = HashMap::new();
         for port in &ports {
@@ -473,6 +503,7 @@ impl<'a> TableBuilder<'a> {
         for at in self.next.listeners.gone() {
             self.allocations.listeners[family(at)] -= 1;
         }
+        self.allocations.access -= self.next.access.gone().count();
         (self.next, self.allocations)
     }
 }

@@ -5,9 +5,10 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     backend::{Backend, Kind, State},
-    endpoint::Listener,
+    endpoint::{Listener, RESTRICTED},
     tunnel::{Peer, SELF, TaskKey},
 };
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,9 @@ pub struct At {
     /// Port.
     pub port: u16,
 }
+
+/// Clients of a service: its number, and a range of their addresses.
+pub type ClientRange = (u32, IpNet);
 
 /// What the number of a service stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,6 +161,8 @@ pub struct Tables {
     pub endpoints: BTreeMap<At, TaskListener>,
     /// The whole slot table; what no listener names has no meaning.
     pub slots: Vec<u32>,
+    /// Whether clients may connect to services that not everybody may connect to; the narrowest range counts.
+    pub access: BTreeMap<ClientRange, bool>,
     /// Words of the port filter that are not zero.
     pub filter: BTreeMap<u32, u64>,
 }
@@ -213,6 +219,8 @@ impl Tables {
             }
             MapOp::SetListener(at, listener) => drop(self.listeners.insert(at, listener)),
             MapOp::RemoveListener(at) => drop(self.listeners.remove(&at)),
+            MapOp::SetAccess(of, allowed) => drop(self.access.insert(of, allowed)),
+            MapOp::RemoveAccess(of) => drop(self.access.remove(&of)),
             MapOp::SetFilter(word, 0) => drop(self.filter.remove(&word)),
             MapOp::SetFilter(word, bits) => drop(self.filter.insert(word, bits)),
         }
@@ -227,6 +235,11 @@ impl Tables {
     pub fn contradictions(&self) -> Vec<String> {
         let mut found = Vec::new();
         for (at, listener) in &self.listeners {
+            let all = [IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+            let said = |range| self.access.contains_key(&(listener.service, range));
+            if listener.flags & RESTRICTED != 0 && !all.into_iter().all(said) {
+                found.push(format!("{at:?} does not say who may connect"));
+            }
             let Some(slots) = self.slots_of(listener) else {
                 found.push(format!("{at:?} names slots that do not exist"));
                 continue;
@@ -301,6 +314,10 @@ pub enum MapOp {
     SetListener(At, Listener),
     /// Forget a listener.
     RemoveListener(At),
+    /// Say whether clients may connect.
+    SetAccess(ClientRange, bool),
+    /// Forget a range of clients.
+    RemoveAccess(ClientRange),
     /// Write a word of the port filter.
     SetFilter(u32, u64),
 }
@@ -316,6 +333,7 @@ impl MapOp {
                 | Self::FreeBackend(_)
                 | Self::RemoveListener(_)
                 | Self::SetListener(..)
+                | Self::RemoveAccess(_)
         )
     }
 }

@@ -6,11 +6,14 @@ use lb_common::backend::{SINGLE, State};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::{ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via};
+use crate::cluster::{
+    Access, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via,
+};
 
 // Room for two generations of the most that `cluster` makes, for a plan gives nothing again that it frees: backends of five
 // services, five tasks, two ports and two families, and consistent placement of all of them.
-const LIMITS: Limits = Limits { services: 8, listeners: 64, backends: 256, slots: 65_536, nodes: 8 };
+const LIMITS: Limits =
+    Limits { services: 8, listeners: 64, backends: 256, slots: 65_536, nodes: 8, ranges: 64 };
 
 fn addresses() -> Vec<IpAddr> {
     vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
@@ -30,7 +33,12 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
     let placement = prop_oneof![7 => Just(Placement::RoundRobin), 1 => Just(Placement::Consistent)];
     let idle = prop_oneof![3 => Just(Idle::Forget), 1 => Just(Idle::Reset)];
-    let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), (placement, idle));
+    let range = || prop::sample::select(vec!["10.0.0.0/8", "10.1.0.0/16", "2001:db8::/32"]);
+    let ranges = move || prop::collection::vec(range().prop_map(|range| range.parse().unwrap()), 0..3);
+    let listed = (prop::option::of(ranges()), ranges()).prop_map(|(allow, deny)| Access { allow, deny });
+    let access = prop_oneof![2 => Just(Access::default()), 1 => listed];
+    let settings = (placement, idle, access);
+    let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), settings);
     // A third node comes and goes, and the second one's agent.
     let others = (any::<bool>(), any::<bool>());
     (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(|(services, (agent, third))| {
@@ -43,10 +51,8 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
-        let services = services.into_iter().map(|(number, (tasks, ports, (placement, idle)))| Service {
-            placement,
-            idle,
-            ..build(number, tasks, ports)
+        let services = services.into_iter().map(|(number, (tasks, ports, (placement, idle, access)))| {
+            Service { placement, idle, access, ..build(number, tasks, ports) }
         });
         let services = services.map(Arc::new).collect();
         ClusterState { nodes, services, ..ClusterState::default() }
@@ -82,6 +88,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         tasks: seen.into_values().collect(),
         returns: None,
         placement: Placement::default(),
+        access: Access::default(),
         left: String::new(),
         problem: String::new(),
         timers: lb_common::conntrack::Timers::DEFAULT,
@@ -166,6 +173,7 @@ proptest! {
             prop_assert_eq!(tables.peer_numbers.len(), fresh.peer_numbers.len());
             prop_assert_eq!(tables.services.len(), fresh.services.len());
             prop_assert_eq!(tables.ports.len(), fresh.ports.len());
+            prop_assert_eq!(tables.access.len(), fresh.access.len());
             prop_assert!(plan_for(state, &tables, &LIMITS).ops.is_empty());
         }
     }
@@ -177,7 +185,7 @@ proptest! {
         states in prop::collection::vec((cluster(), any::<[u8; 3]>(), stir()), 1..12),
         services in 2_u32..8, listeners in 4_u32..32, backends in 4_u32..64, slots in 8_u32..128, nodes in 1_u32..4,
     ) {
-        let limits = Limits { services, listeners, backends, slots, nodes };
+        let limits = Limits { services, listeners, backends, slots, nodes, ranges: 8 };
         let (mut planner, mut tables) = (Planner::default(), Tables::empty(slots));
         let mut before = ClusterState::default();
         for (mut state, chance, stir) in states {
@@ -212,7 +220,7 @@ proptest! {
         states in prop::collection::vec(cluster(), 1..5),
         services in 1_u32..4, listeners in 1_u32..8, backends in 1_u32..12, slots in 1_u32..24,
     ) {
-        let limits = Limits { services, listeners, backends, slots, nodes: 8 };
+        let limits = Limits { services, listeners, backends, slots, nodes: 8, ranges: 64 };
         let mut tables = Tables::empty(slots);
         for state in &states {
             let plan = plan_for(state, &tables, &limits);
@@ -440,6 +448,97 @@ fn consistent_placement_changes_few_slots_when_a_task_goes() {
     let plan = plan_for(&cluster, &tables, &limits);
     apply(&mut tables, &plan).unwrap();
     assert!(tables.listeners.values().all(|listener| listener.flags == 0 && listener.slot_count <= 4));
+}
+
+/// Whether the tables say that a client may connect to the service's listeners; nothing if they do not ask.
+fn may_connect(tables: &Tables, client: &str) -> Option<bool> {
+    let listener = tables.listeners.values().next()?;
+    let client: IpAddr = client.parse().unwrap();
+    let ranges = tables
+        .access
+        .iter()
+        .filter(|((service, range), _)| *service == listener.service && range.contains(&client));
+    let narrowest = ranges.max_by_key(|((_, range), _)| range.prefix_len()).map(|(_, allowed)| *allowed);
+    (listener.flags & lb_common::endpoint::RESTRICTED != 0).then(|| narrowest.unwrap())
+}
+
+#[test]
+fn who_may_connect_before_and_after_may_at_each_step_between() {
+    let list = |allow: Option<&[&str]>, deny: &[&str]| {
+        let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        Access { allow: allow.map(ranges), deny: ranges(deny) }
+    };
+    let lists = [
+        list(None, &[]),
+        list(None, &["10.0.0.0/8"]),
+        list(Some(&["10.1.0.0/16", "192.0.2.0/24"]), &["10.1.1.0/24"]),
+        list(Some(&["192.0.2.7/32"]), &[]),
+        list(Some(&[]), &[]),
+    ];
+    let clients = ["10.1.0.1", "10.1.1.1", "192.0.2.7", "198.51.100.1", "2001:db8::9"];
+    let expected = [
+        [None; 5],
+        [Some(false), Some(false), Some(true), Some(true), Some(true)],
+        [Some(true), Some(false), Some(true), Some(false), Some(false)],
+        [Some(false), Some(false), Some(true), Some(false), Some(false)],
+        [Some(false); 5],
+    ];
+    for from in 0..lists.len() {
+        for to in 0..lists.len() {
+            let mut cluster = one_service(&[TaskState::Running]);
+            let mut tables = Tables::empty(LIMITS.slots);
+            cluster.service_mut(0).access = lists[from].clone();
+            apply_all(&mut tables, &cluster);
+            assert_eq!(clients.map(|client| may_connect(&tables, client)), expected[from]);
+            cluster.service_mut(0).access = lists[to].clone();
+            for op in plan_for(&cluster, &tables, &LIMITS).ops {
+                tables.apply(op);
+                for (index, client) in clients.iter().enumerate() {
+                    let may = |answer: Option<bool>| answer.unwrap_or(true);
+                    let (before, after) = (may(expected[from][index]), may(expected[to][index]));
+                    let now = may(may_connect(&tables, client));
+                    assert!(now == before || now == after, "{client} from {from} to {to}");
+                }
+            }
+            assert_eq!(clients.map(|client| may_connect(&tables, client)), expected[to]);
+            assert_eq!(tables.access.is_empty(), to == 0);
+        }
+    }
+}
+
+#[test]
+fn a_service_whose_list_finds_no_room_is_closed_and_keeps_its_connections() {
+    let list = |first: u8, count: u8| {
+        let ranges = (0..count).map(|number| format!("10.{first}.{number}.0/24").parse().unwrap());
+        Access { allow: Some(ranges.collect()), deny: Vec::new() }
+    };
+    let mut cluster = one_service(&[TaskState::Running]);
+    cluster.service_mut(0).access = list(0, 40);
+    let mut tables = Tables::empty(LIMITS.slots);
+    assert_eq!(apply_all(&mut tables, &cluster), Vec::<String>::new());
+    let backends = tables.backends.clone();
+    let closed = [
+        "service s1: nobody may connect: there is room for 64 ranges in the lists of all services; allow or deny fewer, \
+                   wider ones",
+    ];
+    // Before the old ones have gone there is no room for as many new ones.
+    cluster.service_mut(0).access = list(1, 40);
+    let plan = plan_for(&cluster, &tables, &LIMITS);
+    assert_eq!((plan.refused.as_slice(), plan.again), ([closed[0].to_owned()].as_slice(), true));
+    apply(&mut tables, &plan).unwrap();
+    assert_eq!((may_connect(&tables, "10.1.0.1"), &tables.backends), (Some(false), &backends));
+    let plan = plan_for(&cluster, &tables, &LIMITS);
+    assert_eq!((plan.refused.len(), plan.again), (0, false));
+    apply(&mut tables, &plan).unwrap();
+    assert_eq!((may_connect(&tables, "10.1.0.1"), &tables.backends), (Some(true), &backends));
+    cluster.service_mut(0).access = list(2, 63);
+    for again in [true, false] {
+        let plan = plan_for(&cluster, &tables, &LIMITS);
+        assert_eq!((plan.refused.as_slice(), plan.again), ([closed[0].to_owned()].as_slice(), again));
+        apply(&mut tables, &plan).unwrap();
+        assert_eq!((may_connect(&tables, "10.2.0.1"), &tables.backends), (Some(false), &backends));
+    }
+    assert!(tables.listeners.values().all(|listener| listener.flags & lb_common::endpoint::RESTRICTED != 0));
 }
 
 #[test]

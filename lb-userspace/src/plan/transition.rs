@@ -1,7 +1,7 @@
 //! The order of changes. Applied one by one, no listener ever leads to a slot or a backend that is not valid:
 //! what is new comes before what names it, what goes after what named it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     backend::State,
@@ -11,7 +11,9 @@ use lb_common::{
 
 use super::{
     table_diff::TableDiff,
-    tables::{At, BackendEntry, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener},
+    tables::{
+        At, BackendEntry, ClientRange, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables, TaskListener,
+    },
 };
 
 /// The tables as they are to be.
@@ -25,6 +27,7 @@ pub(super) struct Next<'a> {
     pub backends: TableDiff<'a, u32, BackendEntry>,
     pub listeners: TableDiff<'a, At, Listener>,
     pub endpoints: TableDiff<'a, At, TaskListener>,
+    pub access: TableDiff<'a, ClientRange, bool>,
     pub filter: TableDiff<'a, u32, u64>,
     /// Slots by the start of a range that no listener reads today.
     pub slots: BTreeMap<u32, Vec<u32>>,
@@ -43,6 +46,7 @@ impl<'a> Next<'a> {
             backends: TableDiff::new(&actual.backends),
             listeners: TableDiff::new(&actual.listeners),
             endpoints: TableDiff::new(&actual.endpoints),
+            access: TableDiff::new(&actual.access),
             filter: TableDiff::new(&actual.filter),
             slots: BTreeMap::new(),
         }
@@ -62,6 +66,10 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     let (tasks, tasks_gone) = next.tasks.split();
     let (endpoints, endpoints_gone) = next.endpoints.split();
     let (listeners, listeners_gone) = next.listeners.split();
+    let (mut access, mut access_gone) = next.access.split();
+    // The narrowest range decides: each client has the old answer until it has the new one.
+    access.sort_by_key(|((_, range), _)| Reverse(range.prefix_len()));
+    access_gone.sort_by_key(|(_, range)| range.prefix_len());
     let (before, after) = filter(next.filter);
     let (demoted, promoted): (Vec<_>, Vec<_>) =
         backends.into_iter().partition(|(index, entry)| demoted(actual.get(index), entry));
@@ -77,11 +85,14 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(promoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
     ops.extend(tasks.into_iter().map(|(key, index)| MapOp::SetTask(key, index)));
     ops.extend(endpoints.into_iter().map(|(at, task)| MapOp::SetTaskEndpoint(at, task)));
+    // Who may connect, before a listener asks.
+    ops.extend(access.into_iter().map(|(of, allowed)| MapOp::SetAccess(of, allowed)));
     ops.extend(before);
     ops.extend(next.slots.into_iter().map(|(base, slots)| MapOp::SetSlots(base, slots)));
     ops.extend(listeners.into_iter().map(|(at, listener)| MapOp::SetListener(at, listener)));
     // Nothing leads to what goes now.
     ops.extend(listeners_gone.into_iter().map(MapOp::RemoveListener));
+    ops.extend(access_gone.into_iter().map(MapOp::RemoveAccess));
     ops.extend(demoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
     ops.extend(endpoints_gone.into_iter().map(MapOp::RemoveTaskEndpoint));
     ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));

@@ -269,6 +269,8 @@ impl Metrics {
         )?;
         let help = "New connections that no task could be given, passed to the host";
         to.counter(("connections_refused", help, None), of(|service| service.refused_connections))?;
+        let help = "Packets of clients that may not connect to a service, dropped";
+        to.counter(("service_denied_packets", help, None), of(|service| service.denied_packets))?;
         let help = "New connections that a task refused or did not answer, given to another";
         to.counter(("failovers", help, None), of(|service| service.failovers))?;
         let help = "1 if something is wrong with a service: `service ls` says what";

@@ -185,6 +185,7 @@ mod tests {
             tasks,
             returns: None,
             placement: crate::cluster::Placement::default(),
+            access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,

@@ -20,6 +20,7 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         left_to_swarm: None,
         connections,
         refused_connections: 0,
+        denied_packets: 0,
         failovers: if problem.is_some() { rounds * 4 } else { 0 },
         problem: problem.map(str::to_owned),
     };

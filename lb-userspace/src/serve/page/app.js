@@ -102,6 +102,7 @@ function card(service, tasks, seconds) {
     element("dl", {}, ...figure("Tasks", left ? "-" : `${service.active_tasks} of ${service.tasks}`),
       ...figure("New", `${short(now)}/s`), ...figure("Open", short(open)),
       ...figure("Failovers", short(service.failovers)), ...figure("Refused", short(service.refused_connections)),
+      ...(service.denied_packets === 0 ? [] : figure("Denied", short(service.denied_packets))),
       ...figure("In all", short(service.connections))),
     sparkline(past),
     element("ul", { class: "tasks", "aria-label": `Tasks of ${service.name}` },

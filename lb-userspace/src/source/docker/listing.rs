@@ -12,8 +12,8 @@ use lb_common::conntrack::Timers;
 use super::model;
 use crate::{
     cluster::{
-        ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task, TaskState,
-        TimerError, Tunnel, Via, set_timer,
+        Access, ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task,
+        TaskState, TimerError, Tunnel, Via, address_range, set_timer,
     },
     datapath::Hint,
     source::facts::task_name,
@@ -28,6 +28,11 @@ pub const PLACEMENT_LABEL: &str = "lb.placement";
 pub const TIMER_LABEL: &str = "lb.timers.";
 /// Service label: what becomes of its established TCP connections that have ended by silence, `forget` or `reset`.
 pub const IDLE_LABEL: &str = "lb.idle";
+
+/// Service label: who may connect, addresses and ranges of them between commas; nobody else may.
+pub const ALLOW_LABEL: &str = "lb.allow";
+/// Service label: who may not connect, likewise.
+pub const DENY_LABEL: &str = "lb.deny";
 
 /// Host names are cut to so many bytes.
 const LONGEST_HOST: usize = 64;
@@ -110,6 +115,7 @@ impl Listing {
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
             let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
+            let access = access(service, &mut problems);
             let name = service.spec.name.clone();
             services.push(Arc::new(Service {
                 name,
@@ -118,6 +124,7 @@ impl Listing {
                 tasks,
                 returns,
                 placement,
+                access,
                 timers,
                 idle,
                 left,
@@ -244,7 +251,7 @@ const PREFIX: &str = "lb.";
 
 /// Labels that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 3] = [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL];
+    const KNOWN: [&str; 5] = [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL, ALLOW_LABEL, DENY_LABEL];
     let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
     let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
     // A timer that there is not says so itself.
@@ -283,6 +290,25 @@ fn placement(service: &model::Service, problems: &mut Vec<String>) -> Placement 
 fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
     choice(service, IDLE_LABEL, [("forget", Idle::Forget), ("reset", Idle::Reset)], problems)
         .unwrap_or_default()
+}
+
+/// Who may connect. With an entry that is wrong nobody may: whom it meant to keep out is not known.
+fn access(service: &model::Service, problems: &mut Vec<String>) -> Access {
+    let mut wrong = false;
+    let mut ranges = |label: &str| {
+        let entries = service.spec.labels.get(label)?.split(',').map(str::trim);
+        let ranges = entries.filter_map(|entry| {
+            let range = address_range(entry);
+            if let Err(error) = &range {
+                wrong = true;
+                problems.push(format!("label {label}: {error}; nobody may connect until it is right"));
+            }
+            range.ok()
+        });
+        Some(ranges.collect::<Vec<_>>())
+    };
+    let access = Access { allow: ranges(ALLOW_LABEL), deny: ranges(DENY_LABEL).unwrap_or_default() };
+    if wrong { Access::closed() } else { access }
 }
 
 fn timers(service: &model::Service, problems: &mut Vec<String>) -> Timers {
@@ -374,6 +400,35 @@ mod tests {
         assert_eq!(placement("consistent"), (Placement::Consistent, None));
         let said = "label lb.placement=sticky is neither round-robin nor consistent";
         assert_eq!(placement("sticky"), (Placement::RoundRobin, Some(said.to_owned())));
+    }
+
+    #[test]
+    fn who_may_connect_is_set_by_labels_and_a_wrong_one_lets_nobody_in() {
+        let access = |labels: &[(&str, &str)]| {
+            let labels: HashMap<&str, &str> = labels.iter().copied().collect();
+            let service: model::Service = serde_json::from_value(
+                serde_json::json!({ "ID": "s1", "Spec": {"Name": "web", "Labels": labels} }),
+            )
+            .unwrap();
+            let mut problems = Vec::new();
+            (access(&service, &mut problems), problems)
+        };
+        let range = |text: &str| text.parse().unwrap();
+        assert_eq!(access(&[]), (Access::default(), vec![]));
+        let lists = [(ALLOW_LABEL, "10.0.0.0/8, 2001:db8::7"), (DENY_LABEL, "10.0.0.5")];
+        let allow = Some(vec![range("10.0.0.0/8"), range("2001:db8::7/128")]);
+        assert_eq!(access(&lists), (Access { allow, deny: vec![range("10.0.0.5/32")] }, vec![]));
+        for (label, value, wrong) in [
+            (ALLOW_LABEL, "10.0.0.0/8,office", "office"),
+            (DENY_LABEL, "10.0.0.0/33", "10.0.0.0/33"),
+            (ALLOW_LABEL, "", ""),
+        ] {
+            let said = format!(
+                "label {label}: {wrong:?} is neither an address nor a range of them, as in 192.0.2.0/24 or 2001:db8::/32; nobody \
+                 may connect until it is right"
+            );
+            assert_eq!(access(&[(label, value)]), (Access::closed(), vec![said]));
+        }
     }
 
     #[test]

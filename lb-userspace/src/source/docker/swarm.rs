@@ -476,6 +476,7 @@ mod tests {
             tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
             returns: None,
             placement: crate::cluster::Placement::default(),
+            access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,

@@ -226,7 +226,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::{parse::parse, *};
-    use crate::cluster::{Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
+    use crate::cluster::{Access, Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
 
     const GOOD: &str = r#"
 [[node]]
@@ -309,6 +309,23 @@ weight = 3
         fails(&format!("{GOOD}\n[tunnel]\nport = 53\n"), 18, "publishes port 53/udp, which is the tunnel's");
         fails(&GOOD.replace("53:5353/udp", "6081:5353/udp"), 1, "publishes port 6081/udp");
         fails(&format!("{GOOD}\n[tunnel]\nreturn = \"back\"\n"), 18, "back");
+    }
+
+    #[test]
+    fn who_may_connect_reads_as_written() {
+        let with = |lists: &str| GOOD.replace("ports =", &format!("{lists}\nports ="));
+        let access = |lists: &str| parse(&with(lists)).ok().unwrap().services[0].access.clone();
+        let range = |text: &str| text.parse().unwrap();
+        let lists = access("allow = [\"10.1.2.3/8\", \"2001:db8::/32\"]\ndeny = [\"10.0.0.5\"]");
+        let allow = vec![range("10.0.0.0/8"), range("2001:db8::/32")];
+        assert_eq!(lists, Access { allow: Some(allow), deny: vec![range("10.0.0.5/32")] });
+        assert_eq!(access("allow = []"), Access::closed());
+        assert!(parse(GOOD).ok().unwrap().services[0].access.is_open());
+        fails(
+            &with("deny = [\"10.0.0.0/8\", \"office\"]"),
+            8,
+            "\"office\" is neither an address nor a range",
+        );
     }
 
     #[test]

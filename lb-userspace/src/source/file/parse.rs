@@ -6,12 +6,14 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use lb_common::conntrack::Timers;
 use serde::Deserialize;
 use toml::Spanned;
 
 use crate::cluster::{
-    ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via, set_timer,
+    Access, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via,
+    address_range, set_timer,
 };
 
 #[derive(Deserialize)]
@@ -55,6 +57,9 @@ pub(super) struct RawService {
     returns: Option<Return>,
     #[serde(default)]
     placement: Placement,
+    allow: Option<Vec<Spanned<String>>>,
+    #[serde(default)]
+    deny: Vec<Spanned<String>>,
     #[serde(default)]
     idle: Idle,
     #[serde(default)]
@@ -165,8 +170,17 @@ pub(super) fn service<'a>(
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
+    let access = Access { allow: raw.allow.as_deref().map(ranges).transpose()?, deny: ranges(&raw.deny)? };
     let (left, problem) = (String::new(), String::new());
-    Ok(Service { name, addresses, ports, tasks, returns, placement, timers, idle, left, problem })
+    Ok(Service { name, addresses, ports, tasks, returns, placement, access, timers, idle, left, problem })
+}
+
+/// Ranges of clients' addresses.
+fn ranges(texts: &[Spanned<String>]) -> Result<Vec<IpNet>, Wrong> {
+    let range = |text: &Spanned<String>| {
+        address_range(text.get_ref()).map_err(|error| Wrong::at(text, error.to_string()))
+    };
+    texts.iter().map(range).collect()
 }
 
 /// The tunnel, whose port nobody may publish.

@@ -291,6 +291,7 @@ mod tests {
             tasks: vec![],
             returns: None,
             placement: crate::cluster::Placement::default(),
+            access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,
