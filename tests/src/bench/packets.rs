@@ -16,7 +16,10 @@ use lb_common::{
     abi::{XDP_TRANSMITS, program},
     outcome::Outcome,
 };
-use lb_userspace::{cluster::Via, datapath::Sizes};
+use lb_userspace::{
+    cluster::{Access, Via, address_range},
+    datapath::Sizes,
+};
 
 use super::{
     feeder::{Clients, Feeder, Kind},
@@ -101,6 +104,25 @@ fn large(report: &mut Report, rounds: usize) {
             || bench.not_ours(", 10,000 listeners"),
         );
     });
+}
+
+/// A list of so many ranges: one that has all clients, and addresses in it.
+fn list(client: &str, count: u16) -> Access {
+    let range = |text: String| address_range(&text).expect("a range");
+    let one = |number: u16| match ip(client) {
+        IpAddr::V4(client) => {
+            let ([first, second, ..], [third, last]) = (client.octets(), number.to_be_bytes());
+            range(format!("{first}.{second}.{third}.{last}"))
+        }
+        IpAddr::V6(client) => {
+            let mut segments = client.segments();
+            segments[7] = number;
+            range(std::net::Ipv6Addr::from(segments).to_string())
+        }
+    };
+    let wide = range(format!("{client}/{}", if ip(client).is_ipv4() { 16 } else { 112 }));
+    let allow = (1..count).map(|number| one(number * 64)).chain([wide]);
+    Access { allow: Some(allow.collect()), deny: Vec::new() }
 }
 
 fn sizes(connections: u32) -> Sizes {
@@ -340,6 +362,19 @@ impl<'a> Bench<'a> {
                 figures.push(Figure::new(name, "ns", &Samples::new(moved)));
             }
             self.lab.forget_connections();
+            for (what, access) in
+                [("a list of 1,000 ranges", list(family.client, 1_000)), ("denied", Access::closed())]
+            {
+                self.set_access("routed", access);
+                let mut samples = vec![];
+                for _ in 0..self.rounds.min(21) {
+                    self.lab.forget_connections();
+                    samples.push(self.timed(syn, 1_000_000, 8_192));
+                }
+                let name = format!("SYN, {}, {what}", family.name);
+                figures.push(Figure::new(name, "ns", &Samples::new(samples)));
+            }
+            self.set_access("routed", Access::default());
             self.lab.configure(|config| config.flood_rate = 1);
             // The first of them is what makes the guard take over.
             self.feeder.set(&syn.bytes, &Clients { count: CLIENTS, ..syn.clients });
@@ -360,6 +395,14 @@ impl<'a> Bench<'a> {
             self.lab.forget_connections();
         }
         figures
+    }
+
+    /// Says who may connect to a service.
+    fn set_access(&mut self, service: &str, access: Access) {
+        self.lab.update(|cluster| {
+            let index = cluster.services.iter().position(|known| known.name == service).expect("the service");
+            cluster.service_mut(index).access = access;
+        });
     }
 
     /// [`Self::once`], and what each run took above the floor.
