@@ -117,7 +117,14 @@ fn described(tables: &Tables) -> BTreeSet<String> {
     for (at, listener) in &tables.listeners {
         let slots = tables.slots_of(listener).expect("slots");
         let tasks: Vec<_> = slots.iter().map(task).collect();
-        all.insert(format!("{at:?} of {:?} leads to {tasks:?}", service(&listener.service)));
+        all.insert(format!(
+            "{at:?} of {:?} {} leads to {tasks:?}",
+            service(&listener.service),
+            listener.flags
+        ));
+    }
+    for ((number, range), allowed) in &tables.access {
+        all.insert(format!("{range} of {:?} {allowed}", service(number)));
     }
     all.insert(format!("filter {:?}", tables.filter));
     all
@@ -141,7 +148,7 @@ fn task(cluster: &Cluster, name: &str, state: &str) -> String {
     )
 }
 
-/// Two clusters that differ in a node, a service, a port and the state of tasks, with everything that has a table; none of
+/// Two clusters that differ in a node, a service, a port, who may connect and the state of tasks, with everything that has a table; none of
 /// the web service's tasks, which all are asked meanwhile, is taken out before it has drained.
 fn two_clusters(cluster: &Cluster) -> [String; 2] {
     let nodes = cluster.file("\"80:8080\"", &[]);
@@ -153,7 +160,9 @@ fn two_clusters(cluster: &Cluster) -> [String; 2] {
     let node = "[[node]]\nname = \"node9\"\naddresses = [\"198.51.100.9\"]\nagent = true\n\n";
     let extra = ["extra.1", "extra.2"].map(|name| task(cluster, name, "running")).concat();
     let service = format!("[[service]]\nname = \"extra\"\nports = [\"81:8080\", \"82:8081/udp\"]\n\n{extra}");
-    let two = format!("{node}{nodes}{}{service}", web("draining", "running"));
+    // All who ask are on the list: nobody notices that it comes or goes, whole or half written.
+    let listed = nodes.replacen("ports =", "allow = [\"192.0.2.0/24\"]\ndeny = [\"192.0.2.66\"]\nports =", 1);
+    let two = format!("{node}{listed}{}{service}", web("draining", "running"));
     [one, two]
 }
 
