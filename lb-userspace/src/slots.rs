@@ -5,7 +5,7 @@
 ///
 /// Equal weights give `0, 1, 2, …`. The method is nginx's smooth weighted round robin: every turn each task's
 /// credit grows by its weight, the richest is taken and pays the sum of all weights.
-pub fn order(weights: &[u16]) -> Vec<usize> {
+pub fn smooth_wrr(weights: &[u16]) -> Vec<usize> {
     let divisor = weights.iter().fold(0, |a, b| gcd(a, *b)).max(1);
     let weights: Vec<i64> = weights.iter().map(|weight| i64::from(weight / divisor)).collect();
     let total: i64 = weights.iter().sum();
@@ -41,7 +41,7 @@ const SLOTS_OF_A_TASK: usize = 100;
 ///
 /// The method is Maglev's (Eisenbud et al., NSDI 2016, 3.4): each task prefers the slots in an order of its own, and in turn
 /// takes the first of them that is free; one of less weight misses turns.
-pub fn consistent(names: &[&str], weights: &[u16]) -> Vec<usize> {
+pub fn maglev_table(names: &[&str], weights: &[u16]) -> Vec<usize> {
     let heaviest = weights.iter().copied().max().unwrap_or_default();
     if heaviest == 0 {
         return Vec::new();
@@ -114,15 +114,15 @@ mod tests {
 
     #[test]
     fn equal_weights_take_turns() {
-        assert_eq!(order(&[1, 1, 1]), [0, 1, 2]);
-        assert_eq!(order(&[7, 7]), [0, 1]);
-        assert_eq!(order(&[]), [0_usize; 0]);
+        assert_eq!(smooth_wrr(&[1, 1, 1]), [0, 1, 2]);
+        assert_eq!(smooth_wrr(&[7, 7]), [0, 1]);
+        assert_eq!(smooth_wrr(&[]), [0_usize; 0]);
     }
 
     #[test]
     fn unequal_weights_are_spread() {
-        assert_eq!(order(&[5, 1, 1]), [0, 0, 1, 0, 2, 0, 0]);
-        assert_eq!(order(&[4, 2]), [0, 1, 0]);
+        assert_eq!(smooth_wrr(&[5, 1, 1]), [0, 0, 1, 0, 2, 0, 0]);
+        assert_eq!(smooth_wrr(&[4, 2]), [0, 1, 0]);
     }
 
     /// How often each of the tasks stands in the table.
@@ -135,27 +135,27 @@ mod tests {
         let names: Vec<String> = (1..=200).map(|number| format!("web.{number}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         for count in [1, 2, 3, 10, 11, 163, 200] {
-            let table = consistent(&names[..count], &vec![1; count]);
+            let table = maglev_table(&names[..count], &vec![1; count]);
             let shares = shares(&table, count);
             let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
             assert!(most - least <= 1, "{count}: {least} to {most} of {}", table.len());
         }
-        assert!(shares(&consistent(&names[..2], &[1, 60_000]), 2).iter().all(|share| *share > 0));
-        let table = consistent(&names[..3], &[1, 2, 5]);
+        assert!(shares(&maglev_table(&names[..2], &[1, 60_000]), 2).iter().all(|share| *share > 0));
+        let table = maglev_table(&names[..3], &[1, 2, 5]);
         let wanted = [1, 2, 5].map(|weight| weight * table.len() / 8);
         let close = |(share, wanted): (&usize, &usize)| share.abs_diff(*wanted) <= 2;
         assert!(shares(&table, 3).iter().zip(&wanted).all(close), "{:?}", shares(&table, 3));
-        assert_eq!(consistent(&[], &[]), [0_usize; 0]);
+        assert_eq!(maglev_table(&[], &[]), [0_usize; 0]);
     }
 
     #[test]
     fn a_task_that_goes_moves_little_but_its_own_slots() {
         let names: Vec<String> = (1..=10).map(|number| format!("web.{number}.{number}x")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let all = consistent(&names, &[1; 10]);
+        let all = maglev_table(&names, &[1; 10]);
         for gone in 0..10 {
             let rest: Vec<&str> = names.iter().copied().filter(|name| *name != names[gone]).collect();
-            let then = consistent(&rest, &[1; 9]);
+            let then = maglev_table(&rest, &[1; 9]);
             let moved = all
                 .iter()
                 .zip(&then)
@@ -168,7 +168,7 @@ mod tests {
     proptest! {
         #[test]
         fn each_index_has_its_share(weights in prop::collection::vec(1_u16..=100, 1..20)) {
-            let order = order(&weights);
+            let order = smooth_wrr(&weights);
             let total: usize = weights.iter().map(|w| *w as usize).sum();
             for (index, weight) in weights.iter().enumerate() {
                 let turns = order.iter().filter(|i| **i == index).count();

@@ -1,4 +1,4 @@
-//! The shape each table must have: the kernel hands out a pinned table of any.
+//! The specification that each table must meet: the kernel hands out a pinned table of any.
 
 use aya::maps::{MapInfo, MapType, lpm_trie::Key};
 use lb_common::{
@@ -38,7 +38,7 @@ pub struct Sizes {
     pub fragments: Option<u32>,
 }
 
-/// The shape a pinned table must have.
+/// What a pinned table must be.
 #[derive(Clone, Copy, Debug)]
 pub struct MapSpec {
     /// Name.
@@ -54,58 +54,58 @@ pub struct MapSpec {
 }
 
 impl MapSpec {
-    /// The shapes of all tables.
+    /// Those of all tables.
     pub fn all(sizes: &Sizes) -> Vec<Self> {
         use MapType::{Array, Hash, LpmTrie, LruHash, PerCpuArray};
-        fn shape<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> MapSpec {
+        fn spec<K, V>(name: &'static str, kind: MapType, entries: Option<u32>) -> MapSpec {
             MapSpec { name, kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
         }
         // Zero is no node's number.
         let nodes = sizes.nodes.map(|nodes| nodes + 1);
         let sets = sizes.connections.map(size::sets);
         vec![
-            shape::<u32, Config>(table::CONFIG, Array, Some(1)),
-            shape::<u32, u64>(table::FILTER, Array, Some(FILTER_WORDS as u32)),
-            shape::<Endpoint<V4>, Listener>(table::LISTENERS4, Hash, sizes.listeners),
-            shape::<Endpoint<V6>, Listener>(table::LISTENERS6, Hash, sizes.listeners),
-            shape::<Endpoint<V4>, TaskEndpoint<V4>>(table::TASK_ENDPOINTS4, Hash, sizes.backends),
-            shape::<Endpoint<V6>, TaskEndpoint<V6>>(table::TASK_ENDPOINTS6, Hash, sizes.backends),
-            shape::<u32, u32>(table::SLOTS, Array, sizes.slots),
-            shape::<u32, Backend>(table::BACKENDS, Array, sizes.backends),
-            shape::<u32, u64>(table::CURSORS, Array, sizes.listeners),
-            shape::<u32, Set<V4>>(table::CONNECTIONS4, Array, sets),
-            shape::<u32, Set<V6>>(table::CONNECTIONS6, Array, sets),
-            shape::<u32, Timers>(table::TIMERS, Array, sizes.services),
-            shape::<u32, Guard>(table::GUARD, Array, Some(1)),
-            shape::<u32, Rate>(table::RATES, PerCpuArray, Some(1)),
-            shape::<u32, Budget>(table::ERROR_BUDGETS, Array, Some(size::ERROR_BUDGETS as u32)),
-            shape::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
-            shape::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, sizes.fragments),
-            shape::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
-            shape::<u32, Peer>(table::PEERS, Array, nodes),
-            shape::<u32, Path>(table::PEER_PATHS, Array, nodes),
-            shape::<Wide, u32>(
+            spec::<u32, Config>(table::CONFIG, Array, Some(1)),
+            spec::<u32, u64>(table::FILTER, Array, Some(FILTER_WORDS as u32)),
+            spec::<Endpoint<V4>, Listener>(table::LISTENERS4, Hash, sizes.listeners),
+            spec::<Endpoint<V6>, Listener>(table::LISTENERS6, Hash, sizes.listeners),
+            spec::<Endpoint<V4>, TaskEndpoint<V4>>(table::TASK_ENDPOINTS4, Hash, sizes.backends),
+            spec::<Endpoint<V6>, TaskEndpoint<V6>>(table::TASK_ENDPOINTS6, Hash, sizes.backends),
+            spec::<u32, u32>(table::SLOTS, Array, sizes.slots),
+            spec::<u32, Backend>(table::BACKENDS, Array, sizes.backends),
+            spec::<u32, u64>(table::CURSORS, Array, sizes.listeners),
+            spec::<u32, Set<V4>>(table::CONNECTIONS4, Array, sets),
+            spec::<u32, Set<V6>>(table::CONNECTIONS6, Array, sets),
+            spec::<u32, Timers>(table::TIMERS, Array, sizes.services),
+            spec::<u32, Guard>(table::GUARD, Array, Some(1)),
+            spec::<u32, Rate>(table::RATES, PerCpuArray, Some(1)),
+            spec::<u32, Budget>(table::ERROR_BUDGETS, Array, Some(size::ERROR_BUDGETS as u32)),
+            spec::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
+            spec::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, sizes.fragments),
+            spec::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
+            spec::<u32, Peer>(table::PEERS, Array, nodes),
+            spec::<u32, Path>(table::PEER_PATHS, Array, nodes),
+            spec::<Wide, u32>(
                 table::PEER_NUMBERS,
                 Hash,
                 nodes.map(|nodes| nodes * size::NODE_ADDRESSES as u32),
             ),
-            shape::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
-            shape::<Key<Wide>, u32>(table::INNER_RANGES, LpmTrie, Some(size::INNER_RANGES as u32)),
-            shape::<Key<AccessKey>, u32>(
+            spec::<TaskKey, u32>(table::TASKS, Hash, sizes.backends),
+            spec::<Key<Wide>, u32>(table::INNER_RANGES, LpmTrie, Some(size::INNER_RANGES as u32)),
+            spec::<Key<AccessKey>, u32>(
                 table::ACCESS,
                 LpmTrie,
                 sizes.services.map(|services| size::access(services as usize) as u32),
             ),
-            shape::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
-            shape::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
-            shape::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
-            shape::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),
-            shape::<u32, TableStats>(table::TABLE_STATS, PerCpuArray, Some(2)),
-            shape::<LabelKey, Label>(table::LABELS, Hash, labels(sizes)),
+            spec::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
+            spec::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
+            spec::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
+            spec::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),
+            spec::<u32, TableStats>(table::TABLE_STATS, PerCpuArray, Some(2)),
+            spec::<LabelKey, Label>(table::LABELS, Hash, labels(sizes)),
         ]
     }
 
-    /// Compares a pinned table with this shape.
+    /// Compares a pinned table with it.
     ///
     /// # Errors
     /// The first attribute that differs.

@@ -385,8 +385,8 @@ impl<'a> TableBuilder<'a> {
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
             let (order, flags) = match service.placement {
-                Placement::RoundRobin => (slots::order(&weights), 0),
-                Placement::Consistent => (slots::consistent(&names, &weights), endpoint::CONSISTENT),
+                Placement::RoundRobin => (slots::smooth_wrr(&weights), 0),
+                Placement::Consistent => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
             };
             let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
             let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
