@@ -87,6 +87,11 @@ impl AccessLists {
         Self { by_service }
     }
 
+    /// Whether everybody may connect to all services.
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_service.is_empty()
+    }
+
     /// Whether the client may connect to the service.
     pub(super) fn allow(&self, service: u32, client: IpAddr) -> bool {
         self.by_service.get(&service).is_none_or(|list| {
@@ -126,6 +131,7 @@ mod tests {
         }
         let asked = |tables: &Tables, client: &str| AccessLists::of(tables).allow(1, client.parse().unwrap());
         assert!(asked(&tables, "10.1.0.1"), "no listener asks: the list may be half written");
+        assert!(AccessLists::of(&tables).is_empty());
         let at = At { address: "192.0.2.1".parse().unwrap(), protocol: Protocol::Tcp, port: 80 };
         tables.listeners.insert(at, Listener { service: 1, flags: RESTRICTED, ..Listener::default() });
         let lists = AccessLists::of(&tables);

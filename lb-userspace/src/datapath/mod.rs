@@ -71,8 +71,8 @@ use crate::{
     report::{SourceReport, Trouble},
 };
 
-/// Collections in which connections are looked for whose client may no longer connect, after the last change and the last find: another
-/// node may follow later, and forward until then.
+/// Collections in which connections are looked for whose client may no longer connect, after the last change and the last find:
+/// another node may follow later, and forward until then.
 const ACCESS_LOOKS: u32 = 10;
 
 /// What the flood guard is doing.
@@ -567,8 +567,8 @@ impl Datapath {
         clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
     }
 
-    /// Removes all connections that have ended, and those whose client may no longer connect. The numbers of backends that none names any more are then free to be given
-    /// again. The resets for those of them that ask for some go to `resets`, whatever else fails.
+    /// Removes all connections that have ended, and those whose client may no longer connect. The numbers of backends that none
+    /// names any more are then free to be given again. The resets for those of them that ask for some go to `resets`, whatever else fails.
     ///
     /// # Errors
     /// The kernel refuses a read, or to run the program that removes.
@@ -577,7 +577,8 @@ impl Datapath {
         let resting = self.tables.resting.clone();
         let Config { jiffies_per_second, hash_keys, .. } = &self.config;
         let (tables, jiffies_per_second) = (&self.tables, *jiffies_per_second);
-        let access = (self.access_looks > 0).then(|| AccessLists::of(tables));
+        let access =
+            (self.access_looks > 0).then(|| AccessLists::of(tables)).filter(|lists| !lists.is_empty());
         let clock = Clock { tables, access: access.as_ref(), now, jiffies_per_second, hash_keys };
         let Some(Program::Xdp(program)) = self.ebpf.program(program::GC) else {
             return Err(DatapathError::NoProgram(program::GC));
