@@ -284,14 +284,14 @@ pub mod remove {
     pub const CONNECTION4: u32 = 1;
     /// A line of IPv6.
     pub const CONNECTION6: u32 = 2;
-    /// A line of IPv4 whose client may no longer connect: also if it was seen since.
-    pub const DENIED4: u32 = 5;
-    /// The same, IPv6.
-    pub const DENIED6: u32 = 6;
     /// The mark of a home that lines of it lie in other sets, IPv4.
     pub const SPILLED4: u32 = 3;
     /// The same, IPv6.
     pub const SPILLED6: u32 = 4;
+    /// A line of IPv4 whose client may no longer connect: also if it was seen since.
+    pub const DENIED4: u32 = 5;
+    /// The same, IPv6.
+    pub const DENIED6: u32 = 6;
 }
 
 /// What a label names.

@@ -1,5 +1,5 @@
-//! How many errors of ours an address gets that may be forged: who is flooded with packets in its name is not flooded with our answers
-//! (RFC 4443, 2.4(f)). A table of few budgets is shared by hash: strangers may spend each other's, no more than that.
+//! How many errors of ours an address gets that may be forged: who is flooded with packets in its name is not flooded with our
+//! errors (RFC 4443, 2.4(f)). A table of few budgets is shared by hash: strangers may spend each other's, no more than that.
 
 use crate::pod;
 

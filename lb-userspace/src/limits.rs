@@ -31,13 +31,14 @@ const COUNTED: [(Outcome, &str); 4] = [
     ),
     (
         Outcome::Martian,
-        "clients are refused that say to have an address of this node, or one behind a bridge of its containers: they are forged, or \
-         a network outside has the same range (`ip route get CLIENT` names the bridge); give the bridge another range then",
+        "clients are refused that say to have an address of this node, or one behind a bridge of its containers: they are forged, \
+         or a network outside has the same range (`ip route get CLIENT` names the bridge); give the bridge another range then. \
+         Or datagrams come from a published port of another node, which would answer each other for ever",
     ),
     (
         Outcome::ForeignVlan,
-        "frames came that are addressed to this node, of a VLAN that it does not have on the uplink: they are left alone; if they are \
-         for it, add the VLAN's interface, else the switch sends more than it should",
+        "frames came that are addressed to this node, of a VLAN that it does not have on the uplink: they are left alone; if they \
+         are for it, add the VLAN's interface, else the switch sends more than it should",
     ),
 ];
 

@@ -234,8 +234,7 @@ impl Control {
     }
 
     /// Whether a SYN begins another connection: both sides have closed this one, or the one that was heard alone, or it was reset.
-    /// Before that the task is asked, who answers a SYN that it does not expect by what it expects (RFC 5961, 4.2); unless either side
-    /// has closed it and been silent for longer than its kernel remembers that.
+    /// Before that the task is asked, who answers a SYN that it does not expect by what it expects (RFC 5961, 4.2).
     #[inline(always)]
     pub const fn may_begin_anew(self) -> bool {
         self.is_over() || self.is_closing() && !self.has(ANSWERED)

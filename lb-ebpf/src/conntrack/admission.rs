@@ -74,7 +74,8 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
 }
 
 /// Whether a datagram comes, or says to come, from a published port of another node: two services that answer every datagram would
-/// answer each other for ever. A function of its own, for the stack's sake.
+/// answer each other for ever. Nothing is lost by it: what is published here is published there, and a reply to that port would be taken
+/// for a request. A function of its own, for the stack's sake.
 #[inline(never)]
 fn is_of_a_listener<A: Family>(key: &FiveTuple<A>) -> bool {
     maps::is_node(&key.source)

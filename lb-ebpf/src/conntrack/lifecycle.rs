@@ -120,7 +120,8 @@ fn of_client<A: Family>(packet: &mut Packet<A>) -> Result<Lookup, Outcome> {
     Ok(Lookup::Hit)
 }
 
-/// Whether the packet is a SYN that begins another connection than the line's.
+/// Whether the packet is a SYN that begins another connection than the line's: also one that a side has closed, and been silent for
+/// longer than its kernel remembers that.
 #[inline(always)]
 pub fn begins_anew<A: Family>(packet: &Packet<A>, entry: &Entry<A>, control: Control) -> bool {
     packet.opens()

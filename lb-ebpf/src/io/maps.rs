@@ -154,7 +154,7 @@ pub fn scratch(program: u32) -> Option<&'static mut Scratch> {
     SCRATCH.get_ptr_mut(program).map(|scratch| unsafe { &mut *scratch })
 }
 
-/// The configuration; missing only before user space has written them.
+/// The configuration; missing only before user space has written it.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     CONFIG.get(0)

@@ -116,7 +116,8 @@ impl Controller {
         Ok(())
     }
 
-    /// Tells ends of connections, idle ones or of clients that may no longer connect, that those are gone. Who cannot be told finds out by itself, as where nobody is told.
+    /// Tells ends of connections, idle ones or of clients that may no longer connect, that those are gone. Who cannot be told finds
+    /// out by itself, as where nobody is told.
     fn reset(&self, resets: &[Reset]) {
         let Some(resetter) = self.resetter.as_ref().filter(|_| !resets.is_empty()) else {
             return;
@@ -161,7 +162,8 @@ impl Controller {
             _ => "",
         };
         Some(format!(
-            "service {first}{others}: connections that are idle, or whose client is denied, are forgotten, not reset: open a raw socket: {error}{needs}"
+            "service {first}{others}: connections that are idle, or whose client is denied, are forgotten, not reset: open a \
+             raw socket: {error}{needs}"
         ))
     }
 }

@@ -1,5 +1,5 @@
-//! Who is to be told by a reset that a connection was given up, for it was idle or its client may no longer connect: the ends next to
-//! this node, each by what the line knows of the other.
+//! Who is to be told by a reset that a connection was given up, for it was idle or its client may no longer connect: the ends next
+//! to this node, each by what the line knows of the other.
 //!
 //! Of a connection through two nodes both have a line with the same timer, and each tells its own end.
 
