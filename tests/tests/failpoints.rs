@@ -1,7 +1,8 @@
 //! A failure or a kill at any change that is made to the kernel, one run each: what is left is whole.
 //!
-//! `LB_FAULT` names a file that says after how many changes it happens; the agent removes it then. A run takes every sixth
-//! change, another sixth by chance each time; `LB_FAULT_EVERY=1` takes them all.
+//! `LB_FAULT` names a file that says after how many changes it happens; the agent removes it then. A run takes the first
+//! change and every sixth of the others, another sixth by chance each time (`LB_FAULT_FIRST` chooses it);
+//! `LB_FAULT_EVERY=1` takes them all.
 
 use std::{
     collections::BTreeSet,
@@ -214,8 +215,9 @@ fn a_plan_that_is_killed_at_any_step_is_taken_up_by_the_next_controller() {
     let meanings = [first, second];
     let load = Load::start(&cluster.client, cluster.addresses(0)[0], 1, u64::MAX);
     eventually("requests are answered", || load.done() > 50);
-    let (every, first) = stride();
-    let (mut now, mut steps, mut whole) = (1, [first; 2], [false; 2]);
+    let mut walks = [changes(), changes()];
+    let mut steps = walks.each_mut().map(|walk| walk.next().expect("a change"));
+    let (mut now, mut whole) = (1, [false; 2]);
     while whole != [true, true] {
         let next = 1 - now;
         fault.arm(steps[next], "kill");
@@ -228,7 +230,7 @@ fn a_plan_that_is_killed_at_any_step_is_taken_up_by_the_next_controller() {
         });
         if ended {
             assert!(!fault.is_armed());
-            steps[next] += every;
+            steps[next] = walks[next].next().expect("a change");
             agent.stop(Signal::SIGKILL);
             agent = attach();
             assert!(agent.log().contains("adopted the running datapath"), "{}", agent.log());
@@ -369,8 +371,7 @@ impl<'a> Walk<'a> {
     /// Has changes that a start makes fail, one a start, and calls `look` after each. The first that a start did not come
     /// to.
     fn go(&self, mut look: impl FnMut(Start, &str)) -> u32 {
-        let (every, first) = stride();
-        for change in (first..).step_by(every as usize) {
+        for change in changes() {
             self.fault.arm(change, "fail");
             let (outcome, said) = self.start();
             if self.fault.is_armed() {
@@ -389,12 +390,13 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// Every how many changes a fault is made, and the first of them.
-fn stride() -> (u32, u32) {
-    let every = std::env::var("LB_FAULT_EVERY").map_or(6, |text| text.parse().expect("a number above zero"));
-    let first = std::process::id() % every;
-    println!("LB_FAULT_EVERY={every}, from change {first} on");
-    (every, first)
+/// The changes at which a fault is made: the first, which nothing can do without, and every so many of the others.
+fn changes() -> impl Iterator<Item = u32> {
+    let number = |name| std::env::var(name).ok().map(|text| text.parse::<u32>().expect("a number"));
+    let every = number("LB_FAULT_EVERY").unwrap_or(6);
+    let first = number("LB_FAULT_FIRST").unwrap_or_else(std::process::id) % every;
+    println!("LB_FAULT_EVERY={every} LB_FAULT_FIRST={first}");
+    (0..).filter(move |change| *change == 0 || change % every == first)
 }
 
 /// What is there now and was not, and the other way round.
@@ -532,11 +534,10 @@ fn a_change_of_the_mode_that_is_killed_at_any_step_is_taken_up() {
     ];
     assert_eq!(walk(&modes[0]).start().0, Start::Served);
     let load = Load::start(&cluster.client, cluster.addresses(0)[0], 1, u64::MAX);
-    let (every, first) = stride();
     let mut killed = 0;
     for pair in modes.windows(2) {
         let (from, to) = (walk(&pair[0]), walk(&pair[1]));
-        for change in (first..).step_by(every as usize) {
+        for change in changes() {
             to.fault.arm(change, "kill");
             let (outcome, said) = to.start();
             if to.fault.is_armed() {
@@ -555,7 +556,8 @@ fn a_change_of_the_mode_that_is_killed_at_any_step_is_taken_up() {
         }
     }
     println!("{killed} kills, {} requests", load.done());
-    assert!(killed * every > 20, "{killed}");
+    // Nearly twenty changes a pair of modes, or a sixth of them.
+    assert!(killed > 4, "{killed}");
     assert_eq!(load.stop(), Vec::<String>::new());
     detach(node);
 }
