@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -47,6 +47,8 @@ pub mod table {
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
     /// Fragments, IPv6.
     pub const FRAGMENTS6: &str = "FRAGMENTS6";
+    /// When the host last sent a datagram from a published port, by [`crate::host_flow::HostFlow`]: the clock of connections.
+    pub const HOST_FLOWS: &str = "HOST_FLOWS";
     /// [`crate::tunnel::Peer`] by number of the node.
     pub const PEERS: &str = "PEERS";
     /// [`crate::tunnel::Path`] by number of the node.
@@ -74,7 +76,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 30] = [
+    pub const ALL: [&str; 31] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -93,6 +95,7 @@ pub mod table {
         HEARTBEAT,
         FRAGMENTS4,
         FRAGMENTS6,
+        HOST_FLOWS,
         PEERS,
         PEER_PATHS,
         PEER_NUMBERS,
@@ -124,6 +127,8 @@ pub mod program {
     pub const UPLINK_XDP: &str = "uplink_xdp";
     /// TC ingress on the uplink.
     pub const UPLINK_TC: &str = "uplink_tc";
+    /// TC egress on the uplink: what the host itself sends.
+    pub const UPLINK_EGRESS: &str = "uplink_egress";
     /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
     pub const TASK_TC: &str = "task_tc";
 
@@ -134,7 +139,7 @@ pub mod program {
     pub const GC: &str = "gc";
 
     /// All of them.
-    pub const ALL: [&str; 5] = [UPLINK_XDP, UPLINK_TC, TASK_TC, CLOCK, GC];
+    pub const ALL: [&str; 6] = [UPLINK_XDP, UPLINK_TC, UPLINK_EGRESS, TASK_TC, CLOCK, GC];
 }
 
 /// No XDP program decides, though one may be attached for a moment: TC on the uplink does all.
@@ -382,6 +387,8 @@ pub mod size {
     pub const ERROR_BUDGETS: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;
+    /// Exchanges of the host's own datagrams from published ports that are known at once.
+    pub const HOST_FLOWS: usize = 16_384;
 }
 
 const _: () = {

@@ -16,6 +16,7 @@ pub mod endpoint;
 pub mod filter;
 pub mod fragment;
 pub mod guard;
+pub mod host_flow;
 pub mod net;
 pub mod outcome;
 pub mod stats;

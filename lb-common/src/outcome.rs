@@ -54,6 +54,8 @@ outcomes! {
     /// A new connection for a listener in a frame of a VLAN that this node does not have on the uplink: its switch sends it more
     /// than it should.
     ForeignVlan = "foreign_vlan",
+    /// A datagram to a published port that answers one which the host itself, or a container behind it, has sent from there.
+    HostFlow = "host_flow",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
     /// A later fragment of a datagram whose first one was not seen, or is not ours.
@@ -101,6 +103,8 @@ outcomes! {
     /// Through the tunnel from an address that no other node of the cluster has, or a reply from an address that is
     /// not this node's.
     TunnelNotPeer = "tunnel_not_peer",
+    /// Sent by a program or a container of this host as if it were this node's datapath that speaks to a peer's.
+    TunnelImpostor = "tunnel_impostor",
     /// Through the tunnel for a task that is not on this node, or takes no packets.
     TunnelNoTask = "tunnel_no_task",
     /// Through the tunnel with a version, option or packet that is not understood.
@@ -137,6 +141,7 @@ impl Outcome {
                 | Self::TableFull
                 | Self::TooBig
                 | Self::TunnelNotPeer
+                | Self::TunnelImpostor
                 | Self::TunnelNoTask
                 | Self::TunnelMalformed
         )

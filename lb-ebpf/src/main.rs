@@ -45,7 +45,7 @@ use lb_common::{
 
 use crate::{
     conntrack::{Scope, Step, table, tracked::Tracked},
-    forward::{Action, encap, fast_path, headers::Back, pack, unpack},
+    forward::{Action, egress, encap, fast_path, headers::Back, pack, unpack},
     io::{
         clock as time, counters,
         family::Family,
@@ -496,6 +496,27 @@ fn send_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, direction: u32) 
 #[inline(never)]
 fn reset_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>) -> u64 {
     pack(forward::tc::reset(frame, packet))
+}
+
+/// TC egress on the uplink, for what this datapath does not send itself: nobody of this host speaks to a peer as if it did, and
+/// what answers the host's own datagrams is found again ([`egress`]).
+#[classifier]
+#[inline(always)]
+pub fn uplink_egress(context: TcContext) -> i32 {
+    let mut frame = Skb::new(context, false);
+    let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(3)) else {
+        return TC_ACT_UNSPEC;
+    };
+    if frame.is_signed(config.nonce) || frame.is_plain_tcp() || maps::is_stale(config) {
+        return TC_ACT_UNSPEC;
+    }
+    frame.pull_headers();
+    let looked = match parse::frame(&frame, scratch) {
+        IS_IPV4 => egress::look(&frame, &scratch.v4),
+        IS_IPV6 => egress::look(&frame, &scratch.v6),
+        _ => Ok(()),
+    };
+    looked.map_or_else(|outcome| end_in_tc(&frame, outcome as u32), |()| TC_ACT_UNSPEC)
 }
 
 /// TC ingress where tasks answer: turns replies around to the client. A task's own traffic is nobody's business

@@ -2,21 +2,26 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     time::Duration,
 };
 
-use lb_common::{abi::TC_ALONE, outcome::Outcome};
+use aya::maps::{HashMap, Map, MapData};
+use lb_common::{
+    abi::{TC_ALONE, program, table},
+    host_flow::{HOST_FLOW_SECONDS, HostFlow},
+    outcome::Outcome,
+};
 use lb_tests::{
     agent::{Agent, active_tasks, outcome},
     cluster::{CLIENT4, CLIENT6, Cluster},
-    lab::{Lab, REDIRECT, ip, service, task, with_lab},
+    lab::{Lab, REDIRECT, UNSPEC, ip, service, task, with_lab},
     netns::{Netns, eventually, run},
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
-    traffic::{Direction, listen, transfer},
+    traffic::{Direction, echo, exchange, listen, stop_echo, transfer},
 };
-use lb_userspace::cluster::Via;
+use lb_userspace::{cluster::Via, datapath::PinDir};
 use socket2::{Domain, Socket, Type};
 
 /// Bytes that a transfer carries: more than any window.
@@ -246,4 +251,119 @@ fn headers_that_lie_in_pieces_are_read() {
             });
         }
     }
+}
+
+/// The port that the host itself sends from, and a service has published.
+const SHARED: u16 = 51_820;
+/// Where the host asks.
+const ASKED: u16 = 5_000;
+
+/// When the host last sent from a published port, by between whom.
+fn host_flows() -> HashMap<MapData, HostFlow, u32> {
+    let pins = PinDir::of("eth1").expect("the pins");
+    let map = MapData::from_pin(pins.table(table::HOST_FLOWS)).expect("the table");
+    HashMap::try_from(Map::LruHashMap(map)).expect("its kind")
+}
+
+#[test]
+fn what_answers_the_host_s_own_datagrams_is_not_taken_for_a_request() {
+    with_local_task(|lab| {
+        for (flags, tuple) in [(0, 0), (TC_ALONE, 1)] {
+            lab.configure(|config| config.flags = flags);
+            for (client, listener, ..) in FAMILIES {
+                let what = format!("{client}, flags {flags}");
+                let datagram = |from: u16, to: u16| {
+                    Packet::new(Transport::Udp, (ip(client), from), (ip(listener), to)).bytes()
+                };
+                let arrives = |lab: &Lab, frame: &[u8]| {
+                    let run = |lab: &Lab| if flags == 0 { lab.xdp(frame) } else { lab.uplink_tc(frame) };
+                    lab.counting(run).1
+                };
+                let leaves = |lab: &Lab, from: u16, to: u16| {
+                    let packet = Packet::new(Transport::Udp, (ip(listener), from), (ip(client), to));
+                    let frame = packet.bytes();
+                    let uplink = lab.uplink;
+                    let (verdict, counted) =
+                        lab.counting(|lab| lab.tc(program::UPLINK_EGRESS, &frame, uplink));
+                    assert_eq!((verdict.action, &verdict.frame), (UNSPEC, &frame), "{what}");
+                    assert_eq!(counted, [].into(), "{what}");
+                };
+                let port = 40_000 + 10 * tuple;
+                let (local, host) = ([(Outcome::Local, 1)].into(), [(Outcome::HostFlow, 1)].into());
+                // A client that is served already stays so.
+                assert_eq!(arrives(lab, &datagram(port + 2, 80)), local, "{what}");
+                for asked in [port, port + 2] {
+                    leaves(lab, 80, asked);
+                    leaves(lab, 80, asked);
+                }
+                assert_eq!(arrives(lab, &datagram(port + 2, 80)), local, "{what}");
+                assert_eq!(arrives(lab, &datagram(port, 80)), host, "{what}: the answer");
+                assert_eq!(arrives(lab, &datagram(port + 1, 80)), local, "{what}: another client's port");
+                let syn = Packet::new(SYN, (ip(client), port), (ip(listener), 80));
+                assert_eq!(arrives(lab, &syn.bytes()), local, "{what}: TCP");
+                // Nobody publishes this one.
+                let before = host_flows().keys().count();
+                leaves(lab, 81, port);
+                assert_eq!(host_flows().keys().count(), before, "{what}");
+                assert_eq!(arrives(lab, &datagram(port, 81)), [(Outcome::NotOurs, 1)].into(), "{what}");
+                // The host has been silent for a while, and for longer.
+                let (mut flows, now) = (host_flows(), lab.jiffies());
+                for (seconds, expected) in [(HOST_FLOW_SECONDS - 1, &host), (HOST_FLOW_SECONDS + 1, &local)] {
+                    let seen = now.wrapping_sub(seconds * lab.datapath().config().jiffies_per_second);
+                    let keys: Vec<HostFlow> = flows.keys().map(|key| key.expect("a key")).collect();
+                    for key in keys {
+                        flows.insert(key, seen, 0).expect("age it");
+                    }
+                    assert_eq!(&arrives(lab, &datagram(port, 80)), expected, "{what}, {seconds} s later");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn the_host_may_send_from_a_port_that_a_service_publishes() {
+    let mut cluster = Cluster::new(1);
+    cluster.receive_xdp();
+    let task = cluster.add_task("web.1", 0);
+    let path =
+        cluster.write(&cluster.file(&format!("\"{SHARED}:8080/udp\""), &[(&cluster.tasks[task], "running")]));
+    let (node, client) = (&cluster.nodes[0].netns, &cluster.client);
+    let served = cluster.tasks[task].netns.spawn(|| echo(8080, "web.1"));
+    let outside = client.spawn(|| echo(ASKED, "outside"));
+    for (mode, from) in [("native", 1), ("generic", 2), ("tc", 3)] {
+        let _agent = Agent::attach(node, cluster.folder(), &path, &["--mode", mode]);
+        eventually("the task is offered", || active_tasks(node, "web") == 1);
+        for (own, other) in cluster.addresses(0).into_iter().zip([IpAddr::from(CLIENT4), CLIENT6.into()]) {
+            let answered = node.enter(|| {
+                // As dockerd holds each published port.
+                let socket = Socket::new(Domain::for_address(SocketAddr::new(own, 0)), Type::DGRAM, None)
+                    .expect("a socket");
+                socket.set_reuse_address(true).expect("share the port");
+                socket.bind(&SocketAddr::new(own, SHARED).into()).expect("bind");
+                let socket = UdpSocket::from(socket);
+                socket.connect((other, ASKED)).expect("connect");
+                socket.set_read_timeout(Some(Duration::from_secs(10))).expect("set a time limit");
+                let mut buffer = [0; 100];
+                let length = (0..from).map(|_| {
+                    socket.send(b"question").expect("send");
+                    socket.recv(&mut buffer).expect("the answer to the host")
+                });
+                let length = length.last().expect("at least one");
+                String::from_utf8_lossy(&buffer[..length]).into_owned()
+            });
+            assert_eq!(answered, format!("outside question {own}"), "{mode}");
+            let asked = client.enter(|| exchange(SocketAddr::new(own, SHARED), "request"));
+            assert_eq!(asked, format!("web.1 request {other}"), "{mode}");
+        }
+        // What tasks reply leaves by the same port, and is known as ours.
+        let noted = node.enter(|| host_flows().keys().map(|key| key.expect("a key")).collect::<Vec<_>>());
+        let of_host = |flow: &HostFlow| (flow.local_port.get(), flow.remote_port.get()) == (SHARED, ASKED);
+        assert_eq!(outcome(node, "host_flow"), 2 * from, "{mode}");
+        assert!(noted.len() == 2 && noted.iter().all(of_host), "{mode}: {noted:?}");
+    }
+    stop_echo(&cluster.tasks[task].netns, 8080);
+    stop_echo(client, ASKED);
+    served.join().expect("the task");
+    outside.join().expect("the server outside");
 }

@@ -2,16 +2,18 @@
 
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
+use lb_common::tunnel::{OPTION_CLASS, TO_CLIENT, TO_TASK, VERSION};
 use lb_tests::{
     agent::{Agent, json, outcome, program, text, verb},
     cluster::{CLIENT4, Cluster},
     netns::{Netns, Running, run, within},
+    packet::{Packet, SYN, Tunnelled},
     swarm::{Node, PATIENCE, Swarm, packaging},
 };
 use lb_userspace::source::peer::tls::{Keeper, manager_name};
@@ -224,6 +226,55 @@ fn nobody_outside_passes_for_a_container() {
     node.ip("link del br-late");
     node.ip("route add 10.77.0.9/32 dev eth1");
     within(PATIENCE, "the range is nobody's", || is_served(&cluster, late, 0));
+}
+
+/// What whoever has a shell in a container, or on a node, can send without any capability.
+#[test]
+fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    let task = cluster.add_nginx("web.1", 1);
+    let path = cluster.write_all_running();
+    let [near, far] = [0, 1].map(|node| &cluster.nodes[node].netns);
+    let name: IpAddr = cluster.tasks[task].v4.into();
+    let forged = |kind| {
+        let syn = Packet::new(SYN, (CLIENT4.into(), 4_444), (cluster.addresses(0)[0], 80));
+        let tunnelled = Tunnelled {
+            macs: syn.macs,
+            nodes: (cluster.addresses(0)[0], cluster.addresses(1)[0]),
+            ports: (0, PORT),
+            class: OPTION_CLASS.get(),
+            kind,
+            version_and_flags: [VERSION, 0],
+            task: (name, 8080),
+            inner: syn.bytes()[14..].to_vec(),
+        };
+        tunnelled.bytes()[14 + 20 + 8..].to_vec()
+    };
+    let send = |kind| {
+        let to = SocketAddr::new(cluster.addresses(1)[0], PORT);
+        let sent = near.enter(|| UdpSocket::bind("0.0.0.0:0").and_then(|own| own.send_to(&forged(kind), to)));
+        assert!(sent.is_ok(), "{sent:?}");
+    };
+    let arrived = || ["forwarded_local", "forwarded_reply", "tunnel_not_peer"].map(|name| outcome(far, name));
+    let _far = Agent::attach(far, cluster.folder(), &path, &[]);
+    // Without an agent nobody holds it back: that is what there is to gain.
+    let before = arrived();
+    within(PATIENCE, "the task hears the forged packet", || {
+        send(TO_TASK);
+        arrived()[0] > before[0]
+    });
+    for mode in ["native", "tc"] {
+        let _near = Agent::attach(near, cluster.folder(), &path, &["--mode", mode]);
+        within(PATIENCE, "the task is served", || is_served(&cluster, CLIENT4, 0));
+        let (before, ended) = (arrived(), outcome(near, "tunnel_impostor"));
+        for kind in [TO_TASK, TO_CLIENT] {
+            (0..10).for_each(|_| send(kind));
+        }
+        assert_eq!(outcome(near, "tunnel_impostor") - ended, 20, "{mode}");
+        assert_eq!(arrived(), before, "{mode}: nothing of it arrived");
+        assert!(is_served(&cluster, CLIENT4, 0), "{mode}: the datapath's own goes its way");
+    }
 }
 
 /// A worker whose certificate is in the wrong hands claims what other nodes have.

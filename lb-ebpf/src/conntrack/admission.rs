@@ -16,7 +16,7 @@ use lb_common::{
 };
 
 use super::{
-    Step, alias, guard,
+    Step, alias, guard, host_flow,
     lifecycle::{self, Sender},
     scheduler::PORT_IS_TAKEN,
     table::{self, Found, Inserted},
@@ -39,6 +39,9 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     let goes_on = !packet.may_open() && goes_on(packet, &listener);
     if !packet.may_open() && !goes_on {
         return Err(Outcome::NoConnection);
+    }
+    if !packet.is_tcp() && host_flow::is_answer(&packet.key) {
+        return Err(Outcome::HostFlow);
     }
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);

@@ -11,6 +11,7 @@ pub mod alias;
 pub mod apart;
 pub mod fragment;
 pub mod guard;
+pub mod host_flow;
 pub mod lifecycle;
 pub mod scheduler;
 pub mod table;

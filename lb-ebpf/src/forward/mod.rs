@@ -1,6 +1,7 @@
 //! Sending a packet of ours on: what is written into it, and where it leaves. Imports everything below it; chooses no verdict:
 //! [`Action`] says what is to become of the frame, and `main` says it to the kernel.
 
+pub mod egress;
 pub mod encap;
 pub mod fast_path;
 pub mod headers;

@@ -65,7 +65,7 @@ pub fn from_uplink<A: Back>(
     }
     tally(packet, found, packets, bytes(frame, packet));
     counters::outcome(outcome as u32, packets);
-    Ok(if local { into_task(backend.ifindex) } else { out_of(backend.ifindex) })
+    Ok(if local { into_task(backend.ifindex) } else { out_of(frame, backend.ifindex) })
 }
 
 /// Puts a request into the tunnel to its task's node, or turns it into the answer that it is too big.
@@ -97,7 +97,7 @@ fn to_peer<A: Back>(
     }
     tally(packet, found, packets, bytes);
     counters::outcome(Outcome::Peer as u32, packets);
-    Ok(out_of(peer.ifindex))
+    Ok(out_of(frame, peer.ifindex))
 }
 
 /// Lowers what a SYN or its answer says of segments to what an interface lets pass.
@@ -160,7 +160,7 @@ pub fn emit<A: Tracked>(
     give_link_header(frame, packet)?;
     if !known {
         counters::outcome(Outcome::Reply as u32, packets);
-        return Ok(by_neighbour(config.uplink));
+        return Ok(by_neighbour(frame, config.uplink));
     }
     let (index, tags) = (packet.connection.backend, packet.connection.tags);
     clamp_emitted(frame, packet, peer_of(index))?;
@@ -169,7 +169,7 @@ pub fn emit<A: Tracked>(
     tag(frame, tags)?;
     counters::reply(index, packets, bytes);
     counters::outcome(Outcome::Reply as u32, packets);
-    Ok(to_hop(config.uplink, next, tags))
+    Ok(to_hop(frame, config.uplink, next, tags))
 }
 
 /// Where tasks answer.
@@ -198,7 +198,7 @@ fn to_client<A: Back>(
     }
     if let Some(mtu) = mtu::exceeded(frame, packet, config.uplink) {
         too_big(frame, packet, mtu)?;
-        return Ok(out_of(frame.ifindex()));
+        return Ok(out_of(frame, frame.ifindex()));
     }
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     let next = next_hop::refresh(frame.context(), packet, config.uplink);
@@ -215,7 +215,7 @@ fn to_client<A: Back>(
     tag(frame, tags)?;
     tally(packet, found, packets, bytes);
     counters::outcome(Outcome::Reply as u32, packets);
-    Ok(to_hop(config.uplink, next, tags))
+    Ok(to_hop(frame, config.uplink, next, tags))
 }
 
 /// Turns a reply around to the client, and sends it through the peer that the client used.
@@ -231,7 +231,7 @@ fn to_client_by_peer<A: Back>(
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     if frame.longest(packet) > inner_mtu {
         too_big(frame, packet, inner_mtu)?;
-        return Ok(out_of(frame.ifindex()));
+        return Ok(out_of(frame, frame.ifindex()));
     }
     // The tunnel writes the link header.
     let hop = Hop { destination: words(&peer.mac), source: words(&peer.source_mac), known: false };
@@ -247,7 +247,7 @@ fn to_client_by_peer<A: Back>(
     }
     tally(packet, found, packets, bytes);
     counters::outcome(Outcome::Reply as u32, packets);
-    Ok(out_of(peer.ifindex))
+    Ok(out_of(frame, peer.ifindex))
 }
 
 /// Answers a packet whose task is gone by a reset in its place.
@@ -273,25 +273,30 @@ pub fn answer_probe(frame: &mut Skb, tunnel: &TunnelMeta) -> u64 {
     }
     counters::outcome(Outcome::TunnelProbe as u32, 1);
     let next = if headless { Next::Unresolved } else { Next::Known };
-    super::pack(Ok(to_hop(frame.ifindex(), next, Tags::NONE)))
+    super::pack(Ok(to_hop(frame, frame.ifindex(), next, Tags::NONE)))
 }
 
 /// Sends back what was made of a packet. Whose link header the kernel has hidden, its neighbour code gives a new one.
 #[inline(always)]
 fn back(frame: &mut Skb, config: &Config, tags: Tags, headless: bool) -> Result<Action, Outcome> {
     tag(frame, tags)?;
-    Ok(to_hop(config.uplink, if headless { Next::Unresolved } else { Next::Known }, tags))
+    Ok(to_hop(frame, config.uplink, if headless { Next::Unresolved } else { Next::Known }, tags))
 }
 
 /// Sends a frame to the hop that was written into it, or through the kernel's neighbour code.
 #[inline(always)]
-fn to_hop(uplink: u32, next: Next, tags: Tags) -> Action {
+fn to_hop(frame: &mut Skb, uplink: u32, next: Next, tags: Tags) -> Action {
     // With tags the kernel's neighbour code would build the frame without them.
-    if next == Next::Known || tags.outer.is_some() { out_of(uplink) } else { by_neighbour(uplink) }
+    if next == Next::Known || tags.outer.is_some() {
+        out_of(frame, uplink)
+    } else {
+        by_neighbour(frame, uplink)
+    }
 }
 
 #[inline(always)]
-fn out_of(interface: u32) -> Action {
+fn out_of(frame: &mut Skb, interface: u32) -> Action {
+    frame.sign();
     // SAFETY: the helper has no preconditions.
     Action::sent(unsafe { bpf_redirect(interface, 0) } as u32)
 }
@@ -303,7 +308,8 @@ fn into_task(interface: u32) -> Action {
 }
 
 #[inline(always)]
-fn by_neighbour(interface: u32) -> Action {
+fn by_neighbour(frame: &mut Skb, interface: u32) -> Action {
+    frame.sign();
     // SAFETY: no parameters are passed: the kernel takes the next hop from its routing table.
     Action::sent(unsafe { bpf_redirect_neigh(interface, null_mut(), 0, 0) } as u32)
 }

@@ -16,6 +16,7 @@ use lb_common::{
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
+    host_flow::HostFlow,
     net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats, TableStats},
@@ -103,6 +104,9 @@ pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();
 pub static FRAGMENTS6: Fragments<V6> = LruHashMap::new();
 
 #[btf_map]
+pub static HOST_FLOWS: LruHashMap<HostFlow, u32, { size::HOST_FLOWS }> = LruHashMap::new();
+
+#[btf_map]
 pub static PEERS: Array<Peer, { size::NODES }, ALIGNED> = Array::new();
 
 #[btf_map]
@@ -140,7 +144,7 @@ pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
 /// What each program is working on, see [`super::packet::Packet`]: one entry a program. Not pinned: whoever
 /// loads the programs gets one of its own.
 #[btf_map]
-pub static SCRATCH: PerCpuArray<Scratch, 3> = PerCpuArray::new();
+pub static SCRATCH: PerCpuArray<Scratch, 4> = PerCpuArray::new();
 
 /// Kept here so that it is made, pinned and adopted with the rest; no program reads it.
 #[btf_map]

@@ -3,7 +3,8 @@
 //! The programs that ran before stay pinned until those that take their place run everywhere: an attach that fails in
 //! the middle puts them back. (The kernel gives a program out by its number only to CAP_SYS_ADMIN; a pin will do.)
 
-use lb_common::abi::Mode;
+use aya::programs::TcAttachType;
+use lb_common::abi::{Mode, program};
 
 /// Where a TC program goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +17,13 @@ pub(super) struct Place {
     pub(super) uplink: u32,
     /// Name of the program.
     pub(super) program: &'static str,
+}
+
+impl Place {
+    /// On which side of the interface the program sees frames.
+    pub(super) fn side(&self) -> TcAttachType {
+        if self.program == program::UPLINK_EGRESS { TcAttachType::Egress } else { TcAttachType::Ingress }
+    }
 }
 
 /// One step.

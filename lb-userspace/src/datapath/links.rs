@@ -164,7 +164,7 @@ pub(super) fn detach_xdp((pins, journal): (&PinDir, &mut Journal), there: Option
     }
 }
 
-/// Attaches a program to TC ingress, or swaps it where our link or filter is already.
+/// Attaches a TC program at its place, or swaps it where our link or filter is already.
 pub(super) fn attach_tc(
     (pins, journal): (&PinDir, &mut Journal),
     program: &mut SchedClassifier,
@@ -189,7 +189,7 @@ pub(super) fn attach_tc(
     if tcx {
         // First among its like: what others do with a packet of ours would be undone or missed.
         let tcx = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(&place.interface, TcAttachType::Ingress, tcx)?;
+        let id = program.attach_with_options(&place.interface, place.side(), tcx)?;
         let link: FdLink = program.take_link(id)?.try_into()?;
         keep(pins, link, &place.link)?;
         journal.note(Step::Linked(place.link));
@@ -226,7 +226,7 @@ fn attach_clsact(
     fault::point("attach a filter")?;
     let options = NlOptions { priority: PRIORITY, handle: handle(place.uplink), classid: None };
     let options = TcAttachOptions::Netlink(options);
-    let id = program.attach_with_options(&place.interface, TcAttachType::Ingress, options)?;
+    let id = program.attach_with_options(&place.interface, place.side(), options)?;
     // The filter stays by itself; dropping the link would remove it.
     std::mem::forget(program.take_link(id)?);
     journal.note(Step::Filtered(place));
@@ -236,9 +236,8 @@ fn attach_clsact(
 /// Swaps the program of our filter at this place, if there is one.
 pub(super) fn swap_filter(program: &mut SchedClassifier, place: &Place) -> Result<(), AttachProblem> {
     let uplink = handle(place.uplink);
-    let there =
-        SchedClassifierLink::attached(&place.interface, TcAttachType::Ingress, PRIORITY, uplink, None)
-            .map_err(|error| AttachProblem(error.to_string()))?;
+    let there = SchedClassifierLink::attached(&place.interface, place.side(), PRIORITY, uplink, None)
+        .map_err(|error| AttachProblem(error.to_string()))?;
     let id = program.attach_to_link(there)?;
     std::mem::forget(program.take_link(id)?);
     Ok(())
@@ -250,20 +249,22 @@ pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, uplink: u32)
     if path.exists() {
         pins.remove_link(&path);
     } else if !interface.is_empty() {
-        detach_clsact(interface, uplink);
+        detach_clsact(interface, TcAttachType::Ingress, uplink);
     }
 }
 
-pub(super) fn detach_clsact(interface: &str, uplink: u32) {
+fn detach_clsact(interface: &str, side: TcAttachType, uplink: u32) {
     // An interface without the filter, or without the qdisc, has nothing to remove; a link detaches when dropped.
-    let _ = SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, handle(uplink), None);
+    let _ = SchedClassifierLink::attached(interface, side, PRIORITY, handle(uplink), None);
 }
 
 /// Removes every link, and every filter of this uplink on the interfaces named.
 pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
     pins.remove_link(&pins.link(pin::XDP));
     for interface in interfaces {
-        detach_clsact(interface, uplink);
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            detach_clsact(interface, side, uplink);
+        }
     }
 }
 
@@ -298,7 +299,7 @@ fn revert(pins: &PinDir, step: &Step) -> Result<(), AttachProblem> {
                 swap_filter(&mut program, place)?;
             }
         }
-        Step::Filtered(place) => detach_clsact(&place.interface, place.uplink),
+        Step::Filtered(place) => detach_clsact(&place.interface, place.side(), place.uplink),
         Step::Qdisc(_) => {}
     }
     Ok(())

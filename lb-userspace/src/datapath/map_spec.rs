@@ -11,6 +11,7 @@ use lb_common::{
     filter::FILTER_WORDS,
     fragment::{FragmentKey, Ports},
     guard::{Guard, Rate},
+    host_flow::HostFlow,
     net::{V4, V6, Wide},
     outcome::OUTCOMES,
     stats::{BackendStats, ServiceStats, TableStats},
@@ -82,6 +83,7 @@ impl MapSpec {
             spec::<u32, u32>(table::HEARTBEAT, Array, Some(1)),
             spec::<FragmentKey<V4>, Ports>(table::FRAGMENTS4, LruHash, sizes.fragments),
             spec::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
+            spec::<HostFlow, u32>(table::HOST_FLOWS, LruHash, Some(size::HOST_FLOWS as u32)),
             spec::<u32, Peer>(table::PEERS, Array, nodes),
             spec::<u32, Path>(table::PEER_PATHS, Array, nodes),
             spec::<Wide, u32>(

@@ -439,15 +439,15 @@ impl Datapath {
     }
 
     fn try_attach_uplink(&mut self, interface: &str, ifindex: u32, mode: Mode) -> Result<(), AttachProblem> {
-        let tc = classifier(&mut self.ebpf, program::UPLINK_TC)?;
-        let place = Place {
-            interface: interface.to_owned(),
-            link: pin::UPLINK_TC.to_owned(),
-            uplink: ifindex,
-            program: program::UPLINK_TC,
-        };
         let journal = &mut self.journal;
-        self.hook = links::attach_tc((&self.pins, journal), tc, place, self.features.tcx)?;
+        for (program, link) in
+            [(program::UPLINK_EGRESS, pin::UPLINK_EGRESS), (program::UPLINK_TC, pin::UPLINK_TC)]
+        {
+            let tc = classifier(&mut self.ebpf, program)?;
+            let place =
+                Place { interface: interface.to_owned(), link: link.to_owned(), uplink: ifindex, program };
+            self.hook = links::attach_tc((&self.pins, journal), tc, place, self.features.tcx)?;
+        }
         if mode == Mode::Tc {
             links::detach_xdp((&self.pins, journal), self.attached);
             return Ok(());

@@ -31,6 +31,8 @@ const BPFFS: &str = "/sys/fs/bpf";
 pub(super) const XDP: &str = "xdp";
 /// Pin of the uplink's TC link.
 pub(super) const UPLINK_TC: &str = "uplink-tc";
+/// Pin of the link where the uplink lets frames out.
+pub(super) const UPLINK_EGRESS: &str = "uplink-egress";
 const TASK: &str = "task-";
 /// What the names of links' pins begin with.
 const LINK: &str = "link-";

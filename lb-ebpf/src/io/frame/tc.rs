@@ -24,7 +24,10 @@ use lb_common::{
 
 use super::Frame;
 use crate::{
-    io::packet::{Offsets, Packet},
+    io::{
+        maps,
+        packet::{Offsets, Packet},
+    },
     wire::ethernet::{IPV4, IPV6},
 };
 
@@ -109,6 +112,31 @@ impl Skb {
         if segment == 0 { packet.bytes as u32 } else { packet.headers() + segment }
     }
 
+    /// Notes that this datapath sends the frame, for its program where the uplink lets frames out. No other program of the host, and
+    /// nobody on the wire, can write the buffer's field.
+    #[inline(always)]
+    pub fn sign(&mut self) {
+        if let Some(config) = maps::config() {
+            // SAFETY: the context is valid while the program runs.
+            unsafe { (*self.raw()).tc_index = signature(config.nonce) };
+        }
+    }
+
+    /// Whether the datapath with this nonce sends the frame.
+    #[inline(always)]
+    pub fn is_signed(&self, nonce: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).tc_index == signature(nonce) }
+    }
+
+    /// Whether a frame without tags is TCP, without options or extension headers before it.
+    #[inline(always)]
+    pub fn is_plain_tcp(&self) -> bool {
+        let kind = self.read::<u16>(12).copied().unwrap_or(0);
+        let at = if kind == IPV4 { 14 + 9 } else { 14 + 6 };
+        (kind == IPV4 || kind == IPV6) && self.read::<u8>(at) == Some(&TCP)
+    }
+
     /// What XDP said about this frame, if it was the XDP of the datapath with this nonce.
     #[inline(always)]
     pub fn metadata(&self, nonce: u32) -> Option<XdpMetadata> {
@@ -122,6 +150,12 @@ impl Skb {
             (metadata.nonce == nonce).then_some(metadata)
         }
     }
+}
+
+/// What [`Skb::sign`] writes: sixteen bits, never zero, as the field is in any other frame.
+#[inline(always)]
+fn signature(nonce: u32) -> u32 {
+    nonce & 0xffff | 1
 }
 
 impl Frame for Skb {
