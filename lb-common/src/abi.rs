@@ -51,8 +51,6 @@ pub mod table {
     pub const HOST_FLOWS: &str = "HOST_FLOWS";
     /// [`crate::tunnel::Peer`] by number of the node.
     pub const PEERS: &str = "PEERS";
-    /// [`crate::tunnel::Path`] by number of the node.
-    pub const PEER_PATHS: &str = "PEER_PATHS";
     /// Number of the node by address, IPv4 as an IPv4-mapped one; [`crate::tunnel::SELF`] for this node's own.
     pub const PEER_NUMBERS: &str = "PEER_NUMBERS";
     /// Index of the backend by [`crate::tunnel::TaskKey`].
@@ -76,7 +74,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 31] = [
+    pub const ALL: [&str; 30] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -97,7 +95,6 @@ pub mod table {
         FRAGMENTS6,
         HOST_FLOWS,
         PEERS,
-        PEER_PATHS,
         PEER_NUMBERS,
         TASKS,
         INNER_RANGES,

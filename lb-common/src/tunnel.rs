@@ -101,7 +101,7 @@ pub struct Peer {
     pub source: Wide,
     /// Hardware address of the node or of the next hop to it.
     pub mac: [u8; 6],
-    /// Largest packet that its route lets pass, in bytes.
+    /// Largest packet that the way there is known to let pass, in bytes.
     pub mtu: u16,
     /// Hardware address of the interface that leads there.
     pub source_mac: [u8; 6],
@@ -118,21 +118,6 @@ pub struct Peer {
     /// Zero.
     pub _pad3: u64,
 }
-
-/// What the datapath learned about the path to a node from ICMP errors.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Path {
-    /// Largest packet that a router on the way lets pass, in bytes; zero if none said.
-    pub mtu: u32,
-    /// When it said so: jiffies, low 32 bits.
-    pub seen: u32,
-}
-
-/// Seconds for which a router's word about the path stands, as the kernel's `mtu_expires`.
-pub const PATH_SECONDS: u32 = 600;
-/// What a router may say at least (RFC 791 asks for datagrams of 576 bytes, RFC 8200 for 1280).
-pub const MIN_MTU: [u32; 2] = [576, 1280];
 
 /// The number of this node itself in the table of nodes' addresses.
 pub const SELF: u32 = 0;
@@ -166,12 +151,12 @@ pub fn unmapped(wide: Wide) -> IpAddr {
 
 const _: () = {
     assert!(size_of::<Header>() == 40 && align_of::<Header>() == 4);
-    assert!(size_of::<Peer>() == 64 && size_of::<Path>() == 8);
+    assert!(size_of::<Peer>() == 64);
     assert!(size_of::<TaskKey>() == 20 && align_of::<TaskKey>() == 4);
     assert!(size_of::<Header>() == 8 + 8 + OPTION_WORDS as usize * 4);
 };
 
-pod!(Peer, Path, TaskKey);
+pod!(Peer, TaskKey);
 
 #[cfg(test)]
 mod tests {

@@ -149,8 +149,8 @@ fn tunnelled<F: Frame>(frame: &F, parsed: u32, scratch: &mut Scratch) -> u32 {
     match parsed {
         IS_IPV4 if encap::is_for(&scratch.v4) => open_tunnel(frame, &scratch.v4, &mut scratch.tunnel),
         IS_IPV6 if encap::is_for(&scratch.v6) => open_tunnel(frame, &scratch.v6, &mut scratch.tunnel),
-        IS_IPV4 if encap::is_error(&scratch.v4) => REFUSED + encap::note_error(frame, &scratch.v4) as u32,
-        IS_IPV6 if encap::is_error(&scratch.v6) => REFUSED + encap::note_error(frame, &scratch.v6) as u32,
+        IS_IPV4 if encap::is_error(&scratch.v4) => REFUSED + encap::error(&scratch.v4) as u32,
+        IS_IPV6 if encap::is_error(&scratch.v6) => REFUSED + encap::error(&scratch.v6) as u32,
         _ => NOT_TUNNELLED,
     }
 }

@@ -109,7 +109,7 @@ pub fn setting_of(table: &str) -> &'static str {
         | table::TASK_ENDPOINTS4
         | table::TASK_ENDPOINTS6 => "--max-backends",
         table::SERVICE_STATS | table::TIMERS => "--max-services",
-        table::PEERS | table::PEER_PATHS | table::PEER_NUMBERS => "--max-nodes",
+        table::PEERS | table::PEER_NUMBERS => "--max-nodes",
         other => setting(other).1,
     }
 }

@@ -509,8 +509,45 @@ fn a_short_hop_between_the_nodes_is_found_and_the_connection_goes_on() {
             transfer(&cluster.client, &cluster.tasks[0].netns, to, Direction::Up, 20);
         }
         let node = &cluster.nodes[0].netns;
-        assert!(outcome(node, "tunnel_error") > 0, "the router's errors arrived");
-        assert!(outcome(node, "too_big") > 0, "and were passed on in the client's words");
+        let errors = outcome(node, "tunnel_error");
+        assert!(errors > 0, "the router's errors arrived");
+        // It becomes shorter under a connection.
+        let (client, task) = (&cluster.client, &cluster.tasks[0].netns);
+        let to = SocketAddr::new(cluster.addresses(0)[0], 80);
+        std::thread::scope(|scope| {
+            let before = outcome(&cluster.nodes[1].netns, "forwarded_local");
+            let transfer = scope.spawn(|| transfer(client, task, to, Direction::Up, 200));
+            eventually("the transfer runs", || {
+                outcome(&cluster.nodes[1].netns, "forwarded_local") > before + 1_000
+            });
+            router.ip("link set eth2 mtu 1340");
+            assert!(!transfer.is_finished());
+            transfer.join().expect("the transfer");
+        });
+        assert!(outcome(node, "tunnel_error") > errors, "the router's errors arrived");
+        assert!(outcome(node, "too_big") > 0, "what was too long is said in the client's words");
+    }
+}
+
+/// A switch that lets less pass says nothing to anybody.
+#[test]
+fn a_way_between_nodes_that_swallows_long_packets_is_found() {
+    for (reach, overhead) in [(PEERS, 60), (OVER_V6, 80)] {
+        let echo = Echo::new(reach);
+        let cluster = &echo.cluster;
+        let port = Cluster::port(&cluster.nodes[1].netns);
+        cluster.lan().ip(&format!("link set {port} mtu 1370"));
+        let _agents = attach(cluster, &[]);
+        for address in cluster.addresses(0) {
+            eventually("the client is told what fits", || {
+                forget_paths(&cluster.client);
+                cluster.client.enter(|| Probe::new(echo.to(address)).find_mtu()) == 1370 - overhead
+            });
+            for direction in [Direction::Up, Direction::Down] {
+                let to = SocketAddr::new(address, 80);
+                transfer(&cluster.client, &cluster.tasks[0].netns, to, direction, 5);
+            }
+        }
     }
 }
 

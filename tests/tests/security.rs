@@ -13,13 +13,14 @@ use lb_tests::{
     agent::{Agent, json, outcome, program, text, verb},
     cluster::{CLIENT4, Cluster},
     netns::{Netns, Running, run, within},
-    packet::{Packet, SYN, Tunnelled},
+    packet::{IcmpError, Packet, SYN, Transport, Tunnelled},
     swarm::{Node, PATIENCE, Swarm, packaging},
+    traffic::{ask, echo, stop_echo},
 };
 use lb_userspace::source::peer::tls::{Keeper, manager_name};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 /// The agents' TCP port, which is the tunnel's.
 const PORT: u16 = 6081;
@@ -275,6 +276,51 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
         assert_eq!(arrived(), before, "{mode}: nothing of it arrived");
         assert!(is_served(&cluster, CLIENT4, 0), "{mode}: the datapath's own goes its way");
     }
+}
+
+/// One packet from anywhere, with its sender's own address, would shorten the way between two nodes for everybody.
+#[test]
+fn no_word_of_a_stranger_shortens_the_way_between_nodes() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    let task = cluster.add_task("web.1", 1);
+    let server = cluster.tasks[task].netns.spawn(|| echo(8080, "web.1"));
+    let path = cluster.write(&cluster.file("\"53:8080/udp\"", &[(&cluster.tasks[task], "running")]));
+    let nodes = cluster.nodes.iter();
+    let _agents: Vec<_> =
+        nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let [near, far] = [0, 1].map(|node| cluster.addresses(node)[0]);
+    let node = &cluster.nodes[0].netns;
+    let ask = |length| {
+        let asked = || ask(SocketAddr::new(near, 53), &"x".repeat(length));
+        cluster.client.enter(asked)
+    };
+    // What fills a packet in the tunnel.
+    let longest = 1_500 - 60 - 28;
+    within(PATIENCE, "a datagram that fills a packet arrives", || ask(longest).is_some());
+    let quoted = Packet::new(Transport::Udp, (near, 50_000), (far, PORT));
+    let forged = IcmpError {
+        macs: quoted.macs,
+        from: CLIENT4.into(),
+        to: near,
+        kind: (3, 4),
+        rest: 576,
+        hops: 64,
+        quote: quoted.bytes()[14..].to_vec(),
+    };
+    let forged = forged.bytes()[14 + 20..].to_vec();
+    let refused = outcome(node, "too_big");
+    for round in 1..=50 {
+        cluster.client.enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).expect("a socket");
+            socket.send_to(&forged, &SocketAddr::new(near, 0).into()).expect("send");
+        });
+        within(PATIENCE, "it is heard", || outcome(node, "tunnel_error") >= round);
+        assert!(ask(longest).is_some(), "round {round}");
+    }
+    assert_eq!(outcome(node, "too_big"), refused);
+    stop_echo(&cluster.tasks[task].netns, 8080);
+    server.join().expect("the task");
 }
 
 /// A worker whose certificate is in the wrong hands claims what other nodes have.

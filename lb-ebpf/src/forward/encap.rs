@@ -10,22 +10,20 @@ use lb_common::{
     net::{Address as _, Be16, UDP, V4, Wide},
     outcome::Outcome,
     tunnel::{
-        CRITICAL, DATA_WORDS, Header, MIN_MTU, NAMES_TASK, OPTION_CLASS, PATH_SECONDS, PROBE_ANSWER, Peer,
-        RETURN_DIRECT, SELF, TO_TASK, VERSION, VERSION_AND_LENGTH, overhead,
+        CRITICAL, DATA_WORDS, Header, NAMES_TASK, OPTION_CLASS, PROBE_ANSWER, Peer, RETURN_DIRECT, SELF,
+        TO_TASK, VERSION, VERSION_AND_LENGTH, overhead,
     },
 };
 
 use crate::{
     io::{
-        clock,
         family::Family,
         frame::Frame,
-        maps::{self, PEER_NUMBERS, PEER_PATHS, PEERS},
+        maps::{self, PEER_NUMBERS, PEERS},
         packet::{ERROR, Packet, TunnelMeta, WHOLE},
     },
     wire::{
         ethernet::{Ethernet, IPV4, IPV6, words},
-        icmp::{FRAGMENTATION_NEEDED, Icmp, PACKET_TOO_BIG, UNREACHABLE},
         ipv4::{DONT_FRAGMENT, Ipv4, PLAIN},
         ipv6::Ipv6,
     },
@@ -47,19 +45,10 @@ pub fn peer(number: u32) -> Result<&'static Peer, Outcome> {
     }
 }
 
-/// The largest packet that fits into the tunnel to a peer, in bytes: what its route lets pass, or less if a router on
-/// the way said so not long ago.
+/// The largest packet that fits into the tunnel to a peer, in bytes.
 #[inline(always)]
-pub fn inner_mtu(number: u32, peer: &Peer) -> u32 {
-    let mut mtu = peer.mtu as u32;
-    if let (Some(path), Some(config)) = (PEER_PATHS.get(number), maps::config())
-        && path.mtu != 0
-        && path.mtu < mtu
-        && (clock::now()).wrapping_sub(path.seen) < PATH_SECONDS * config.jiffies_per_second
-    {
-        mtu = path.mtu;
-    }
-    mtu.saturating_sub(overhead(peer.family == 4) as u32)
+pub fn inner_mtu(peer: &Peer) -> u32 {
+    (peer.mtu as u32).saturating_sub(overhead(peer.family == 4) as u32)
 }
 
 /// What the tunnel is told about a packet.
@@ -346,32 +335,10 @@ pub fn decapsulate<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> {
     Some(())
 }
 
-/// Notes what an ICMP error says about the path to a peer.
+/// What an ICMP error about one of the tunnel's packets comes to. Anybody can have sent it: what it says is not believed, but that
+/// there is one has user space probe the ways to peers.
 #[inline(always)]
-pub fn note_error<F: Frame, A: Family>(frame: &F, packet: &Packet<A>) -> Outcome {
+pub fn error<A: Family>(packet: &Packet<A>) -> Outcome {
     // Turned around: from the peer to this node.
-    let number = number(&packet.key.source);
-    if number == NOBODY {
-        return Outcome::NotOurs;
-    }
-    let Some(header) = frame.read::<Icmp>(packet.transport()) else {
-        return Outcome::TunnelError;
-    };
-    let (kind, code, rest) = (header.kind, header.code, u32::from_be(header.rest));
-    let mtu = match (kind, code) {
-        (UNREACHABLE, FRAGMENTATION_NEEDED) if A::IS_V4 => rest & 0xffff,
-        (PACKET_TOO_BIG, _) if !A::IS_V4 => rest,
-        _ => 0,
-    };
-    let least = MIN_MTU[usize::from(!A::IS_V4)];
-    if mtu >= least
-        && let Some(path) = PEER_PATHS.get_ptr_mut(number)
-    {
-        // SAFETY: an array's entry is valid while the program runs; both words are written whole.
-        unsafe {
-            (*path).seen = clock::now();
-            (*path).mtu = mtu;
-        }
-    }
-    Outcome::TunnelError
+    if number(&packet.key.source) == NOBODY { Outcome::NotOurs } else { Outcome::TunnelError }
 }

@@ -188,7 +188,7 @@ fn to_peer<A: Family>(
 ) -> Option<Action> {
     let number = backend.peer as u32;
     let peer = encap::peer(number).ok()?;
-    let inner_mtu = encap::inner_mtu(number, peer);
+    let inner_mtu = encap::inner_mtu(peer);
     if packet.bytes as u32 > inner_mtu {
         return None;
     }

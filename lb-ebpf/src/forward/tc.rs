@@ -80,7 +80,7 @@ fn to_peer<A: Back>(
     let backend = found.backend;
     let number = backend.peer as u32;
     let peer = encap::peer(number)?;
-    let inner_mtu = encap::inner_mtu(number, peer);
+    let inner_mtu = encap::inner_mtu(peer);
     let (packets, bytes) = (frame.packets(), packet_bytes(frame, packet));
     if frame.longest(packet) > inner_mtu {
         too_big_for_client(frame, packet, inner_mtu)?;
@@ -227,7 +227,7 @@ fn to_client_by_peer<A: Back>(
     number: u32,
 ) -> Result<Action, Outcome> {
     let peer = encap::peer(number)?;
-    let inner_mtu = encap::inner_mtu(number, peer);
+    let inner_mtu = encap::inner_mtu(peer);
     let (packets, bytes) = (frame.packets(), bytes(frame, packet));
     if frame.longest(packet) > inner_mtu {
         too_big(frame, packet, inner_mtu)?;

@@ -97,7 +97,7 @@ fn to_peer<A: Back>(
     let backend = found.backend;
     let number = backend.peer as u32;
     let peer = encap::peer(number)?;
-    let inner_mtu = encap::inner_mtu(number, peer);
+    let inner_mtu = encap::inner_mtu(peer);
     if packet.bytes as u32 > inner_mtu {
         too_big_for_client(frame, packet, inner_mtu)?;
         let interface = frame.ifindex();
@@ -198,7 +198,7 @@ pub fn clamp_arrived<F: Frame, A: Family>(
     let Ok(peer) = encap::peer(tunnel.peer) else {
         return Ok(());
     };
-    let inner_mtu = encap::inner_mtu(tunnel.peer, peer);
+    let inner_mtu = encap::inner_mtu(peer);
     mss::clamp(frame, packet, inner_mtu, finished).ok_or(Outcome::TunnelMalformed)
 }
 
@@ -241,7 +241,7 @@ pub fn clamp_emitted<F: Frame, A: Family>(
     let Ok(peer) = encap::peer(number) else {
         return Ok(());
     };
-    mss::clamp(frame, packet, encap::inner_mtu(number, peer), true).ok_or(Outcome::TunnelMalformed)
+    mss::clamp(frame, packet, encap::inner_mtu(peer), true).ok_or(Outcome::TunnelMalformed)
 }
 
 /// The number of the peer behind which a connection's task is; zero of none.

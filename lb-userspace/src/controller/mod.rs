@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::{
     abi::{Config, Mode, size},
     net::Be16,
+    outcome::Outcome,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -91,6 +92,8 @@ pub struct Controller {
     drains: (u64, Vec<Drain>),
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
+    /// ICMP errors about tunnel packets that were seen.
+    tunnel_errors: u64,
     /// Tells the ends of connections that were given up; none before a service asks for it, or where the kernel refuses.
     resetter: Option<Resetter>,
     /// What is said of the source, for the verbs.
@@ -117,6 +120,8 @@ pub struct Controller {
 const RETRY: Duration = Duration::from_secs(1);
 /// Connections are looked after once in this time.
 const TICK: Duration = Duration::from_secs(1);
+/// Whether routers say that packets in the tunnel are too long is looked at once in this time.
+const LOOK: Duration = Duration::from_millis(250);
 /// Everything is compared again after this time, in case an event was missed.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Neighbours, and other nodes' datapaths, have this time to answer before the tables are filled for the first time.
@@ -176,6 +181,7 @@ impl Controller {
             cluster: None,
             drains: (0, Vec::new()),
             prober: None,
+            tunnel_errors: 0,
             resetter: None,
             report,
             served: None,
@@ -298,6 +304,8 @@ impl Controller {
         let (mut source_ended, mut synced) = (false, Instant::now());
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let pause = if self.pending() { RETRY } else { RESYNC };
             tokio::select! {
@@ -310,6 +318,10 @@ impl Controller {
                 },
                 Some(()) = self.changes.recv() => self.network = None,
                 () = silence(self.prober.as_mut()) => {}
+                _ = looks.tick(), if self.prober.is_some() => {
+                    self.look_at_tunnel_errors();
+                    continue;
+                }
                 _ = ticks.tick() => {
                     self.settings.pulse.beat(self.serves());
                     if let Err(error) = self.look_after_connections() {
@@ -593,8 +605,8 @@ impl Controller {
             return;
         };
         let peers = ways.iter().filter(|((_, reach), way)| *reach == Reach::Peer && way.is_ok());
-        let peers: BTreeSet<IpAddr> = peers.map(|((address, _), _)| *address).collect();
-        prober.follow(&peers);
+        let peers = peers.filter_map(|((address, _), way)| Some((*address, way.as_ref().ok()?.mtu)));
+        prober.follow(&peers.collect());
         if self.served.is_none() {
             prober.settle(ANSWER).await;
         }
@@ -602,6 +614,21 @@ impl Controller {
             if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
                 way.silent = Some(reason);
             }
+        }
+        for (address, mtu) in prober.mtus() {
+            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
+                way.mtu = way.mtu.min(mtu);
+            }
+        }
+    }
+
+    /// Has the ways to nodes looked at again when somebody says that a packet in the tunnel was too long.
+    fn look_at_tunnel_errors(&mut self) {
+        let errors = self.datapath.outcome(Outcome::TunnelError).unwrap_or(self.tunnel_errors);
+        if std::mem::replace(&mut self.tunnel_errors, errors) != errors
+            && let Some(prober) = &self.prober
+        {
+            prober.doubt();
         }
     }
 

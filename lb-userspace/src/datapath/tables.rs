@@ -21,7 +21,7 @@ use lb_common::{
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats, TableStats},
-    tunnel::{Path, Peer, TaskKey, mapped, unmapped},
+    tunnel::{Peer, TaskKey, mapped, unmapped},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -50,7 +50,6 @@ pub struct TableSet {
     slots: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     peers: Array<MapData, Peer>,
-    peer_paths: Array<MapData, Path>,
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
     pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
@@ -110,7 +109,6 @@ impl TableSet {
             slots: open(pins, table::SLOTS)?,
             backends: open(pins, table::BACKENDS)?,
             peers: open(pins, table::PEERS)?,
-            peer_paths: open(pins, table::PEER_PATHS)?,
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
             inner_ranges: open(pins, table::INNER_RANGES)?,
@@ -465,12 +463,7 @@ impl TableSet {
             }
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
             MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
-            MapOp::RemovePeer(number) => {
-                self.set_peer(*number, Peer::default())?;
-                // Another node that is given the number has another path.
-                let unknown = Path::default();
-                write(&mut self.peer_paths, *number, unknown)
-            }
+            MapOp::RemovePeer(number) => self.set_peer(*number, Peer::default()),
             MapOp::SetPeerNumber(address, number) => {
                 let table = ("PEER_NUMBERS", "--max-nodes");
                 insert(&mut self.peer_numbers, &mapped(*address), number, table)

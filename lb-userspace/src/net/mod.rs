@@ -6,6 +6,7 @@
 mod container_netns;
 mod device;
 mod netdev;
+mod path_mtu;
 mod probe;
 mod reset;
 pub mod sockets;

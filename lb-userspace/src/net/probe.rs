@@ -1,11 +1,11 @@
-//! Whether the datapaths of other nodes are there: each is sent a probe through the tunnel's port, which it sends back
-//! without its controller's help.
+//! Whether the datapaths of other nodes are there, and how long a packet their way lets pass: each is sent probes through the
+//! tunnel's port, which it sends back without its controller's help.
 //!
 //! So a node whose controller is being restarted counts as there, and one that is off, cut off, or without a datapath
 //! does not, whatever its controller or the cluster's managers think of it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -22,8 +22,12 @@ use tokio::{
     task::JoinHandle,
 };
 
+use super::path_mtu::{PACE, PathMtu};
+
 /// Geneve's header and our option.
 const BYTES: usize = 8 + 24;
+/// Where the length of the packet stands, if that is what is asked for: in the option's port.
+const LENGTH: std::ops::Range<usize> = 14..16;
 /// Where the nonce stands: in the option's address.
 const NONCE: std::ops::Range<usize> = 16..24;
 /// Probes that may be lost before a node counts as silent.
@@ -36,7 +40,7 @@ const BURST: usize = 64;
 const ROOM: libc::c_int = 8 << 20;
 
 /// What is known of a node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Peer {
     /// When it was asked first.
     asked: Instant,
@@ -44,6 +48,8 @@ struct Peer {
     heard: Option<Instant>,
     /// Whether it counted as there when somebody was last told.
     there: bool,
+    /// How long a packet its way lets pass.
+    path: PathMtu,
 }
 
 struct Shared {
@@ -99,16 +105,30 @@ impl Prober {
         self.bound
     }
 
-    /// Asks exactly these nodes from now on.
-    pub fn follow(&self, addresses: &BTreeSet<IpAddr>) {
-        let mut peers = self.shared.peers();
-        peers.retain(|address, _| addresses.contains(address));
-        for address in addresses {
-            peers.entry(*address).or_insert_with(|| {
+    /// Asks exactly these nodes from now on, each with the longest packet that this machine can send there, in bytes.
+    pub fn follow(&self, nodes: &BTreeMap<IpAddr, u32>) {
+        let (mut peers, now) = (self.shared.peers(), Instant::now());
+        peers.retain(|address, _| nodes.contains_key(address));
+        for (address, mtu) in nodes {
+            let (v4, mtu) = (address.is_ipv4(), (*mtu).min(u16::MAX.into()));
+            let peer = peers.entry(*address).or_insert_with(|| {
                 self.shared.followed.notify_one();
-                Peer { asked: Instant::now(), heard: None, there: false }
+                Peer { asked: now, heard: None, there: false, path: PathMtu::new(mtu, v4, now) }
             });
+            peer.path.set_route(mtu, v4, now);
         }
+    }
+
+    /// The longest packets that the ways to nodes let pass, in bytes.
+    pub fn mtus(&self) -> BTreeMap<IpAddr, u32> {
+        self.shared.peers().iter().map(|(address, peer)| (*address, peer.path.mtu())).collect()
+    }
+
+    /// There is reason to look at the ways again: somebody says that a packet was too long.
+    pub fn doubt(&self) {
+        let now = Instant::now();
+        self.shared.peers().values_mut().for_each(|peer| peer.path.doubt(now));
+        self.shared.followed.notify_one();
     }
 
     /// Waits until every node has answered, `limit` at most.
@@ -127,7 +147,7 @@ impl Prober {
         silent.map(|(address, peer)| (*address, words(*address, peer, now, self.port))).collect()
     }
 
-    /// Resolves when a node fell silent or was heard again.
+    /// Resolves when a node fell silent or was heard again, or its way lets pass what it did not, or not what it did.
     pub async fn changed(&mut self) {
         let _ = self.changes.recv().await;
     }
@@ -207,6 +227,12 @@ fn socket(domain: Domain, interface: &str, port: u16) -> io::Result<UdpSocket> {
     socket.bind_device(Some(interface.as_bytes()))?;
     // No SO_REUSEADDR: with it any user of this machine could bind one of its addresses, and take the answers.
     socket.set_nonblocking(true)?;
+    // As long as the device takes, whatever was heard of the way, and never in pieces.
+    if domain == Domain::IPV4 {
+        option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)?;
+    } else {
+        option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)?;
+    }
     // Beyond what a process may ask for; who may not have it has fewer nodes, or loses some answers.
     let _ = option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, ROOM);
     // The datapath that answers does not sum up: a sum of zero says so (RFC 768, RFC 6936).
@@ -254,6 +280,15 @@ fn probe(nonce: [u8; 8]) -> [u8; BYTES] {
     bytes
 }
 
+/// The same, so long that the packet has this length, in bytes from the IP header on. The answer is as long.
+fn padded(probe: [u8; BYTES], address: IpAddr, length: u32) -> Vec<u8> {
+    let headers = if address.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    let mut bytes = probe.to_vec();
+    bytes[LENGTH].copy_from_slice(&(length as u16).to_be_bytes());
+    bytes.resize((length as usize).saturating_sub(headers).max(BYTES), 0);
+    bytes
+}
+
 async fn ask(
     v4: UdpSocket,
     v6: Option<UdpSocket>,
@@ -266,8 +301,10 @@ async fn ask(
     let request = probe(nonce);
     let (mut first, mut second) = ([0; 256], [0; 256]);
     let mut due = Instant::now();
-    // Who is still to be asked in this round.
-    let mut round: Vec<IpAddr> = Vec::new();
+    // Who is still to be asked in this round, and by a packet of which length if that matters.
+    let mut round: Vec<(IpAddr, u32)> = Vec::new();
+    // When ways are looked at next.
+    let mut paced = Instant::now();
     loop {
         let heard = tokio::select! {
             // Answers first: they are dropped where they find no room.
@@ -278,11 +315,13 @@ async fn ask(
             }
             () = shared.followed.notified() => {
                 due = due.min(Instant::now() + EAGER);
+                paced = paced.min(Instant::now() + PACE);
                 continue;
             }
             () = std::future::ready(()), if !round.is_empty() => {
-                for address in round.split_off(round.len().saturating_sub(BURST)) {
+                for (address, length) in round.split_off(round.len().saturating_sub(BURST)) {
                     let socket = if address.is_ipv4() { Some(&v4) } else { v6.as_ref() };
+                    let request = if length == 0 { request.to_vec() } else { padded(request, address, length) };
                     if let Some(socket) = socket {
                         // What is not sent is not answered.
                         let _ = socket.send_to(&request, SocketAddr::new(address, port)).await;
@@ -297,7 +336,16 @@ async fn ask(
                 let peers = shared.peers();
                 let eager = |peer: &Peer| peer.heard.is_none() && peer.asked.elapsed() < interval;
                 due = Instant::now() + if peers.values().any(eager) { EAGER.min(interval) } else { interval };
-                round = peers.keys().copied().collect();
+                round.extend(peers.keys().map(|address| (*address, 0)));
+                continue;
+            }
+            () = tokio::time::sleep_until(paced.into()) => {
+                let (mut peers, now) = (shared.peers(), Instant::now());
+                for (address, peer) in peers.iter_mut().filter(|(_, peer)| is_there(peer, now, shared.timeout)) {
+                    round.extend(peer.path.probes(now).into_iter().map(|length| (*address, length)));
+                }
+                let sought = peers.values().any(|peer| peer.path.is_sought());
+                paced = now + if sought { PACE } else { interval };
                 continue;
             }
         };
@@ -307,8 +355,18 @@ async fn ask(
         };
         let answers = bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce;
         if answers && let Some(peer) = shared.peers().get_mut(&from.ip().to_canonical()) {
-            peer.heard = Some(Instant::now());
+            let (now, before) = (Instant::now(), peer.path.mtu());
+            peer.heard = Some(now);
+            let length = u16::from_be_bytes([bytes[LENGTH.start], bytes[LENGTH.start + 1]]);
+            if length > 0 {
+                peer.path.answered(length.into(), now);
+            }
             if !std::mem::replace(&mut peer.there, true) {
+                // Its way is looked at at once.
+                paced = now;
+                let _ = changed.try_send(());
+            }
+            if peer.path.mtu() != before {
                 let _ = changed.try_send(());
             }
         }
