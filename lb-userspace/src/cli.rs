@@ -225,6 +225,10 @@ pub struct Attach {
     /// Interface that clients and other nodes reach; may be given more than once
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub iface: Vec<String>,
+    /// Address to serve on beside those of the interface, whether the node has it yet or not: a virtual one that moves, one of
+    /// another interface (lo, dummy); may be given more than once
+    #[arg(long, value_name = "ADDRESS", value_delimiter = ',', value_parser = crate::cluster::served_address)]
+    pub address: Vec<std::net::IpAddr>,
     /// File with the options that neither the command line nor the environment gives
     /// [default: /etc/lb-userspace/agent.toml, if it is there]
     #[arg(long, value_name = "FILE")]

@@ -116,6 +116,28 @@ pub fn address_range(text: &str) -> Result<IpNet, RangeError> {
     Ok(as_known(range))
 }
 
+/// Why an address is none to serve on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// It is none at all.
+    #[error("{0:?} is no address")]
+    Text(String),
+    /// It stands for all, for many, or for the machine itself.
+    #[error("nobody can connect to {0} by the interface")]
+    Unusable(IpAddr),
+}
+
+/// An address to serve on from text; an IPv4-mapped one as IPv4.
+///
+/// # Errors
+/// It is none, or one that no client can reach by an interface.
+pub fn served_address(text: &str) -> Result<IpAddr, AddressError> {
+    let address: IpAddr = text.parse().map_err(|_| AddressError::Text(text.to_owned()))?;
+    let address = address.to_canonical();
+    let unusable = address.is_unspecified() || address.is_multicast() || address.is_loopback();
+    if unusable { Err(AddressError::Unusable(address)) } else { Ok(address) }
+}
+
 /// A range as clients are known: by IPv4 where they have that, without the bits that do not matter.
 fn as_known(range: IpNet) -> IpNet {
     let mapped = match range {

@@ -19,7 +19,7 @@ use lb_tests::{
     lab::{Lab, REDIRECT, UNSPEC, ip, service, task, with_lab},
     netns::{Netns, eventually, run},
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
-    traffic::{Direction, echo, exchange, listen, stop_echo, transfer},
+    traffic::{Direction, echo, exchange, listen, requests, stop_echo, tally, transfer},
 };
 use lb_userspace::{cluster::Via, datapath::PinDir};
 use socket2::{Domain, Socket, Type};
@@ -366,4 +366,44 @@ fn the_host_may_send_from_a_port_that_a_service_publishes() {
     stop_echo(client, ASKED);
     served.join().expect("the task");
     outside.join().expect("the server outside");
+}
+
+/// A virtual address is served by whoever gets its packets, from the first one on: the node has it later, on another interface,
+/// or never.
+#[test]
+fn an_address_that_is_named_is_served_before_the_node_has_it() {
+    const VIRTUAL: [&str; 2] = ["203.0.113.200", "2001:db8:9::200"];
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    cluster.receive_xdp();
+    for node in 0..2 {
+        cluster.add_nginx(&format!("web.{}", node + 1), node);
+    }
+    let path = cluster.write_all_running();
+    let named = VIRTUAL.join(",");
+    for mode in ["native", "tc"] {
+        let arguments = ["--mode", mode, "--address", &named];
+        let _agents: Vec<_> = cluster
+            .nodes
+            .iter()
+            .map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &arguments))
+            .collect();
+        for (number, node) in cluster.nodes.iter().enumerate() {
+            eventually("both tasks are offered", || active_tasks(&node.netns, "web") == 2);
+            for (address, router) in VIRTUAL.into_iter().zip(cluster.addresses(number)) {
+                cluster.client.ip(&format!("route replace {address} via {router}"));
+                let seen: IpAddr = if router.is_ipv4() { CLIENT4.into() } else { CLIENT6.into() };
+                let rotates = |when: &str| {
+                    let what = format!("{mode}, {address} at {}, {when}", node.name);
+                    let answers = requests(&cluster.client, ip(address), 4);
+                    assert!(answers.iter().all(|answer| answer.ends_with(&format!("saw {seen}"))), "{what}");
+                    assert_eq!(tally(&answers).into_values().collect::<Vec<_>>(), [2, 2], "{what}");
+                };
+                rotates("before it has it");
+                node.netns.ip(&format!("addr add {address} dev lo"));
+                rotates("when it has it elsewhere");
+                node.netns.ip(&format!("addr del {address} dev lo"));
+            }
+        }
+    }
 }

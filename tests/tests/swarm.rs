@@ -13,7 +13,7 @@ use lb_tests::{
     agent::{self, Agent, json, text},
     netns::{succeeds, within},
     swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
-    traffic::{Load, losses, syns_repeated},
+    traffic::{Load, losses, syns_repeated, tally},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
@@ -731,6 +731,34 @@ fn who_may_connect_is_a_label_that_every_node_heeds() {
         within(PATIENCE, "everybody may connect", || inspect()["settings"]["access"].is_null());
         assert!(shown(node)["problem"].is_null(), "{}", shown(node));
         rotates(&swarm, node, 80, 5);
+    }
+}
+
+#[test]
+fn the_addresses_of_a_service_are_a_label_and_need_not_be_there_yet() {
+    let swarm = Swarm::new(2);
+    let first = &swarm.nodes[0];
+    let _agents = swarm.attach();
+    create(first, "web", 3, "80:8080", &["--label", "lb.addresses=203.0.113.200"], &[]);
+    serves(&swarm, "web", 3);
+    let virtual_one = "203.0.113.200".parse().expect("an address");
+    for node in &swarm.nodes {
+        swarm.client.ip(&format!("route replace {virtual_one} via {}", node.address()));
+        let answers = swarm.ask_at(virtual_one, 80, 9);
+        assert_eq!(tally(&answers).into_values().collect::<Vec<_>>(), [3; 3], "{answers:?}");
+        assert!(swarm.ask(node, 80).is_err(), "{} has none of the addresses", node.name);
+    }
+    first.docker(&["service", "update", "-d", "--label-add", "lb.addresses=192.0.2.0/24", "web"]);
+    for node in &swarm.nodes {
+        within(PATIENCE, "it is served on every address", || swarm.ask(node, 80).is_ok());
+        let shown = json(&node.netns, &["service", "ls"])["services"][0]["problem"].clone();
+        assert_eq!(shown, "label lb.addresses: \"192.0.2.0/24\" is no address");
+    }
+    first.docker(&["service", "update", "-d", "--label-rm", "lb.addresses", "web"]);
+    for node in &swarm.nodes {
+        let shown = || json(&node.netns, &["service", "ls"])["services"][0]["problem"].clone();
+        within(PATIENCE, "nothing is wrong", || shown().is_null());
+        rotates(&swarm, node, 80, 3);
     }
 }
 

@@ -36,6 +36,7 @@ fn what_is_said_of_wrong_command_lines() {
         "attach --iface eth1 --max-connections 1G",
         "attach --iface eth1 --max-connections 0",
         "attach --iface eth1 --snat-ports 9",
+        "attach --iface eth1 --address 0.0.0.0",
         "attach --iface eth1 --source file",
         "attach --iface eth1 --log-level warning",
         "service lst",

@@ -253,6 +253,7 @@ fn controller_settings(
             ModeArg::Tc => Some(Mode::Tc),
         },
         sizes: sizes(arguments),
+        addresses: arguments.address.clone(),
         snat_ports: arguments.snat_ports,
         connection_log: if arguments.log_connections { ConnectionLog::On } else { ConnectionLog::Off },
         peer_timeout: arguments.peer_timeout,

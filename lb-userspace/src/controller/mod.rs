@@ -51,6 +51,8 @@ pub struct Settings {
     pub mode: Option<Mode>,
     /// Sizes of the tables.
     pub sizes: Sizes,
+    /// Addresses to serve on beside those of the uplink.
+    pub addresses: Vec<IpAddr>,
     /// Source ports for snat, inclusive.
     pub snat_ports: [u16; 2],
     /// Whether each new connection is logged.
@@ -537,7 +539,15 @@ impl Controller {
     ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
         self.open_tunnel(cluster.tunnel.port, uplink.index)?;
-        let addresses = snapshot.addresses_of(uplink.index);
+        let mut addresses = snapshot.addresses_of(uplink.index);
+        addresses.extend(
+            self.settings
+                .addresses
+                .iter()
+                .filter(|named| !addresses.contains(named))
+                .copied()
+                .collect::<Vec<_>>(),
+        );
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;

@@ -13,7 +13,7 @@ use super::model;
 use crate::{
     cluster::{
         Access, ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task,
-        TaskState, TimerError, Tunnel, Via, address_range, set_timer,
+        TaskState, TimerError, Tunnel, Via, address_range, served_address, set_timer,
     },
     datapath::Hint,
     source::facts::task_name,
@@ -28,7 +28,8 @@ pub const PLACEMENT_LABEL: &str = "lb.placement";
 pub const TIMER_LABEL: &str = "lb.timers.";
 /// Service label: what becomes of its established TCP connections that have ended by silence, `forget` or `reset`.
 pub const IDLE_LABEL: &str = "lb.idle";
-
+/// Service label: the addresses on which it is served, between commas; every one of the node otherwise.
+pub const ADDRESSES_LABEL: &str = "lb.addresses";
 /// Service label: who may connect, addresses and ranges of them between commas; nobody else may.
 pub const ALLOW_LABEL: &str = "lb.allow";
 /// Service label: who may not connect, likewise.
@@ -115,11 +116,11 @@ impl Listing {
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
             let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
-            let access = access(service, &mut problems);
+            let (addresses, access) = (addresses(service, &mut problems), access(service, &mut problems));
             let name = service.spec.name.clone();
             services.push(Arc::new(Service {
                 name,
-                addresses: Vec::new(),
+                addresses,
                 ports,
                 tasks,
                 returns,
@@ -251,7 +252,8 @@ const PREFIX: &str = "lb.";
 
 /// Labels that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 5] = [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL, ALLOW_LABEL, DENY_LABEL];
+    const KNOWN: [&str; 6] =
+        [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL, ADDRESSES_LABEL, ALLOW_LABEL, DENY_LABEL];
     let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
     let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
     // A timer that there is not says so itself.
@@ -293,6 +295,22 @@ fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
 }
 
 /// Who may connect. With an entry that is wrong nobody may: whom it meant to keep out is not known.
+/// Those that are wrong are said; where none is right it is served on every address, as Swarm serves it.
+fn addresses(service: &model::Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
+    let Some(label) = service.spec.labels.get(ADDRESSES_LABEL) else {
+        return Vec::new();
+    };
+    let mut addresses = Vec::new();
+    for entry in label.split(',').map(str::trim) {
+        match served_address(entry) {
+            Ok(address) if !addresses.contains(&address) => addresses.push(address),
+            Ok(_) => {}
+            Err(error) => problems.push(format!("label {ADDRESSES_LABEL}: {error}")),
+        }
+    }
+    addresses
+}
+
 fn access(service: &model::Service, problems: &mut Vec<String>) -> Access {
     let mut wrong = false;
     let mut ranges = |label: &str| {
@@ -448,6 +466,30 @@ mod tests {
                  label lb.idle=kill is neither forget nor reset"
             )
         );
+    }
+
+    #[test]
+    fn addresses_are_named_by_a_label_and_wrong_ones_are_said() {
+        let mut listing = listing();
+        let mut say = |value: &str| {
+            listing.services[0].spec.labels = [(ADDRESSES_LABEL.to_owned(), value.to_owned())].into();
+            let service = listing.picture(Tunnel::default()).cluster.services[1].clone();
+            (service.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), service.problem.clone())
+        };
+        let (addresses, problem) = say("192.0.2.200, 2001:db8::200,192.0.2.200");
+        assert_eq!(addresses, ["192.0.2.200", "2001:db8::200"]);
+        assert_eq!(problem, "");
+        for (wrong, what) in [
+            ("192.0.2.0/24", "\"192.0.2.0/24\" is no address"),
+            ("", "\"\" is no address"),
+            ("224.0.0.1", "nobody can connect to 224.0.0.1 by the interface"),
+            ("127.0.0.1", "nobody can connect to 127.0.0.1 by the interface"),
+            ("::", "nobody can connect to :: by the interface"),
+        ] {
+            let (addresses, problem) = say(&format!("192.0.2.200,{wrong}"));
+            assert_eq!(addresses, ["192.0.2.200"]);
+            assert_eq!(problem, format!("label lb.addresses: {what}"));
+        }
     }
 
     #[test]
