@@ -14,7 +14,7 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    agent::{Agent, active_tasks, outcome},
+    agent::{Agent, active_tasks, outcome, verb},
     cluster::{CLIENT4, CLIENT6, Cluster},
     lab::{Lab, REDIRECT, UNSPEC, ip, service, task, with_lab},
     netns::{Netns, eventually, run},
@@ -406,4 +406,58 @@ fn an_address_that_is_named_is_served_before_the_node_has_it() {
             }
         }
     }
+}
+
+#[test]
+fn an_interface_by_which_nobody_comes_is_refused_with_what_to_take_instead() {
+    let cluster = Cluster::new(1);
+    let path = cluster.write(&cluster.file("\"80:8080\"", &[]));
+    let node = &cluster.nodes[0].netns;
+    node.ip("tuntap add dev tun0 mode tun");
+    node.ip("link add br0 type bridge");
+    node.ip("link add port0 type veth peer name port1");
+    node.ip("link set port0 master br0");
+    let path = path.to_str().expect("text");
+    for (interface, said) in [
+        ("tun0", "tun0 has no Ethernet header (WireGuard, tun, PPP, GRE)"),
+        ("port0", "port0 is a port of the bridge br0, which has the addresses: take --iface br0"),
+    ] {
+        let refused = verb(node, &["attach", "--iface", interface, "--cluster", path, "--listen", "none"]);
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{error}");
+        assert!(error.contains(said), "{error}");
+        let left = node.enter(|| PinDir::of(interface).is_ok_and(|pins| pins.exists().expect("bpffs")));
+        assert!(!left, "nothing of {interface} is pinned");
+    }
+}
+
+#[test]
+fn an_uplink_that_is_given_another_name_serves_on() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach.peers = true;
+    cluster.receive_xdp();
+    for node in 0..2 {
+        cluster.add_nginx(&format!("web.{}", node + 1), node);
+    }
+    let path = cluster.write_all_running();
+    let nodes = cluster.nodes.iter();
+    let agents: Vec<_> = nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let node = &cluster.nodes[0].netns;
+    let to = cluster.addresses(0)[0];
+    let rotates = || {
+        eventually("both tasks are offered", || active_tasks(node, "web") == 2);
+        assert_eq!(tally(&requests(&cluster.client, to, 4)).into_values().collect::<Vec<_>>(), [2, 2]);
+    };
+    rotates();
+    node.ip("link set eth1 down");
+    node.ip("link set eth1 name wan0");
+    node.ip("link set wan0 up");
+    eventually("it is said", || agents[0].log().contains("eth1 is called wan0 now, and is served as before"));
+    rotates();
+    // What changes afterwards is heard of too.
+    let tasks = [(&cluster.tasks[1], "running")];
+    cluster.write(&cluster.file("\"80:8080\"", &tasks));
+    eventually("one task is left", || active_tasks(node, "web") == 1);
+    assert_eq!(tally(&requests(&cluster.client, to, 4)).into_values().collect::<Vec<_>>(), [4]);
+    assert!(!agents[0].log().contains("is gone"), "{}", agents[0].log());
 }

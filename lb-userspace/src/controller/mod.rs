@@ -142,6 +142,9 @@ impl Controller {
             let there = snapshot.links.values().map(|link| link.name.as_str());
             return Err(DatapathError::no_interface(&settings.interface, there).into());
         }
+        if let Some(reason) = snapshot.link(&settings.interface).and_then(|link| snapshot.unfit(link)) {
+            bail!("{reason}");
+        }
         let open = || Datapath::open(&settings.interface, &settings.sizes, settings.connection_log);
         let datapath = match open() {
             Err(error) if settings.replace_state && error.is_misfit() => {
@@ -480,7 +483,9 @@ impl Controller {
     /// Makes tables and links what source and network say they should be.
     async fn sync(&mut self) -> Result<()> {
         let snapshot = self.look().await?;
-        let Some(uplink) = snapshot.link(&self.settings.interface).cloned() else {
+        // One that somebody has given another name is the same interface, with its programs.
+        let renamed = || self.served.and_then(|index| snapshot.links.get(&index));
+        let Some(uplink) = snapshot.link(&self.settings.interface).or_else(renamed).cloned() else {
             self.served = None;
             bail!("interface {} is gone; its programs went with it", self.settings.interface);
         };
@@ -497,6 +502,13 @@ impl Controller {
         }
         self.datapath.set_vlans(snapshot.vlans_on(uplink.index).filter_map(|link| link.vlan).collect())?;
         let mut complaints = self.sync_inner_ranges(&snapshot)?;
+        complaints.extend(snapshot.unfit(&uplink));
+        if uplink.name != self.settings.interface {
+            complaints.insert(format!(
+                "{} is called {} now, and is served as before; name it so at the next start",
+                self.settings.interface, uplink.name
+            ));
+        }
         if let Some(mut cluster) = self.cluster.take() {
             let changed = cluster.changed.take();
             let synced = self.sync_tables(&cluster, &snapshot, &uplink, &mut complaints).await;

@@ -29,7 +29,9 @@ use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
+    link::{
+        InfoData, InfoKind, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+    },
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
         NeighbourState,
@@ -71,6 +73,8 @@ pub struct Link {
     pub up: bool,
     /// `veth`, `bridge`, `vlan`, …; empty for a plain device.
     pub kind: String,
+    /// Whether its frames have an Ethernet header.
+    pub ethernet: bool,
     /// The id of the VLAN that it is.
     pub vlan: Option<u16>,
     /// The bridge or bond it is a port of.
@@ -109,6 +113,24 @@ impl Snapshot {
     /// The interface of a name.
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.values().find(|link| link.name == name)
+    }
+
+    /// Why nobody would be served on an interface, and what to do, if so it is.
+    pub fn unfit(&self, link: &Link) -> Option<String> {
+        let name = &link.name;
+        let master = link.master.and_then(|index| self.links.get(&index));
+        if !link.ethernet {
+            return Some(format!(
+                "{name} has no Ethernet header (WireGuard, tun, PPP, GRE), and packets without one are not read: take the \
+                 interface by which clients and other nodes come"
+            ));
+        }
+        // What a port of these takes in is its master's.
+        let master = master.filter(|master| ["bridge", "bond", "team"].contains(&master.kind.as_str()))?;
+        Some(format!(
+            "{name} is a port of the {0} {1}, which has the addresses: take --iface {1}",
+            master.kind, master.name
+        ))
     }
 
     /// What the ranges behind this node's interfaces are to it, by their first address and prefix; as the kernel routes, the
@@ -381,6 +403,8 @@ fn link(message: &LinkMessage) -> Link {
         mac: [0; 6],
         up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
         kind: String::new(),
+        // The loopback interface has one too.
+        ethernet: matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback),
         vlan: None,
         master: None,
         lower: None,
@@ -501,6 +525,7 @@ mod tests {
             mac: [2, 0, 0, 0, 0, index as u8],
             up: true,
             kind: kind.into(),
+            ethernet: kind != "tun",
             vlan: (kind == "vlan").then_some(index as u16),
             master,
             lower,
@@ -514,6 +539,35 @@ mod tests {
 
     fn range(interface: u32, first: &str, prefix: u8) -> Range {
         Range { interface, first: first.parse().unwrap(), prefix }
+    }
+
+    #[test]
+    fn who_would_serve_nobody_is_named_with_what_to_take_instead() {
+        let links = BTreeMap::from([
+            link(1, "", None, None),
+            link(2, "bridge", None, None),
+            link(3, "veth", Some(2), None),
+            link(4, "bond", None, None),
+            link(5, "", Some(4), None),
+            link(6, "tun", None, None),
+            link(7, "vrf", None, None),
+            link(8, "", Some(7), None),
+            link(9, "vlan", None, Some(1)),
+        ]);
+        let snapshot = Snapshot { links, ..Snapshot::default() };
+        let said = |index: u32| snapshot.unfit(&snapshot.links[&index]);
+        for fit in [1, 2, 4, 7, 8, 9] {
+            assert_eq!(said(fit), None, "link{fit}");
+        }
+        assert_eq!(
+            said(3).unwrap(),
+            "link3 is a port of the bridge link2, which has the addresses: take --iface link2"
+        );
+        assert_eq!(
+            said(5).unwrap(),
+            "link5 is a port of the bond link4, which has the addresses: take --iface link4"
+        );
+        assert!(said(6).unwrap().starts_with("link6 has no Ethernet header"));
     }
 
     #[test]

@@ -199,6 +199,7 @@ mod tests {
             mac: [0; 6],
             up: true,
             kind: kind.into(),
+            ethernet: true,
             vlan: None,
             master,
             lower: None,
