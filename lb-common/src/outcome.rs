@@ -98,7 +98,7 @@ outcomes! {
     /// Too long for the way to its task and not to be fragmented; answered with an ICMP error that says the
     /// right length.
     TooBig = "too_big",
-    /// An ICMP error about a tunnel packet of this node; the path's MTU is noted.
+    /// An ICMP error about a tunnel packet of this node, after which the ways to the other nodes are measured again.
     TunnelError = "tunnel_error",
     /// Through the tunnel from an address that no other node of the cluster has, or a reply from an address that is
     /// not this node's.
@@ -109,8 +109,8 @@ outcomes! {
     TunnelNoTask = "tunnel_no_task",
     /// Through the tunnel with a version, option or packet that is not understood.
     TunnelMalformed = "tunnel_malformed",
-    /// A probe by which nodes learn that each other's datapath is there: sent back, or passed to the controller that
-    /// waits for it.
+    /// A probe by which nodes learn that each other's datapath is there, and how long a packet the way lets pass: sent back, or
+    /// passed to the controller that waits for it; or an ICMP error about one.
     TunnelProbe = "tunnel_probe",
     /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
     DeliveryLost = "delivery_lost",

@@ -360,7 +360,8 @@ impl Lab {
             .map(|(address, reach)| ((address, reach), Ok(self.way(address, reach))))
             .collect();
         let addresses = [ip("192.0.2.1"), ip("2001:db8::1")];
-        let view = View { cluster: &self.cluster, node: "node1", addresses: &addresses, ways: &ways };
+        let view =
+            View { cluster: &self.cluster, node: "node1", addresses: &addresses, named: &[], ways: &ways };
         let limits = self.datapath().limits().expect("limits");
         let plan = planner.plan(&view, self.datapath().tables(), &limits);
         assert_eq!(plan.refused, Vec::<String>::new());

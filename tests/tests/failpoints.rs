@@ -393,7 +393,7 @@ impl<'a> Walk<'a> {
 /// The changes at which a fault is made: the first, which nothing can do without, and every so many of the others.
 fn changes() -> impl Iterator<Item = u32> {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u32>().expect("a number"));
-    let every = number("LB_FAULT_EVERY").unwrap_or(6);
+    let every = number("LB_FAULT_EVERY").unwrap_or(6).max(1);
     let first = number("LB_FAULT_FIRST").unwrap_or_else(std::process::id) % every;
     println!("LB_FAULT_EVERY={every} LB_FAULT_FIRST={first}");
     (0..).filter(move |change| *change == 0 || change % every == first)

@@ -4,6 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
+    sync::Arc,
     time::Duration,
 };
 
@@ -21,7 +22,10 @@ use lb_tests::{
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
     traffic::{Direction, echo, exchange, listen, requests, stop_echo, tally, transfer},
 };
-use lb_userspace::{cluster::Via, datapath::PinDir};
+use lb_userspace::{
+    cluster::{Access, Via},
+    datapath::PinDir,
+};
 use socket2::{Domain, Socket, Type};
 
 /// Bytes that a transfer carries: more than any window.
@@ -306,6 +310,14 @@ fn what_answers_the_host_s_own_datagrams_is_not_taken_for_a_request() {
                 leaves(lab, 81, port);
                 assert_eq!(host_flows().keys().count(), before, "{what}");
                 assert_eq!(arrives(lab, &datagram(port, 81)), [(Outcome::NotOurs, 1)].into(), "{what}");
+                // Who may not connect may not answer either: Swarm's mesh would serve him.
+                let open = |lab: &mut Lab, open: bool| {
+                    let access = if open { Access::default() } else { Access::closed() };
+                    lab.update(|cluster| Arc::make_mut(&mut cluster.services[0]).access = access);
+                };
+                open(lab, false);
+                assert_eq!(arrives(lab, &datagram(port, 80)), [(Outcome::Denied, 1)].into(), "{what}");
+                open(lab, true);
                 // The host has been silent for a while, and for longer.
                 let (mut flows, now) = (host_flows(), lab.jiffies());
                 for (seconds, expected) in [(HOST_FLOW_SECONDS - 1, &host), (HOST_FLOW_SECONDS + 1, &local)] {

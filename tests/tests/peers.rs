@@ -537,7 +537,7 @@ fn a_way_between_nodes_that_swallows_long_packets_is_found() {
         let cluster = &echo.cluster;
         let port = Cluster::port(&cluster.nodes[1].netns);
         cluster.lan().ip(&format!("link set {port} mtu 1370"));
-        let _agents = attach(cluster, &[]);
+        let mut agents = attach(cluster, &[]);
         for address in cluster.addresses(0) {
             eventually("the client is told what fits", || {
                 forget_paths(&cluster.client);
@@ -547,6 +547,17 @@ fn a_way_between_nodes_that_swallows_long_packets_is_found() {
                 let to = SocketAddr::new(address, 80);
                 transfer(&cluster.client, &cluster.tasks[0].netns, to, direction, 5);
             }
+            // The next controller knows what the last one has found.
+            agents.remove(0).stop(Signal::SIGKILL);
+            let path = cluster.folder().join("cluster.toml");
+            agents.insert(0, Agent::attach(&cluster.nodes[0].netns, cluster.folder(), &path, &[]));
+            forget_paths(&cluster.client);
+            let told = cluster.client.enter(|| {
+                let probe = Probe::new(echo.to(address));
+                assert_eq!(probe.send(1_500), None);
+                probe.mtu() as usize
+            });
+            assert_eq!(told, 1370 - overhead, "{reach:?} {address}, adopted");
         }
     }
 }

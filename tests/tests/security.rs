@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -18,7 +19,10 @@ use lb_tests::{
     traffic::{ask, echo, stop_echo},
 };
 use lb_userspace::source::peer::tls::{Keeper, manager_name};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -237,9 +241,9 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
     let task = cluster.add_nginx("web.1", 1);
     let path = cluster.write_all_running();
     let [near, far] = [0, 1].map(|node| &cluster.nodes[node].netns);
-    let name: IpAddr = cluster.tasks[task].v4.into();
+    // As nobody else names one: whatever arrives is counted, and nothing else is.
     let forged = |kind| {
-        let syn = Packet::new(SYN, (CLIENT4.into(), 4_444), (cluster.addresses(0)[0], 80));
+        let syn = Packet::new(SYN, (CLIENT4.into(), 4_444), (CLIENT4.into(), 80));
         let tunnelled = Tunnelled {
             macs: syn.macs,
             nodes: (cluster.addresses(0)[0], cluster.addresses(1)[0]),
@@ -247,35 +251,59 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
             class: OPTION_CLASS.get(),
             kind,
             version_and_flags: [VERSION, 0],
-            task: (name, 8080),
+            task: (cluster.tasks[task].v4.into(), 9),
             inner: syn.bytes()[14..].to_vec(),
         };
         tunnelled.bytes()[14 + 20 + 8..].to_vec()
     };
-    let send = |kind| {
-        let to = SocketAddr::new(cluster.addresses(1)[0], PORT);
-        let sent = near.enter(|| UdpSocket::bind("0.0.0.0:0").and_then(|own| own.send_to(&forged(kind), to)));
-        assert!(sent.is_ok(), "{sent:?}");
+    let to = SocketAddr::new(cluster.addresses(1)[0], PORT);
+    let send = |kind, hidden: bool| {
+        near.enter(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+            let mut bytes = forged(kind);
+            if hidden {
+                // The kernel cuts it into two, of which the first is nothing.
+                let segment = bytes.len() as libc::c_int;
+                set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, segment);
+                bytes = [vec![0; bytes.len()], bytes].concat();
+            }
+            socket.send_to(&bytes, to).expect("send");
+        });
     };
-    let arrived = || ["forwarded_local", "forwarded_reply", "tunnel_not_peer"].map(|name| outcome(far, name));
+    let arrived = || ["tunnel_no_task", "tunnel_not_peer"].map(|name| outcome(far, name));
     let _far = Agent::attach(far, cluster.folder(), &path, &[]);
     // Without an agent nobody holds it back: that is what there is to gain.
-    let before = arrived();
-    within(PATIENCE, "the task hears the forged packet", || {
-        send(TO_TASK);
-        arrived()[0] > before[0]
-    });
+    for hidden in [false, true] {
+        let before = arrived();
+        within(PATIENCE, "what is forged for a task arrives", || {
+            send(TO_TASK, hidden);
+            arrived()[0] > before[0]
+        });
+        within(PATIENCE, "what is forged for a client arrives", || {
+            send(TO_CLIENT, hidden);
+            arrived()[1] > before[1]
+        });
+    }
     for mode in ["native", "tc"] {
         let _near = Agent::attach(near, cluster.folder(), &path, &["--mode", mode]);
         within(PATIENCE, "the task is served", || is_served(&cluster, CLIENT4, 0));
         let (before, ended) = (arrived(), outcome(near, "tunnel_impostor"));
         for kind in [TO_TASK, TO_CLIENT] {
-            (0..10).for_each(|_| send(kind));
+            (0..10).for_each(|_| [false, true].into_iter().for_each(|hidden| send(kind, hidden)));
         }
-        assert_eq!(outcome(near, "tunnel_impostor") - ended, 20, "{mode}");
-        assert_eq!(arrived(), before, "{mode}: nothing of it arrived");
+        // One that is to be cut counts as so many as it will be.
+        assert_eq!(outcome(near, "tunnel_impostor") - ended, 20 + 2 * 20, "{mode}");
         assert!(is_served(&cluster, CLIENT4, 0), "{mode}: the datapath's own goes its way");
+        assert_eq!(arrived(), before, "{mode}: nothing of it arrived");
     }
+}
+
+/// Sets an option whose value is an int.
+fn set_option(socket: &UdpSocket, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
+    let size = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the option's value lives through the call.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// One packet from anywhere, with its sender's own address, would shorten the way between two nodes for everybody.
@@ -287,8 +315,7 @@ fn no_word_of_a_stranger_shortens_the_way_between_nodes() {
     let server = cluster.tasks[task].netns.spawn(|| echo(8080, "web.1"));
     let path = cluster.write(&cluster.file("\"53:8080/udp\"", &[(&cluster.tasks[task], "running")]));
     let nodes = cluster.nodes.iter();
-    let _agents: Vec<_> =
-        nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
+    let agents: Vec<_> = nodes.map(|node| Agent::attach(&node.netns, cluster.folder(), &path, &[])).collect();
     let [near, far] = [0, 1].map(|node| cluster.addresses(node)[0]);
     let node = &cluster.nodes[0].netns;
     let ask = |length| {
@@ -298,26 +325,38 @@ fn no_word_of_a_stranger_shortens_the_way_between_nodes() {
     // What fills a packet in the tunnel.
     let longest = 1_500 - 60 - 28;
     within(PATIENCE, "a datagram that fills a packet arrives", || ask(longest).is_some());
-    let quoted = Packet::new(Transport::Udp, (near, 50_000), (far, PORT));
-    let forged = IcmpError {
-        macs: quoted.macs,
-        from: CLIENT4.into(),
-        to: near,
-        kind: (3, 4),
-        rest: 576,
-        hops: 64,
-        quote: quoted.bytes()[14..].to_vec(),
-    };
-    let forged = forged.bytes()[14 + 20..].to_vec();
     let refused = outcome(node, "too_big");
-    for round in 1..=50 {
+    let forge = |port| {
+        let quoted = Packet::new(Transport::Udp, (near, port), (far, PORT));
+        let forged = IcmpError {
+            macs: quoted.macs,
+            from: CLIENT4.into(),
+            to: near,
+            kind: (3, 4),
+            rest: 576,
+            hops: 64,
+            quote: quoted.bytes()[14..].to_vec(),
+        };
         cluster.client.enter(|| {
             let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).expect("a socket");
-            socket.send_to(&forged, &SocketAddr::new(near, 0).into()).expect("send");
+            socket.send_to(&forged.bytes()[14 + 20..], &SocketAddr::new(near, 0).into()).expect("send");
         });
+    };
+    for round in 1..=20 {
+        forge(50_000);
         within(PATIENCE, "it is heard", || outcome(node, "tunnel_error") >= round);
         assert!(ask(longest).is_some(), "round {round}");
     }
+    // About what the agent itself has sent: the kernel believes that one.
+    let route = || node.output("ip", &["route", "get", &far.to_string()]);
+    within(PATIENCE, "the kernel has a route of its own for it", || {
+        forge(PORT);
+        route().contains("mtu")
+    });
+    kill(Pid::from_raw(agents[0].pid()), Signal::SIGHUP).expect("ask it to look again");
+    within(PATIENCE, "it has looked again", || agents[0].log().contains("is looked at again"));
+    (0..20).for_each(|round| assert!(ask(longest).is_some(), "round {round}"));
+    assert!(route().contains("mtu"), "{}: it was there all the while", route());
     assert_eq!(outcome(node, "too_big"), refused);
     stop_echo(&cluster.tasks[task].netns, 8080);
     server.join().expect("the task");

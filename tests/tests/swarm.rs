@@ -439,9 +439,12 @@ fn a_worker_that_left_and_joined_again_is_no_stranger() {
             let tasks = by_task(&replies);
             let repeated = syns_repeated(&swarm.client) - before;
             let lost = || format!("{}: {tasks:?}, lost {}", node.name, losses(&swarm.client));
-            assert_eq!((tasks.len(), tasks.values().max()), (6, Some(&17)), "{}", lost());
             assert_eq!(repeated, 0, "a SYN that is sent again costs its client a second: {}", lost());
-            true
+            assert_eq!(tasks.len(), 6, "{}", lost());
+            // A client's port that a task knows yet, from another node within the last minute, goes to the next task.
+            let turns = |count: &usize| (16..=18).contains(count);
+            assert!(tasks.values().all(turns), "{}", lost());
+            tasks.values().all(|count| *count == 17)
         });
     }
     // Both are listed, each by a name of its own, and what is wrong with the old one is said.

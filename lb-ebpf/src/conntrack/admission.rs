@@ -40,9 +40,6 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if !packet.may_open() && !goes_on {
         return Err(Outcome::NoConnection);
     }
-    if !packet.is_tcp() && host_flow::is_answer(&packet.key) {
-        return Err(Outcome::HostFlow);
-    }
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);
     }
@@ -61,6 +58,10 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if listener.flags & RESTRICTED != 0 && !maps::may_connect(listener.service, source) {
         counters::denied(listener.service);
         return Err(Outcome::Denied);
+    }
+    // After those who may not: Swarm's mesh, which knows no lists, would go on serving them.
+    if !packet.is_tcp() && host_flow::is_answer(&packet.key) {
+        return Err(Outcome::HostFlow);
     }
     // What goes on behind the guard was counted when it was placed.
     let too_many = (!goes_on || listener.flags & CONSISTENT != 0) && guard::takes_over();

@@ -340,5 +340,12 @@ pub fn decapsulate<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> {
 #[inline(always)]
 pub fn error<A: Family>(packet: &Packet<A>) -> Outcome {
     // Turned around: from the peer to this node.
-    if number(&packet.key.source) == NOBODY { Outcome::NotOurs } else { Outcome::TunnelError }
+    if number(&packet.key.source) == NOBODY {
+        return Outcome::NotOurs;
+    }
+    // Those that are too long for the way are sent to find it.
+    if packet.key.destination_port == packet.key.source_port {
+        return Outcome::TunnelProbe;
+    }
+    Outcome::TunnelError
 }

@@ -551,21 +551,14 @@ impl Controller {
     ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
         self.open_tunnel(cluster.tunnel.port, uplink.index)?;
-        let mut addresses = snapshot.addresses_of(uplink.index);
-        addresses.extend(
-            self.settings
-                .addresses
-                .iter()
-                .filter(|named| !addresses.contains(named))
-                .copied()
-                .collect::<Vec<_>>(),
-        );
+        let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
         self.ask_peers(&mut ways).await;
         let task_interfaces = task_interfaces(&ways, uplink.index);
         complaints.extend(self.attach_task_interfaces(snapshot, uplink.index, &task_interfaces, &mut ways));
-        let view = View { cluster, node: &node, addresses: &addresses, ways: &ways };
+        let named = self.settings.addresses.clone();
+        let view = View { cluster, node: &node, addresses: &addresses, named: &named, ways: &ways };
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
         let mut changes = plan.ops.len();
@@ -627,7 +620,10 @@ impl Controller {
             return;
         };
         let peers = ways.iter().filter(|((_, reach), way)| *reach == Reach::Peer && way.is_ok());
-        let peers = peers.filter_map(|((address, _), way)| Some((*address, way.as_ref().ok()?.mtu)));
+        let known: BTreeMap<IpAddr, u32> = self.datapath.tables().peer_mtus().collect();
+        let peers = peers.filter_map(|((address, _), way)| {
+            Some((*address, (way.as_ref().ok()?.mtu, known.get(address).copied())))
+        });
         prober.follow(&peers.collect());
         if self.served.is_none() {
             prober.settle(ANSWER).await;

@@ -300,6 +300,7 @@ impl Net {
             return Err(format!("the route to {to} is of kind {:?}", route.header.kind).to_lowercase());
         }
         let mut found = Route { interface: 0, gateway: None, source: None, mtu: None };
+        let mut is_hearsay = false;
         for attribute in route.attributes {
             match attribute {
                 RouteAttribute::Oif(index) => found.interface = index,
@@ -311,8 +312,13 @@ impl Net {
                         _ => None,
                     });
                 }
+                // What will be forgotten a router has said, or somebody who says to be one (RFC 5927).
+                RouteAttribute::CacheInfo(info) => is_hearsay = info.expires != 0,
                 _ => {}
             }
+        }
+        if is_hearsay {
+            found.mtu = None;
         }
         Ok(found)
     }

@@ -57,6 +57,8 @@ struct Shared {
     timeout: Duration,
     /// Told when there is somebody new to ask.
     followed: Notify,
+    /// Told when ways are to be looked at again.
+    doubted: Notify,
 }
 
 impl Shared {
@@ -88,7 +90,12 @@ impl Prober {
         // A kernel without IPv6 has no peers to ask by it.
         let v6 = socket(Domain::IPV6, interface, port).ok();
         let bound = v4.local_addr()?.port() == port;
-        let shared = Arc::new(Shared { peers: Mutex::default(), timeout, followed: Notify::new() });
+        let shared = Arc::new(Shared {
+            peers: Mutex::default(),
+            timeout,
+            followed: Notify::new(),
+            doubted: Notify::new(),
+        });
         let (changed, changes) = mpsc::channel(1);
         let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
         let work = ask(v4, v6, port, nonce, shared.clone(), changed);
@@ -105,15 +112,16 @@ impl Prober {
         self.bound
     }
 
-    /// Asks exactly these nodes from now on, each with the longest packet that this machine can send there, in bytes.
-    pub fn follow(&self, nodes: &BTreeMap<IpAddr, u32>) {
+    /// Asks exactly these nodes from now on. Of each, in bytes, the longest packet that this machine can send there, and the
+    /// longest that was known to arrive before anybody was asked.
+    pub fn follow(&self, nodes: &BTreeMap<IpAddr, (u32, Option<u32>)>) {
         let (mut peers, now) = (self.shared.peers(), Instant::now());
         peers.retain(|address, _| nodes.contains_key(address));
-        for (address, mtu) in nodes {
+        for (address, (mtu, known)) in nodes {
             let (v4, mtu) = (address.is_ipv4(), (*mtu).min(u16::MAX.into()));
             let peer = peers.entry(*address).or_insert_with(|| {
                 self.shared.followed.notify_one();
-                Peer { asked: now, heard: None, there: false, path: PathMtu::new(mtu, v4, now) }
+                Peer { asked: now, heard: None, there: false, path: PathMtu::new(mtu, *known, v4, now) }
             });
             peer.path.set_route(mtu, v4, now);
         }
@@ -128,7 +136,7 @@ impl Prober {
     pub fn doubt(&self) {
         let now = Instant::now();
         self.shared.peers().values_mut().for_each(|peer| peer.path.doubt(now));
-        self.shared.followed.notify_one();
+        self.shared.doubted.notify_one();
     }
 
     /// Waits until every node has answered, `limit` at most.
@@ -315,6 +323,9 @@ async fn ask(
             }
             () = shared.followed.notified() => {
                 due = due.min(Instant::now() + EAGER);
+                continue;
+            }
+            () = shared.doubted.notified() => {
                 paced = paced.min(Instant::now() + PACE);
                 continue;
             }
@@ -341,10 +352,11 @@ async fn ask(
             }
             () = tokio::time::sleep_until(paced.into()) => {
                 let (mut peers, now) = (shared.peers(), Instant::now());
+                let mut sought = false;
                 for (address, peer) in peers.iter_mut().filter(|(_, peer)| is_there(peer, now, shared.timeout)) {
                     round.extend(peer.path.probes(now).into_iter().map(|length| (*address, length)));
+                    sought |= peer.path.is_sought();
                 }
-                let sought = peers.values().any(|peer| peer.path.is_sought());
                 paced = now + if sought { PACE } else { interval };
                 continue;
             }

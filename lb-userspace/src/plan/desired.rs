@@ -43,8 +43,18 @@ pub struct View<'a> {
     pub node: &'a str,
     /// Addresses of the uplink, the most usual first.
     pub addresses: &'a [IpAddr],
+    /// Addresses to serve on beside those, whose they may be.
+    pub named: &'a [IpAddr],
     /// The way to each of [`super::Planner::destinations`], or why there is none.
     pub ways: &'a BTreeMap<(IpAddr, Reach), Result<Way, String>>,
+}
+
+impl View<'_> {
+    /// The addresses on which services are served that name none.
+    pub(super) fn served(&self) -> Vec<IpAddr> {
+        let named = self.named.iter().filter(|named| !self.addresses.contains(named));
+        self.addresses.iter().chain(named).copied().collect()
+    }
 }
 
 /// How a destination is to be reached.
@@ -374,7 +384,6 @@ fn backend(
 }
 
 fn ports(view: &View<'_>, service: &Service) -> Vec<DesiredPort> {
-    let addresses =
-        if service.addresses.is_empty() { view.addresses.to_vec() } else { service.addresses.clone() };
+    let addresses = if service.addresses.is_empty() { view.served() } else { service.addresses.clone() };
     service.ports.iter().map(|port| DesiredPort { port: *port, addresses: addresses.clone() }).collect()
 }

@@ -284,7 +284,8 @@ impl Planner {
     fn look_around(&mut self, view: &View<'_>, complete: bool, builder: &mut TableBuilder<'_>) {
         let returns = view.cluster.tunnel.returns;
         let ways = changed_ways(&self.around.ways, view.ways);
-        let same = self.around.addresses == view.addresses && self.around.returns == returns;
+        let served = view.served();
+        let same = self.around.addresses == served && self.around.returns == returns;
         let mut all = complete || !same;
         let mut nodes = HashSet::new();
         let peers = builder.has_peers();
@@ -309,7 +310,7 @@ impl Planner {
         }
         self.around.nodes = now;
         if !same {
-            (self.around.addresses, self.around.returns) = (view.addresses.to_vec(), returns);
+            (self.around.addresses, self.around.returns) = (served, returns);
         }
         for name in self.entries.iter().filter(|(_, entry)| {
             let leads = |service: &Arc<Service>| service.tasks.iter().any(|task| nodes.contains(&task.node));

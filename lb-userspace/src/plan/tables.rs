@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     backend::{Backend, Kind, State},
     endpoint::{Listener, RESTRICTED},
+    net::{Address as _, V4, V6},
     tunnel::{Peer, SELF, TaskKey},
 };
 use serde::{Deserialize, Serialize};
@@ -229,6 +230,16 @@ impl Tables {
     /// Whether a backend names a peer that is there, if it names one.
     fn leads_on(&self, backend: &Backend) -> bool {
         backend.kind != Kind::Peer as u8 || self.peers.contains_key(&backend.peer.into())
+    }
+
+    /// The nodes to which a way is known, and the longest packets that it lets pass, in bytes.
+    pub fn peer_mtus(&self) -> impl Iterator<Item = (IpAddr, u32)> {
+        self.peers.values().filter(|peer| peer.reachable != 0).map(|peer| {
+            let v4 = peer.family == 4;
+            let address =
+                if v4 { V4::from_wide(peer.address).to_ip() } else { V6::from_wide(peer.address).to_ip() };
+            (address, peer.mtu.into())
+        })
     }
 
     /// What contradicts itself, in words: a listener that leads to a slot or backend that is not valid.

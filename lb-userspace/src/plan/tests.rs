@@ -122,7 +122,7 @@ fn plan_by(
     limits: &Limits,
 ) -> Plan {
     let ways: Ways = planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
-    let view = View { cluster, node: "node1", addresses: &addresses(), ways: &ways };
+    let view = View { cluster, node: "node1", addresses: &addresses(), named: &[], ways: &ways };
     planner.plan(&view, actual, limits)
 }
 
@@ -575,7 +575,7 @@ fn every_address_of_a_node_may_lead_to_a_task() {
     let cluster = one_service(&[TaskState::Running]);
     let addresses: Vec<IpAddr> = (1..=9).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
     let ways = BTreeMap::new();
-    let view = View { cluster: &cluster, node: "node1", addresses: &addresses, ways: &ways };
+    let view = View { cluster: &cluster, node: "node1", addresses: &addresses, named: &[], ways: &ways };
     let plan = Planner::default().plan(&view, &Tables::empty(LIMITS.slots), &LIMITS);
     let listeners = plan.ops.iter().filter(|op| matches!(op, MapOp::SetListener(..)));
     assert_eq!(listeners.count(), 9);

@@ -1,6 +1,6 @@
 //! A frame in TC: a socket buffer, perhaps many segments merged.
 
-use core::{ffi::c_void, ptr::read_volatile};
+use core::{ffi::c_void, mem::MaybeUninit, ptr::read_volatile};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -11,7 +11,7 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
-        bpf_skb_pull_data,
+        bpf_skb_load_bytes, bpf_skb_pull_data,
     },
     programs::TcContext,
 };
@@ -127,6 +127,29 @@ impl Skb {
     pub fn is_signed(&self, nonce: u32) -> bool {
         // SAFETY: as above.
         unsafe { (*self.raw()).tc_index == signature(nonce) }
+    }
+
+    /// Bytes of the payload of each segment that the kernel will cut the frame into; zero if it will not.
+    #[inline(always)]
+    pub fn segment_bytes(&self) -> u32 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (*self.raw()).gso_size }
+    }
+
+    /// Copies a value from anywhere in the frame, also from where it is not linear. Any bytes must be a value of it.
+    #[inline(always)]
+    pub fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes all of it or says that it could not, and checks the offset.
+        unsafe {
+            let done = bpf_skb_load_bytes(
+                self.raw().cast(),
+                offset,
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+            );
+            (done == 0).then(|| value.assume_init())
+        }
     }
 
     /// Whether a frame without tags is TCP, without options or extension headers before it.

@@ -294,8 +294,7 @@ fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
         .unwrap_or_default()
 }
 
-/// Who may connect. With an entry that is wrong nobody may: whom it meant to keep out is not known.
-/// Those that are wrong are said; where none is right it is served on every address, as Swarm serves it.
+/// The addresses that are named. Those that are wrong are said; where none is right it is served on every address, as Swarm serves it.
 fn addresses(service: &model::Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
     let Some(label) = service.spec.labels.get(ADDRESSES_LABEL) else {
         return Vec::new();
@@ -311,6 +310,7 @@ fn addresses(service: &model::Service, problems: &mut Vec<String>) -> Vec<IpAddr
     addresses
 }
 
+/// Who may connect. With an entry that is wrong nobody may: whom it meant to keep out is not known.
 fn access(service: &model::Service, problems: &mut Vec<String>) -> Access {
     let mut wrong = false;
     let mut ranges = |label: &str| {
