@@ -199,6 +199,11 @@ fn the_walk_through() {
     within(PATIENCE, "the new port is served", || {
         swarm.nodes.iter().all(|node| swarm.ask(node, 81).is_ok()) && nodes_of(first, "web").len() == 7
     });
+    // A task that was asked before it listened is named until it has answered somebody.
+    within(PATIENCE, "every task has answered", || {
+        let asked = |node: &Node| (0..7).all(|_| swarm.ask(node, 81).is_ok());
+        swarm.nodes.iter().all(|node| asked(node) && offered(node, "web").len() == 7)
+    });
     serves(&swarm, "web", 7);
     rotates(&swarm, third, 81, 7);
     within(PATIENCE, "the old port is closed", || swarm.ask(second, 80).is_err());

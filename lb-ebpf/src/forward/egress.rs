@@ -48,14 +48,12 @@ fn speaks_as_a_node<A: Family>(frame: &Skb, packet: &Packet<A>) -> bool {
     let payload = packet.transport() as u32 + UDP_BYTES;
     let (mut segment, length) = (0, frame.segment_bytes());
     while segment < SEGMENTS {
-        let forged = frame.load::<Geneve>(payload + segment * length).is_some_and(Geneve::is_a_node_s);
-        if forged {
-            return maps::is_own(&packet.key.source);
+        match frame.load::<Geneve>(payload + segment * length) {
+            Some(geneve) if geneve.is_a_node_s() => return maps::is_own(&packet.key.source),
+            Some(_) if length > 0 => segment += 1,
+            // That was the last one.
+            _ => return false,
         }
-        if length == 0 {
-            return false;
-        }
-        segment += 1;
     }
     false
 }

@@ -112,8 +112,8 @@ impl Skb {
         if segment == 0 { packet.bytes as u32 } else { packet.headers() + segment }
     }
 
-    /// Notes that this datapath sends the frame, for its program where the uplink lets frames out. No other program of the host, and
-    /// nobody on the wire, can write the buffer's field.
+    /// Notes that this datapath sends the frame, for its program where the uplink lets frames out. The field is written by programs in
+    /// TC alone; no socket and nobody on the wire can.
     #[inline(always)]
     pub fn sign(&mut self) {
         if let Some(config) = maps::config() {
