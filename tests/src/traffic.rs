@@ -224,7 +224,8 @@ pub fn upload(to: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 
 /// Echoes UDP datagrams on a port with a name before them, until told to stop by an empty one.
 pub fn echo(port: u16, name: &str) {
-    let socket = UdpSocket::bind(("::", port)).expect("bind");
+    let bind = || UdpSocket::bind(("::", port)).map_err(|error| error.to_string());
+    let socket = succeeds(Duration::from_secs(10), &format!("bind port {port}"), bind);
     let mut buffer = [0; 9000];
     loop {
         let (length, from) = socket.recv_from(&mut buffer).expect("receive");

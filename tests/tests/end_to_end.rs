@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     path::PathBuf,
     thread,
     time::Duration,
@@ -14,8 +14,8 @@ use lb_tests::{
     cluster::{CLIENT4, CLIENT6, Cluster, Task},
     netns::eventually,
     traffic::{
-        Load, client, converse, echo, exchange, get, hash, hash_one_upload, requests, stop_echo, tally,
-        upload,
+        Load, client, converse, echo, exchange, get, hash, hash_one_upload, listen, requests, stop_echo,
+        tally, upload,
     },
 };
 use nix::sys::signal::Signal;
@@ -397,7 +397,7 @@ fn connections_that_others_carry_survive_attach_and_detach() {
     let (ready, listening) = std::sync::mpsc::channel();
     // On the node itself, as Swarm's own mesh is.
     let server = node.netns.spawn(move || {
-        let listener = TcpListener::bind("0.0.0.0:80").expect("listen");
+        let listener = listen("0.0.0.0:80");
         ready.send(()).expect("somebody waits");
         let (mut stream, _) = listener.accept().expect("a client");
         let mut words = [0; 4];

@@ -19,7 +19,7 @@ use lb_tests::{
     flood::Flood,
     netns::{Netns, eventually},
     packet::{SYN, Transport},
-    traffic::{Load, client, echo, get, requests, stop_echo},
+    traffic::{self, Load, client, echo, get, requests, stop_echo},
 };
 use nix::sys::signal::Signal;
 
@@ -53,7 +53,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Trade {
     fn open(cluster: &Cluster, task: usize, to: SocketAddr, connections: usize) -> Self {
-        let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("0.0.0.0:8080").expect("listen"));
+        let listener = cluster.tasks[task].netns.enter(|| traffic::listen("0.0.0.0:8080"));
         // One thread a connection: they are not accepted in the order in which they were opened.
         let socket = listener.try_clone().expect("the same socket");
         let server = cluster.tasks[task].netns.spawn(move || {
@@ -222,6 +222,11 @@ fn clients_come_through_while_the_guard_places_them() {
     // Every new connection is one too many.
     let agent = attach(&cluster, &["--flood-rate", "1"]);
     let node = &cluster.nodes[0].netns;
+    // Each CPU counts some before it tells the others.
+    eventually("the guard takes over", || {
+        assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 60).len(), 60);
+        switches(&json(node, &["status"])) > 0
+    });
     for address in cluster.addresses(0) {
         let answers = requests(&cluster.client, address, 60);
         assert_eq!(answers.len(), 60);
@@ -229,8 +234,6 @@ fn clients_come_through_while_the_guard_places_them() {
             answers.iter().filter_map(|answer| answer.split(' ').next()).collect();
         assert!(tasks.len() > 1, "hashes spread: {tasks:?}");
     }
-    let status = json(node, &["status"]);
-    assert!(switches(&status) > 0, "{status}");
     eventually("it is said", || agent.log().contains("they are placed by hash"));
     eventually("and its end", || agent.log().contains("the flood is over"));
 }
@@ -256,7 +259,7 @@ fn a_task_that_listens_late_costs_a_retransmission_and_no_error() {
     assert_eq!((failovers[0].as_u64(), failovers[1].as_u64() >= Some(4)), (Some(0), true), "{shown}");
     // Once it listens it is served like the other.
     let server = cluster.tasks[late].netns.spawn(|| {
-        let listener = TcpListener::bind("[::]:8080").expect("listen");
+        let listener = traffic::listen("[::]:8080");
         for _ in 0..2 {
             let (mut stream, _) = listener.accept().expect("a client");
             let _ = stream.read(&mut [0; 1024]);
@@ -286,8 +289,7 @@ fn clients_of_a_task_that_is_gone_are_told_at_once() {
         let _agent = Agent::attach(node, cluster.folder(), &path, &["--mode", mode]);
         eventually("the task is offered", || active_tasks(node, "web") == 1);
         for address in cluster.addresses(0) {
-            let listener =
-                cluster.tasks[dying].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+            let listener = cluster.tasks[dying].netns.enter(|| traffic::listen("[::]:8080"));
             let to = SocketAddr::new(address, 80);
             // One after another: a listener's queue is shorter.
             let (mut clients, servers): (Vec<TcpStream>, Vec<TcpStream>) = cluster.client.enter(|| {
@@ -484,7 +486,7 @@ fn with_short_silence(cluster: &Cluster, setting: &str) -> String {
 /// The last task's server.
 fn listen(cluster: &Cluster) -> TcpListener {
     let task = &cluster.tasks.last().expect("a task").netns;
-    task.enter(|| TcpListener::bind("[::]:8080").expect("listen"))
+    task.enter(|| traffic::listen("[::]:8080"))
 }
 
 /// Both ends of a connection through an address that has carried a message each way.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     process::{Command, Output, Stdio},
     thread,
@@ -16,7 +16,7 @@ use lb_tests::{
     netns::{Netns, Running, run, within},
     packet::{IcmpError, Packet, SYN, Transport, Tunnelled},
     swarm::{Node, PATIENCE, Swarm, packaging},
-    traffic::{ask, echo, stop_echo},
+    traffic::{ask, echo, listen, stop_echo},
 };
 use lb_userspace::source::peer::tls::{Keeper, manager_name};
 use nix::{
@@ -115,7 +115,7 @@ fn only_who_is_on_the_list_connects_and_a_list_that_shrinks_ends_connections() {
     for node in &cluster.nodes {
         node.netns.ip(&format!("route add {other}/32 dev eth1"));
     }
-    let listener = cluster.tasks[task].netns.enter(|| TcpListener::bind("[::]:8080").expect("listen"));
+    let listener = cluster.tasks[task].netns.enter(|| listen("[::]:8080"));
     let connect = |source: Ipv4Addr, node: usize| {
         let to = SocketAddr::new(cluster.addresses(node)[0], 80);
         let socket = cluster.client.enter(|| {
