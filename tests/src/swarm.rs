@@ -303,7 +303,15 @@ impl Node {
     pub fn join(&self, manager: &Self, role: &str) {
         let token = manager.docker(&["swarm", "join-token", "-q", role]);
         let (own, other) = (self.address().to_string(), format!("{}:2377", manager.address()));
-        self.docker(&["swarm", "join", "--token", &token, "--advertise-addr", &own, &other]);
+        let join = ["swarm", "join", "--token", &token, "--advertise-addr", &own, &other];
+        let joined = self.docker_command(&join).output().expect("start docker");
+        let errors = String::from_utf8_lossy(&joined.stderr);
+        // On a busy machine the engine answers before it is done.
+        let goes_on = errors.contains("will continue in the background");
+        assert!(joined.status.success() || goes_on, "{join:?} on {}: {errors}", self.name);
+        within(PATIENCE, "the node is part of the swarm", || {
+            self.docker(&["info", "--format", "{{.Swarm.LocalNodeState}}"]) == "active"
+        });
     }
 
     /// The tasks of a service that Docker says are running, named as the agent names them; `None` if this node does not
