@@ -18,7 +18,7 @@ pub struct Fill {
 }
 
 /// What packets run into, by the outcome that counts them.
-const COUNTED: [(Outcome, &str); 4] = [
+const COUNTED: [(Outcome, &str); 5] = [
     (
         Outcome::SnatPortsExhausted,
         "no port is free under which a task could tell a new connection from others: of a task that is reached by snat, attach \
@@ -34,6 +34,12 @@ const COUNTED: [(Outcome, &str); 4] = [
         "clients are refused that say to have an address of this node, or one behind a bridge of its containers: they are forged, \
          or a network outside has the same range (`ip route get CLIENT` names the bridge); give the bridge another range then. \
          Or datagrams come from a published port of another node, which would answer each other for ever",
+    ),
+    (
+        Outcome::TunnelImpostor,
+        "a program or a container of this node sends packets that only its datapath may send to other nodes: they are dropped; \
+         `tcpdump -ni any udp dst port 6081` (or the port of --tunnel-port) shows where they come from before they get this \
+         node's address",
     ),
     (
         Outcome::ForeignVlan,

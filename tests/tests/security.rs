@@ -285,7 +285,7 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
         });
     }
     for mode in ["native", "tc"] {
-        let _near = Agent::attach(near, cluster.folder(), &path, &["--mode", mode]);
+        let agent = Agent::attach(near, cluster.folder(), &path, &["--mode", mode]);
         within(PATIENCE, "the task is served", || is_served(&cluster, CLIENT4, 0));
         let (before, ended) = (arrived(), outcome(near, "tunnel_impostor"));
         for kind in [TO_TASK, TO_CLIENT] {
@@ -295,6 +295,7 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
         assert_eq!(outcome(near, "tunnel_impostor") - ended, 20 + 2 * 20, "{mode}");
         assert!(is_served(&cluster, CLIENT4, 0), "{mode}: the datapath's own goes its way");
         assert_eq!(arrived(), before, "{mode}: nothing of it arrived");
+        within(PATIENCE, "the operator is told", || agent.log().contains("only its datapath may send"));
     }
 }
 

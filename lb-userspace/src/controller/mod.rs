@@ -4,6 +4,7 @@
 mod attach;
 mod connections;
 mod notice;
+mod peers;
 mod refusals;
 
 use std::{
@@ -14,11 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use lb_common::{
-    abi::{Config, Mode, size},
-    net::Be16,
-    outcome::Outcome,
-};
+use lb_common::abi::{Config, Mode, size};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout_at},
@@ -322,7 +319,7 @@ impl Controller {
                     }
                 },
                 Some(()) = self.changes.recv() => self.network = None,
-                () = silence(self.prober.as_mut()) => {}
+                () = peers::silence(self.prober.as_mut()) => {}
                 _ = looks.tick(), if self.prober.is_some() => {
                     self.look_at_tunnel_errors();
                     continue;
@@ -614,64 +611,6 @@ impl Controller {
         found
     }
 
-    /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
-    async fn ask_peers(&mut self, ways: &mut Found) {
-        let Some(prober) = &self.prober else {
-            return;
-        };
-        let peers = ways.iter().filter(|((_, reach), way)| *reach == Reach::Peer && way.is_ok());
-        let known: BTreeMap<IpAddr, u32> = self.datapath.tables().peer_mtus().collect();
-        let peers = peers.filter_map(|((address, _), way)| {
-            Some((*address, (way.as_ref().ok()?.mtu, known.get(address).copied())))
-        });
-        prober.follow(&peers.collect());
-        if self.served.is_none() {
-            prober.settle(ANSWER).await;
-        }
-        for (address, reason) in prober.silent() {
-            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                way.silent = Some(reason);
-            }
-        }
-        for (address, mtu) in prober.mtus() {
-            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                way.mtu = way.mtu.min(mtu);
-            }
-        }
-    }
-
-    /// Has the ways to nodes looked at again when somebody says that a packet in the tunnel was too long.
-    fn look_at_tunnel_errors(&mut self) {
-        let errors = self.datapath.outcome(Outcome::TunnelError).unwrap_or(self.tunnel_errors);
-        if std::mem::replace(&mut self.tunnel_errors, errors) != errors
-            && let Some(prober) = &self.prober
-        {
-            prober.doubt();
-        }
-    }
-
-    /// Tells the programs which port the tunnel has, and asks other nodes by it.
-    fn open_tunnel(&mut self, port: u16, uplink: u32) -> Result<()> {
-        let interface = self.settings.interface.clone();
-        if !self.prober.as_ref().is_some_and(|prober| prober.asks(port, uplink)) {
-            self.prober = None;
-            let prober = Prober::start((&interface, uplink), port, self.settings.peer_timeout);
-            let prober = prober.context("open a socket for probes to other nodes")?;
-            if !prober.has_port() {
-                log::warn!(
-                    "{interface}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other \
-                     nodes' tunnel packets are taken"
-                );
-            }
-            self.prober = Some(prober);
-        }
-        let config = self.datapath.config();
-        if config.tunnel_port != Be16::new(port) {
-            self.datapath.set_config(Config { tunnel_port: Be16::new(port), ..config })?;
-        }
-        Ok(())
-    }
-
     /// Applies operations in their order. What a failure leaves is planned anew from what the tables say.
     fn apply(&mut self, ops: Vec<MapOp>) -> Result<()> {
         if ops.is_empty() {
@@ -802,14 +741,6 @@ async fn first(
             Some(Update::Failed(reason)) => return Err(anyhow!(reason)),
             None => return Err(anyhow!("the source ended before it said anything")),
         }
-    }
-}
-
-/// Resolves when another node falls silent or is heard again.
-async fn silence(prober: Option<&mut Prober>) {
-    match prober {
-        Some(prober) => prober.changed().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -379,6 +379,11 @@ async fn ask(
                 let _ = changed.try_send(());
             }
             if peer.path.mtu() != before {
+                log::info!(
+                    "the way to {} lets packets of {} bytes pass",
+                    from.ip().to_canonical(),
+                    peer.path.mtu()
+                );
                 let _ = changed.try_send(());
             }
         }
