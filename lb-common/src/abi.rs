@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -51,6 +51,8 @@ pub mod table {
     pub const HOST_FLOWS: &str = "HOST_FLOWS";
     /// [`crate::tunnel::Peer`] by number of the node.
     pub const PEERS: &str = "PEERS";
+    /// [`crate::tunnel::PeerKey`] by number of the node.
+    pub const PEER_KEYS: &str = "PEER_KEYS";
     /// Number of the node by address, IPv4 as an IPv4-mapped one; [`crate::tunnel::SELF`] for this node's own.
     pub const PEER_NUMBERS: &str = "PEER_NUMBERS";
     /// Index of the backend by [`crate::tunnel::TaskKey`].
@@ -74,7 +76,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 30] = [
+    pub const ALL: [&str; 31] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -95,6 +97,7 @@ pub mod table {
         FRAGMENTS6,
         HOST_FLOWS,
         PEERS,
+        PEER_KEYS,
         PEER_NUMBERS,
         TASKS,
         INNER_RANGES,
@@ -300,8 +303,8 @@ pub mod remove {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 pub struct LabelKey {
-    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`], [`LABEL_PORT`], [`LABEL_SOURCE`], [`LABEL_TROUBLE`] or
-    /// [`LABEL_DRAIN`].
+    /// [`LABEL_SERVICE`], [`LABEL_BACKEND`], [`LABEL_NODE`], [`LABEL_PORT`], [`LABEL_SOURCE`], [`LABEL_TROUBLE`],
+    /// [`LABEL_DRAIN`] or [`LABEL_KEY`].
     pub kind: u32,
     /// Index of the service, backend or cursor; the number of a node; for drains any.
     pub index: u32,
@@ -325,6 +328,9 @@ pub const LABEL_TROUBLE: u32 = 6;
 
 /// A task or node that gets no new connections because somebody said so.
 pub const LABEL_DRAIN: u32 = 7;
+
+/// This node's own key for the tunnel. It is of no use to who may not read the tables.
+pub const LABEL_KEY: u32 = 8;
 
 /// Room for a label's text in bytes.
 pub const LABEL_BYTES: usize = 380;

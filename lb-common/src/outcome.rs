@@ -105,6 +105,8 @@ outcomes! {
     TunnelNotPeer = "tunnel_not_peer",
     /// Sent by a program or a container of this host as if it were this node's datapath that speaks to a peer's.
     TunnelImpostor = "tunnel_impostor",
+    /// Through the tunnel from another node's address without the key that the node's packets have: somebody else sent it.
+    TunnelForged = "tunnel_forged",
     /// Through the tunnel for a task that is not on this node, or takes no packets.
     TunnelNoTask = "tunnel_no_task",
     /// Through the tunnel with a version, option or packet that is not understood.
@@ -142,6 +144,7 @@ impl Outcome {
                 | Self::TooBig
                 | Self::TunnelNotPeer
                 | Self::TunnelImpostor
+                | Self::TunnelForged
                 | Self::TunnelNoTask
                 | Self::TunnelMalformed
         )

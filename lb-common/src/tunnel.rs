@@ -6,7 +6,12 @@
 //! ```
 //!
 //! The inner packet starts with its IP header. The one option says which task a request is for, or a reply from, by an
-//! address that is unique in the cluster and its target port. All fields on the wire are in network order.
+//! address that is unique in the cluster and its target port. All fields on the wire are in network order, but cookies and
+//! names, which are bytes.
+//!
+//! A node takes packets from the addresses of other nodes alone, and anybody can write such an address. So each pair of nodes
+//! that know each other's keys has a cookie for either direction, as L2TPv3 has (RFC 3931, 4.1): who cannot read what they send
+//! to each other does not know it. Nodes without keys speak version 1, which has none.
 
 use core::net::IpAddr;
 
@@ -31,8 +36,10 @@ pub const TO_CLIENT: u8 = 0x82;
 pub const PROBE: u8 = 0x83;
 /// Type of our option in a probe that comes back; the host's, whose controller waits for it.
 pub const PROBE_ANSWER: u8 = 0x84;
-/// Version of the option's data; another one is refused.
+/// Version of the option's data without a cookie: the whole address of the task.
 pub const VERSION: u8 = 1;
+/// Version of the option's data with a cookie, and the task's [`Name`].
+pub const VERSION_KEYED: u8 = 2;
 /// Flag of [`TO_TASK`]: the task's node sends answers straight to the client.
 pub const RETURN_DIRECT: u8 = 1;
 /// Flag of [`TO_CLIENT`]: the option names the task that answers, as a request to it would. Who sends answers without it is
@@ -72,14 +79,108 @@ pub struct Header {
     pub kind: u8,
     /// Words of data: five.
     pub words: u8,
-    /// [`VERSION`].
+    /// [`VERSION`] or [`VERSION_KEYED`].
     pub version: u8,
     /// [`RETURN_DIRECT`], [`NAMES_TASK`].
     pub option_flags: u8,
     /// The task's target port.
     pub port: Be16,
-    /// The task's address in the cluster; IPv4 as an IPv4-mapped address (RFC 4291, 2.5.5.2).
+    /// [`VERSION`]: the task's address in the cluster; IPv4 as an IPv4-mapped address (RFC 4291, 2.5.5.2).
+    /// [`VERSION_KEYED`]: the cookie, the less significant bytes first, then the task's [`Name`].
     pub address: Wide,
+}
+
+/// What a tunnel packet calls a task by: its address in the cluster if that is IPv4, as the last eight bytes of the IPv4-mapped
+/// one; of an IPv6 address a hash that leaves no two addresses of a network the same.
+pub type Name = [u32; 2];
+
+/// The name of a task by its address in the cluster, IPv4 as an IPv4-mapped address.
+#[inline(always)]
+pub const fn name(address: &Wide) -> Name {
+    /// Odd, so that different networks stay different: 2⁶⁴ by the golden ratio.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    on_wire(number(address[2], address[3]) ^ number(address[0], address[1]).wrapping_mul(SPREAD))
+}
+
+/// The words of a number of eight bytes, the less significant bytes first.
+#[inline(always)]
+pub const fn on_wire(number: u64) -> [u32; 2] {
+    [(number as u32).to_le(), ((number >> 32) as u32).to_le()]
+}
+
+/// The number that [`on_wire`] makes these of.
+#[inline(always)]
+const fn number(first: u32, second: u32) -> u64 {
+    u32::from_le(first) as u64 | (u32::from_le(second) as u64) << 32
+}
+
+/// The cookie that the option has; zero if it has none, which is no node's.
+#[inline(always)]
+pub const fn cookie(version: u8, address: &Wide) -> u64 {
+    if version == VERSION_KEYED { number(address[0], address[1]) } else { 0 }
+}
+
+/// By what the packets of a peer are known, by the peer's number. Only the last two are written by programs.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub struct PeerKey {
+    /// The cookie of its packets; zero while none is known.
+    pub current: u64,
+    /// The cookie that they had before; zero if they had none.
+    pub previous: u64,
+    /// Packets that were refused for want of the right one.
+    pub refused: u64,
+    /// The last cookie that was current when a packet with it came: the current one once the peer was seen using it. One word, so
+    /// that who writes it late proves no other.
+    pub seen: u64,
+}
+
+/// What a cookie says of a packet.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Said {
+    /// Another sent it.
+    Forged = 0,
+    /// The peer may have sent it.
+    Possible = 1,
+    /// Nobody but the peer can have sent it.
+    Known = 2,
+}
+
+impl PeerKey {
+    /// What this cookie, or none (zero), says: what was taken before is taken until the peer was seen using the current cookie. It
+    /// may not have heard of it, and does not before it knows this node's key.
+    #[inline(always)]
+    pub const fn judge(&self, cookie: u64) -> Said {
+        if cookie != 0 && cookie == self.current {
+            Said::Known
+        } else if self.current != 0 && self.is_proven() {
+            Said::Forged
+        } else if cookie != 0 && cookie == self.previous {
+            Said::Known
+        } else if self.previous == 0 {
+            Said::Possible
+        } else {
+            Said::Forged
+        }
+    }
+
+    /// Whether the peer was seen using the current cookie.
+    #[inline(always)]
+    pub const fn is_proven(&self) -> bool {
+        self.seen == self.current
+    }
+
+    /// The same for a peer whose packets are to have this cookie from now on; zero if they are to have none.
+    #[must_use]
+    pub const fn renewed(self, cookie: u64) -> Self {
+        if cookie == self.current {
+            return self;
+        }
+        let known = if self.is_proven() { self.current } else { self.previous };
+        let previous = if cookie == 0 { 0 } else { known };
+        Self { current: cookie, previous, ..self }
+    }
 }
 
 /// Words of data in our option.
@@ -115,8 +216,8 @@ pub struct Peer {
     pub reachable: u8,
     /// Zero.
     pub _pad2: u16,
-    /// Zero.
-    pub _pad3: u64,
+    /// The cookie of packets to it; zero if they are to have none.
+    pub cookie: u64,
 }
 
 /// The number of this node itself in the table of nodes' addresses.
@@ -126,8 +227,8 @@ pub const SELF: u32 = 0;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash, PartialOrd, Ord)]
 pub struct TaskKey {
-    /// Its address in the cluster, IPv4 as an IPv4-mapped address.
-    pub address: Wide,
+    /// Its name.
+    pub name: Name,
     /// Its target port, network order.
     pub port: Be16,
     /// IP protocol number.
@@ -152,11 +253,12 @@ pub fn unmapped(wide: Wide) -> IpAddr {
 const _: () = {
     assert!(size_of::<Header>() == 40 && align_of::<Header>() == 4);
     assert!(size_of::<Peer>() == 64);
-    assert!(size_of::<TaskKey>() == 20 && align_of::<TaskKey>() == 4);
+    assert!(size_of::<TaskKey>() == 12 && align_of::<TaskKey>() == 4);
+    assert!(size_of::<PeerKey>() == 32);
     assert!(size_of::<Header>() == 8 + 8 + OPTION_WORDS as usize * 4);
 };
 
-pod!(Peer, TaskKey);
+pod!(Peer, PeerKey, TaskKey);
 
 #[cfg(test)]
 mod tests {
@@ -170,6 +272,56 @@ mod tests {
         }
         let IpAddr::V6(v6) = "::ffff:10.0.0.7".parse::<IpAddr>().unwrap() else { panic!() };
         assert_eq!(V6::from(v6).to_wide(), mapped("10.0.0.7".parse().unwrap()));
+    }
+
+    #[test]
+    fn names_are_the_same_on_all_nodes_and_differ_between_tasks() {
+        let of = |text: &str| name(&mapped(text.parse().unwrap()));
+        let bytes = |text: &str| -> Vec<u8> { of(text).into_iter().flat_map(u32::to_ne_bytes).collect() };
+        assert_eq!(bytes("10.0.0.7"), [0, 0, 0xff, 0xff, 10, 0, 0, 7]);
+        // Not from this code, so that it cannot change by accident: agents of other versions count on it.
+        assert_eq!(bytes("2001:db8:0:1::1:2"), [0xa0, 0x97, 0xdc, 0x98, 0xa6, 0xf1, 0x51, 0x97]);
+        // Neighbours in one network, the same task in neighbouring networks, and what adding up would take for one.
+        let texts = [
+            "2001:db8:0:1::1",
+            "2001:db8:0:1::2",
+            "2001:db8:0:2::1",
+            "2001:db8:0:2::2",
+            "2001:db8:0:1::1:2",
+            "2001:db8:0:2::1:1",
+            "fd00::1",
+            "fd00:0:0:1::",
+            "::1",
+            "10.0.0.1",
+        ];
+        let names: std::collections::HashSet<_> = texts.iter().map(|text| of(text)).collect();
+        assert_eq!(names.len(), texts.len());
+    }
+
+    #[test]
+    fn a_cookie_is_asked_for_once_its_peer_was_seen_using_it() {
+        let mut key = PeerKey::default();
+        let admits = |key: &PeerKey| [0, 1, 2, 3].map(|cookie| key.judge(cookie) != Said::Forged);
+        let known = |key: &PeerKey| [0, 1, 2, 3].map(|cookie| key.judge(cookie) == Said::Known);
+        assert_eq!((admits(&key), known(&key)), ([true; 4], [false; 4]), "no key is known");
+        key = key.renewed(1);
+        assert_eq!(admits(&key), [true; 4], "the peer may not know of it yet");
+        assert_eq!(known(&key), [false, true, false, false]);
+        key.seen = 1;
+        assert_eq!(key.renewed(1), key);
+        assert_eq!(admits(&key), [false, true, false, false]);
+        // The peer has another one, and another one again before it was heard.
+        key = key.renewed(2);
+        assert_eq!((admits(&key), known(&key)), ([false, true, true, false], [false, true, true, false]));
+        key = key.renewed(3);
+        assert_eq!(admits(&key), [false, true, false, true]);
+        key.seen = 3;
+        assert_eq!(admits(&key), [false, false, false, true]);
+        // It says that it has none any more: an older agent.
+        key.refused = 7;
+        key = key.renewed(0);
+        assert_eq!((admits(&key), known(&key), key.refused), ([true; 4], [false; 4], 7));
+        assert_eq!(admits(&key.renewed(1)), [true; 4], "and has one again");
     }
 
     #[test]

@@ -13,6 +13,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::conntrack::{Phase, Timers};
 use serde::{Deserialize, Serialize};
 
+use crate::tunnel_key::{NodeKey, SharedKey};
+
 /// Everything a source knows at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterState {
@@ -27,6 +29,9 @@ pub struct ClusterState {
     pub this: Option<String>,
     /// When the cluster changed to this, where the source knows.
     pub changed: Option<SystemTime>,
+    /// The tunnel's key that all nodes know, where the source has one. It is told to nobody.
+    #[serde(skip)]
+    pub shared_key: Option<SharedKey>,
 }
 
 impl ClusterState {
@@ -207,6 +212,9 @@ pub struct Node {
     /// Whether Swarm's managers do not hear it, or it has left.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub down: bool,
+    /// By what its packets in the tunnel are known.
+    #[serde(default, skip_serializing_if = "NodeKey::is_unknown")]
+    pub key: NodeKey,
 }
 
 impl Node {

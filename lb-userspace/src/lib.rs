@@ -30,3 +30,4 @@ pub mod supervisor;
 pub mod testing;
 pub mod text;
 pub mod top;
+pub mod tunnel_key;

@@ -9,7 +9,7 @@ use lb_common::{
     },
     endpoint::{CONSISTENT, Endpoint, TaskEndpoint},
     outcome::Outcome,
-    tunnel::{NAMES_TASK, SELF},
+    tunnel::{NAMES_TASK, SELF, name},
 };
 
 use super::{
@@ -248,7 +248,7 @@ fn is_late(backend: &Backend, tunnel: &TunnelMeta) -> bool {
         && (backend.kind != Kind::Peer as u8
             || backend.peer as u32 != from
             || tunnel.flags & NAMES_TASK != 0
-                && !(backend.address == task.address && backend.port == task.port))
+                && !(name(&backend.address) == task.name && backend.port == task.port))
 }
 
 /// What a task's packet is that has no line: late, the first reply of what was placed without one, or none of ours.

@@ -11,15 +11,16 @@ use lb_common::{
     outcome::Outcome,
     tunnel::{
         CRITICAL, DATA_WORDS, Header, NAMES_TASK, OPTION_CLASS, PROBE_ANSWER, Peer, RETURN_DIRECT, SELF,
-        TO_TASK, VERSION, VERSION_AND_LENGTH, overhead,
+        Said, TO_TASK, VERSION, VERSION_AND_LENGTH, VERSION_KEYED, cookie, name, on_wire, overhead,
     },
 };
 
 use crate::{
     io::{
+        atomic,
         family::Family,
         frame::Frame,
-        maps::{self, PEER_NUMBERS, PEERS},
+        maps::{self, PEER_KEYS, PEER_NUMBERS, PEERS},
         packet::{ERROR, Packet, TunnelMeta, WHOLE},
     },
     wire::{
@@ -147,13 +148,22 @@ pub fn encapsulate_inline<F: Frame>(frame: &mut F, params: &EncapParams<'_>, pee
     header.class = OPTION_CLASS;
     header.kind = params.kind;
     header.words = DATA_WORDS;
-    header.version = VERSION;
     header.option_flags = params.flags;
     header.port = params.port;
-    header.address[0] = params.address[0];
-    header.address[1] = params.address[1];
-    header.address[2] = params.address[2];
-    header.address[3] = params.address[3];
+    if peer.cookie == 0 {
+        header.version = VERSION;
+        header.address[0] = params.address[0];
+        header.address[1] = params.address[1];
+        header.address[2] = params.address[2];
+        header.address[3] = params.address[3];
+    } else {
+        let (cookie, name) = (on_wire(peer.cookie), name(params.address));
+        header.version = VERSION_KEYED;
+        header.address[0] = cookie[0];
+        header.address[1] = cookie[1];
+        header.address[2] = name[0];
+        header.address[3] = name[1];
+    }
     true
 }
 
@@ -239,7 +249,7 @@ pub fn open<F: Frame, A: Family>(
     }
     let known = header.version_and_length == VERSION_AND_LENGTH
         && header.words & 0x1f == DATA_WORDS
-        && header.version == VERSION
+        && (header.version == VERSION || header.version == VERSION_KEYED)
         && (header.protocol.raw() == IPV4 || header.protocol.raw() == IPV6);
     // The outer header is always put there without options and extension headers; who takes it away relies on it.
     let plain = packet.transport_at == packet.network_at + overhead(A::IS_V4) - size_of::<Header>() as u16;
@@ -258,13 +268,21 @@ pub fn open<F: Frame, A: Family>(
     if !known || !plain {
         return Err(Outcome::TunnelMalformed);
     }
+    let said = judge(sender, cookie(header.version, &header.address));
+    if said == Said::Forged as u32 {
+        return Err(Outcome::TunnelForged);
+    }
+    tunnel.is_known = (said == Said::Known as u32) as u8;
     if header.kind == PROBE_ANSWER {
         return Err(Outcome::TunnelProbe);
     }
     let task = &mut tunnel.task;
     task.port = header.port;
-    for word in 0..4 {
-        task.address[word] = header.address[word];
+    if header.version == VERSION {
+        task.name = name(&header.address);
+    } else {
+        task.name[0] = header.address[2];
+        task.name[1] = header.address[3];
     }
     tunnel.kind = header.kind;
     tunnel.flags = header.option_flags;
@@ -274,10 +292,31 @@ pub fn open<F: Frame, A: Family>(
     Ok(())
 }
 
-/// Turns a probe, whose frame has a link header, into its answer: back to where it came from. `None` if the frame is not
-/// what it was.
+/// What a cookie, or none (zero), says of a packet from the peer's address: [`Said`]. What is forged is counted there.
 #[inline(always)]
-pub fn answer_probe<F: Frame>(frame: &mut F, outer_v4: bool) -> Option<()> {
+fn judge(peer: u32, cookie: u64) -> u32 {
+    let Some(key) = PEER_KEYS.get_ptr_mut(peer) else {
+        return Said::Forged as u32;
+    };
+    // SAFETY: an entry of the array, copied at once.
+    let known = unsafe { key.read() };
+    let said = known.judge(cookie);
+    if said == Said::Forged {
+        // SAFETY: a word of the entry.
+        unsafe { atomic::fetch_add(&raw mut (*key).refused, 1) };
+    } else if cookie != 0 && cookie == known.current && !known.is_proven() {
+        // SAFETY: a word of the entry.
+        unsafe { (&raw mut (*key).seen).write_volatile(cookie) };
+    }
+    said as u32
+}
+
+/// Turns a probe, whose frame has a link header, into its answer: back to where it came from, with what this node's packets to
+/// there are known by. `None` if the frame is not what it was.
+#[inline(always)]
+pub fn answer_probe<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> {
+    let outer_v4 = tunnel.outer_v4 != 0;
+    let cookie = PEERS.get(tunnel.peer)?.cookie;
     let ethernet = frame.at::<Ethernet>(0)?;
     let (destination, source) = (ethernet.destination, ethernet.source);
     ethernet.destination = source;
@@ -304,6 +343,14 @@ pub fn answer_probe<F: Frame>(frame: &mut F, outer_v4: bool) -> Option<()> {
     header.destination_port = source;
     header.checksum = 0;
     header.kind = PROBE_ANSWER;
+    // Agents that know no keys have something else there; and who only may be the peer is not told what the peer knows.
+    if header.version == VERSION_KEYED {
+        let cookie = if tunnel.is_known != 0 { cookie } else { 0 };
+        header.version = if cookie == 0 { VERSION } else { VERSION_KEYED };
+        let cookie = on_wire(cookie);
+        header.address[0] = cookie[0];
+        header.address[1] = cookie[1];
+    }
     Some(())
 }
 

@@ -21,7 +21,7 @@ use lb_common::{
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats, TableStats},
     tags::Tags,
-    tunnel::{Peer, SELF, TaskKey},
+    tunnel::{Peer, PeerKey, SELF, TaskKey},
 };
 
 use super::{clock, packet::Scratch};
@@ -108,6 +108,9 @@ pub static HOST_FLOWS: LruHashMap<HostFlow, u32, { size::HOST_FLOWS }> = LruHash
 
 #[btf_map]
 pub static PEERS: Array<Peer, { size::NODES }, ALIGNED> = Array::new();
+
+#[btf_map]
+pub static PEER_KEYS: Array<PeerKey, { size::NODES }, ALIGNED> = Array::new();
 
 #[btf_map]
 pub static PEER_NUMBERS: HashMap<Wide, u32, { size::NODES * size::NODE_ADDRESSES }, ON_DEMAND> =

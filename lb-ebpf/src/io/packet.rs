@@ -347,4 +347,6 @@ pub struct TunnelMeta {
     pub inner_v4: u8,
     /// Whether the frame's bytes begin with the network header (generic XDP).
     pub headless: u8,
+    /// Whether nobody but the peer can have sent it ([`lb_common::tunnel::Said::Known`]).
+    pub is_known: u8,
 }

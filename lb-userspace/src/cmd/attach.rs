@@ -1,6 +1,6 @@
 //! `attach`: serve published ports until stopped.
 
-use std::{io::IsTerminal as _, sync::Arc, time::Duration};
+use std::{io::IsTerminal as _, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use futures::future::join_all;
@@ -22,6 +22,7 @@ use crate::{
     settings,
     source::{Origin, Update, docker, file},
     supervisor, testing,
+    tunnel_key::{PublicKey, Secret},
 };
 
 /// Why the agent ends.
@@ -146,11 +147,33 @@ async fn start(
     reloads: &watch::Receiver<u64>,
     controllers: &mut Vec<Controller>,
 ) -> Result<()> {
-    for (interface, updates) in arguments.iface.iter().zip(sources(arguments, reloads)?) {
-        let settings = controller_settings(arguments, interface, events.clone(), reloads.clone());
+    let secret = secret(&arguments.iface)?;
+    for (interface, updates) in arguments.iface.iter().zip(sources(arguments, secret.public(), reloads)?) {
+        let settings = controller_settings(arguments, interface, secret, events.clone(), reloads.clone());
         controllers.push(Controller::start(settings, updates).await?);
     }
     Ok(())
+}
+
+/// This node's key for the tunnel: as an agent before this one kept it with its tables, or stored it where systemd keeps what
+/// outlasts a reboot, or a new one.
+fn secret(interfaces: &[String]) -> Result<Secret> {
+    // More than one would be parted by colons (systemd.exec(5)); the unit has one.
+    let folder = std::env::var_os("STATE_DIRECTORY").map(PathBuf::from);
+    let kept = interfaces.iter().find_map(|interface| datapath::kept_secret(interface));
+    let secret = match kept.or_else(|| Secret::load(folder.as_deref()?)) {
+        Some(secret) => secret,
+        None => Secret::generate().context("make a key for the tunnel")?,
+    };
+    if let Some(folder) = folder
+        && let Err(error) = secret.store(&folder)
+    {
+        log::warn!(
+            "store this node's key for the tunnel in {}: {error}; after a reboot other nodes refuse it until they hear of another",
+            folder.display()
+        );
+    }
+    Ok(secret)
 }
 
 /// Lets go of interfaces that the configuration names no more.
@@ -240,6 +263,7 @@ async fn present(wanted: &[String]) -> Result<()> {
 fn controller_settings(
     arguments: &Attach,
     interface: &str,
+    secret: Secret,
     events: Arc<Recorder>,
     reload: watch::Receiver<u64>,
 ) -> Settings {
@@ -256,6 +280,7 @@ fn controller_settings(
         addresses: arguments.address.clone(),
         snat_ports: arguments.snat_ports,
         connection_log: if arguments.log_connections { ConnectionLog::On } else { ConnectionLog::Off },
+        secret,
         peer_timeout: arguments.peer_timeout,
         flood_rate: arguments.flood_rate,
         stale_after: arguments.stale_after,
@@ -280,7 +305,11 @@ fn sizes(arguments: &Attach) -> Sizes {
 }
 
 /// What is said to each of the interfaces' controllers.
-fn sources(arguments: &Attach, reloads: &watch::Receiver<u64>) -> Result<Vec<mpsc::Receiver<Update>>> {
+fn sources(
+    arguments: &Attach,
+    key: PublicKey,
+    reloads: &watch::Receiver<u64>,
+) -> Result<Vec<mpsc::Receiver<Update>>> {
     agree(arguments)?;
     let (senders, updates): (Vec<_>, Vec<_>) = arguments.iface.iter().map(|_| mpsc::channel(4)).unzip();
     let asked = match arguments.source {
@@ -304,6 +333,7 @@ fn sources(arguments: &Attach, reloads: &watch::Receiver<u64>) -> Result<Vec<mps
                 interfaces: arguments.iface.clone(),
                 tunnel: Tunnel { port: arguments.tunnel_port, returns },
                 adopts: arguments.iface.iter().any(|name| is_attached(name)),
+                key,
                 why: asked.into(),
                 reload: reloads.clone(),
             };

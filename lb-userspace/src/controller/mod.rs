@@ -33,8 +33,10 @@ use crate::{
     serve::Changed,
     source::{Origin, Update},
     supervisor::Pulse,
+    tunnel_key::{Keyring, Secret},
 };
 use notice::Notice;
+use peers::outgoing;
 use refusals::Refusals;
 
 /// What a controller is asked to do.
@@ -54,6 +56,8 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// Whether each new connection is logged.
     pub connection_log: ConnectionLog,
+    /// This node's key for the tunnel.
+    pub secret: Secret,
     /// How long another node's datapath may be silent before new connections go elsewhere.
     pub peer_timeout: Duration,
     /// New connections a second above which they are placed by hash, if not as the table's size asks; zero is never.
@@ -89,6 +93,8 @@ pub struct Controller {
     cluster: Option<ClusterState>,
     /// What somebody drains, by its version.
     drains: (u64, Vec<Drain>),
+    /// By what other nodes' packets are known.
+    keyring: Keyring,
     /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
     prober: Option<Prober>,
     /// ICMP errors about tunnel packets that were seen.
@@ -143,7 +149,7 @@ impl Controller {
             bail!("{reason}");
         }
         let open = || Datapath::open(&settings.interface, &settings.sizes, settings.connection_log);
-        let datapath = match open() {
+        let mut datapath = match open() {
             Err(error) if settings.replace_state && error.is_misfit() => {
                 log::warn!(
                     "{}: {error}; removed, with its connections, as --replace-state asks",
@@ -155,6 +161,8 @@ impl Controller {
             }
             opened => opened?,
         };
+        datapath.set_secret(&settings.secret)?;
+        let keyring = Keyring::new(settings.secret);
         let mut report = datapath.report().unwrap_or_default();
         let cluster = match (first(&mut updates, &mut report).await, datapath.adopted()) {
             (Ok(cluster), _) => cluster,
@@ -182,6 +190,7 @@ impl Controller {
             told: cluster,
             cluster: None,
             drains: (0, Vec::new()),
+            keyring,
             prober: None,
             tunnel_errors: 0,
             resetter: None,
@@ -551,11 +560,13 @@ impl Controller {
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
-        self.ask_peers(&mut ways).await;
+        let cookies = self.cookies(cluster, &node);
+        self.ask_peers(&mut ways, &outgoing(cluster, &cookies)).await;
         let task_interfaces = task_interfaces(&ways, uplink.index);
         complaints.extend(self.attach_task_interfaces(snapshot, uplink.index, &task_interfaces, &mut ways));
         let named = self.settings.addresses.clone();
-        let view = View { cluster, node: &node, addresses: &addresses, named: &named, ways: &ways };
+        let (addresses, named) = (addresses.as_slice(), named.as_slice());
+        let view = View { cluster, node: &node, addresses, named, cookies: &cookies, ways: &ways };
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
         let mut changes = plan.ops.len();

@@ -15,7 +15,7 @@ use lb_common::{
     net::{V4, V6, Wide},
     outcome::OUTCOMES,
     stats::{BackendStats, ServiceStats, TableStats},
-    tunnel::{Peer, TaskKey},
+    tunnel::{Peer, PeerKey, TaskKey},
 };
 
 use super::DatapathError;
@@ -85,6 +85,7 @@ impl MapSpec {
             spec::<FragmentKey<V6>, Ports>(table::FRAGMENTS6, LruHash, sizes.fragments),
             spec::<HostFlow, u32>(table::HOST_FLOWS, LruHash, Some(size::HOST_FLOWS as u32)),
             spec::<u32, Peer>(table::PEERS, Array, nodes),
+            spec::<u32, PeerKey>(table::PEER_KEYS, Array, nodes),
             spec::<Wide, u32>(
                 table::PEER_NUMBERS,
                 Hash,

@@ -60,7 +60,7 @@ pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
-pub use tables::{Drains, TableSet, Vlans};
+pub use tables::{Drains, TableSet, Vlans, kept_secret};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -69,6 +69,7 @@ use crate::{
     net::Reset,
     plan::{Limits, MapOp, Tables},
     report::{SourceReport, Trouble},
+    tunnel_key::Secret,
 };
 
 /// Collections in which connections are looked for whose client may no longer connect, after the last change and the last find:
@@ -356,6 +357,14 @@ impl Datapath {
     /// The kernel refuses the write.
     pub fn set_report(&mut self, report: &SourceReport) -> Result<(), DatapathError> {
         self.set.set_report(report)
+    }
+
+    /// Keeps this node's key for the tunnel, for the next controller.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_secret(&mut self, secret: &Secret) -> Result<(), DatapathError> {
+        self.set.set_secret(secret)
     }
 
     /// What somebody drains.

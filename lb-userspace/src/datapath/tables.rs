@@ -11,8 +11,8 @@ use aya::{
 };
 use lb_common::{
     abi::{
-        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_DRAIN, LABEL_NODE, LABEL_PORT, LABEL_SERVICE, LABEL_SOURCE,
-        LABEL_TROUBLE, Label, LabelKey, size, table,
+        Config, LABEL_BACKEND, LABEL_BYTES, LABEL_DRAIN, LABEL_KEY, LABEL_NODE, LABEL_PORT, LABEL_SERVICE,
+        LABEL_SOURCE, LABEL_TROUBLE, Label, LabelKey, size, table,
     },
     access::AccessKey,
     backend::{Backend, State},
@@ -21,7 +21,7 @@ use lb_common::{
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats, TableStats},
-    tunnel::{Peer, TaskKey, mapped, unmapped},
+    tunnel::{Peer, PeerKey, TaskKey, mapped, unmapped},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -30,6 +30,7 @@ use crate::{
     cluster::{Idle, Protocol},
     plan::{At, BackendEntry, BackendLabel, Limits, MapOp, ServiceLabel, Tables, TaskListener},
     report::{Drain, SourceReport, Trouble},
+    tunnel_key::Secret,
 };
 
 /// Ids of VLANs.
@@ -50,6 +51,7 @@ pub struct TableSet {
     slots: Array<MapData, u32>,
     backends: Array<MapData, Backend>,
     peers: Array<MapData, Peer>,
+    peer_keys: Array<MapData, PeerKey>,
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
     pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
@@ -69,6 +71,13 @@ pub struct TableSet {
 fn open<T: TryFrom<Map, Error = MapError>>(pins: &PinDir, name: &str) -> Result<T, DatapathError> {
     let map = MapData::from_pin(pins.table(name)).and_then(Map::from_map_data).and_then(T::try_from);
     map.map_err(|error| DatapathError::map("open", error))
+}
+
+/// This node's key for the tunnel as it was kept with what is pinned for an interface, if it was; also with tables of another
+/// version, so that a node whose tables are made anew is known by the same key.
+pub fn kept_secret(interface: &str) -> Option<Secret> {
+    let labels: HashMap<_, LabelKey, Label> = open(&PinDir::of(interface).ok()?, table::LABELS).ok()?;
+    decode(&labels.get(&LabelKey { kind: LABEL_KEY, index: 0 }, 0).ok()?)
 }
 
 impl TableSet {
@@ -109,6 +118,7 @@ impl TableSet {
             slots: open(pins, table::SLOTS)?,
             backends: open(pins, table::BACKENDS)?,
             peers: open(pins, table::PEERS)?,
+            peer_keys: open(pins, table::PEER_KEYS)?,
             peer_numbers: open(pins, table::PEER_NUMBERS)?,
             tasks: open(pins, table::TASKS)?,
             inner_ranges: open(pins, table::INNER_RANGES)?,
@@ -222,6 +232,13 @@ impl TableSet {
             let peer = self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?;
             tables.peers.insert(number, peer);
         }
+        // Also of numbers that are no peer's: what a change that was cut short has left is taken away.
+        for number in 0..self.peer_keys.len() {
+            let key = self.peer_key(number)?.current;
+            if key != 0 {
+                tables.peer_keys.insert(number, key);
+            }
+        }
         for item in self.peer_numbers.iter() {
             let (address, number) = item.map_err(|e| DatapathError::map("read", e))?;
             tables.peer_numbers.insert(unmapped(address), number);
@@ -309,6 +326,35 @@ impl TableSet {
     /// Entries and room of the tables of connections, as the controller counted them last.
     pub fn fills(&self) -> BTreeMap<String, [u64; 2]> {
         self.kept(FILLS.kind, FILLS.index).unwrap_or_default()
+    }
+
+    /// This node's key for the tunnel, if it was kept.
+    pub fn secret(&self) -> Option<Secret> {
+        self.kept(LABEL_KEY, 0)
+    }
+
+    /// Keeps this node's key for the tunnel.
+    ///
+    /// # Errors
+    /// The kernel refuses the write.
+    pub fn set_secret(&mut self, secret: &Secret) -> Result<(), DatapathError> {
+        self.keep_label(LABEL_KEY, 0, Some(secret))
+    }
+
+    /// By what the packets of a peer are known.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn peer_key(&self, number: u32) -> Result<PeerKey, DatapathError> {
+        self.peer_keys.get(&number, 0).map_err(|e| DatapathError::map("read", e))
+    }
+
+    /// The cookie of packets to a peer; zero if they have none.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn cookie_to(&self, number: u32) -> Result<u64, DatapathError> {
+        Ok(self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?.cookie)
     }
 
     /// What the agent is asked to log, if somebody asked.
@@ -464,6 +510,11 @@ impl TableSet {
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
             MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
             MapOp::RemovePeer(number) => self.set_peer(*number, Peer::default()),
+            MapOp::SetPeerKey(number, cookie) => {
+                let key = self.peer_key(*number)?.renewed(*cookie);
+                write(&mut self.peer_keys, *number, key)
+            }
+            MapOp::RemovePeerKey(number) => write(&mut self.peer_keys, *number, PeerKey::default()),
             MapOp::SetPeerNumber(address, number) => {
                 let table = ("PEER_NUMBERS", "--max-nodes");
                 insert(&mut self.peer_numbers, &mapped(*address), number, table)

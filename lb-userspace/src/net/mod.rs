@@ -38,7 +38,7 @@ use netlink_packet_route::{
     },
     route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
 };
-pub use probe::{Asked, Prober, ask_once};
+pub use probe::{Asked, Prober, Wanted, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
 use tokio::sync::mpsc;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use lb_common::tunnel::{
-    CRITICAL, DATA_WORDS, OPTION_CLASS, PROBE, PROBE_ANSWER, VERSION, VERSION_AND_LENGTH,
+    CRITICAL, DATA_WORDS, OPTION_CLASS, PROBE, PROBE_ANSWER, VERSION, VERSION_AND_LENGTH, VERSION_KEYED,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
@@ -28,8 +28,10 @@ use super::path_mtu::{PACE, PathMtu};
 const BYTES: usize = 8 + 24;
 /// Where the length of the packet stands, if that is what is asked for: in the option's port.
 const LENGTH: std::ops::Range<usize> = 14..16;
-/// Where the nonce stands: in the option's address.
-const NONCE: std::ops::Range<usize> = 16..24;
+/// Where the cookie stands, if there is one: in the first half of the option's address.
+const COOKIE: std::ops::Range<usize> = 16..24;
+/// Where the nonce stands: in the second half.
+const NONCE: std::ops::Range<usize> = 24..32;
 /// Probes that may be lost before a node counts as silent.
 const TRIES: u32 = 6;
 /// A node that was not heard yet is asked this often at the start.
@@ -39,9 +41,22 @@ const BURST: usize = 64;
 /// Room for answers that wait for a controller that is busy, in bytes of the kernel's memory: those of thousands of nodes.
 const ROOM: libc::c_int = 8 << 20;
 
+/// How a node is to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The longest packet that this machine can send there, in bytes.
+    pub mtu: u32,
+    /// The longest that was known to arrive before anybody was asked.
+    pub known: Option<u32>,
+    /// The cookie of packets to it; zero if they have none.
+    pub cookie: u64,
+}
+
 /// What is known of a node.
 #[derive(Clone, Debug)]
 struct Peer {
+    /// The cookie of packets to it.
+    cookie: u64,
     /// When it was asked first.
     asked: Instant,
     /// When it last answered.
@@ -112,17 +127,21 @@ impl Prober {
         self.bound
     }
 
-    /// Asks exactly these nodes from now on. Of each, in bytes, the longest packet that this machine can send there, and the
-    /// longest that was known to arrive before anybody was asked.
-    pub fn follow(&self, nodes: &BTreeMap<IpAddr, (u32, Option<u32>)>) {
+    /// Asks exactly these nodes from now on.
+    pub fn follow(&self, nodes: &BTreeMap<IpAddr, Wanted>) {
         let (mut peers, now) = (self.shared.peers(), Instant::now());
         peers.retain(|address, _| nodes.contains_key(address));
-        for (address, (mtu, known)) in nodes {
+        for (address, Wanted { mtu, known, cookie }) in nodes {
             let (v4, mtu) = (address.is_ipv4(), (*mtu).min(u16::MAX.into()));
             let peer = peers.entry(*address).or_insert_with(|| {
                 self.shared.followed.notify_one();
-                Peer { asked: now, heard: None, there: false, path: PathMtu::new(mtu, *known, v4, now) }
+                let path = PathMtu::new(mtu, *known, v4, now);
+                Peer { cookie: *cookie, asked: now, heard: None, there: false, path }
             });
+            if std::mem::replace(&mut peer.cookie, *cookie) != *cookie {
+                // It may take this one where it did not take the last.
+                self.shared.followed.notify_one();
+            }
             peer.path.set_route(mtu, v4, now);
         }
     }
@@ -180,8 +199,13 @@ pub enum Asked {
     Silent,
 }
 
-/// Asks a node's datapath whether it is there, a few times.
-pub async fn ask_once(interface: &str, address: IpAddr, port: u16, patience: Duration) -> Asked {
+/// Asks a node's datapath whether it is there, a few times, with the cookie of packets to it or with none (zero).
+pub async fn ask_once(
+    interface: &str,
+    (address, port): (IpAddr, u16),
+    cookie: u64,
+    patience: Duration,
+) -> Asked {
     let asked = async {
         // Any port: the tunnel's own is the agent's.
         let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
@@ -190,7 +214,7 @@ pub async fn ask_once(interface: &str, address: IpAddr, port: u16, patience: Dur
         let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
         let mut buffer = [0; 256];
         loop {
-            socket.send(&probe(nonce)).await?;
+            socket.send(&probe(nonce, cookie)).await?;
             match tokio::time::timeout(patience / 4, socket.recv(&mut buffer)).await {
                 Ok(received) => {
                     let bytes = &buffer[..received?];
@@ -274,7 +298,7 @@ fn option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c
 }
 
 /// A probe as the tunnel carries it: Geneve and our option, nothing inside.
-fn probe(nonce: [u8; 8]) -> [u8; BYTES] {
+fn probe(nonce: [u8; 8], cookie: u64) -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
     bytes[0] = VERSION_AND_LENGTH;
     bytes[1] = CRITICAL;
@@ -283,7 +307,8 @@ fn probe(nonce: [u8; 8]) -> [u8; BYTES] {
     bytes[8..10].copy_from_slice(&OPTION_CLASS.get().to_be_bytes());
     bytes[10] = PROBE;
     bytes[11] = DATA_WORDS;
-    bytes[12] = VERSION;
+    bytes[12] = if cookie == 0 { VERSION } else { VERSION_KEYED };
+    bytes[COOKIE].copy_from_slice(&cookie.to_le_bytes());
     bytes[NONCE].copy_from_slice(&nonce);
     bytes
 }
@@ -306,11 +331,10 @@ async fn ask(
     changed: mpsc::Sender<()>,
 ) {
     let interval = shared.timeout / TRIES;
-    let request = probe(nonce);
     let (mut first, mut second) = ([0; 256], [0; 256]);
     let mut due = Instant::now();
-    // Who is still to be asked in this round, and by a packet of which length if that matters.
-    let mut round: Vec<(IpAddr, u32)> = Vec::new();
+    // Who is still to be asked in this round, by a packet of which length if that matters, and with which cookie.
+    let mut round: Vec<(IpAddr, u32, u64)> = Vec::new();
     // When ways are looked at next.
     let mut paced = Instant::now();
     loop {
@@ -330,8 +354,9 @@ async fn ask(
                 continue;
             }
             () = std::future::ready(()), if !round.is_empty() => {
-                for (address, length) in round.split_off(round.len().saturating_sub(BURST)) {
+                for (address, length, cookie) in round.split_off(round.len().saturating_sub(BURST)) {
                     let socket = if address.is_ipv4() { Some(&v4) } else { v6.as_ref() };
+                    let request = probe(nonce, cookie);
                     let request = if length == 0 { request.to_vec() } else { padded(request, address, length) };
                     if let Some(socket) = socket {
                         // What is not sent is not answered.
@@ -347,14 +372,15 @@ async fn ask(
                 let peers = shared.peers();
                 let eager = |peer: &Peer| peer.heard.is_none() && peer.asked.elapsed() < interval;
                 due = Instant::now() + if peers.values().any(eager) { EAGER.min(interval) } else { interval };
-                round.extend(peers.keys().map(|address| (*address, 0)));
+                round.extend(peers.iter().map(|(address, peer)| (*address, 0, peer.cookie)));
                 continue;
             }
             () = tokio::time::sleep_until(paced.into()) => {
                 let (mut peers, now) = (shared.peers(), Instant::now());
                 let mut sought = false;
                 for (address, peer) in peers.iter_mut().filter(|(_, peer)| is_there(peer, now, shared.timeout)) {
-                    round.extend(peer.path.probes(now).into_iter().map(|length| (*address, length)));
+                    let (probes, cookie) = (peer.path.probes(now), peer.cookie);
+                    round.extend(probes.into_iter().map(|length| (*address, length, cookie)));
                     sought |= peer.path.is_sought();
                 }
                 paced = now + if sought { PACE } else { interval };

@@ -13,7 +13,10 @@ use lb_common::{
 };
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
-use crate::cluster::{ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via};
+use crate::{
+    cluster::{ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via},
+    tunnel_key::Cookies,
+};
 
 /// The way from this node to a task, as the kernel's tables have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub struct View<'a> {
     pub addresses: &'a [IpAddr],
     /// Addresses to serve on beside those, whose they may be.
     pub named: &'a [IpAddr],
+    /// The cookies of nodes, by name; of those that have none there is none.
+    pub cookies: &'a BTreeMap<String, Cookies>,
     /// The way to each of [`super::Planner::destinations`], or why there is none.
     pub ways: &'a BTreeMap<(IpAddr, Reach), Result<Way, String>>,
 }
@@ -91,13 +96,16 @@ pub struct DesiredNode {
     pub addresses: Vec<IpAddr>,
     /// The way to its agent, or why there is none; `None` if it has no agent, or is this machine.
     pub way: Option<Result<(IpAddr, Way), String>>,
+    /// The cookies of packets between it and this machine, where both have keys.
+    pub cookies: Option<Cookies>,
 }
 
 impl DesiredNode {
     /// As the datapath reaches its agent; `None` if it has none, or is this machine.
     pub fn peer(&self) -> Option<Peer> {
         let way = self.way.as_ref()?;
-        Some(way.as_ref().map_or_else(|_| Peer::default(), |(address, way)| peer(*address, way)))
+        let peer = way.as_ref().map_or_else(|_| Peer::default(), |(address, way)| peer(*address, way));
+        Some(Peer { cookie: self.cookies.map_or(0, |cookies| cookies.outgoing), ..peer })
     }
 }
 
@@ -306,7 +314,8 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
             problem,
         };
         let way = way.map(|way| way.map(|(address, way)| (address, way.clone())));
-        nodes.push(DesiredNode { label, addresses, way });
+        let cookies = view.cookies.get(&node.name).copied();
+        nodes.push(DesiredNode { label, addresses, way, cookies });
     }
     nodes
 }

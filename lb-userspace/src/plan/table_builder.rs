@@ -10,8 +10,8 @@ use lb_common::{
     abi::size::NODE_ADDRESSES,
     backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
-    net::Be16,
-    tunnel::{SELF, TaskKey, mapped},
+    net::{Be16, Wide},
+    tunnel::{SELF, TaskKey, mapped, name},
 };
 
 use super::{
@@ -127,7 +127,8 @@ impl<'a> TableBuilder<'a> {
         let mut numbers =
             Numbers::new(&self.actual.nodes, self.limits.nodes + 1, self.actual.last_node + 1, None);
         numbers.first = 1;
-        let (mut labels, mut peers, mut peer_numbers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (mut labels, mut peers) = (BTreeMap::new(), BTreeMap::new());
+        let (mut peer_keys, mut peer_numbers) = (BTreeMap::new(), BTreeMap::new());
         for node in nodes {
             let name = &node.label.name;
             let Some(number) = known.get(name).copied().or_else(|| numbers.next()) else {
@@ -142,6 +143,7 @@ impl<'a> TableBuilder<'a> {
             let known_as = match node.peer() {
                 Some(peer) => {
                     peers.insert(number, peer);
+                    peer_keys.extend(node.cookies.map(|cookies| (number, cookies.incoming)));
                     number
                 }
                 None if node.label.this => SELF,
@@ -161,6 +163,7 @@ impl<'a> TableBuilder<'a> {
         self.peers = !peers.is_empty();
         self.next.nodes.replace(labels);
         self.next.peers.replace(peers);
+        self.next.peer_keys.replace(peer_keys);
         self.next.peer_numbers.replace(peer_numbers);
     }
 
@@ -447,7 +450,7 @@ impl<'a> TableBuilder<'a> {
             let sources = sources.get(&target(&entry.label)).map_or(&[][..], Vec::as_slice);
             let local = entry.backend.kind == Kind::Local as u8;
             if local {
-                entry.backend.source = task_key(&entry).address;
+                entry.backend.source = cluster_address(&entry.label);
                 entry.backend.flags |= backend::NAMED;
             }
             if answers_here(&entry) && !sources.is_empty() {
@@ -534,11 +537,16 @@ fn endpoint(entry: &BackendEntry) -> At {
     At { address: entry.label.address, protocol: entry.label.protocol, port: entry.label.target }
 }
 
+/// The address of a task in the cluster.
+fn cluster_address(label: &BackendLabel) -> Wide {
+    mapped(label.overlay.unwrap_or(label.address))
+}
+
 /// How peers name a task of this node.
 fn task_key(entry: &BackendEntry) -> TaskKey {
     let label = &entry.label;
     TaskKey {
-        address: mapped(label.overlay.unwrap_or(label.address)),
+        name: name(&cluster_address(label)),
         port: Be16::new(label.target),
         protocol: label.protocol.number(),
         family: if label.address.is_ipv4() { 4 } else { 6 },

@@ -1,7 +1,7 @@
 //! The tables as plain data, and the operations that change them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -14,7 +14,10 @@ use lb_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Idle, Protocol, TaskState};
+use crate::{
+    cluster::{Idle, Protocol, TaskState},
+    tunnel_key::Cookies,
+};
 
 /// An address, protocol and port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -141,6 +144,8 @@ pub struct Tables {
     pub last_node: u32,
     /// The other nodes that have an agent, by number of the node.
     pub peers: BTreeMap<u32, Peer>,
+    /// The cookies of packets from them, by number of the node; of some none is known.
+    pub peer_keys: BTreeMap<u32, u64>,
     /// Numbers of the nodes by address, this node's own with [`lb_common::tunnel::SELF`].
     pub peer_numbers: BTreeMap<IpAddr, u32>,
     /// This node's tasks as peers name them, and their backends.
@@ -196,6 +201,8 @@ impl Tables {
             MapOp::RemoveNode(index) => drop(self.nodes.remove(&index)),
             MapOp::SetPeer(number, peer) => drop(self.peers.insert(number, peer)),
             MapOp::RemovePeer(number) => drop(self.peers.remove(&number)),
+            MapOp::SetPeerKey(number, cookie) => drop(self.peer_keys.insert(number, cookie)),
+            MapOp::RemovePeerKey(number) => drop(self.peer_keys.remove(&number)),
             MapOp::SetPeerNumber(address, number) => drop(self.peer_numbers.insert(address, number)),
             MapOp::RemovePeerNumber(address) => drop(self.peer_numbers.remove(&address)),
             MapOp::SetTask(key, index) => drop(self.tasks.insert(key, index)),
@@ -230,6 +237,16 @@ impl Tables {
     /// Whether a backend names a peer that is there, if it names one.
     fn leads_on(&self, backend: &Backend) -> bool {
         backend.kind != Kind::Peer as u8 || self.peers.contains_key(&backend.peer.into())
+    }
+
+    /// The cookies of packets between this node and those that have any, by name.
+    pub fn cookies(&self) -> HashMap<&str, Cookies> {
+        let of = |(number, incoming): (&u32, &u64)| {
+            // One alone was left by a change that was cut short.
+            let outgoing = Some(self.peers.get(number)?.cookie).filter(|cookie| *cookie != 0)?;
+            Some((self.nodes.get(number)?.name.as_str(), Cookies { outgoing, incoming: *incoming }))
+        };
+        self.peer_keys.iter().filter_map(of).collect()
     }
 
     /// The nodes to which a way is known, and the longest packets that it lets pass, in bytes.
@@ -295,6 +312,10 @@ pub enum MapOp {
     SetPeer(u32, Peer),
     /// Forget a peer.
     RemovePeer(u32),
+    /// Say which cookie a peer's packets have.
+    SetPeerKey(u32, u64),
+    /// Have a peer's packets need none.
+    RemovePeerKey(u32),
     /// Say whose an address is.
     SetPeerNumber(IpAddr, u32),
     /// Forget an address of a node.

@@ -6,8 +6,9 @@ use lb_common::backend::{SINGLE, State};
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::{
-    Access, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via,
+use crate::{
+    cluster::{Access, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via},
+    tunnel_key::{Cookies, NodeKey},
 };
 
 // Room for two generations of the most that `cluster` makes, for a plan gives nothing again that it frees: backends of five
@@ -48,6 +49,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
             addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
             agent,
             down: false,
+            key: NodeKey::Unknown,
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
@@ -122,7 +124,14 @@ fn plan_by(
     limits: &Limits,
 ) -> Plan {
     let ways: Ways = planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
-    let view = View { cluster, node: "node1", addresses: &addresses(), named: &[], ways: &ways };
+    let view = View {
+        cluster,
+        node: "node1",
+        addresses: &addresses(),
+        named: &[],
+        cookies: &BTreeMap::new(),
+        ways: &ways,
+    };
     planner.plan(&view, actual, limits)
 }
 
@@ -374,6 +383,7 @@ fn addresses_of_nodes_without_room_are_said() {
         addresses: (first..first + 5).map(address).collect(),
         agent: true,
         down: false,
+        key: NodeKey::Unknown,
     };
     let mut tables = Tables::empty(LIMITS.slots);
     let mut go = |cluster: &ClusterState| {
@@ -575,7 +585,14 @@ fn every_address_of_a_node_may_lead_to_a_task() {
     let cluster = one_service(&[TaskState::Running]);
     let addresses: Vec<IpAddr> = (1..=9).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
     let ways = BTreeMap::new();
-    let view = View { cluster: &cluster, node: "node1", addresses: &addresses, named: &[], ways: &ways };
+    let view = View {
+        cluster: &cluster,
+        node: "node1",
+        addresses: &addresses,
+        named: &[],
+        cookies: &BTreeMap::new(),
+        ways: &ways,
+    };
     let plan = Planner::default().plan(&view, &Tables::empty(LIMITS.slots), &LIMITS);
     let listeners = plan.ops.iter().filter(|op| matches!(op, MapOp::SetListener(..)));
     assert_eq!(listeners.count(), 9);
@@ -601,6 +618,7 @@ fn nodes(numbers: &[u8]) -> ClusterState {
         addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
         agent: true,
         down: false,
+        key: NodeKey::Unknown,
     };
     ClusterState {
         nodes: numbers.iter().map(node).collect(),
@@ -629,8 +647,9 @@ fn peers_are_numbered_and_a_task_is_named_by_its_address_in_the_cluster() {
     for own in ["192.0.2.101", "192.0.2.1", "2001:db8::1"] {
         assert_eq!(tables.peer_numbers[&own.parse().unwrap()], lb_common::tunnel::SELF);
     }
-    let named = tables.tasks.keys().map(|key| lb_common::tunnel::unmapped(key.address)).collect::<Vec<_>>();
-    assert_eq!(named, ["10.0.0.1".parse::<IpAddr>().unwrap()], "only its own tasks");
+    let named = tables.tasks.keys().map(|key| key.name).collect::<Vec<_>>();
+    let own = lb_common::tunnel::mapped("10.0.0.1".parse().unwrap());
+    assert_eq!(named, [lb_common::tunnel::name(&own)], "only its own tasks");
     let far = tables.backends.values().find(|entry| entry.label.task == "web.2").unwrap();
     assert_eq!(far.backend.peer, second as u16);
     assert_eq!(far.backend.address, lb_common::tunnel::mapped("10.0.0.2".parse().unwrap()));
@@ -639,6 +658,58 @@ fn peers_are_numbered_and_a_task_is_named_by_its_address_in_the_cluster() {
     apply_all(&mut tables, &nodes(&[1, 2, 4]));
     assert_ne!(number(&tables, "node4"), third);
     assert_eq!(number(&tables, "node2"), second);
+}
+
+/// A peer's packets are judged by its own cookie from the first on that is taken for its; what is sent to it has the other one.
+#[test]
+fn cookies_come_before_the_addresses_of_their_peers_and_go_after_them() {
+    let (cluster, ways) = (nodes(&[1, 2, 3]), |(address, _)| way(address));
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut planner = Planner::default();
+    let plan = |planner: &mut Planner, tables: &Tables, cluster: &ClusterState, cookies: &[(&str, u64)]| {
+        let ways: Ways =
+            planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
+        let both = |(name, cookie): &(&str, u64)| {
+            ((*name).to_owned(), Cookies { outgoing: *cookie, incoming: cookie + 1 })
+        };
+        let cookies = cookies.iter().map(both).collect();
+        let addresses = addresses();
+        let view = View {
+            cluster,
+            node: "node1",
+            addresses: &addresses,
+            named: &[],
+            cookies: &cookies,
+            ways: &ways,
+        };
+        planner.plan(&view, tables, &LIMITS).ops
+    };
+    let ops = plan(&mut planner, &tables, &cluster, &[("node2", 10)]);
+    let at = |ops: &[MapOp], which: &dyn Fn(&MapOp) -> bool| ops.iter().position(which).unwrap();
+    let key = at(&ops, &|op| matches!(op, MapOp::SetPeerKey(_, 11)));
+    assert!(
+        key < at(
+            &ops,
+            &|op| matches!(op, MapOp::SetPeerNumber(ip, _) if *ip == "192.0.2.102".parse::<IpAddr>().unwrap())
+        )
+    );
+    ops.into_iter().for_each(|op| tables.apply(op));
+    let of = |tables: &Tables, name: &str| {
+        tables.cookies().get(name).map(|cookies| (cookies.outgoing, cookies.incoming))
+    };
+    assert_eq!((of(&tables, "node2"), of(&tables, "node3")), (Some((10, 11)), None));
+    // Another one, and one for another node: nothing else of the tables changes, and no service is planned anew.
+    let ops = plan(&mut planner, &tables, &cluster, &[("node2", 20), ("node3", 30)]);
+    assert!(ops.iter().all(|op| matches!(op, MapOp::SetPeer(..) | MapOp::SetPeerKey(..))), "{ops:?}");
+    ops.into_iter().for_each(|op| tables.apply(op));
+    assert_eq!((of(&tables, "node2"), of(&tables, "node3")), (Some((20, 21)), Some((30, 31))));
+    // A node that goes, and one that has none any more.
+    let ops = plan(&mut planner, &tables, &nodes(&[1, 3]), &[]);
+    let gone = at(&ops, &|op| matches!(op, MapOp::RemovePeerNumber(_)));
+    let key = at(&ops, &|op| matches!(op, MapOp::RemovePeerKey(_)));
+    assert!(gone < key && key < at(&ops, &|op| matches!(op, MapOp::RemoveNode(_))), "{ops:?}");
+    ops.into_iter().for_each(|op| tables.apply(op));
+    assert!(tables.peer_keys.is_empty() && tables.peers.values().all(|peer| peer.cookie == 0));
 }
 
 #[test]

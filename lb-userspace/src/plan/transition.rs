@@ -20,6 +20,7 @@ use super::{
 pub(super) struct Next<'a> {
     pub nodes: TableDiff<'a, u32, NodeLabel>,
     pub peers: TableDiff<'a, u32, Peer>,
+    pub peer_keys: TableDiff<'a, u32, u64>,
     pub peer_numbers: TableDiff<'a, IpAddr, u32>,
     pub tasks: TableDiff<'a, TaskKey, u32>,
     pub services: TableDiff<'a, u32, ServiceLabel>,
@@ -39,6 +40,7 @@ impl<'a> Next<'a> {
         Self {
             nodes: TableDiff::new(&actual.nodes),
             peers: TableDiff::new(&actual.peers),
+            peer_keys: TableDiff::new(&actual.peer_keys),
             peer_numbers: TableDiff::new(&actual.peer_numbers),
             tasks: TableDiff::new(&actual.tasks),
             services: TableDiff::new(&actual.services),
@@ -58,6 +60,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     let mut ops = Vec::new();
     let (nodes, nodes_gone) = next.nodes.split();
     let (peers, peers_gone) = next.peers.split();
+    let (peer_keys, peer_keys_gone) = next.peer_keys.split();
     let (peer_numbers, peer_numbers_gone) = next.peer_numbers.split();
     let (services, services_gone) = next.services.split();
     let (ports, ports_gone) = next.ports.split();
@@ -75,6 +78,8 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
         backends.into_iter().partition(|(index, entry)| demoted(actual.get(index), entry));
     // Names first: they decide nothing, and a reader never finds a number without one.
     ops.extend(nodes.into_iter().map(|(i, label)| MapOp::SetNode(i, label)));
+    // What a peer sends is judged by its own key from the first packet on that is taken for its.
+    ops.extend(peer_keys.into_iter().map(|(i, cookie)| MapOp::SetPeerKey(i, cookie)));
     ops.extend(peers.into_iter().map(|(i, peer)| MapOp::SetPeer(i, peer)));
     // A node that goes makes room for the addresses of one that comes.
     ops.extend(peer_numbers_gone.into_iter().map(MapOp::RemovePeerNumber));
@@ -98,6 +103,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));
     ops.extend(backends_gone.into_iter().map(MapOp::FreeBackend));
     ops.extend(peers_gone.into_iter().map(MapOp::RemovePeer));
+    ops.extend(peer_keys_gone.into_iter().map(MapOp::RemovePeerKey));
     ops.extend(after);
     ops.extend(ports_gone.into_iter().map(MapOp::RemovePort));
     ops.extend(services_gone.into_iter().map(MapOp::RemoveService));

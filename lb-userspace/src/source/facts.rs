@@ -8,7 +8,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{ClusterState, Service, TaskState};
+use crate::{
+    cluster::{ClusterState, Service, TaskState},
+    tunnel_key::PublicKey,
+};
 
 /// As many addresses of a node are taken from its agent.
 pub const MOST_ADDRESSES: usize = 16;
@@ -26,6 +29,9 @@ pub struct NodeFacts {
     pub tasks: BTreeMap<String, TaskFacts>,
     /// Whether those are all: false while the node's Docker does not answer, and the last ones stand.
     pub complete: bool,
+    /// What its packets in the tunnel are known by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<PublicKey>,
 }
 
 /// Why what an agent says is not taken.
@@ -177,7 +183,14 @@ mod tests {
 
     fn cluster(tasks: Vec<Task>) -> ClusterState {
         let addresses = vec!["192.0.2.9".parse().unwrap()];
-        let node = Node { name: "node1".into(), host: String::new(), addresses, agent: true, down: false };
+        let node = Node {
+            name: "node1".into(),
+            host: String::new(),
+            addresses,
+            agent: true,
+            down: false,
+            key: crate::tunnel_key::NodeKey::Unknown,
+        };
         let service = Service {
             name: "web".into(),
             addresses: vec![],
@@ -197,7 +210,7 @@ mod tests {
     fn heard(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, Heard> {
         let known = |ailing| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], ailing };
         let tasks = tasks.iter().map(|(name, ailing)| ((*name).to_owned(), known(*ailing))).collect();
-        let facts = Arc::new(NodeFacts { addresses: vec![], tasks, complete });
+        let facts = Arc::new(NodeFacts { tasks, complete, ..NodeFacts::default() });
         BTreeMap::from([("node1".to_owned(), Heard { facts, now })])
     }
 

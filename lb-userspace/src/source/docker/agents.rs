@@ -16,6 +16,7 @@ use crate::{
         facts::{Heard, MOST_ADDRESSES, NodeFacts},
         peer::server::Word,
     },
+    tunnel_key::NodeKey,
 };
 
 /// What an agent said stands for so long after its connection has ended: it may be replaced, and its datapath serves on.
@@ -44,27 +45,31 @@ struct Proof {
 
 /// All nodes' agents but this one.
 #[derive(Debug, Default)]
-pub(super) struct Agents(BTreeMap<String, Agent>);
+pub(super) struct Agents {
+    by_node: BTreeMap<String, Agent>,
+    /// Their keys as they told them last, for as long as they are of the swarm: a datapath uses its key after its agent has ended.
+    keys: BTreeMap<String, NodeKey>,
+}
 
 impl Agents {
     /// Takes note of a word; whether a task came or went, of which the managers may know too.
     pub fn take(&mut self, word: Word, now: Instant) -> bool {
         match word {
             Word::Came(node, connection, address) => {
-                let agent = self.0.entry(node).or_default();
+                let agent = self.by_node.entry(node).or_default();
                 agent.doubt(now);
                 (agent.connection, agent.gone) = (Some(connection), None);
                 agent.proven(address, now);
             }
             Word::Proven(node, address) => {
                 // Before its agent came it has nothing to prove.
-                if let Some(agent) = self.0.get_mut(&node) {
+                if let Some(agent) = self.by_node.get_mut(&node) {
                     agent.proven(address, now);
                 }
             }
             Word::Facts(node, connection, facts) => return self.said(&node, connection, facts),
             Word::Gone(node, connection) => {
-                let agent = self.0.get_mut(&node);
+                let agent = self.by_node.get_mut(&node);
                 // It may have come back by another one already.
                 if let Some(agent) = agent.filter(|agent| agent.connection == Some(connection)) {
                     (agent.connection, agent.gone) = (None, Some(now));
@@ -77,10 +82,11 @@ impl Agents {
 
     fn said(&mut self, node: &str, connection: u64, facts: NodeFacts) -> bool {
         // One that was replaced may have said something yet.
-        let agent = self.0.get_mut(node).filter(|agent| agent.connection == Some(connection));
+        let agent = self.by_node.get_mut(node).filter(|agent| agent.connection == Some(connection));
         let Some(agent) = agent else {
             return false;
         };
+        self.keys.insert(node.to_owned(), facts.key.map_or(NodeKey::None, NodeKey::Public));
         let before = agent.facts.replace(Arc::new(facts));
         let (Some(before), Some(after)) = (before, &agent.facts) else {
             return true;
@@ -94,7 +100,7 @@ impl Agents {
 
     /// All connections have ended.
     pub fn hang_up(&mut self, now: Instant) {
-        for agent in self.0.values_mut().filter(|agent| agent.connection.is_some()) {
+        for agent in self.by_node.values_mut().filter(|agent| agent.connection.is_some()) {
             (agent.connection, agent.gone) = (None, Some(now));
             agent.doubt(now);
         }
@@ -102,7 +108,8 @@ impl Agents {
 
     /// Forgets what nobody has said for too long, and who is not of the swarm.
     pub fn expire(&mut self, members: Option<&BTreeSet<String>>, now: Instant) {
-        self.0.retain(|node, agent| {
+        self.keys.retain(|node, _| members.is_none_or(|members| members.contains(node)));
+        self.by_node.retain(|node, agent| {
             agent.proofs.retain(|_, proof| proof.until.is_none_or(|until| until > now));
             let member = members.is_none_or(|members| members.contains(node));
             member && agent.gone.is_none_or(|gone| now < gone + GRACE)
@@ -111,7 +118,7 @@ impl Agents {
 
     /// Whether this node's agent was heard, and has proven all addresses that it claims.
     pub fn is_settled(&self, node: &str) -> bool {
-        self.0.get(node).is_some_and(|agent| {
+        self.by_node.get(node).is_some_and(|agent| {
             let facts = agent.facts.as_ref();
             facts.is_some_and(|facts| {
                 facts.addresses.iter().take(MOST_ADDRESSES).all(|address| agent.proofs.contains_key(address))
@@ -125,11 +132,11 @@ impl Agents {
             let facts = agent.facts.clone()?;
             Some((node.clone(), Heard { facts, now: agent.connection.is_some() }))
         };
-        self.0.iter().filter_map(heard).collect()
+        self.by_node.iter().filter_map(heard).collect()
     }
 
-    /// Gives each node the addresses that are its, the best first; what two of them claim is said, and what one claims that
-    /// it was not seen to have. `own` is this node with its addresses.
+    /// Gives each node its key and the addresses that are its, the best first; what two of them claim is said, and what one claims
+    /// that it was not seen to have. `own` is this node with its addresses.
     pub fn place(&self, nodes: &mut [Node], own: (&str, &[IpAddr])) -> Vec<String> {
         let mut claims: BTreeMap<IpAddr, Vec<Claim>> = BTreeMap::new();
         for (index, node) in nodes.iter().enumerate() {
@@ -159,6 +166,7 @@ impl Agents {
             }));
         }
         for (node, owned) in nodes.iter_mut().zip(owned) {
+            node.key = self.keys.get(&node.name).copied().unwrap_or_default();
             let order = self.order(node, own);
             node.addresses = order.into_iter().filter(|address| owned.contains(address)).collect();
         }
@@ -167,7 +175,7 @@ impl Agents {
 
     /// What a node claims, and by what.
     fn claims(&self, node: &Node, (this, own): (&str, &[IpAddr])) -> Vec<(IpAddr, By)> {
-        let agent = self.0.get(&node.name);
+        let agent = self.by_node.get(&node.name);
         let proof = |address: &IpAddr| agent.and_then(|agent| agent.proofs.get(address));
         let claim = |address: IpAddr| {
             let by = match proof(&address) {
@@ -184,7 +192,7 @@ impl Agents {
 
     /// All addresses that anybody says are a node's: first what itself says, the most usual first.
     fn order(&self, node: &Node, (this, own): (&str, &[IpAddr])) -> Vec<IpAddr> {
-        let agent = self.0.get(&node.name);
+        let agent = self.by_node.get(&node.name);
         let told = agent.and_then(|agent| agent.facts.as_ref()).map_or(&[][..], |facts| &facts.addresses);
         let own = if this == node.name { own } else { &[] };
         let seen = agent.into_iter().flat_map(|agent| agent.proofs.keys());
@@ -254,6 +262,7 @@ mod tests {
             addresses: addresses.iter().map(|address| ip(address)).collect(),
             agent: true,
             down: false,
+            key: NodeKey::Unknown,
         };
         addresses.iter().map(node).collect()
     }
@@ -263,6 +272,7 @@ mod tests {
             addresses: addresses.iter().map(|address| ip(address)).collect(),
             tasks: tasks.iter().map(|task| ((*task).to_owned(), TaskFacts::default())).collect(),
             complete: true,
+            ..NodeFacts::default()
         }
     }
 
@@ -318,6 +328,29 @@ mod tests {
         bench.says("a", 1, &["2001:db8::2"], now);
         bench.says("a", 1, &[A, "2001:db8::2"], now);
         assert_eq!(bench.placed().0[0], ["2001:db8::2", "192.0.2.2"]);
+    }
+
+    /// What is known of a key stands while its node is of the swarm, and an agent that tells none has none.
+    #[test]
+    fn a_node_s_key_is_what_its_agent_says() {
+        let (mut bench, now) = (Bench::default(), Instant::now());
+        let key = crate::tunnel_key::Secret::generate().unwrap().public();
+        let keys = |bench: &Bench| {
+            let mut nodes = nodes(&[("a", &["192.0.2.2"]), ("b", &["192.0.2.3"])]);
+            bench.agents.place(&mut nodes, ("m", &[]));
+            [nodes[0].key, nodes[1].key]
+        };
+        bench.comes("a", 1, &[], now);
+        assert_eq!(keys(&bench), [NodeKey::None, NodeKey::Unknown]);
+        let told = NodeFacts { key: Some(key), ..NodeFacts::default() };
+        bench.agents.take(Word::Facts("a".into(), 1, told), now);
+        bench.agents.take(Word::Gone("a".into(), 1), now);
+        assert_eq!(keys(&bench), [NodeKey::Public(key), NodeKey::Unknown]);
+        // Its datapath goes on with it.
+        bench.agents.expire(None, now + GRACE);
+        assert_eq!(keys(&bench), [NodeKey::Public(key), NodeKey::Unknown]);
+        bench.agents.expire(Some(&BTreeSet::from(["b".to_owned()])), now + GRACE);
+        assert_eq!(keys(&bench), [NodeKey::Unknown; 2]);
     }
 
     #[test]

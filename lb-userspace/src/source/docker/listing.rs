@@ -18,6 +18,7 @@ use crate::{
     datapath::Hint,
     source::facts::task_name,
     text,
+    tunnel_key::NodeKey,
 };
 
 /// Service label: how the replies of its tasks travel, `tunnel` or `direct`.
@@ -172,7 +173,7 @@ impl Listing {
             let host = hosts.get(node.id.as_str()).filter(|host| **host != node.id).cloned();
             // Whether an agent is there shows when its datapath is asked.
             let (name, host) = (node.id.clone(), host.unwrap_or_default());
-            Node { name, host, addresses, agent: true, down: is_down(node) }
+            Node { name, host, addresses, agent: true, down: is_down(node), key: NodeKey::Unknown }
         };
         let mut nodes: Vec<Node> = self.nodes.iter().map(node).collect();
         nodes.sort_by(|a, b| (a.shown(), &a.name).cmp(&(b.shown(), &b.name)));

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     net::{Net, Snapshot, newest},
     source::facts::{NodeFacts, TaskFacts, task_name},
+    tunnel_key::PublicKey,
 };
 
 /// The bridge by which Swarm's containers reach the outside; its name in the kernel is Docker's own default.
@@ -34,7 +35,12 @@ const EVENTS: &str =
 const TASKS: &str = r#"{"is-task":["true"]}"#;
 
 /// Follows until the receiver is gone.
-pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<Option<NodeFacts>>) {
+pub async fn follow(
+    engine: Engine,
+    interfaces: Vec<String>,
+    key: PublicKey,
+    out: watch::Sender<Option<NodeFacts>>,
+) {
     let mut local =
         Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None, listed: false };
     let (net, mut changes) = match Net::connect() {
@@ -47,6 +53,7 @@ pub async fn follow(engine: Engine, interfaces: Vec<String>, out: watch::Sender<
     let mut waiting = Instant::now();
     loop {
         let mut facts = out.borrow().clone().unwrap_or_default();
+        facts.key = Some(key);
         let pause = match local.read(&net, &mut facts).await {
             Ok(true) => {
                 waiting = Instant::now();

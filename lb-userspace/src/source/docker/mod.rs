@@ -42,7 +42,7 @@ use super::{
     Update,
     peer::{self, tls::Keeper},
 };
-use crate::cluster::Tunnel;
+use crate::{cluster::Tunnel, tunnel_key::PublicKey};
 
 /// What the source is asked to do.
 #[derive(Clone, Debug)]
@@ -53,6 +53,8 @@ pub struct Settings {
     pub tunnel: Tunnel,
     /// Whether a datapath runs already, whose connections the first state must not cut off.
     pub adopts: bool,
+    /// What other nodes are told of this one's key for the tunnel.
+    pub key: PublicKey,
     /// Why this source was chosen, for `status`.
     pub why: String,
     /// Changes when everything is to be looked at again.
@@ -191,7 +193,8 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
     let mut reload = settings.reload.clone();
     let (own_sender, own) = watch::channel(None);
     let mut own_changed = own.clone();
-    let _local = Job::start(local::follow(engine.clone(), settings.interfaces.clone(), own_sender));
+    let _local =
+        Job::start(local::follow(engine.clone(), settings.interfaces.clone(), settings.key, own_sender));
     let mut memberships = membership::follow(engine.clone());
     let (list_sender, mut lists) = mpsc::channel(1);
     let (agent_sender, mut agents) = mpsc::channel(64);

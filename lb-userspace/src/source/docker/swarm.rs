@@ -1,7 +1,7 @@
 //! What this node is told of the swarm, and what it makes of it: nothing here waits for anybody but the receivers.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -18,7 +18,7 @@ use super::{
     model::Gossip,
 };
 use crate::{
-    cluster::{ClusterState, Task, TaskState},
+    cluster::{ClusterState, Node, Task, TaskState},
     descriptors,
     source::{
         Origin, Update,
@@ -26,6 +26,7 @@ use crate::{
         peer::{self, Telling, Told},
     },
     text,
+    tunnel_key::NodeKey,
 };
 
 /// Connections to managers come about in this time, or it is worth a word.
@@ -283,6 +284,9 @@ impl Swarm {
             let mut state = picture.cluster.clone();
             state.this = Some(node.clone()).filter(|node| picture.members.contains(node));
             let claimed = self.agents.place(&mut state.nodes, (&node, &own.facts.addresses));
+            if let Some(this) = state.nodes.iter_mut().find(|other| other.name == node) {
+                this.key = NodeKey::Public(self.settings.key);
+            }
             let notes = picture.notes.iter().cloned().chain(claimed).collect();
             self.base = Some(state.clone());
             let mut facts = self.agents.facts();
@@ -337,7 +341,10 @@ impl Swarm {
             self.chosen = Some(id.clone());
         }
         let manager = self.chosen.as_ref().and_then(|id| self.managers.get(id));
-        if let Some(state) = manager.and_then(|manager| manager.state.clone()) {
+        if let Some(mut state) = manager.and_then(|manager| manager.state.clone()) {
+            let told = self.managers.iter();
+            let told = told.filter_map(|(id, manager)| Some((id.as_str(), manager.state.as_ref()?)));
+            complete_keys(&mut state.nodes, &told.collect());
             self.base = Some(state);
         }
         self.base.clone()
@@ -421,6 +428,29 @@ impl Swarm {
     }
 }
 
+/// Completes what one manager's agent says of the nodes' keys by what all said last, by their names: each knows those of the
+/// agents that speak to it. One that does not tell its own is of a version without keys, and where there are only such ones no node
+/// can hear of another's.
+fn complete_keys(nodes: &mut [Node], told: &BTreeMap<&str, &ClusterState>) {
+    let said: Vec<HashMap<&str, NodeKey>> = told
+        .values()
+        .map(|state| state.nodes.iter().map(|node| (node.name.as_str(), node.key)).collect())
+        .collect();
+    let of =
+        |said: &HashMap<&str, NodeKey>, name: &str| said.get(name).copied().filter(|key| !key.is_unknown());
+    let tells = |(name, said): (&&str, &HashMap<&str, NodeKey>)| of(said, name).is_some();
+    let any = told.keys().zip(&said).any(tells);
+    for node in nodes.iter_mut().filter(|node| node.key.is_unknown()) {
+        let name = node.name.as_str();
+        let own = told.keys().zip(&said).find(|(id, _)| **id == name);
+        node.key = match said.iter().find_map(|said| of(said, name)) {
+            Some(key) => key,
+            None if !any || own.is_some() => NodeKey::None,
+            None => NodeKey::Unknown,
+        };
+    }
+}
+
 /// Takes new connections from tasks of other nodes that those do not tell of any more. Of its own a node knows better; and a
 /// node that is not heard at all may only have lost its Docker: whether it is there its datapath says.
 fn forget(state: &mut ClusterState, gossip: &Gossip) {
@@ -447,7 +477,41 @@ fn forget(state: &mut ClusterState, gossip: &Gossip) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{Node, Service, Via};
+    use crate::cluster::{Service, Via};
+
+    #[test]
+    fn keys_are_what_all_managers_know_and_nobody_s_where_none_knows_any() {
+        use NodeKey::{None, Public, Unknown};
+        let [m1, m2, a] = [(); 3].map(|()| Public(crate::tunnel_key::Secret::generate().unwrap().public()));
+        let state = |keys: [NodeKey; 4]| {
+            let node = |(name, key): (&str, NodeKey)| Node {
+                name: name.into(),
+                host: String::new(),
+                addresses: vec![],
+                agent: true,
+                down: false,
+                key,
+            };
+            let nodes = ["m1", "m2", "a", "b"].into_iter().zip(keys).map(node).collect();
+            ClusterState { nodes, ..ClusterState::default() }
+        };
+        let known = |chosen: [NodeKey; 4], heard: &[(&str, [NodeKey; 4])]| {
+            let heard: Vec<_> = heard.iter().map(|(name, keys)| (*name, state(*keys))).collect();
+            let mut state = state(chosen);
+            complete_keys(&mut state.nodes, &heard.iter().map(|(name, state)| (*name, state)).collect());
+            state.nodes.into_iter().map(|node| node.key).collect::<Vec<_>>()
+        };
+        // Each hears other agents.
+        let (first, second) = ([m1, Unknown, a, Unknown], [Unknown, m2, Unknown, None]);
+        for chosen in [first, second] {
+            assert_eq!(known(chosen, &[("m1", first), ("m2", second)]), [m1, m2, a, None]);
+        }
+        assert_eq!(known(first, &[("m1", first)]), first);
+        // One is of a version without keys; then all are that are heard.
+        let old = [Unknown; 4];
+        assert_eq!(known(old, &[("m1", old), ("m2", second)]), [None, m2, Unknown, None]);
+        assert_eq!(known(old, &[("m1", old)]), [None; 4]);
+    }
 
     #[test]
     fn without_managers_the_nodes_own_word_counts() {
@@ -459,6 +523,7 @@ mod tests {
             addresses: vec![ip(&format!("192.0.2.{number}"))],
             agent: true,
             down: false,
+            key: NodeKey::Unknown,
         };
         let task = |name: &str, node: u8| Task {
             name: format!("web.{name}"),

@@ -67,6 +67,7 @@ impl Manager {
             addresses: vec![self.at.ip()],
             agent: true,
             down: false,
+            key: crate::tunnel_key::NodeKey::Unknown,
         };
         let nodes = members.iter().map(node).collect();
         let cluster = ClusterState { nodes, ..ClusterState::default() };

@@ -303,6 +303,7 @@ mod tests {
             addresses: vec![],
             agent: true,
             down: false,
+            key: crate::tunnel_key::NodeKey::Unknown,
         };
         ClusterState {
             services: services.iter().map(service).map(Arc::new).collect(),
