@@ -146,6 +146,18 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         to: Option<PathBuf>,
     },
+    /// Make a key for the tunnel between the nodes of a cluster file
+    ///
+    /// The same file on all nodes, named by `key-file` in `[tunnel]`, has them refuse packets that others send from a node's
+    /// address. The nodes of a swarm find keys by themselves.
+    #[command(
+        after_help = "Example:\n  sudo lb-userspace keygen /etc/lb-userspace/tunnel.key\n  # then copy it to each node, and in the cluster file:\n  [tunnel]\n  key-file = \"/etc/lb-userspace/tunnel.key\""
+    )]
+    Keygen {
+        /// The file, which must not be there yet [default: standard output]
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
     /// Print completions for a shell
     #[command(after_help = "Example:\n  lb-userspace completions bash > /etc/bash_completion.d/lb-userspace")]
     Completions {

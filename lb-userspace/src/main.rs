@@ -62,6 +62,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Top { iface } => cmd::top::run(iface.as_deref()).map(|()| done),
         Command::SupportBundle { to } => cmd::support::run(to.as_deref()).await.map(|()| done),
         Command::Stats { read, watch } => cmd::stats::run(&read, watch).await.map(|()| done),
+        Command::Keygen { file } => cmd::keygen::run(file.as_deref()).map(|()| done),
         Command::Generate { artifact, folder } => cmd::generate::run(artifact, &folder).map(|()| done),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut settings::command(), "lb-userspace", &mut std::io::stdout());

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lb_userspace::{settings, source::file};
+use lb_userspace::{cmd::keygen, settings, source::file};
 
 fn documents() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the project");
@@ -51,6 +51,8 @@ fn every_command_line_is_one_that_is_understood() {
 #[test]
 fn every_file_is_one_that_is_understood() {
     let folder = tempfile::tempdir().expect("make a folder");
+    // The key that cluster files name.
+    keygen::run(Some(&folder.path().join("tunnel.key"))).expect("make a key");
     let (mut clusters, mut options) = (0, 0);
     for (path, text) in documents() {
         for block in blocks(&text, "toml") {

@@ -6,6 +6,7 @@ pub mod doctor;
 pub mod drain;
 pub mod events;
 pub mod generate;
+pub mod keygen;
 mod list;
 pub mod log_level;
 pub mod metrics;

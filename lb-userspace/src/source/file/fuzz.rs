@@ -1,6 +1,6 @@
 //! A cluster file that anybody may have written, and what it is changed to.
 
-use super::{parse::parse, pieces::Pieces};
+use super::{parse, pieces::Pieces};
 use crate::cluster::ClusterState;
 
 /// What cuts the input into the texts that a file holds one after another.
@@ -13,7 +13,7 @@ pub fn cluster_file(data: &[u8]) {
     };
     let mut pieces = Pieces::default();
     for text in text.split(NEXT) {
-        let whole = parse(text);
+        let whole = parse::raw(text).and_then(|raw| parse::cluster(&raw));
         if let Some(state) = pieces.read(text) {
             pieces.keep(text.to_owned());
             match &whole {

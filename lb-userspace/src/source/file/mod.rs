@@ -36,7 +36,7 @@ pub use safe::ReadError;
 use tokio::sync::{Notify, mpsc, watch};
 
 use super::Update;
-use crate::cluster::ClusterState;
+use crate::{cluster::ClusterState, tunnel_key::KeyError};
 
 /// Why a cluster file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -88,28 +88,52 @@ pub fn read(path: &Path) -> Result<ClusterState, FileError> {
 /// Reads a file again and again; what has not changed in it is neither parsed nor checked again.
 struct Reader {
     path: PathBuf,
+    /// Where the tunnel's key was last time, if there was to be one.
+    key_file: Option<PathBuf>,
     pieces: Pieces,
 }
 
 impl Reader {
     fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), pieces: Pieces::default() }
+        Self { path: path.to_owned(), key_file: None, pieces: Pieces::default() }
     }
 
     fn read(&mut self) -> Result<ClusterState, FileError> {
-        let path = || self.path.clone();
-        let text = safe::read(&self.path).map_err(|source| FileError::Read { path: path(), source })?;
-        let line = |at: usize| 1 + text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count();
-        let invalid = |Wrong { at, reason }: Wrong| FileError::Invalid {
-            path: path(),
-            line: line(at.min(text.len())),
-            reason,
+        let path = self.path.clone();
+        let text = safe::read(&self.path).map_err(|source| FileError::Read { path: path.clone(), source })?;
+        let line = |at: usize| {
+            1 + text.as_bytes()[..at.min(text.len())].iter().filter(|byte| **byte == b'\n').count()
         };
-        if let Some(state) = self.pieces.read(&text) {
+        let wrong = |line, reason| FileError::Invalid { path: path.clone(), line, reason };
+        let invalid = |Wrong { at, reason }: Wrong| wrong(line(at), reason);
+        let in_pieces = self.pieces.read(&text);
+        let (state, key_file) = match &in_pieces {
+            Some(_) => (None, self.pieces.key_file()),
+            None => {
+                let raw = parse::raw(&text).map_err(invalid)?;
+                let key_file = parse::key_file(&raw).map(|(at, path)| (at, path.to_owned()));
+                (Some(parse::cluster(&raw).map_err(invalid)?), key_file)
+            }
+        };
+        let key_file = key_file.map(|(at, path)| (line(at), path));
+        if in_pieces.is_some() {
             self.pieces.keep(text);
-            return Ok(state);
         }
-        parse::parse(&text).map_err(invalid)
+        let mut state = in_pieces.or(state).unwrap_or_default();
+        // Beside the cluster file, unless it says otherwise.
+        let folder = path.parent().unwrap_or(Path::new(""));
+        self.key_file = key_file.as_ref().map(|(_, path)| folder.join(path));
+        if let (Some((line, _)), Some(file)) = (key_file, &self.key_file) {
+            let wrong = |reason| wrong(line, format!("the key file {}: {reason}", file.display()));
+            let text = safe::read_secret(file).map_err(|error| wrong(error.to_string()))?;
+            state.shared_key = Some(text.parse().map_err(|error: KeyError| wrong(error.to_string()))?);
+        }
+        Ok(state)
+    }
+
+    /// What tells the files from what they were.
+    fn stamp(&self) -> Option<(Stamp, Option<Stamp>)> {
+        Some((Stamp::of(&self.path)?, self.key_file.as_deref().and_then(Stamp::of)))
     }
 }
 
@@ -153,13 +177,27 @@ pub fn watch(
     tokio::spawn(async move {
         let _watcher = watcher;
         let mut last: Option<Result<ClusterState, String>> = None;
-        let mut seen: Option<Stamp> = None;
+        let mut seen: Option<(Stamp, Option<Stamp>)> = None;
+        let mut warned = false;
         loop {
-            let stamp = Stamp::of(&reader.path);
+            let stamp = reader.stamp();
             if stamp.is_none() || stamp != seen {
                 // One that was written just now may be written again without looking different.
-                seen = stamp.filter(Stamp::is_settled);
+                let settled = |(file, key): &(Stamp, Option<Stamp>)| {
+                    file.is_settled() && key.as_ref().is_none_or(Stamp::is_settled)
+                };
+                seen = stamp.filter(settled);
                 let now = reader.read().map_err(|error| error.to_string());
+                // The key file may be another one now, which was not looked at.
+                seen = seen.filter(|seen| reader.stamp() == Some(*seen));
+                if !warned && now.as_ref().is_ok_and(is_open) {
+                    warned = true;
+                    log::warn!(
+                        "{}: the tunnel between the nodes has no key: who can send packets from a node's address reaches tasks \
+                         past every filter; `lb-userspace keygen FILE` makes one for key-file = \"FILE\" in [tunnel]",
+                        reader.path.display()
+                    );
+                }
                 if last.as_ref() != Some(&now) {
                     let update = match &now {
                         Ok(state) => Update::State(state.clone()),
@@ -195,6 +233,11 @@ pub fn watch(
     Ok(())
 }
 
+/// Whether nodes send each other packets that anybody could have sent.
+fn is_open(state: &ClusterState) -> bool {
+    state.shared_key.is_none() && state.nodes.iter().filter(|node| node.agent).count() > 1
+}
+
 /// What tells a file from what it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
@@ -225,7 +268,7 @@ impl Stamp {
 mod tests {
     use std::io::Write as _;
 
-    use super::{parse::parse, *};
+    use super::*;
     use crate::cluster::{Access, Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
 
     const GOOD: &str = r#"
@@ -244,6 +287,64 @@ addresses = ["172.18.0.3"]
 state = "draining"
 weight = 3
 "#;
+
+    fn parse(text: &str) -> Result<ClusterState, Wrong> {
+        parse::raw(text).and_then(|raw| parse::cluster(&raw))
+    }
+
+    /// The folder of a cluster file with a key file, which has this content and mode.
+    fn keyed(key: &str, mode: u32) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, key_file) = (folder.path().join("cluster.toml"), folder.path().join("tunnel.key"));
+        fs::write(&file, format!("[tunnel]\nport = 6081\nkey-file = \"tunnel.key\"\n{GOOD}")).unwrap();
+        fs::write(&key_file, key).unwrap();
+        fs::set_permissions(&key_file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        (folder, file)
+    }
+
+    #[test]
+    fn a_key_file_is_read_where_it_stands_and_is_nobody_elses() {
+        let key = crate::tunnel_key::SharedKey::generate().unwrap();
+        let (folder, file) = keyed(&format!("{key}\n"), 0o600);
+        let state = read(&file).unwrap();
+        assert_eq!(state.shared_key, key.parse().ok());
+        assert!(parse(GOOD).is_ok_and(|state| state.shared_key.is_none() && !is_open(&state)));
+        // Whether its parts can be told from each other or not.
+        let whole = fs::read_to_string(&file).unwrap().replace("\"web.1\"", "\"\"\"web.1\"\"\"");
+        fs::write(&file, whole).unwrap();
+        assert_eq!(read(&file).unwrap().shared_key, key.parse().ok());
+        fs::remove_file(folder.path().join("tunnel.key")).unwrap();
+        for (key, mode, part) in [
+            ("", 0o600, "it is no key: one is 64 hexadecimal digits"),
+            (key.as_str(), 0o640, "others than its owner may read or write it"),
+        ] {
+            let (_folder, file) = keyed(key, mode);
+            let error = read(&file).unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains(".toml:3: the key file /"), "{error}");
+        }
+        let error = read(&file).unwrap_err().to_string();
+        assert!(error.contains("No such file"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_changes_is_noticed() {
+        let keys = [(); 2].map(|()| crate::tunnel_key::SharedKey::generate().unwrap());
+        let (folder, file) = keyed(&keys[0], 0o600);
+        let (sender, mut updates) = mpsc::channel(4);
+        let (_reload, reloads) = watch::channel(0);
+        watch(&file, sender, reloads).unwrap();
+        for key in &keys {
+            fs::write(folder.path().join("tunnel.key"), key).unwrap();
+            loop {
+                let update = tokio::time::timeout(Duration::from_secs(20), updates.recv()).await;
+                match update.expect("a word within twenty seconds").unwrap() {
+                    Update::State(state) if state.shared_key == key.parse().ok() => break,
+                    Update::State(_) | Update::Failed(_) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
 
     fn fails(text: &str, line: usize, part: &str) {
         let mut file = tempfile::NamedTempFile::new().unwrap();

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -11,9 +12,12 @@ use lb_common::conntrack::Timers;
 use serde::Deserialize;
 use toml::Spanned;
 
-use crate::cluster::{
-    Access, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via,
-    address_range, set_timer,
+use crate::{
+    cluster::{
+        Access, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via,
+        address_range, set_timer,
+    },
+    tunnel_key::NodeKey,
 };
 
 #[derive(Deserialize)]
@@ -31,6 +35,8 @@ pub(super) struct RawTunnel {
     port: Option<Spanned<u16>>,
     #[serde(default, rename = "return")]
     returns: Return,
+    #[serde(rename = "key-file")]
+    key_file: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Deserialize)]
@@ -117,10 +123,9 @@ pub(super) fn raw(text: &str) -> Result<RawCluster, Wrong> {
 }
 
 /// A whole cluster.
-pub(super) fn parse(text: &str) -> Result<ClusterState, Wrong> {
-    let raw = raw(text)?;
+pub(super) fn cluster(raw: &RawCluster) -> Result<ClusterState, Wrong> {
     let mut names = HashMap::new();
-    let nodes = nodes(&raw, &mut names)?;
+    let nodes = nodes(raw, &mut names)?;
     let mut published = HashMap::new();
     let mut services = Vec::new();
     let known = nodes.iter().map(|node| node.name.clone()).collect();
@@ -145,6 +150,7 @@ pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Ve
         addresses: node.get_ref().addresses.clone(),
         agent: node.get_ref().agent,
         down: false,
+        key: NodeKey::None,
     });
     Ok(nodes.collect())
 }
@@ -200,6 +206,12 @@ pub(super) fn tunnel(raw: Option<&RawTunnel>, published: &Published<'_>) -> Resu
         return Err(Wrong { at, reason });
     }
     Ok(Tunnel { port, returns: raw.map_or(default.returns, |raw| raw.returns) })
+}
+
+/// Where the tunnel's key is, if it has one, and where that stands.
+pub(super) fn key_file(raw: &RawCluster) -> Option<(usize, &Path)> {
+    let file = raw.tunnel.as_ref()?.key_file.as_ref()?;
+    Some((file.span().start, file.get_ref()))
 }
 
 fn unique<'a>(names: &mut Names<'a>, (kind, name): (&'static str, &'a Spanned<String>)) -> Result<(), Wrong> {

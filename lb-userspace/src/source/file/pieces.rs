@@ -9,6 +9,7 @@ use std::{
     hash::{BuildHasher as _, RandomState},
     net::IpAddr,
     ops::Range,
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -28,6 +29,7 @@ pub(super) struct Pieces {
     /// Their names.
     known: HashSet<String>,
     tunnel: Tunnel,
+    key_file: Option<(usize, PathBuf)>,
     services: Vec<Piece>,
     unique: Unique,
 }
@@ -47,6 +49,11 @@ impl Pieces {
             *self = Self::default();
         }
         state
+    }
+
+    /// Where the tunnel's key is, and where that stands.
+    pub fn key_file(&self) -> Option<(usize, PathBuf)> {
+        self.key_file.clone()
     }
 
     /// Keeps the text that was read.
@@ -101,6 +108,7 @@ impl Pieces {
         self.nodes = parse::nodes(&raw, &mut HashMap::new()).ok()?;
         self.known = self.nodes.iter().map(|node| node.name.clone()).collect();
         self.tunnel = parse::tunnel(raw.tunnel.as_ref(), &Published::new()).ok()?;
+        self.key_file = parse::key_file(&raw).map(|(at, path)| (at, path.to_owned()));
         Some(())
     }
 
@@ -257,7 +265,7 @@ mod tests {
             lines.splice(0..0, [0, 1]);
             for (place, line, kind) in edits {
                 let text: String = lines.iter().map(|line| LINES[*line]).collect();
-                let whole = parse::parse(&text);
+                let whole = parse::raw(&text).and_then(|raw| parse::cluster(&raw));
                 if let Some(state) = pieces.read(&text) {
                     prop_assert_eq!(Some(state), whole.ok(), "{}", text);
                     pieces.keep(text);
@@ -292,7 +300,8 @@ mod tests {
         let mut pieces = Pieces::default();
         let mut read = |text: String| {
             let state = pieces.read(&text).unwrap();
-            assert_eq!(Some(&state), parse::parse(&text).ok().as_ref());
+            let whole = parse::raw(&text).and_then(|raw| parse::cluster(&raw));
+            assert_eq!(Some(&state), whole.ok().as_ref());
             pieces.keep(text);
             state
         };

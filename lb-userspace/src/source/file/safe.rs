@@ -27,6 +27,17 @@ pub enum ReadError {
     /// It is no text.
     #[error("it is not UTF-8 text")]
     Text,
+    /// It holds a secret that others may read.
+    #[error("others than its owner may read or write it; chmod 600 {}", .0.display())]
+    Open(PathBuf),
+    /// Somebody else knows the secret.
+    #[error("it belongs to user {owner}; chown root {}", .path.display())]
+    Owner {
+        /// The file.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
     /// Somebody points at what is not his.
     #[error(
         "the link {} of user {owner} leads to a file of user {of}, whom it does not belong to; put the file itself there, or \
@@ -44,6 +55,23 @@ pub enum ReadError {
 
 /// The text of a file.
 pub(super) fn read(path: &Path) -> Result<String, ReadError> {
+    let (file, meta) = open(path)?;
+    take(&file, meta.len())
+}
+
+/// The text of a file that is nobody else's business.
+pub(super) fn read_secret(path: &Path) -> Result<String, ReadError> {
+    let (file, meta) = open(path)?;
+    if meta.mode() & 0o077 != 0 {
+        return Err(ReadError::Open(path.to_owned()));
+    }
+    if meta.uid() != 0 && meta.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(ReadError::Owner { path: path.to_owned(), owner: meta.uid() });
+    }
+    take(&file, meta.len())
+}
+
+fn open(path: &Path) -> Result<(File, fs::Metadata), ReadError> {
     let (place, links) = resolve(path)?;
     // What takes the place of the file meanwhile: a link is not followed, and nothing is waited for.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
@@ -57,7 +85,7 @@ pub(super) fn read(path: &Path) -> Result<String, ReadError> {
             return Err(ReadError::Link { link, owner, of: meta.uid() });
         }
     }
-    take(&file, meta.len())
+    Ok((file, meta))
 }
 
 fn take(file: &File, bytes: u64) -> Result<String, ReadError> {
