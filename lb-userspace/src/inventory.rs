@@ -11,6 +11,7 @@ use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
     stats::{BackendStats, ServiceStats},
+    tunnel::PeerKey,
 };
 use serde::Serialize;
 
@@ -31,6 +32,8 @@ pub struct Inventory {
     pub counters: Counters,
     /// What is wrong with backends by what was counted.
     pub troubles: BTreeMap<u32, Trouble>,
+    /// The cookies of packets to peers and by what theirs are known, by their numbers.
+    pub keys: BTreeMap<u32, (u64, PeerKey)>,
     /// What somebody drains.
     pub drains: Vec<Drain>,
     /// What the controller says of its source.
@@ -111,10 +114,45 @@ pub struct Node {
     pub this: bool,
     /// Whether its datapath answers.
     pub agent: Agent,
+    /// Whether its packets in the tunnel have a key; nothing of this node, and where there is no agent.
+    pub key: Option<Key>,
+    /// Packets in the tunnel under its address that had not its key: dropped.
+    pub forged_packets: u64,
     /// Tasks it has.
     pub tasks: usize,
     /// What is wrong.
     pub problem: Option<String>,
+}
+
+/// Whether a node's packets in the tunnel have a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Key {
+    /// They have, and are taken with it alone.
+    Used,
+    /// One is known, and the node was not seen using it yet: packets without it are taken.
+    Waiting,
+    /// None is known: its agent is older, or a cluster file names no key.
+    None,
+}
+
+impl Key {
+    const fn of(key: &PeerKey) -> Self {
+        match key.current {
+            0 => Self::None,
+            _ if key.is_proven() => Self::Used,
+            _ => Self::Waiting,
+        }
+    }
+
+    /// The word users see.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Used => "used",
+            Self::Waiting => "waiting",
+            Self::None => "none",
+        }
+    }
 }
 
 /// Whether a node's datapath answers.
@@ -168,7 +206,10 @@ impl Inventory {
     /// The kernel refuses a read.
     pub fn read_with(interface: &str, set: &TableSet, tables: Arc<Tables>) -> Result<Self, DatapathError> {
         let counters = set.counters(&tables)?;
+        let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
+        let keys = peers.map(|(number, _)| Ok((*number, (set.cookie_to(*number)?, set.peer_key(*number)?))));
         Ok(Self {
+            keys: keys.collect::<Result<_, DatapathError>>()?,
             interface: interface.to_owned(),
             troubles: set.troubles(&counters.backends),
             counters,
@@ -349,7 +390,8 @@ impl Inventory {
             of.insert((entry.backend.service, &entry.label.task));
         }
         let names = self.node_names();
-        let node = |label: &NodeLabel| {
+        let node = |(number, label): (&u32, &NodeLabel)| {
+            let key = self.keys.get(number).map(|(_, key)| key);
             let drained = self.drains.iter().any(|d| d.what == Drained::Node && d.name == label.name);
             let drained =
                 drained.then(|| "drained by hand: no new connections go to its tasks from here".to_owned());
@@ -364,11 +406,19 @@ impl Inventory {
                     (Some(_), true, _) => Agent::Silent,
                     (None, true, _) => Agent::Yes,
                 },
+                key: key.map(Key::of),
+                forged_packets: key.map_or(0, |key| key.refused),
                 tasks: tasks.get(label.name.as_str()).map_or(0, BTreeSet::len),
                 problem: label.problem.clone().or(drained),
             }
         };
-        self.tables.nodes.values().map(node).collect()
+        self.tables.nodes.iter().map(node).collect()
+    }
+
+    /// The cookie of packets to a node by its name in the cluster; zero if they have none.
+    pub fn cookie_to(&self, id: &str) -> u64 {
+        let number = self.tables.nodes.iter().find(|(_, label)| label.name == id).map(|(number, _)| number);
+        number.and_then(|number| self.keys.get(number)).map_or(0, |(cookie, _)| *cookie)
     }
 
     /// A service's counters.

@@ -18,7 +18,7 @@ pub struct Fill {
 }
 
 /// What packets run into, by the outcome that counts them.
-const COUNTED: [(Outcome, &str); 5] = [
+const COUNTED: [(Outcome, &str); 6] = [
     (
         Outcome::SnatPortsExhausted,
         "no port is free under which a task could tell a new connection from others: of a task that is reached by snat, attach \
@@ -40,6 +40,12 @@ const COUNTED: [(Outcome, &str); 5] = [
         "a program or a container of this node sends packets that only its datapath may send to other nodes: they are dropped; \
          `tcpdump -ni any udp dst port 6081` (or the port of --tunnel-port) shows where they come from before they get this \
          node's address",
+    ),
+    (
+        Outcome::TunnelForged,
+        "packets come through the tunnel from addresses of other nodes, but without those nodes' keys: they are dropped; \
+         `lb-userspace node ls` says under whose address. A node that has just begun anew sends some before its new key is known \
+         here; if it goes on, somebody forges them",
     ),
     (
         Outcome::ForeignVlan,
@@ -115,7 +121,7 @@ pub fn setting_of(table: &str) -> &'static str {
         | table::TASK_ENDPOINTS4
         | table::TASK_ENDPOINTS6 => "--max-backends",
         table::SERVICE_STATS | table::TIMERS => "--max-services",
-        table::PEERS | table::PEER_NUMBERS => "--max-nodes",
+        table::PEERS | table::PEER_KEYS | table::PEER_NUMBERS => "--max-nodes",
         other => setting(other).1,
     }
 }

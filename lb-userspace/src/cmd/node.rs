@@ -44,6 +44,8 @@ const COLUMNS: &[Column] = &[
     Column("NAME", |row| text(row, "name") + if row["this"] == true { " *" } else { "" }),
     Column("ADDRESSES", |row| text(row, "addresses")),
     Column("AGENT", |row| text(row, "agent")),
+    Column("KEY", |row| text(row, "key")),
+    Column("FORGED", |row| text(row, "forged_packets")),
     Column("TASKS", |row| text(row, "tasks")),
     Column("PROBLEM", |row| text(row, "problem")),
 ];

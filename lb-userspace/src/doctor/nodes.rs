@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     cluster::Protocol,
-    inventory::{Agent, Node, via},
+    inventory::{Agent, Key, Node, via},
     net::{Asked, Net, Snapshot, ask_once},
 };
 
@@ -69,12 +69,14 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
         );
         return findings;
     }
-    let asked = ask_once(interface, address, port, PATIENCE).await;
+    let cookie = one.inventory.cookie_to(&node.id);
+    let asked = ask_once(interface, (address, port), cookie, PATIENCE).await;
     if asked == Asked::Answered {
         findings.ok(
             "tunnel",
             format!("node {name}: its datapath answers at {address}, UDP port {port} passes both ways"),
         );
+        keyed(&mut findings, node, port);
         if let (IpAddr::V4(to), Some(link)) = (address, leads) {
             let mtu = route.as_ref().ok().and_then(|route| route.mtu).unwrap_or(link.mtu);
             size(&mut findings, name, to, mtu).await;
@@ -83,6 +85,31 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
     }
     silent(&mut findings, node, (address, port), asked).await;
     findings
+}
+
+/// Whether others can speak as the node.
+fn keyed(findings: &mut Findings, node: &Node, port: u16) {
+    const CHECK: &str = "key";
+    let name = &node.name;
+    if node.key == Some(Key::None) {
+        findings.warn(
+            CHECK,
+            format!("node {name}: packets in the tunnel from it need no key: who can forge its address reaches this node's tasks"),
+            "bring the agents of it and of the managers to this version; of a cluster file: `lb-userspace keygen --help`",
+        );
+    }
+    if node.forged_packets > 0 {
+        findings.warn(
+            CHECK,
+            format!(
+                "node {name}: {} packets in the tunnel from its address had not its key, and were dropped: it has begun anew, or somebody forges them",
+                node.forged_packets
+            ),
+            format!(
+                "find out who sends them: tcpdump -eni any udp port {port} shows the hardware address that they come from"
+            ),
+        );
+    }
 }
 
 /// Why a node does not answer.

@@ -47,6 +47,8 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         addresses: vec!["192.0.2.1".parse().unwrap()],
         this,
         agent,
+        key: None,
+        forged_packets: 0,
         tasks: 2,
         problem: problem.map(str::to_owned),
     };
