@@ -82,6 +82,9 @@ pub struct Reach {
     pub outer_v6: bool,
 }
 
+/// The name of the file with the key of the tunnel, beside the cluster file.
+pub const KEY_FILE: &str = "tunnel.key";
+
 /// The client's IPv4 address.
 pub const CLIENT4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 /// The client's IPv6 address.
@@ -112,6 +115,8 @@ impl Cluster {
     /// Nodes without tasks.
     pub fn new(nodes: u8) -> Self {
         let folder = tempfile::tempdir().expect("make a folder");
+        let key_file = folder.path().join(KEY_FILE);
+        run(Command::new(crate::agent::program()).arg("keygen").arg(key_file));
         let lan = Netns::new("lan");
         lan.ip("link add lanbr type bridge");
         lan.ip("link set lanbr up");
@@ -329,8 +334,9 @@ impl Cluster {
     /// A cluster file with one service of these tasks; each with its state.
     pub fn file(&self, ports: &str, tasks: &[(&Task, &str)]) -> String {
         let mut text = String::new();
-        if self.reach.direct {
-            text += "[tunnel]\nreturn = \"direct\"\n\n";
+        if self.reach.peers {
+            let returns = if self.reach.direct { "direct" } else { "tunnel" };
+            let _ = writeln!(text, "[tunnel]\nreturn = \"{returns}\"\nkey-file = \"{KEY_FILE}\"\n");
         }
         for node in &self.nodes {
             let mut addresses: [IpAddr; 2] = [node.v4().into(), node.v6().into()];

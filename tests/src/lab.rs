@@ -21,6 +21,7 @@ use lb_userspace::{
     datapath::{Collection, ConnectionLog, Counters, Datapath, InnerRanges, PinDir, Sizes, TableSet},
     net::Reset,
     plan::{Planner, Reach, View, Way},
+    tunnel_key::{Cookies, NodeKey},
 };
 
 use crate::{
@@ -213,6 +214,8 @@ pub struct Lab {
     pub way_flags: u8,
     /// MTU of the ways to other nodes; taken up by the next update.
     pub mtu: u32,
+    /// The cookies between this node and others, by their names.
+    cookies: BTreeMap<String, Cookies>,
 }
 
 /// An address from text.
@@ -276,6 +279,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             addresses: vec![ip(&format!("192.0.2.{number}")), ip(&format!("2001:db8::{number}"))],
             agent: true,
             down: false,
+            key: NodeKey::Unknown,
         };
         let nodes = vec![node(1), node(2)];
         let services = services.into_iter().map(Arc::new).collect();
@@ -287,6 +291,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             veth: index("hv1"),
             way_flags: 0,
             mtu: 1500,
+            cookies: BTreeMap::new(),
         };
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);
         lab.set_vlans(0..4096);
@@ -350,6 +355,12 @@ impl Lab {
         self.datapath_mut().set_config(config).expect("write the configuration");
     }
 
+    /// Has packets to and from a node known by these cookies from now on, or by none.
+    pub fn agree(&mut self, node: &str, cookies: Option<Cookies>) {
+        self.cookies = cookies.map(|cookies| (node.to_owned(), cookies)).into_iter().collect();
+        self.update(|_| {});
+    }
+
     /// Changes the cluster, and the tables with it.
     pub fn update(&mut self, change: impl FnOnce(&mut ClusterState)) {
         change(&mut self.cluster);
@@ -359,9 +370,14 @@ impl Lab {
             .into_iter()
             .map(|(address, reach)| ((address, reach), Ok(self.way(address, reach))))
             .collect();
-        let addresses = [ip("192.0.2.1"), ip("2001:db8::1")];
-        let view =
-            View { cluster: &self.cluster, node: "node1", addresses: &addresses, named: &[], ways: &ways };
+        let view = View {
+            cluster: &self.cluster,
+            node: "node1",
+            addresses: &[ip("192.0.2.1"), ip("2001:db8::1")],
+            named: &[],
+            cookies: &self.cookies,
+            ways: &ways,
+        };
         let limits = self.datapath().limits().expect("limits");
         let plan = planner.plan(&view, self.datapath().tables(), &limits);
         assert_eq!(plan.refused, Vec::<String>::new());

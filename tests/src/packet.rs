@@ -288,6 +288,8 @@ pub struct Tunnelled {
     pub version_and_flags: [u8; 2],
     /// The task: its address in the cluster and its port.
     pub task: (IpAddr, u16),
+    /// What its sender's packets are known by, if anything: then the task has a name instead of an address.
+    pub cookie: Option<u64>,
     /// The packet inside, from its network header on.
     pub inner: Vec<u8>,
 }
@@ -306,7 +308,13 @@ impl Tunnelled {
         geneve.extend([self.kind, 5]);
         geneve.extend(self.version_and_flags);
         geneve.extend(self.task.1.to_be_bytes());
-        geneve.extend(mapped.octets());
+        match self.cookie {
+            None => geneve.extend(mapped.octets()),
+            Some(cookie) => {
+                geneve.extend(cookie.to_le_bytes());
+                geneve.extend(short_name(mapped));
+            }
+        }
         geneve.extend(&self.inner);
         let outer = Packet::new(Transport::Udp, (self.nodes.0, self.ports.0), (self.nodes.1, self.ports.1));
         let outer = outer.with(|p| {
@@ -324,6 +332,13 @@ impl Tunnelled {
         }
         bytes
     }
+}
+
+/// The eight bytes that name a task beside a cookie: the last half of its address, mixed with the first.
+fn short_name(mapped: Ipv6Addr) -> [u8; 8] {
+    let bits = u128::from_le_bytes(mapped.octets());
+    let spread = (bits as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((bits >> 64) as u64 ^ spread).to_le_bytes()
 }
 
 /// An ICMP error that quotes so many bytes of a packet, which was sent by `to`.

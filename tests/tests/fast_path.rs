@@ -108,6 +108,7 @@ fn frame(random: &mut Random) -> (String, Vec<u8>) {
             kind: TO_CLIENT,
             version_and_flags: [VERSION, 0],
             task: (ip("172.18.9.11"), 8083),
+            cookie: None,
             inner: inner.bytes()[14..].to_vec(),
         }
         .bytes();

@@ -252,6 +252,7 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
             kind,
             version_and_flags: [VERSION, 0],
             task: (cluster.tasks[task].v4.into(), 9),
+            cookie: None,
             inner: syn.bytes()[14..].to_vec(),
         };
         tunnelled.bytes()[14 + 20 + 8..].to_vec()
@@ -628,7 +629,7 @@ fn the_unit_confines_the_agent_and_it_serves() {
         "test.target",
         "[Unit]\nDefaultDependencies=no\nWants=lb-userspace.service forbidden.service\n".into(),
     );
-    let boot = "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir /run/lb && cp \"$AGENT\" /run/lb/lb-userspace \
+    let boot = "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mkdir /run/lb && cp \"$AGENT\" /run/lb/lb-userspace \
                 && cp \"$CLUSTER\" /run/lb/cluster.toml && mount -t bpf bpf /sys/fs/bpf \
                 && exec /lib/systemd/systemd --system --unit=test.target --show-status=no";
     let mut command = netns.command("unshare");

@@ -104,6 +104,7 @@ fn sent(outer: Family, kind: u8, named: (&str, u16), inner: Vec<u8>) -> Tunnelle
         kind,
         version_and_flags: [VERSION, 0],
         task: (ip(named.0), named.1),
+        cookie: None,
         inner,
     }
 }
@@ -355,7 +356,7 @@ fn what_no_peer_sent_to_a_task_of_ours_is_dropped_and_named() {
         refused(lab, "by its own address", &with(&|t| t.task.0 = ip(V4.local)), no_task);
         refused(lab, "a task of another node", &with(&|t| t.task = (ip(FAR), 8083)), no_task);
         let malformed = Outcome::TunnelMalformed;
-        refused(lab, "another version", &with(&|t| t.version_and_flags[0] = 2), malformed);
+        refused(lab, "another version", &with(&|t| t.version_and_flags[0] = 3), malformed);
         refused(lab, "no packet inside", &with(&|t| t.inner.truncate(12)), malformed);
         refused(lab, "another protocol inside", &with(&|t| t.inner[9] = 47), malformed);
         // Another program's Geneve, and other things on its port, pass.

@@ -417,6 +417,7 @@ impl<'a> Rig<'a> {
                     kind: TO_CLIENT,
                     version_and_flags: [VERSION, 0],
                     task: (NODE.into(), 0),
+                    cookie: None,
                     inner: inner.bytes()[14..].to_vec(),
                 };
                 Shape { frame: tunnelled.bytes(), network: 14 + 60, answer: true, from_backend: false }

@@ -24,7 +24,7 @@ use lb_userspace::{
 use super::{
     feeder::{Clients, Feeder, Kind},
     figure::{Figure, Report, Samples, Target},
-    paths::{Client, FAMILIES, FlowPath, Frames, ROUTED, Undo, paths, services},
+    paths::{COOKIES, Client, FAMILIES, FlowPath, Frames, ROUTED, Undo, paths, services},
 };
 use crate::{
     lab::{Lab, ip, service, task, with_lab_of},
@@ -48,6 +48,7 @@ pub fn run(report: &mut Report, options: &Options) {
     let most = if options.quick { 4_096 } else { 65_536 };
     let counts: Vec<u32> = [1, 4_096, 65_536].into_iter().filter(|&count| count <= most).collect();
     with_lab_of(sizes(MADE_FOR), services(), |lab| {
+        lab.agree("node2", Some(COOKIES));
         let mut bench = Bench::new(lab, rounds);
         report.section(
             "ns a run of the floors",

@@ -4,9 +4,12 @@ use std::net::IpAddr;
 
 use lb_common::{
     outcome::Outcome,
-    tunnel::{DEFAULT_PORT, OPTION_CLASS, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION},
+    tunnel::{DEFAULT_PORT, OPTION_CLASS, RETURN_DIRECT, TO_CLIENT, TO_TASK, VERSION_KEYED},
 };
-use lb_userspace::cluster::{Service, Via};
+use lb_userspace::{
+    cluster::{Service, Via},
+    tunnel_key::Cookies,
+};
 
 use super::feeder::{Clients, Kind};
 use crate::{
@@ -50,6 +53,10 @@ pub(super) const FAMILIES: [Addresses; 2] = [
         snat: "fd09::2",
     },
 ];
+
+/// By what packets between this node and its peer are known.
+pub(super) const COOKIES: Cookies =
+    Cookies { outgoing: 0x0123_4567_89ab_cdef, incoming: 0xfedc_ba98_7654_3210 };
 
 /// Published ports.
 pub(super) const ROUTED: u16 = 81;
@@ -190,8 +197,9 @@ fn arrived(kind: u8, flags: u8) -> impl Fn(&Packet) -> Vec<u8> {
             ports: (51_000, DEFAULT_PORT),
             class: OPTION_CLASS.get(),
             kind,
-            version_and_flags: [VERSION, flags],
+            version_and_flags: [VERSION_KEYED, flags],
             task: (near, NEAR + TARGET),
+            cookie: Some(COOKIES.incoming),
             inner: packet.bytes()[LINK..].to_vec(),
         };
         tunnelled.bytes()
