@@ -21,6 +21,7 @@ pub fn program() -> PathBuf {
 /// An agent that controls `eth1` of a namespace.
 pub struct Agent<'a> {
     netns: &'a Netns,
+    program: PathBuf,
     running: Running,
     log: PathBuf,
 }
@@ -56,20 +57,33 @@ impl<'a> Agent<'a> {
         arguments: &[&str],
         variables: &[(&str, &str)],
     ) -> Self {
+        Self::start_program(&program(), netns, folder, under, arguments, variables)
+    }
+
+    /// The same of another program than the one that is tested.
+    pub fn start_program(
+        program: &Path,
+        netns: &'a Netns,
+        folder: &Path,
+        under: &[&str],
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
         let mut command = match under {
-            [] => netns.command(program()),
+            [] => netns.command(program),
             [first, rest @ ..] => {
                 let mut command = netns.command(first);
-                command.args(rest).arg(program());
+                command.args(rest).arg(program);
                 command
             }
         };
         command.args(["attach", "--iface", "eth1", "--on-exit", "keep"]).args(arguments);
         command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
-        let mut agent = Self { netns, running: Running::start(&mut command), log };
+        let program = program.to_owned();
+        let mut agent = Self { netns, program, running: Running::start(&mut command), log };
         // The verifier takes its time on a busy machine.
         within(Duration::from_secs(60), "the agent serves", || {
             assert!(agent.running.is_running(), "the agent ended: {}", agent.log());
@@ -108,7 +122,7 @@ impl Drop for Agent<'_> {
             eprintln!("{}", String::from_utf8_lossy(&verb(self.netns, &["stats"]).stdout));
         }
         self.running.stop(Signal::SIGTERM);
-        let _ = verb(self.netns, &["detach", "--iface", "eth1"]);
+        let _ = self.netns.command(&self.program).args(["detach", "--iface", "eth1"]).output();
     }
 }
 

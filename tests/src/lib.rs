@@ -3,6 +3,7 @@
 //! Everything made here is taken down when it is dropped, also when a test panics.
 
 pub mod agent;
+pub mod before;
 
 pub mod bench;
 pub mod browser;

@@ -119,6 +119,12 @@ impl Swarm {
         Agent::start(&node.netns, self.folder(), arguments, &[("DOCKER_HOST", &host)])
     }
 
+    /// An agent on a node, of another program than the one that is tested.
+    pub fn attach_program<'a>(&self, program: &Path, node: &'a Node, arguments: &[&str]) -> Agent<'a> {
+        let host = node.docker_host();
+        Agent::start_program(program, &node.netns, self.folder(), &[], arguments, &[("DOCKER_HOST", &host)])
+    }
+
     /// An agent on a node, started by another program that this is the beginning of the command of.
     pub fn attach_under<'a>(&self, node: &'a Node, under: &[&str]) -> Agent<'a> {
         let host = node.docker_host();

@@ -145,6 +145,27 @@ pub fn build_agent() -> Result<PathBuf> {
     Ok(agent)
 }
 
+/// Builds the agent of another commit, in a tree and a target folder of its own.
+pub fn build_agent_of(commit: &str) -> Result<PathBuf> {
+    let git = |folder: &Path| {
+        let mut command = Command::new("git");
+        command.arg("-C").arg(folder);
+        command
+    };
+    let wanted = format!("{commit}^{{commit}}");
+    let hash = output(git(root()).args(["rev-parse", "--verify", "--quiet", &wanted]))
+        .with_context(|| format!("there is no commit {commit}"))?;
+    let folder = target().join("before");
+    let (tree, target) = (folder.join("tree"), folder.join("target"));
+    if !tree.exists() {
+        // Its objects are this repository's.
+        exec(Command::new("git").args(["clone", "-q", "--shared", "--no-checkout"]).arg(root()).arg(&tree))?;
+    }
+    exec(git(&tree).args(["checkout", "-q", "--force", "--detach", hash.trim()]))?;
+    exec(cargo().current_dir(&tree).env("CARGO_TARGET_DIR", &target).args(["xtask", "build"]))?;
+    Ok(target.join("release/lb-userspace"))
+}
+
 /// Where the balancer's object is built to.
 pub fn object() -> PathBuf {
     target().join("ebpf").join(TARGET).join("release/lb-ebpf")

@@ -49,6 +49,8 @@ pub struct Suite {
     pub tier: Tier,
     /// Whether it runs Docker engines.
     pub docker: bool,
+    /// Whether it needs the agent of an earlier commit.
+    pub before: bool,
     /// The first sentence of its header.
     pub about: String,
     /// Its tests.
@@ -152,7 +154,7 @@ fn suite(name: String, text: &str) -> Suite {
             _ => marked |= line == "#[test]",
         }
     }
-    Suite { name, tier, docker: uses("swarm"), about, tests }
+    Suite { name, tier, docker: uses("swarm"), before: uses("before"), about, tests }
 }
 
 #[cfg(test)]
@@ -167,6 +169,8 @@ mod tests {
         assert_eq!((read.about.as_str(), read.tier), ("Single packets.", Tier::Packets));
         assert_eq!(read.tests, ["one_thing", "another"]);
         assert_eq!(suite("x".into(), "use lb_tests::cluster::Cluster;").tier, Tier::Network);
+        let before = |text: &str| suite("x".into(), text).before;
+        assert!(before("use lb_tests::{\n    before::program,\n};") && !before(text));
         assert_eq!(
             suite("x".into(), "use lb_tests::{\n    cluster::Cluster,\n    swarm::{Node},\n};").tier,
             Tier::Swarm

@@ -1,9 +1,6 @@
 //! `test`: the tests that need root.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -36,6 +33,9 @@ pub struct Arguments {
     /// The suites of real swarms, on this Docker from Debian in place of the machine's own
     #[arg(long, value_name = "VERSION", conflicts_with_all = ["kernel", "tier", "fast"])]
     docker: Option<docker::Version>,
+    /// The suites of upgrades: the agent of that commit beside this one
+    #[arg(long, value_name = "COMMIT", conflicts_with_all = ["kernel", "tier", "fast", "docker"])]
+    before: Option<String>,
     /// On these kernels instead of this machine's, in an emulator: `6.1`, `6.1,6.12`, or `all` that Debian has
     #[arg(long, value_name = "SERIES", conflicts_with_all = ["suite", "tier", "fast"])]
     kernel: Option<Wanted>,
@@ -58,6 +58,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.docker.is_some() {
         suites.retain(|suite| suite.docker);
     }
+    // They need what is built for them alone.
+    if !arguments.list {
+        suites.retain(|suite| suite.before == arguments.before.is_some());
+        if suites.is_empty() {
+            bail!("nothing of it runs so: the suites of upgrades run with --before COMMIT alone");
+        }
+    }
     let suites = holding(suites, filter)?;
     if arguments.list {
         suites::list(&suites, filter);
@@ -65,7 +72,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     toolchain::tools(&suites::tools(&suites))?;
     let engine = arguments.docker.map(docker::fetch).transpose()?;
-    run_suites(&suites, filter, engine.as_deref())
+    let before = arguments.before.as_deref().map(ebpf::build_agent_of).transpose()?;
+    run_suites(&suites, filter, &Beside { engine, before })
+}
+
+/// What tests are given beside the agent.
+#[derive(Default)]
+struct Beside {
+    /// Where another Docker's programs are.
+    engine: Option<PathBuf>,
+    /// The agent of an earlier commit.
+    before: Option<PathBuf>,
 }
 
 /// The suites with a test whose name holds the filter.
@@ -80,7 +97,7 @@ fn holding(mut suites: Vec<Suite>, filter: Option<&str>) -> Result<Vec<Suite>> {
 }
 
 /// Builds everything, then runs each suite as root.
-fn run_suites(suites: &[Suite], filter: Option<&str>, engine: Option<&Path>) -> Result<()> {
+fn run_suites(suites: &[Suite], filter: Option<&str>, beside: &Beside) -> Result<()> {
     let agent = ebpf::build_agent()?;
     let object = ebpf::object();
     let programs = programs(suites)?;
@@ -88,7 +105,10 @@ fn run_suites(suites: &[Suite], filter: Option<&str>, engine: Option<&Path>) -> 
     for program in &programs {
         let mut command = as_root("env", "run the tests");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
-        if let Some(engine) = engine {
+        if let Some(before) = &beside.before {
+            command.arg(format!("LB_AGENT_BEFORE={}", before.display()));
+        }
+        if let Some(engine) = &beside.engine {
             let path = std::env::var("PATH").unwrap_or_default();
             command.arg(format!("PATH={}:{path}:/usr/sbin:/sbin", engine.display()));
         }
@@ -114,7 +134,9 @@ fn run_on(wanted: &Wanted, filter: Option<&str>, short: bool) -> Result<()> {
     toolchain::tools(&suites::tools(&suites::chosen(&Choice { tier: Some(Tier::Network), suites: &[] })?))?;
     let agent = ebpf::build_agent()?;
     let object = ebpf::object();
-    let programs = programs(&holding(suites::chosen(&Choice::default())?, filter)?)?;
+    let mut suites = holding(suites::chosen(&Choice::default())?, filter)?;
+    suites.retain(|suite| !suite.before);
+    let programs = programs(&suites)?;
     kernel::run(wanted, &Tests { agent: &agent, object: &object, programs: &programs, filter, short })
 }
 
