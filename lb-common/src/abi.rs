@@ -127,8 +127,10 @@ pub mod program {
     pub const UPLINK_XDP: &str = "uplink_xdp";
     /// TC ingress on the uplink.
     pub const UPLINK_TC: &str = "uplink_tc";
-    /// TC egress on the uplink: what the host itself sends.
+    /// TC egress on the uplink and where other nodes are reached beside it: what the host itself sends.
     pub const UPLINK_EGRESS: &str = "uplink_egress";
+    /// TC ingress where other nodes' packets arrive beside the uplink.
+    pub const PEER_TC: &str = "peer_tc";
     /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
     pub const TASK_TC: &str = "task_tc";
 
@@ -139,7 +141,7 @@ pub mod program {
     pub const GC: &str = "gc";
 
     /// All of them.
-    pub const ALL: [&str; 6] = [UPLINK_XDP, UPLINK_TC, UPLINK_EGRESS, TASK_TC, CLOCK, GC];
+    pub const ALL: [&str; 7] = [UPLINK_XDP, UPLINK_TC, UPLINK_EGRESS, PEER_TC, TASK_TC, CLOCK, GC];
 }
 
 /// No XDP program decides, though one may be attached for a moment: TC on the uplink does all.

@@ -498,15 +498,39 @@ fn reset_in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>) -> u64 {
     pack(forward::tc::reset(frame, packet))
 }
 
-/// TC egress on the uplink, for what this datapath does not send itself: nobody of this host speaks to a peer as if it did, and
-/// what answers the host's own datagrams is found again ([`egress`]).
+/// TC ingress on an interface beside the uplink by which other nodes' packets come: takes those out of the tunnel, and leaves
+/// everything else alone. It need not have link headers.
+#[classifier]
+#[inline(always)]
+pub fn peer_tc(context: TcContext) -> i32 {
+    let mut frame = Skb::new(context, true);
+    let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(1)) else {
+        return TC_ACT_UNSPEC;
+    };
+    if maps::is_stale(config) {
+        return TC_ACT_UNSPEC;
+    }
+    frame.pull_headers();
+    let parsed = parse::frame(&frame, scratch);
+    match tunnelled(&frame, parsed, scratch) {
+        NOT_TUNNELLED => TC_ACT_UNSPEC,
+        ARRIVED if scratch.tunnel.kind == PROBE => {
+            in_tc_terms(forward::tc::answer_probe(&mut frame, &scratch.tunnel))
+        }
+        ARRIVED => out_of_tunnel_in_tc(&mut frame, scratch),
+        other => end_in_tc(&frame, other - REFUSED),
+    }
+}
+
+/// TC egress on the uplink and on each interface beside it by which other nodes are reached, for what this datapath does not send
+/// itself: nobody of this host speaks to a peer as if it did, and what answers the host's own datagrams is found again ([`egress`]).
 #[classifier]
 #[inline(always)]
 pub fn uplink_egress(context: TcContext) -> i32 {
-    let mut frame = Skb::new(context, false);
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(3)) else {
         return TC_ACT_UNSPEC;
     };
+    let mut frame = Skb::beside(context, config.uplink);
     if frame.is_signed(config.nonce) || frame.is_plain_tcp() || maps::is_stale(config) {
         return TC_ACT_UNSPEC;
     }

@@ -12,20 +12,26 @@ use lb_tests::{
 };
 
 /// The programs whose figures these are.
-const PROGRAMS: [&str; 5] =
-    [program::UPLINK_XDP, program::UPLINK_TC, program::UPLINK_EGRESS, program::TASK_TC, program::GC];
+const PROGRAMS: [&str; 6] = [
+    program::UPLINK_XDP,
+    program::UPLINK_TC,
+    program::UPLINK_EGRESS,
+    program::PEER_TC,
+    program::TASK_TC,
+    program::GC,
+];
 
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
-/// worst that is.
-const VERIFIED: [((u32, u32), [u32; 5]); 3] = [
-    ((6, 1), [275_000, 434_000, 56_000, 93_100, 134_000]),
-    ((6, 12), [258_000, 345_000, 28_000, 67_400, 104_000]),
-    ((6, 18), [261_000, 361_000, 28_000, 71_400, 104_000]),
+/// worst that is. What looks at frames beside the uplink walks with and without a link header.
+const VERIFIED: [((u32, u32), [u32; 6]); 3] = [
+    ((6, 1), [275_000, 434_000, 66_000, 240_000, 93_100, 134_000]),
+    ((6, 12), [258_000, 345_000, 28_000, 200_000, 67_400, 104_000]),
+    ((6, 18), [261_000, 361_000, 28_000, 200_000, 71_400, 104_000]),
 ];
 
 /// Bytes of the translated programs, nearly the same everywhere. What is given anew looks for its pair at each try, and asks who may
 /// connect.
-const BYTES: [u32; 5] = [217_000, 234_000, 11_000, 73_000, 2_300];
+const BYTES: [u32; 6] = [217_000, 234_000, 11_000, 129_000, 73_000, 2_300];
 
 /// Bytes of the stack that the frames of a chain of calls may take together: the kernel's 512 (`MAX_BPF_STACK`), of which 64 stay
 /// free for what is built next.
@@ -37,7 +43,7 @@ const SLACK_PERCENT: u32 = 10;
 #[test]
 fn programs_stay_within_their_budgets() {
     let worst =
-        [0, 1, 2, 3, 4].map(|i| VERIFIED.iter().map(|(_, figures)| figures[i]).max().unwrap_or_default());
+        [0, 1, 2, 3, 4, 5].map(|i| VERIFIED.iter().map(|(_, figures)| figures[i]).max().unwrap_or_default());
     let listed = VERIFIED.iter().find(|(kernel, _)| *kernel == version());
     let verified = listed.map_or(worst, |(_, figures)| *figures);
     with_lab(vec![], |lab| {

@@ -123,9 +123,9 @@ pub fn deliver<A: Family>(
     let target = Target::task(packet, backend, port);
     nat::apply(frame, packet, &target, backend_hop(backend)).ok_or(Outcome::DeliveryLost)?;
     if packet.negotiates() {
-        // The task's replies leave by this interface.
-        let interface = frame.ifindex();
-        clamp_to(frame, packet, interface)?;
+        // The task's replies leave by the uplink, wherever this came from; those through the tunnel were thought of before.
+        let uplink = maps::config().ok_or(Outcome::DeliveryLost)?.uplink;
+        clamp_to(frame, packet, uplink)?;
     }
     Ok(into_task(backend.ifindex))
 }

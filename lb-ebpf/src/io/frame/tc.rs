@@ -47,15 +47,24 @@ const FAMILY_BYTES: i32 = 20;
 /// A frame in TC: a socket buffer, perhaps many segments merged.
 pub struct Skb {
     context: TcContext,
-    /// Generic XDP saw it before.
-    generic: bool,
+    /// It may come without a link header: generic XDP saw it before, or its interface has none.
+    may_lack_link: bool,
 }
 
 impl Skb {
     /// Wraps the program's context.
     #[inline(always)]
-    pub fn new(context: TcContext, generic: bool) -> Self {
-        Self { context, generic }
+    pub fn new(context: TcContext, may_lack_link: bool) -> Self {
+        Self { context, may_lack_link }
+    }
+
+    /// Wraps the context of a program that runs on the uplink, which has link headers, and on interfaces beside it, which may have
+    /// none.
+    #[inline(always)]
+    pub fn beside(context: TcContext, uplink: u32) -> Self {
+        let frame = Self::new(context, false);
+        let may_lack_link = frame.ifindex() != uplink;
+        Self { may_lack_link, ..frame }
     }
 
     /// The kernel's view of the buffer, for helpers.
@@ -98,7 +107,7 @@ impl Skb {
             _ => (0, false),
         };
         match self.read::<u8>(transport + 12) {
-            Some(offset) if is_tcp && !self.generic => transport as u32 + (*offset as u32 >> 4) * 4,
+            Some(offset) if is_tcp && !self.may_lack_link => transport as u32 + (*offset as u32 >> 4) * 4,
             _ => HEADERS,
         }
     }
@@ -240,10 +249,11 @@ impl Frame for Skb {
     }
 
     // When generic XDP copies a buffer to make room, the kernel forgets how long its link header is (seen on
-    // 6.18): TC then gets it from the network header on.
+    // 6.18): TC then gets it from the network header on. An interface without link headers has it so always. Where there is one, its
+    // type is what the kernel says of the frame.
     #[inline(always)]
     fn without_link_header(&self) -> Option<u16> {
-        if !self.generic {
+        if !self.may_lack_link {
             return None;
         }
         let kind = *self.read::<u16>(12)?;
