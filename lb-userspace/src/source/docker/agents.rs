@@ -190,14 +190,15 @@ impl Agents {
         self.order(node, (this, own)).into_iter().map(claim).collect()
     }
 
-    /// All addresses that anybody says are a node's: first what itself says, the most usual first.
+    /// All addresses that anybody says are a node's: first Swarm's, which is the way that its operator chose for what the nodes say
+    /// to each other; then what itself says, the most usual first.
     fn order(&self, node: &Node, (this, own): (&str, &[IpAddr])) -> Vec<IpAddr> {
         let agent = self.by_node.get(&node.name);
         let told = agent.and_then(|agent| agent.facts.as_ref()).map_or(&[][..], |facts| &facts.addresses);
         let own = if this == node.name { own } else { &[] };
         let seen = agent.into_iter().flat_map(|agent| agent.proofs.keys());
         let mut order = Vec::new();
-        for address in own.iter().chain(told.iter().take(MOST_ADDRESSES)).chain(&node.addresses).chain(seen) {
+        for address in node.addresses.iter().chain(own).chain(told.iter().take(MOST_ADDRESSES)).chain(seen) {
             if !order.contains(address) {
                 order.push(*address);
             }
@@ -321,13 +322,13 @@ mod tests {
         bench.proves("a", A, now);
         bench.proves("a", "2001:db8::2", now);
         assert!(bench.agents.is_settled("a"));
-        // Its own order.
-        assert_eq!(bench.placed().0[0], [A, "2001:db8::2", "192.0.2.2"]);
+        // Swarm's first, then its own order.
+        assert_eq!(bench.placed().0[0], ["192.0.2.2", A, "2001:db8::2"]);
         assert!(bench.placed().1.is_empty());
         // Given up and taken again, it has to be seen anew.
         bench.says("a", 1, &["2001:db8::2"], now);
         bench.says("a", 1, &[A, "2001:db8::2"], now);
-        assert_eq!(bench.placed().0[0], ["2001:db8::2", "192.0.2.2"]);
+        assert_eq!(bench.placed().0[0], ["192.0.2.2", "2001:db8::2"]);
     }
 
     /// What is known of a key stands while its node is of the swarm, and an agent that tells none has none.
@@ -361,7 +362,7 @@ mod tests {
         // Every address that another has, and one that nobody has.
         bench.comes("a", 2, &[B, "192.0.2.1", "192.0.2.3", "8.8.8.8"], now);
         let (addresses, said) = bench.placed();
-        assert_eq!(addresses, [vec!["192.0.2.2"], vec![B, "192.0.2.3"]]);
+        assert_eq!(addresses, [vec!["192.0.2.2"], vec!["192.0.2.3", B]]);
         let of = |address: &str, owner: &str| {
             format!(
                 "{address} is said to be an address of both {owner} and host-a; it is taken for {owner}'s"
@@ -373,7 +374,7 @@ mod tests {
         bench.proves("a", "192.0.2.3", now);
         bench.proves("a", "192.0.2.1", now);
         let (addresses, said) = bench.placed();
-        assert_eq!(addresses, [vec!["192.0.2.2"], vec![B, "192.0.2.3"]]);
+        assert_eq!(addresses, [vec!["192.0.2.2"], vec!["192.0.2.3", B]]);
         assert_eq!(said.len(), 3);
     }
 
@@ -384,9 +385,9 @@ mod tests {
         bench.proves("a", A, now);
         bench.comes("b", 2, &[A], now);
         bench.proves("b", A, now);
-        assert_eq!(bench.placed().0[0], [A, "192.0.2.2"]);
+        assert_eq!(bench.placed().0[0], ["192.0.2.2", A]);
         bench.says("a", 1, &[], now);
-        assert_eq!(bench.placed().0[1], [A, "192.0.2.3"]);
+        assert_eq!(bench.placed().0[1], ["192.0.2.3", A]);
         // The managers no longer hear `b`, and what they saw of it before another has now.
         bench.down.insert("b".into());
         bench.says("a", 1, &["192.0.2.3"], now);
@@ -395,7 +396,7 @@ mod tests {
         let (addresses, said) = bench.placed();
         assert_eq!(
             (&addresses[0][..], said),
-            (&["192.0.2.3".to_owned(), "192.0.2.2".to_owned()][..], vec![])
+            (&["192.0.2.2".to_owned(), "192.0.2.3".to_owned()][..], vec![])
         );
     }
 
@@ -410,7 +411,7 @@ mod tests {
         bench.agents.take(Word::Gone("a".into(), 1), at(11));
         bench.says("a", 1, &[], at(11));
         bench.agents.expire(None, at(30));
-        assert_eq!(bench.placed().0[0], [A, "192.0.2.2"]);
+        assert_eq!(bench.placed().0[0], ["192.0.2.2", A]);
         assert!(bench.agents.facts()["a"].now);
         // The new one does not speak from there.
         bench.agents.expire(None, at(71));
@@ -419,7 +420,7 @@ mod tests {
         bench.agents.take(Word::Gone("a".into(), 2), at(80));
         bench.agents.expire(None, at(139));
         assert!(!bench.agents.facts()["a"].now);
-        assert_eq!(bench.placed().0[0], [A, "192.0.2.2"]);
+        assert_eq!(bench.placed().0[0], ["192.0.2.2", A]);
         bench.agents.expire(None, at(140));
         assert!(bench.agents.facts().is_empty());
         assert_eq!(bench.placed().0[0], ["192.0.2.2"]);
