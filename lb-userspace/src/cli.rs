@@ -234,7 +234,7 @@ An option that is not given is taken from the environment, else from the file of
 /// Options of `attach`.
 #[derive(Clone, Debug, Args)]
 pub struct Attach {
-    /// Interface that clients and other nodes reach; may be given more than once
+    /// Interface by which clients come; the nodes may reach each other by another. May be given more than once
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub iface: Vec<String>,
     /// Address to serve on beside those of the interface, whether the node has it yet or not: a virtual one that moves, one of

@@ -11,7 +11,7 @@ use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
     stats::{BackendStats, ServiceStats},
-    tunnel::PeerKey,
+    tunnel::{Peer, PeerKey},
 };
 use serde::Serialize;
 
@@ -32,8 +32,8 @@ pub struct Inventory {
     pub counters: Counters,
     /// What is wrong with backends by what was counted.
     pub troubles: BTreeMap<u32, Trouble>,
-    /// The cookies of packets to peers and by what theirs are known, by their numbers.
-    pub keys: BTreeMap<u32, (u64, PeerKey)>,
+    /// How packets get to peers and by what theirs are known, by their numbers.
+    pub peers: BTreeMap<u32, (Peer, PeerKey)>,
     /// What somebody drains.
     pub drains: Vec<Drain>,
     /// What the controller says of its source.
@@ -112,6 +112,8 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Whether it is this one.
     pub this: bool,
+    /// The interface by which its agent is reached; none of this node, and where no way is known.
+    pub reached_by: Option<String>,
     /// Whether its datapath answers.
     pub agent: Agent,
     /// Whether its packets in the tunnel have a key; nothing of this node, and where there is no agent.
@@ -207,9 +209,9 @@ impl Inventory {
     pub fn read_with(interface: &str, set: &TableSet, tables: Arc<Tables>) -> Result<Self, DatapathError> {
         let counters = set.counters(&tables)?;
         let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
-        let keys = peers.map(|(number, _)| Ok((*number, (set.cookie_to(*number)?, set.peer_key(*number)?))));
+        let peers = peers.map(|(number, _)| Ok((*number, (set.peer(*number)?, set.peer_key(*number)?))));
         Ok(Self {
-            keys: keys.collect::<Result<_, DatapathError>>()?,
+            peers: peers.collect::<Result<_, DatapathError>>()?,
             interface: interface.to_owned(),
             troubles: set.troubles(&counters.backends),
             counters,
@@ -391,7 +393,7 @@ impl Inventory {
         }
         let names = self.node_names();
         let node = |(number, label): (&u32, &NodeLabel)| {
-            let key = self.keys.get(number).map(|(_, key)| key);
+            let key = self.peers.get(number).map(|(_, key)| key);
             let drained = self.drains.iter().any(|d| d.what == Drained::Node && d.name == label.name);
             let drained =
                 drained.then(|| "drained by hand: no new connections go to its tasks from here".to_owned());
@@ -400,6 +402,7 @@ impl Inventory {
                 id: label.name.clone(),
                 addresses: label.addresses.clone(),
                 this: label.this,
+                reached_by: self.peers.get(number).and_then(|(peer, _)| interface_to(peer)),
                 agent: match (&label.problem, label.agent, label.this) {
                     (.., true) => Agent::Yes,
                     (_, false, _) => Agent::None,
@@ -418,7 +421,7 @@ impl Inventory {
     /// The cookie of packets to a node by its name in the cluster; zero if they have none.
     pub fn cookie_to(&self, id: &str) -> u64 {
         let number = self.tables.nodes.iter().find(|(_, label)| label.name == id).map(|(number, _)| number);
-        number.and_then(|number| self.keys.get(number)).map_or(0, |(cookie, _)| *cookie)
+        number.and_then(|number| self.peers.get(number)).map_or(0, |(peer, _)| peer.cookie)
     }
 
     /// A service's counters.
@@ -458,6 +461,12 @@ impl Inventory {
 
 /// Backends with their numbers.
 type Numbered<'a> = Vec<(u32, &'a BackendEntry)>;
+
+/// The interface by which a peer is reached.
+fn interface_to(peer: &Peer) -> Option<String> {
+    let there = (peer.reachable != 0).then_some(peer.ifindex)?;
+    nix::net::if_::if_indextoname(there).ok()?.into_string().ok()
+}
 
 /// What is said of a task that does not take connections.
 fn refusal(trouble: &Trouble) -> String {

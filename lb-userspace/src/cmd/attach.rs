@@ -269,6 +269,7 @@ fn controller_settings(
 ) -> Settings {
     Settings {
         interface: interface.to_owned(),
+        others: arguments.iface.iter().filter(|other| *other != interface).cloned().collect(),
         node: arguments.node.clone(),
         mode: match arguments.mode {
             ModeArg::Auto => None,

@@ -43,6 +43,7 @@ const COLUMNS: &[Column] = &[
     // Docker marks the node that answers with a star.
     Column("NAME", |row| text(row, "name") + if row["this"] == true { " *" } else { "" }),
     Column("ADDRESSES", |row| text(row, "addresses")),
+    Column("REACHED BY", |row| text(row, "reached_by")),
     Column("AGENT", |row| text(row, "agent")),
     Column("KEY", |row| text(row, "key")),
     Column("FORGED", |row| text(row, "forged_packets")),

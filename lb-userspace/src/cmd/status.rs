@@ -1,5 +1,7 @@
 //! `status`: what is attached, how, and who controls it.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use lb_common::abi::{Config, Mode, XDP_FRAGS, XDP_REDIRECTS, XDP_TRANSMITS, size, table};
 use serde_json::json;
@@ -78,7 +80,10 @@ fn say(inventory: &Inventory, around: &Surroundings, health: &Health, memory: u6
     out::line(format!("  controller  {controller}"))?;
     out::line(format!("  source      {}: {state}", report.kind))?;
     out::line(format!("  services    {}, {tasks} tasks take new connections", services.len()))?;
-    out::line(format!("  nodes       {answer} of {agents} answer"))?;
+    let ways: BTreeSet<&str> = nodes.iter().filter_map(|node| node.reached_by.as_deref()).collect();
+    let ways = Vec::from_iter(ways).join(", ");
+    let by = if ways.is_empty() { String::new() } else { format!("; the others are reached by {ways}") };
+    out::line(format!("  nodes       {answer} of {agents} answer{by}"))?;
     out::line(format!("  tables      {:.1} MiB{fullest}", memory as f64 / f64::from(1 << 20)))?;
     for drain in &inventory.drains {
         let what = match drain.what {

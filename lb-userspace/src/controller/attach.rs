@@ -1,7 +1,7 @@
 //! Putting the programs where packets come in: the uplink, in the best way that works, and the interfaces by which tasks
 //! answer.
 
-use std::{collections::BTreeSet, fs, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{Result, anyhow, bail};
 use lb_common::{
@@ -10,11 +10,12 @@ use lb_common::{
 };
 use tokio::time::Instant;
 
-use super::Controller;
+use super::{Controller, beside, role};
 use crate::{
-    datapath::DatapathError,
+    datapath::{DatapathError, TcHook},
     events::Kind,
     net::{self, Found, Link, Snapshot},
+    plan::Role,
 };
 
 /// From the device's driver to TC no frame takes as long: between the two are queues of one CPU's network code.
@@ -112,35 +113,52 @@ impl Controller {
         Ok(())
     }
 
-    /// Puts the program for replies where tasks answer, before the first request can reach one. A task whose
-    /// answers would go astray is not offered. What is to be said of programs that could not be swapped.
-    pub(super) fn attach_task_interfaces(
+    /// Takes the filters of an uplink away that is gone: they are known by its index, and would stay beside those of the one that
+    /// came in its place. Links are swapped.
+    pub(super) fn leave_former(&mut self, snapshot: &Snapshot, uplink: &Link) {
+        let former = self.datapath.attached().map(|(index, _)| index).filter(|index| *index != uplink.index);
+        let Some(former) = former.filter(|_| self.datapath.tc_hook() == TcHook::Clsact) else {
+            return;
+        };
+        for role in Role::ALL {
+            for index in self.datapath.links_beside(role) {
+                let name = snapshot.links.get(&index).map(|link| link.name.as_str());
+                self.datapath.detach_beside(role, (name, index), former);
+            }
+        }
+    }
+
+    /// Puts the programs where tasks answer and where other nodes are reached beside the uplink, before the first packet can come
+    /// there. Who would be answered astray is not offered. What is to be said of programs that could not be swapped.
+    pub(super) fn attach_beside(
         &mut self,
         snapshot: &Snapshot,
         uplink: u32,
-        task_interfaces: &BTreeSet<u32>,
         ways: &mut Found,
     ) -> Vec<String> {
         let behind = std::mem::take(&mut self.behind);
-        let attached: BTreeSet<u32> = match self.served {
-            Some(_) => {
-                self.datapath.task_links().into_iter().filter(|index| !behind.contains(index)).collect()
-            }
-            None => BTreeSet::new(),
-        };
         let mut stay = Vec::new();
-        for index in task_interfaces.difference(&attached) {
-            let name = snapshot.links.get(index).map_or("", |link| &link.name);
-            let Err(problem) = self.datapath.attach_task(name, *index, uplink) else {
+        for (kind, index) in beside(ways, uplink) {
+            let attached = self.served.is_some()
+                && !behind.contains(&(kind, index))
+                && self.datapath.links_beside(kind).contains(&index);
+            if attached {
+                continue;
+            }
+            let name = snapshot.links.get(&index).map_or("", |link| &link.name);
+            let Err(problem) = self.datapath.attach_beside(kind, (name, index), uplink) else {
+                if kind == Role::Peers {
+                    log::info!("{}: other nodes are reached by {name}", self.settings.interface);
+                }
                 continue;
             };
-            if self.datapath.carries(*index) {
-                self.behind.insert(*index);
+            if self.datapath.carries(kind, index) {
+                self.behind.insert((kind, index));
                 stay.push(format!("the former program serves on {name}: {problem}; trying again"));
                 continue;
             }
-            for way in ways.values_mut() {
-                if way.as_ref().is_ok_and(|way| way.ifindex == *index) {
+            for ((_, reach), way) in ways.iter_mut() {
+                if role(*reach) == kind && way.as_ref().is_ok_and(|way| way.ifindex == index) {
                     *way = Err(format!("attach to {name}: {problem}"));
                 }
             }

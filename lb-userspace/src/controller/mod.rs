@@ -28,7 +28,7 @@ use crate::{
     limits::Watch,
     logging,
     net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
-    plan::{MapOp, Planner, Reach, View},
+    plan::{MapOp, Planner, Reach, Role, View},
     report::{self, Drain, Drained, SourceReport},
     serve::Changed,
     source::{Origin, Update},
@@ -44,6 +44,8 @@ use refusals::Refusals;
 pub struct Settings {
     /// The uplink.
     pub interface: String,
+    /// The other uplinks of this agent, which have datapaths of their own.
+    pub others: BTreeSet<String>,
     /// Name of this node; `None` finds it by the machine's addresses.
     pub node: Option<String>,
     /// How to serve the uplink; `None` takes the best that works.
@@ -95,8 +97,11 @@ pub struct Controller {
     drains: (u64, Vec<Drain>),
     /// By what other nodes' packets are known.
     keyring: Keyring,
-    /// Asks other nodes' datapaths whether they are there; none before the tunnel's port is known.
-    prober: Option<Prober>,
+    /// Ask other nodes' datapaths whether they are there, by the index of the interface that leads to them; none before the tunnel's
+    /// port is known.
+    probers: BTreeMap<u32, Prober>,
+    /// Told by them when one falls silent or is heard again, and by whom.
+    peers_changed: (mpsc::Sender<()>, mpsc::Receiver<()>),
     /// ICMP errors about tunnel packets that were seen.
     tunnel_errors: u64,
     /// Tells the ends of connections that were given up; none before a service asks for it, or where the kernel refuses.
@@ -107,8 +112,8 @@ pub struct Controller {
     served: Option<u32>,
     /// When XDP came, while frames may be on their way that it has not seen.
     xdp_since: Option<Instant>,
-    /// Interfaces of tasks on which a former controller's program runs yet.
-    behind: BTreeSet<u32>,
+    /// Interfaces beside the uplink on which a former controller's programs run yet.
+    behind: BTreeSet<(Role, u32)>,
     /// What was last complained about, so that it is said once.
     complaints: BTreeSet<String>,
     /// Limits that the datapath has run into.
@@ -191,7 +196,8 @@ impl Controller {
             cluster: None,
             drains: (0, Vec::new()),
             keyring,
-            prober: None,
+            probers: BTreeMap::new(),
+            peers_changed: mpsc::channel(1),
             tunnel_errors: 0,
             resetter: None,
             report,
@@ -328,8 +334,8 @@ impl Controller {
                     }
                 },
                 Some(()) = self.changes.recv() => self.network = None,
-                () = peers::silence(self.prober.as_mut()) => {}
-                _ = looks.tick(), if self.prober.is_some() => {
+                Some(()) = self.peers_changed.1.recv() => {}
+                _ = looks.tick(), if !self.probers.is_empty() => {
                     self.look_at_tunnel_errors();
                     continue;
                 }
@@ -497,6 +503,7 @@ impl Controller {
         };
         let serve = self.served != Some(uplink.index);
         // What runs there is given its programs before anything else is touched: if they are refused, nothing was.
+        self.leave_former(&snapshot, &uplink);
         let adopt = serve && self.datapath.attached().is_some_and(|(index, _)| index == uplink.index);
         if adopt {
             self.attach(&snapshot, &uplink)?;
@@ -556,14 +563,18 @@ impl Controller {
         complaints: &mut BTreeSet<String>,
     ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
-        self.open_tunnel(cluster.tunnel.port, uplink.index)?;
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
+        self.keep_one_interface(cluster, snapshot, &mut ways);
+        complaints.extend(self.attach_beside(snapshot, uplink.index, &mut ways));
+        let beside = beside(&ways, uplink.index);
+        let peers = beside.iter().filter(|(role, _)| *role == Role::Peers).map(|(_, index)| *index);
+        let named = |index| Some((index, snapshot.links.get(&index)?.name.clone()));
+        let interfaces = peers.chain([uplink.index]).filter_map(named).collect();
+        self.open_tunnel(cluster.tunnel.port, &interfaces)?;
         let cookies = self.cookies(cluster, &node);
         self.ask_peers(&mut ways, &outgoing(cluster, &cookies)).await;
-        let task_interfaces = task_interfaces(&ways, uplink.index);
-        complaints.extend(self.attach_task_interfaces(snapshot, uplink.index, &task_interfaces, &mut ways));
         let named = self.settings.addresses.clone();
         let (addresses, named) = (addresses.as_slice(), named.as_slice());
         let view = View { cluster, node: &node, addresses, named, cookies: &cookies, ways: &ways };
@@ -582,10 +593,12 @@ impl Controller {
         for event in notice.tell(self.datapath.tables()) {
             self.settings.events.record(event);
         }
-        for index in self.datapath.task_links() {
-            if !task_interfaces.contains(&index) && !self.in_use(index) {
-                let name = snapshot.links.get(&index).map(|link| link.name.as_str());
-                self.datapath.detach_task(name, index, uplink.index);
+        for role in Role::ALL {
+            for index in self.datapath.links_beside(role) {
+                if !beside.contains(&(role, index)) && !self.datapath.tables().leads(role, index) {
+                    let name = snapshot.links.get(&index).map(|link| link.name.as_str());
+                    self.datapath.detach_beside(role, (name, index), uplink.index);
+                }
             }
         }
         if changes > 0 {
@@ -607,7 +620,8 @@ impl Controller {
             return found;
         }
         let mut network = snapshot.clone();
-        let mut found = self.ways.find(&self.net, &network, uplink, wanted).await;
+        let others = self.other_uplinks(&network);
+        let mut found = self.ways.find(&self.net, &network, (uplink, &others), wanted).await;
         // Neighbours that were asked for just now: tables that are filled without them are filled twice.
         let deadline = Instant::now() + ANSWER;
         while self.served.is_none()
@@ -616,7 +630,7 @@ impl Controller {
             && let Ok(latest) = self.net.snapshot().await
         {
             network = Arc::new(latest);
-            found = self.ways.find(&self.net, &network, uplink, wanted).await;
+            found = self.ways.find(&self.net, &network, (uplink, &others), wanted).await;
         }
         self.network = Some(network);
         found
@@ -635,9 +649,11 @@ impl Controller {
         applied.with_context(|| format!("apply a change to the tables of {}", self.settings.interface))
     }
 
-    /// Whether a backend is reached by this interface.
-    fn in_use(&self, index: u32) -> bool {
-        self.datapath.tables().backends.values().any(|entry| entry.backend.ifindex == index)
+    /// The uplinks of other datapaths of this machine: of this agent's, and of others'.
+    fn other_uplinks(&self, snapshot: &Snapshot) -> BTreeSet<String> {
+        let attached = datapath::attached_interfaces().unwrap_or_default();
+        let names = attached.into_iter().chain(self.settings.others.iter().cloned());
+        names.filter(|name| *name != self.settings.interface && snapshot.link(name).is_some()).collect()
     }
 
     /// This node's name: as it was told, or that of the node which has an address of this machine.
@@ -755,7 +771,16 @@ async fn first(
     }
 }
 
-/// The interfaces by which tasks answer, other than the uplink.
-fn task_interfaces(ways: &Found, uplink: u32) -> BTreeSet<u32> {
-    ways.values().flatten().map(|way| way.ifindex).filter(|index| *index != uplink).collect()
+/// The interfaces beside the uplink, and what for.
+fn beside(ways: &Found, uplink: u32) -> BTreeSet<(Role, u32)> {
+    let there = ways.iter().filter_map(|((_, reach), way)| Some((role(*reach), way.as_ref().ok()?.ifindex)));
+    there.filter(|(_, index)| *index != uplink).collect()
+}
+
+/// What an interface is there for by which this is reached.
+const fn role(reach: Reach) -> Role {
+    match reach {
+        Reach::Peer => Role::Peers,
+        Reach::Local | Reach::Snat | Reach::Routed => Role::Tasks,
+    }
 }

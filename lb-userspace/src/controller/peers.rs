@@ -1,8 +1,9 @@
 //! The other nodes' datapaths: whether they are there, and how long a packet the ways to them let pass.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
@@ -11,7 +12,7 @@ use lb_common::{abi::Config, net::Be16, outcome::Outcome};
 use super::{ANSWER, Controller};
 use crate::{
     cluster::{ClusterState, Node},
-    net::{Found, Prober, Wanted},
+    net::{Found, Prober, Snapshot, Wanted},
     plan::Reach,
     tunnel_key::{Cookies, NodeKey},
 };
@@ -36,30 +37,57 @@ impl Controller {
         cookies.collect()
     }
 
-    /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
-    pub(super) async fn ask_peers(&mut self, ways: &mut Found, cookies: &BTreeMap<IpAddr, u64>) {
-        let Some(prober) = &self.prober else {
+    /// Leaves of the ways to a node those by the interface that leads to its first address: what was to stay in one network goes by no
+    /// other while that is silent, or gone. An address of a family that this machine has not is nobody's choice. Several uplinks
+    /// have their own ways each.
+    pub(super) fn keep_one_interface(&self, cluster: &ClusterState, snapshot: &Snapshot, ways: &mut Found) {
+        if !self.other_uplinks(snapshot).is_empty() {
             return;
-        };
-        let peers = ways.iter().filter(|((_, reach), way)| *reach == Reach::Peer && way.is_ok());
-        let known: BTreeMap<IpAddr, u32> = self.datapath.tables().peer_mtus().collect();
-        let peers = peers.filter_map(|((address, _), way)| {
-            let cookie = cookies.get(address).copied().unwrap_or_default();
-            let (mtu, known) = (way.as_ref().ok()?.mtu, known.get(address).copied());
-            Some((*address, Wanted { mtu, known, cookie }))
-        });
-        prober.follow(&peers.collect());
-        if self.served.is_none() {
-            prober.settle(ANSWER).await;
         }
-        for (address, reason) in prober.silent() {
-            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                way.silent = Some(reason);
+        let has =
+            |v4: bool| snapshot.addresses.iter().any(|(_, own)| own.is_ipv4() == v4 && !own.is_loopback());
+        let mut kept = BTreeSet::<IpAddr>::new();
+        for node in &cluster.nodes {
+            let possible = || node.addresses.iter().filter(|address| has(address.is_ipv4()));
+            let Some(first) = possible().next() else {
+                continue;
+            };
+            match self.ways.leads_by(first) {
+                Some(by) => {
+                    kept.extend(possible().filter(|address| self.ways.leads_by(address) == Some(by)).copied())
+                }
+                None => drop(kept.insert(*first)),
             }
         }
-        for (address, mtu) in prober.mtus() {
-            if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                way.mtu = way.mtu.min(mtu);
+        ways.retain(|(address, reach), _| *reach != Reach::Peer || kept.contains(address));
+    }
+
+    /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
+    pub(super) async fn ask_peers(&mut self, ways: &mut Found, cookies: &BTreeMap<IpAddr, u64>) {
+        let known: BTreeMap<IpAddr, u32> = self.datapath.tables().peer_mtus().collect();
+        for (index, prober) in &self.probers {
+            let peers = ways.iter().filter_map(|((address, reach), way)| {
+                let way = way.as_ref().ok().filter(|way| *reach == Reach::Peer && way.ifindex == *index)?;
+                let cookie = cookies.get(address).copied().unwrap_or_default();
+                let known = known.get(address).copied();
+                Some((*address, Wanted { mtu: way.mtu, known, cookie }))
+            });
+            prober.follow(&peers.collect());
+        }
+        let deadline = Instant::now() + ANSWER;
+        for prober in self.probers.values() {
+            if self.served.is_none() {
+                prober.settle(deadline).await;
+            }
+            for (address, reason) in prober.silent() {
+                if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
+                    way.silent = Some(reason);
+                }
+            }
+            for (address, mtu) in prober.mtus() {
+                if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
+                    way.mtu = way.mtu.min(mtu);
+                }
             }
         }
     }
@@ -67,27 +95,29 @@ impl Controller {
     /// Has the ways to nodes looked at again when somebody says that a packet in the tunnel was too long.
     pub(super) fn look_at_tunnel_errors(&mut self) {
         let errors = self.datapath.outcome(Outcome::TunnelError).unwrap_or(self.tunnel_errors);
-        if std::mem::replace(&mut self.tunnel_errors, errors) != errors
-            && let Some(prober) = &self.prober
-        {
-            prober.doubt();
+        if std::mem::replace(&mut self.tunnel_errors, errors) != errors {
+            self.probers.values().for_each(Prober::doubt);
         }
     }
 
-    /// Tells the programs which port the tunnel has, and asks other nodes by it.
-    pub(super) fn open_tunnel(&mut self, port: u16, uplink: u32) -> Result<()> {
-        let interface = self.settings.interface.clone();
-        if !self.prober.as_ref().is_some_and(|prober| prober.asks(port, uplink)) {
-            self.prober = None;
-            let prober = Prober::start((&interface, uplink), port, self.settings.peer_timeout);
-            let prober = prober.context("open a socket for probes to other nodes")?;
+    /// Tells the programs which port the tunnel has, and asks other nodes by it through the uplink and through the interfaces beside
+    /// it that lead to them.
+    pub(super) fn open_tunnel(&mut self, port: u16, interfaces: &BTreeMap<u32, String>) -> Result<()> {
+        self.probers.retain(|index, prober| interfaces.contains_key(index) && prober.asks(port));
+        for (index, interface) in interfaces {
+            if self.probers.contains_key(index) {
+                continue;
+            }
+            let (timeout, changed) = (self.settings.peer_timeout, self.peers_changed.0.clone());
+            let prober = Prober::start(interface, port, timeout, changed)
+                .with_context(|| format!("open a socket for probes to other nodes on {interface}"))?;
             if !prober.has_port() {
                 log::warn!(
                     "{interface}: another program has UDP port {port}, which is the tunnel's; of what comes to it only other \
                      nodes' tunnel packets are taken"
                 );
             }
-            self.prober = Some(prober);
+            self.probers.insert(*index, prober);
         }
         let config = self.datapath.config();
         if config.tunnel_port != Be16::new(port) {
@@ -105,12 +135,4 @@ pub(super) fn outgoing(cluster: &ClusterState, cookies: &BTreeMap<String, Cookie
     nodes
         .flat_map(|(addresses, cookie)| addresses.into_iter().map(move |address| (address, cookie)))
         .collect()
-}
-
-/// Resolves when another node falls silent or is heard again.
-pub(super) async fn silence(prober: Option<&mut Prober>) {
-    match prober {
-        Some(prober) => prober.changed().await,
-        None => std::future::pending().await,
-    }
 }

@@ -61,6 +61,12 @@ impl From<io::Error> for AttachProblem {
 /// Our place among the filters of a clsact qdisc: early, and the same at every attach to an uplink, so that a
 /// filter of a former controller is found and replaced, and one of another uplink's left alone.
 const PRIORITY: u16 = 1;
+/// That of the program for other nodes' packets: tasks may answer by the same interface.
+const PEER_PRIORITY: u16 = 2;
+
+fn priority(place: &Place) -> u16 {
+    if place.program == program::PEER_TC { PEER_PRIORITY } else { PRIORITY }
+}
 
 fn handle(uplink: u32) -> TcHandle {
     TcHandle::new(0x6c62, uplink as u16)
@@ -224,7 +230,7 @@ fn attach_clsact(
         return Ok(());
     }
     fault::point("attach a filter")?;
-    let options = NlOptions { priority: PRIORITY, handle: handle(place.uplink), classid: None };
+    let options = NlOptions { priority: priority(&place), handle: handle(place.uplink), classid: None };
     let options = TcAttachOptions::Netlink(options);
     let id = program.attach_with_options(&place.interface, place.side(), options)?;
     // The filter stays by itself; dropping the link would remove it.
@@ -236,7 +242,7 @@ fn attach_clsact(
 /// Swaps the program of our filter at this place, if there is one.
 pub(super) fn swap_filter(program: &mut SchedClassifier, place: &Place) -> Result<(), AttachProblem> {
     let uplink = handle(place.uplink);
-    let there = SchedClassifierLink::attached(&place.interface, place.side(), PRIORITY, uplink, None)
+    let there = SchedClassifierLink::attached(&place.interface, place.side(), priority(place), uplink, None)
         .map_err(|error| AttachProblem(error.to_string()))?;
     let id = program.attach_to_link(there)?;
     std::mem::forget(program.take_link(id)?);
@@ -244,26 +250,30 @@ pub(super) fn swap_filter(program: &mut SchedClassifier, place: &Place) -> Resul
 }
 
 /// Removes a TC link or filter.
-pub(super) fn detach_tc(pins: &PinDir, interface: &str, name: &str, uplink: u32) {
-    let path = pins.link(name);
+pub(super) fn detach_tc(pins: &PinDir, place: &Place) {
+    let path = pins.link(&place.link);
     if path.exists() {
         pins.remove_link(&path);
-    } else if !interface.is_empty() {
-        detach_clsact(interface, TcAttachType::Ingress, uplink);
+    } else if !place.interface.is_empty() {
+        detach_clsact(&place.interface, place.side(), priority(place), place.uplink);
     }
 }
 
-fn detach_clsact(interface: &str, side: TcAttachType, uplink: u32) {
+fn detach_clsact(interface: &str, side: TcAttachType, priority: u16, uplink: u32) {
     // An interface without the filter, or without the qdisc, has nothing to remove; a link detaches when dropped.
-    let _ = SchedClassifierLink::attached(interface, side, PRIORITY, handle(uplink), None);
+    let _ = SchedClassifierLink::attached(interface, side, priority, handle(uplink), None);
 }
 
 /// Removes every link, and every filter of this uplink on the interfaces named.
 pub(super) fn detach_all(pins: &PinDir, interfaces: &[String], uplink: u32) {
     pins.remove_link(&pins.link(pin::XDP));
     for interface in interfaces {
-        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
-            detach_clsact(interface, side, uplink);
+        for (side, priority) in [
+            (TcAttachType::Ingress, PRIORITY),
+            (TcAttachType::Ingress, PEER_PRIORITY),
+            (TcAttachType::Egress, PRIORITY),
+        ] {
+            detach_clsact(interface, side, priority, uplink);
         }
     }
 }
@@ -299,7 +309,7 @@ fn revert(pins: &PinDir, step: &Step) -> Result<(), AttachProblem> {
                 swap_filter(&mut program, place)?;
             }
         }
-        Step::Filtered(place) => detach_clsact(&place.interface, place.side(), place.uplink),
+        Step::Filtered(place) => detach_clsact(&place.interface, place.side(), priority(place), place.uplink),
         Step::Qdisc(_) => {}
     }
     Ok(())

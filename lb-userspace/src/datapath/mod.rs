@@ -67,7 +67,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use crate::{
     cluster::Idle,
     net::Reset,
-    plan::{Limits, MapOp, Tables},
+    plan::{Limits, MapOp, Role, Tables},
     report::{SourceReport, Trouble},
     tunnel_key::Secret,
 };
@@ -85,6 +85,21 @@ pub struct GuardState {
     pub switches: u32,
     /// Connections it has placed without an entry.
     pub placed: u64,
+}
+
+impl Role {
+    /// Where its programs go on an interface; the one where frames come in is the last.
+    fn places(self, interface: &str, ifindex: u32, uplink: u32) -> Vec<Place> {
+        let place = |program, link| Place { interface: interface.to_owned(), link, uplink, program };
+        let link = self.link(ifindex);
+        match self {
+            Self::Tasks => vec![place(program::TASK_TC, link)],
+            Self::Peers => vec![
+                place(program::UPLINK_EGRESS, format!("{}{ifindex}", pin::PEER_EGRESS)),
+                place(program::PEER_TC, link),
+            ],
+        }
+    }
 }
 
 /// The datapath of one interface, in the hands of its controller.
@@ -116,8 +131,8 @@ pub struct Datapath {
     attached: Option<(u32, Mode)>,
     hook: TcHook,
     features: Features,
-    /// Interfaces that carry the program for replies by a filter, which has no pin.
-    filtered: BTreeSet<u32>,
+    /// Interfaces that carry programs by filters, which have no pins.
+    filtered: BTreeSet<(Role, u32)>,
 }
 
 impl Datapath {
@@ -465,25 +480,35 @@ impl Datapath {
         links::attach_xdp((&self.pins, journal), xdp.try_into()?, ifindex, mode, self.attached)
     }
 
-    /// Attaches the program that turns replies around to an interface that tasks answer by.
+    /// Attaches the programs of a role to an interface beside the uplink.
     ///
     /// # Errors
     /// The kernel refuses; what was attached before is attached as it was.
-    pub fn attach_task(&mut self, interface: &str, ifindex: u32, uplink: u32) -> Result<(), AttachProblem> {
+    pub fn attach_beside(
+        &mut self,
+        role: Role,
+        (interface, ifindex): (&str, u32),
+        uplink: u32,
+    ) -> Result<(), AttachProblem> {
         let mark = self.journal.mark();
-        let place = Place {
-            interface: interface.to_owned(),
-            link: pin::task_link(ifindex),
-            uplink,
-            program: program::TASK_TC,
-        };
-        let program = classifier(&mut self.ebpf, program::TASK_TC)?;
-        let tcx = self.features.tcx;
-        let done = links::attach_tc((&self.pins, &mut self.journal), program, place, tcx);
+        let done = self.try_attach_beside(role.places(interface, ifindex, uplink));
+        if done.is_err() {
+            // One program without the other is nobody's.
+            self.qdiscs.extend(links::undo((&self.pins, &mut self.journal), mark));
+        }
         if self.conclude(mark, done)? == TcHook::Clsact {
-            self.filtered.insert(ifindex);
+            self.filtered.insert((role, ifindex));
         }
         Ok(())
+    }
+
+    fn try_attach_beside(&mut self, places: Vec<Place>) -> Result<TcHook, AttachProblem> {
+        let mut hook = self.hook;
+        for place in places {
+            let program = classifier(&mut self.ebpf, place.program)?;
+            hook = links::attach_tc((&self.pins, &mut self.journal), program, place, self.features.tcx)?;
+        }
+        Ok(hook)
     }
 
     /// Undoes what failed. Before [`Self::commit`] it is undone with the rest, or taken up by another mode.
@@ -497,23 +522,26 @@ impl Datapath {
         done
     }
 
-    /// Detaches it again; an interface that is gone has taken the link with it.
-    pub fn detach_task(&mut self, interface: Option<&str>, ifindex: u32, uplink: u32) {
-        self.filtered.remove(&ifindex);
-        links::detach_tc(&self.pins, interface.unwrap_or_default(), &pin::task_link(ifindex), uplink);
+    /// Detaches them again; an interface that is gone has taken the links with it.
+    pub fn detach_beside(&mut self, role: Role, (interface, ifindex): (Option<&str>, u32), uplink: u32) {
+        self.filtered.remove(&(role, ifindex));
+        for place in role.places(interface.unwrap_or_default(), ifindex, uplink) {
+            links::detach_tc(&self.pins, &place);
+        }
     }
 
-    /// The interfaces that carry the program for replies. Filters of a former controller, which have no pins, are
-    /// not known; they go with their veth.
-    pub fn task_links(&self) -> Vec<u32> {
-        self.pins.task_links().into_iter().chain(self.filtered.iter().copied()).collect()
+    /// The interfaces that carry the programs of a role. Filters of a former controller, which have no pins, are not known; those
+    /// for tasks go with their veth.
+    pub fn links_beside(&self, role: Role) -> BTreeSet<u32> {
+        let filtered = self.filtered.iter().filter(|(of, _)| *of == role).map(|(_, index)| *index);
+        self.pins.links_beside(role).into_iter().chain(filtered).collect()
     }
 
-    /// Whether a former controller's program turns replies around on this interface: one that cannot be swapped serves on.
-    pub fn carries(&self, ifindex: u32) -> bool {
-        // A filter has no pin. Where backends lead, there is one.
-        let leads = || self.tables.backends.values().any(|entry| entry.backend.ifindex == ifindex);
-        self.task_links().contains(&ifindex) || self.adopted && !self.features.tcx && leads()
+    /// Whether a former controller's programs have this role on the interface: those that cannot be swapped serve on.
+    pub fn carries(&self, role: Role, ifindex: u32) -> bool {
+        // A filter has no pin. Where somebody is reached, there is one.
+        self.links_beside(role).contains(&ifindex)
+            || self.adopted && !self.features.tcx && self.tables.leads(role, ifindex)
     }
 
     /// How the TC programs are attached.

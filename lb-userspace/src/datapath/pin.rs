@@ -24,6 +24,7 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{DatapathError, is_bpffs, sys};
+use crate::plan::Role;
 
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -33,13 +34,24 @@ pub(super) const XDP: &str = "xdp";
 pub(super) const UPLINK_TC: &str = "uplink-tc";
 /// Pin of the link where the uplink lets frames out.
 pub(super) const UPLINK_EGRESS: &str = "uplink-egress";
-const TASK: &str = "task-";
+/// What the pin of the link where frames leave to other nodes begins with; the interface's index follows.
+pub(super) const PEER_EGRESS: &str = "peer-egress-";
 /// What the names of links' pins begin with.
 const LINK: &str = "link-";
 
-/// Pin of the link for replies on an interface.
-pub(super) fn task_link(ifindex: u32) -> String {
-    format!("{TASK}{ifindex}")
+impl Role {
+    /// What the pin of the link where frames come in begins with; the interface's index follows.
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Tasks => "task-",
+            Self::Peers => "peer-",
+        }
+    }
+
+    /// Pin of the link where frames come in by an interface.
+    pub(super) fn link(self, ifindex: u32) -> String {
+        format!("{}{ifindex}", self.prefix())
+    }
 }
 
 /// The pins of one interface.
@@ -184,9 +196,9 @@ impl PinDir {
         entries.into_iter().any(|entry| entry.file_name().as_encoded_bytes().starts_with(LINK.as_bytes()))
     }
 
-    /// The interfaces that have a pinned link for replies.
-    pub(super) fn task_links(&self) -> Vec<u32> {
-        let prefix = format!("{LINK}{TASK}");
+    /// The interfaces that have a pinned link for this role.
+    pub(super) fn links_beside(&self, role: Role) -> Vec<u32> {
+        let prefix = format!("{LINK}{}", role.prefix());
         let name = |entry: fs::DirEntry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok();
         fs::read_dir(&self.path).into_iter().flatten().flatten().filter_map(name).collect()
     }

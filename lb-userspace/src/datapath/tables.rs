@@ -229,8 +229,7 @@ impl TableSet {
         tables.last_node = tables.nodes.keys().next_back().copied().unwrap_or_default();
         let peers = tables.nodes.iter().filter(|(_, node)| node.agent && !node.this);
         for number in peers.map(|(number, _)| *number).collect::<Vec<_>>() {
-            let peer = self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?;
-            tables.peers.insert(number, peer);
+            tables.peers.insert(number, self.peer(number)?);
         }
         // Also of numbers that are no peer's: what a change that was cut short has left is taken away.
         for number in 0..self.peer_keys.len() {
@@ -349,12 +348,12 @@ impl TableSet {
         self.peer_keys.get(&number, 0).map_err(|e| DatapathError::map("read", e))
     }
 
-    /// The cookie of packets to a peer; zero if they have none.
+    /// How packets get to a peer.
     ///
     /// # Errors
     /// The kernel refuses the read.
-    pub fn cookie_to(&self, number: u32) -> Result<u64, DatapathError> {
-        Ok(self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))?.cookie)
+    pub fn peer(&self, number: u32) -> Result<Peer, DatapathError> {
+        self.peers.get(&number, 0).map_err(|e| DatapathError::map("read", e))
     }
 
     /// What the agent is asked to log, if somebody asked.

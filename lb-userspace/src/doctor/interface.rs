@@ -122,6 +122,16 @@ fn right_one(findings: &mut Findings, one: &Attached, snapshot: &Snapshot, attac
             .note(CHECK, format!("{interface} is served beside {right}, which has the address of this node"));
         return;
     }
+    if nodes.iter().any(|node| node.reached_by.as_ref() == Some(right)) {
+        findings.note(
+            CHECK,
+            format!(
+                "clients are served on the addresses of {interface}; the nodes reach each other by {right}, where clients of {} are not",
+                addresses(&this.addresses)
+            ),
+        );
+        return;
+    }
     findings.error(
         CHECK,
         format!(

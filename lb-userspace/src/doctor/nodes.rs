@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     cluster::Protocol,
+    datapath::attached_interfaces,
     inventory::{Agent, Key, Node, via},
     net::{Asked, Net, Snapshot, ask_once},
 };
@@ -51,8 +52,7 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
         return findings;
     };
     let route = net.route(address).await;
-    let by = route.as_ref().ok().map(|route| route.interface);
-    let leads = by.and_then(|index| snapshot.links.get(&index));
+    let leads = route.as_ref().ok().and_then(|route| snapshot.links.get(&route.interface));
     if let Err(reason) = &route {
         findings.error(
             "way",
@@ -61,20 +61,29 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
         );
         return findings;
     }
-    if let Some(leads) = leads.filter(|link| link.name != *interface) {
+    let beside = leads.filter(|link| link.name != *interface);
+    let others = attached_interfaces().unwrap_or_default();
+    if let Some(beside) = beside.filter(|beside| others.contains(&beside.name)) {
         findings.error(
             "way",
-            format!("node {name}: the way to {address} leads by {}, not by {interface}: its tasks are not offered", leads.name),
-            format!("sudo lb-userspace attach --iface {}", leads.name),
+            format!(
+                "node {name}: the way to {address} leads by {0}, which has a datapath of its own: its tasks are not offered by \
+                 {interface}",
+                beside.name
+            ),
+            format!("sudo lb-userspace detach --iface {}", beside.name),
         );
         return findings;
     }
+    let by = beside.map_or(interface, |beside| &beside.name);
     let cookie = one.inventory.cookie_to(&node.id);
-    let asked = ask_once(interface, (address, port), cookie, PATIENCE).await;
+    let asked = ask_once(by, (address, port), cookie, PATIENCE).await;
     if asked == Asked::Answered {
         findings.ok(
             "tunnel",
-            format!("node {name}: its datapath answers at {address}, UDP port {port} passes both ways"),
+            format!(
+                "node {name}: its datapath answers at {address} by {by}, UDP port {port} passes both ways"
+            ),
         );
         keyed(&mut findings, node, port);
         if let (IpAddr::V4(to), Some(link)) = (address, leads) {
@@ -224,20 +233,15 @@ pub async fn probe(findings: &mut Findings, one: &Attached) {
             continue;
         }
         for node in nodes.iter().filter(|node| !node.this && node.agent == Agent::Yes) {
-            let Some(address) = node.addresses.first() else { continue };
-            let at = SocketAddr::new(*address, port.published);
-            let mut answer = Err("no answer".to_owned());
-            for _ in 0..tasks.len().min(TRIES) {
-                answer = connect(at).await;
-                if answer.is_ok() {
-                    break;
-                }
-            }
-            match answer {
-                Ok(()) => {
+            // Clients may not be served where the nodes reach each other.
+            let places: Vec<_> =
+                node.addresses.iter().map(|address| SocketAddr::new(*address, port.published)).collect();
+            match ask_service(&places, tasks.len().min(TRIES)).await {
+                None => {}
+                Some(Ok(at)) => {
                     findings.ok(CHECK, format!("service {service} answers by node {} at {at}", node.name))
                 }
-                Err(error) => findings.error(
+                Some(Err((at, error))) => findings.error(
                     CHECK,
                     format!("service {service} does not answer by node {} at {at}: {error}", node.name),
                     format!("on {}: lb-userspace service ps {service}", node.name),
@@ -245,6 +249,23 @@ pub async fn probe(findings: &mut Findings, one: &Attached) {
             }
         }
     }
+}
+
+/// The first of these places that answers in so many tries; else why the first one does not.
+async fn ask_service(
+    places: &[SocketAddr],
+    tries: usize,
+) -> Option<Result<SocketAddr, (SocketAddr, String)>> {
+    let mut refusal = None;
+    for at in places {
+        for _ in 0..tries {
+            match connect(*at).await {
+                Ok(()) => return Some(Ok(*at)),
+                Err(error) => refusal = refusal.or(Some((*at, error))),
+            }
+        }
+    }
+    refusal.map(Err)
 }
 
 async fn connect(at: SocketAddr) -> Result<(), String> {

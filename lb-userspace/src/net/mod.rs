@@ -133,19 +133,21 @@ impl Snapshot {
         ))
     }
 
+    /// Whether an interface is a bridge of containers: it is up, and has veths alone as its ports. Behind others are machines, or
+    /// the network itself.
+    pub fn leads_to_containers(&self, index: u32) -> bool {
+        let mut ports = self.links.values().filter(|link| link.master == Some(index)).peekable();
+        self.links.get(&index).is_some_and(|link| link.kind == "bridge" && link.up)
+            && ports.peek().is_some()
+            && ports.all(|port| port.kind == "veth")
+    }
+
     /// What the ranges behind this node's interfaces are to it, by their first address and prefix; as the kernel routes, the
-    /// narrowest one counts. A bridge of containers is one that is up and has veths alone as its ports: behind others are
-    /// machines, or the network itself.
+    /// narrowest one counts.
     pub fn inner_ranges(&self) -> BTreeMap<(IpAddr, u8), u32> {
-        let has_containers = |index: u32| {
-            let mut ports = self.links.values().filter(|link| link.master == Some(index)).peekable();
-            self.links.get(&index).is_some_and(|link| link.kind == "bridge" && link.up)
-                && ports.peek().is_some()
-                && ports.all(|port| port.kind == "veth")
-        };
         let mut ranges = BTreeMap::new();
         for range in &self.ranges {
-            let what = if has_containers(range.interface) { inner::BRIDGE } else { inner::OUTSIDE };
+            let what = if self.leads_to_containers(range.interface) { inner::BRIDGE } else { inner::OUTSIDE };
             // Where two interfaces have one range, its clients may be behind either.
             let known: &mut u32 = ranges.entry((range.first, range.prefix)).or_insert(what);
             *known = (*known).min(what);

@@ -13,18 +13,11 @@ const CONTROL_FAMILY_NAME: u16 = 2;
 const DEV_GET: u8 = 1;
 const DEV_IFINDEX: u16 = 1;
 const DEV_XDP_FEATURES: u16 = 3;
-/// `NETDEV_XDP_ACT_NDO_XMIT`.
-const NDO_XMIT: u64 = 4;
 
 /// The XDP features of an interface in the current network namespace, as `enum netdev_xdp_act`; `None` where
 /// the kernel does not tell.
 pub fn xdp_features(ifindex: u32) -> Option<u64> {
     ask(ifindex).ok().flatten()
-}
-
-/// Whether XDP can send frames out of an interface; without word from the kernel it is taken to.
-pub(super) fn transmits(ifindex: u32) -> bool {
-    xdp_features(ifindex).is_none_or(|features| features & NDO_XMIT != 0)
 }
 
 fn ask(ifindex: u32) -> io::Result<Option<u64>> {

@@ -85,22 +85,25 @@ impl Shared {
 /// Asks nodes whether they are there, until it is dropped.
 pub struct Prober {
     shared: Arc<Shared>,
-    changes: mpsc::Receiver<()>,
     task: JoinHandle<()>,
     port: u16,
-    index: u32,
     /// Whether it has the tunnel's own port.
     bound: bool,
 }
 
 impl Prober {
     /// Starts asking through an interface. The answers come to the tunnel's own port if that is free, so that a filter that
-    /// lets the tunnel pass lets them pass too.
+    /// lets the tunnel pass lets them pass too. `changed` is told when a node fell silent or was heard again, or its way lets
+    /// pass what it did not, or not what it did.
     ///
     /// # Errors
     /// No socket is to be had.
-    pub fn start(interface: (&str, u32), port: u16, timeout: Duration) -> io::Result<Self> {
-        let (interface, index) = interface;
+    pub fn start(
+        interface: &str,
+        port: u16,
+        timeout: Duration,
+        changed: mpsc::Sender<()>,
+    ) -> io::Result<Self> {
         let v4 = socket(Domain::IPV4, interface, port)?;
         // A kernel without IPv6 has no peers to ask by it.
         let v6 = socket(Domain::IPV6, interface, port).ok();
@@ -111,15 +114,14 @@ impl Prober {
             followed: Notify::new(),
             doubted: Notify::new(),
         });
-        let (changed, changes) = mpsc::channel(1);
         let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
         let work = ask(v4, v6, port, nonce, shared.clone(), changed);
-        Ok(Self { shared, changes, task: tokio::spawn(work), port, index, bound })
+        Ok(Self { shared, task: tokio::spawn(work), port, bound })
     }
 
-    /// Whether it asks this port of the tunnel through this interface, which may have gone and come back as another.
-    pub fn asks(&self, port: u16, index: u32) -> bool {
-        (self.port, self.index) == (port, index)
+    /// Whether it asks this port of the tunnel.
+    pub fn asks(&self, port: u16) -> bool {
+        self.port == port
     }
 
     /// Whether it has the tunnel's port of this machine; another program has it else.
@@ -158,9 +160,8 @@ impl Prober {
         self.shared.doubted.notify_one();
     }
 
-    /// Waits until every node has answered, `limit` at most.
-    pub async fn settle(&self, limit: Duration) {
-        let deadline = Instant::now() + limit;
+    /// Waits until every node has answered, until `deadline` at most.
+    pub async fn settle(&self, deadline: Instant) {
         while Instant::now() < deadline && self.shared.peers().values().any(|peer| peer.heard.is_none()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -172,11 +173,6 @@ impl Prober {
         let peers = self.shared.peers();
         let silent = peers.iter().filter(|(_, peer)| !is_there(peer, now, self.shared.timeout));
         silent.map(|(address, peer)| (*address, words(*address, peer, now, self.port))).collect()
-    }
-
-    /// Resolves when a node fell silent or was heard again, or its way lets pass what it did not, or not what it did.
-    pub async fn changed(&mut self) {
-        let _ = self.changes.recv().await;
     }
 }
 

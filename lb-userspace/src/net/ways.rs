@@ -5,9 +5,9 @@ use std::{
     net::IpAddr,
 };
 
-use lb_common::backend::VIA_TC;
+use lb_common::{backend::VIA_TC, tunnel::overhead};
 
-use super::{Link, Net, Route, Snapshot, netdev, newest};
+use super::{Link, Net, Route, Snapshot, newest};
 use crate::plan::{Reach, Way};
 
 /// What is remembered from one search to the next.
@@ -21,6 +21,8 @@ pub struct Ways {
     wanted: BTreeSet<(u32, IpAddr)>,
     /// What the last search has found.
     found: Found,
+    /// The interfaces by which the routes to nodes lead, whether there is a way or not.
+    by: BTreeMap<IpAddr, u32>,
 }
 
 /// The way to each destination, or why there is none.
@@ -28,22 +30,27 @@ pub type Found = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
 
 impl Ways {
     /// The way to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
-    /// their answer is a change that calls for another search.
+    /// their answer is a change that calls for another search. `others` are the uplinks of this machine's other datapaths.
     pub async fn find(
         &mut self,
         net: &Net,
         snapshot: &Snapshot,
-        uplink: u32,
+        (uplink, others): (u32, &BTreeSet<String>),
         destinations: &BTreeSet<(IpAddr, Reach)>,
     ) -> Found {
         let mut ways = BTreeMap::new();
+        self.by.clear();
         for (address, reach) in destinations {
-            let way = match net.route(*address).await {
+            let route = net.route(*address).await;
+            if let (Ok(route), Reach::Peer) = (&route, reach) {
+                self.by.insert(*address, route.interface);
+            }
+            let way = match route {
                 Err(reason) => Err(reason),
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
                     Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, &route).await,
-                    Reach::Peer => self.peer(net, snapshot, uplink, *address, &route).await,
+                    Reach::Peer => self.peer(net, snapshot, (uplink, others), *address, &route).await,
                 },
             };
             ways.insert((*address, *reach), way);
@@ -59,6 +66,11 @@ impl Ways {
     pub fn found(&self, destinations: &BTreeSet<(IpAddr, Reach)>) -> Option<Found> {
         let found = |to: &(IpAddr, Reach)| Some((*to, Ok(self.found.get(to)?.clone().ok()?)));
         destinations.iter().map(found).collect()
+    }
+
+    /// The interface by which the route to a node's address led at the last search, whether there is a way or not.
+    pub fn leads_by(&self, address: &IpAddr) -> Option<u32> {
+        self.by.get(address).copied()
     }
 
     async fn local(
@@ -126,25 +138,43 @@ impl Ways {
         })
     }
 
-    /// The way to another node's agent. Its packets are answered to where they come from, so that only the uplink will
-    /// do.
+    /// The way to another node's agent: by whatever interface leads there, but one that leads to containers alone. Of several
+    /// datapaths on this machine one would take the answers to another, so that each has its own uplink's.
     async fn peer(
         &mut self,
         net: &Net,
         snapshot: &Snapshot,
-        uplink: u32,
+        (uplink, others): (u32, &BTreeSet<String>),
         address: IpAddr,
         route: &Route,
     ) -> Result<Way, String> {
-        if route.interface != uplink {
-            let device = link(snapshot, route.interface)?;
+        let (device, uplink) = (link(snapshot, route.interface)?, link(snapshot, uplink)?);
+        if device.index == uplink.index {
+            return self.remote(net, snapshot, uplink.index, address, route).await;
+        }
+        if !others.is_empty() {
+            let others = Vec::from_iter(others.iter().map(String::as_str)).join(", ");
             return Err(format!(
-                "the route to {address} leaves by {}, not by the uplink; give the node an address that the uplink \
-                 reaches, or attach to {} instead",
-                device.name, device.name
+                "the route to {address} leaves by {0}, and not by {1}; {others} has a datapath of its own: attach to {1} \
+                 alone, and {0} serves as the way between the nodes",
+                device.name, uplink.name
             ));
         }
-        self.remote(net, snapshot, uplink, address, route).await
+        if snapshot.leads_to_containers(device.index) {
+            return Err(format!(
+                "the route to {address} leaves by {}, which leads to containers of this node: its range overlaps with \
+                 that of the nodes",
+                device.name
+            ));
+        }
+        let way = if device.ethernet {
+            self.remote(net, snapshot, uplink.index, address, route).await?
+        } else {
+            pointed(device, address, route)?
+        };
+        // What comes out of the tunnel leaves by the uplink, or came by it.
+        let mtu = way.mtu.min(uplink.mtu + overhead(address.is_ipv4()) as u32);
+        Ok(Way { mtu, ..way })
     }
 
     /// The bridge's port behind which a task is, now or when it was last heard of.
@@ -176,14 +206,21 @@ impl Ways {
             return Err(format!("{}, which leads to {address}, is down", device.name));
         }
         let hop = route.gateway.unwrap_or(address);
+        if !device.ethernet {
+            return Err(format!(
+                "{} leads to {address}, and has no Ethernet header (WireGuard, tun, PPP, GRE): tasks behind it are reached \
+                 by an agent on their node alone",
+                device.name
+            ));
+        }
         let mac = self
             .neighbour(net, snapshot, device.index, hop)
             .await
             .ok_or_else(|| format!("the next hop {hop} on {} does not answer", device.name))?;
         let source =
             route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
-        let by_tc = device.index != uplink && !netdev::transmits(device.index);
-        let flags = if by_tc { VIA_TC } else { 0 };
+        // Drivers send what XDP redirects to them only while they have XDP themselves, and drop it in silence else.
+        let flags = if device.index == uplink { 0 } else { VIA_TC };
         let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
         Ok(Way {
             ifindex: device.index,
@@ -223,6 +260,23 @@ impl Ways {
         }
         self.managed.retain(|neighbour| wanted.contains(neighbour));
     }
+}
+
+/// The way by an interface without link headers: there is no neighbour to ask for.
+fn pointed(device: &Link, address: IpAddr, route: &Route) -> Result<Way, String> {
+    if !device.up {
+        return Err(format!("{}, which leads to {address}, is down", device.name));
+    }
+    let source = route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
+    Ok(Way {
+        ifindex: device.index,
+        mac: [0; 6],
+        source_mac: [0; 6],
+        source: Some(source),
+        mtu: route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu)),
+        flags: VIA_TC,
+        silent: None,
+    })
 }
 
 fn link(snapshot: &Snapshot, index: u32) -> Result<&Link, String> {

@@ -17,7 +17,7 @@ pub use desired::{Reach, View, Way};
 pub use planner::Planner;
 pub use table_builder::Limits;
 pub use tables::{
-    At, BackendEntry, BackendLabel, ClientRange, MapOp, NodeLabel, PortLabel, ServiceLabel, Tables,
+    At, BackendEntry, BackendLabel, ClientRange, MapOp, NodeLabel, PortLabel, Role, ServiceLabel, Tables,
     TaskListener,
 };
 

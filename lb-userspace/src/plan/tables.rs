@@ -134,6 +134,20 @@ pub struct TaskListener {
     pub listener: Option<(IpAddr, u16)>,
 }
 
+/// What an interface beside the uplink is there for; one may have both roles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Tasks answer by it.
+    Tasks,
+    /// Other nodes are reached by it.
+    Peers,
+}
+
+impl Role {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Tasks, Self::Peers];
+}
+
 /// All tables that user space writes.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Tables {
@@ -237,6 +251,17 @@ impl Tables {
     /// Whether a backend names a peer that is there, if it names one.
     fn leads_on(&self, backend: &Backend) -> bool {
         backend.kind != Kind::Peer as u8 || self.peers.contains_key(&backend.peer.into())
+    }
+
+    /// Whether an interface has a role by what the tables say.
+    pub fn leads(&self, role: Role, ifindex: u32) -> bool {
+        match role {
+            Role::Tasks => {
+                let mut backends = self.backends.values().map(|entry| &entry.backend);
+                backends.any(|backend| backend.kind != Kind::Peer as u8 && backend.ifindex == ifindex)
+            }
+            Role::Peers => self.peers.values().any(|peer| peer.ifindex == ifindex),
+        }
     }
 
     /// The cookies of packets between this node and those that have any, by name.

@@ -41,10 +41,11 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         reply_bytes: rounds * 2_000_000,
         problem: problem.map(str::to_owned),
     };
-    let node = |name: &str, this, agent, problem: Option<&str>| Node {
+    let node = |name: &str, this: bool, agent, problem: Option<&str>| Node {
         name: name.into(),
         id: name.into(),
         addresses: vec!["192.0.2.1".parse().unwrap()],
+        reached_by: (!this).then(|| "eth1".into()),
         this,
         agent,
         key: None,
