@@ -18,9 +18,10 @@ pub fn program() -> PathBuf {
     std::env::var_os("LB_AGENT").map(PathBuf::from).expect("LB_AGENT names the agent; run `cargo xtask test`")
 }
 
-/// An agent that controls `eth1` of a namespace.
+/// An agent that controls an interface of a namespace, `eth1` if not said.
 pub struct Agent<'a> {
     netns: &'a Netns,
+    interface: String,
     program: PathBuf,
     running: Running,
     log: PathBuf,
@@ -69,6 +70,19 @@ impl<'a> Agent<'a> {
         arguments: &[&str],
         variables: &[(&str, &str)],
     ) -> Self {
+        Self::start_at("eth1", program, netns, folder, under, arguments, variables)
+    }
+
+    /// The same on another interface.
+    pub fn start_at(
+        interface: &str,
+        program: &Path,
+        netns: &'a Netns,
+        folder: &Path,
+        under: &[&str],
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let log = folder.join(format!("{}.log", netns.name()));
         let file = File::create(&log).expect("create the log");
         let mut command = match under {
@@ -79,11 +93,12 @@ impl<'a> Agent<'a> {
                 command
             }
         };
-        command.args(["attach", "--iface", "eth1", "--on-exit", "keep"]).args(arguments);
+        command.args(["attach", "--iface", interface, "--on-exit", "keep"]).args(arguments);
         command.envs(variables.iter().copied());
         command.env("RUST_LOG", "debug").stderr(file.try_clone().expect("share the log")).stdout(file);
         let program = program.to_owned();
-        let mut agent = Self { netns, program, running: Running::start(&mut command), log };
+        let interface = interface.to_owned();
+        let mut agent = Self { netns, interface, program, running: Running::start(&mut command), log };
         // The verifier takes its time on a busy machine.
         within(Duration::from_secs(60), "the agent serves", || {
             assert!(agent.running.is_running(), "the agent ended: {}", agent.log());
@@ -122,7 +137,7 @@ impl Drop for Agent<'_> {
             eprintln!("{}", String::from_utf8_lossy(&verb(self.netns, &["stats"]).stdout));
         }
         self.running.stop(Signal::SIGTERM);
-        let _ = self.netns.command(&self.program).args(["detach", "--iface", "eth1"]).output();
+        let _ = self.netns.command(&self.program).args(["detach", "--iface", &self.interface]).output();
     }
 }
 

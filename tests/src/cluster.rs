@@ -14,7 +14,10 @@ use std::{
     process::Command,
 };
 
-use crate::netns::{Netns, Running, run};
+use crate::{
+    netns::{Netns, Running, run},
+    private,
+};
 
 /// A machine.
 pub struct Node {
@@ -80,6 +83,8 @@ pub struct Reach {
     pub direct: bool,
     /// Whether the nodes' IPv6 addresses come first.
     pub outer_v6: bool,
+    /// Whether the nodes' addresses are those of a network of their own ([`crate::private`]).
+    pub private: bool,
 }
 
 /// The name of the file with the key of the tunnel, beside the cluster file.
@@ -339,14 +344,20 @@ impl Cluster {
             let _ = writeln!(text, "[tunnel]\nreturn = \"{returns}\"\nkey-file = \"{KEY_FILE}\"\n");
         }
         for node in &self.nodes {
-            let mut addresses: [IpAddr; 2] = [node.v4().into(), node.v6().into()];
+            let public: [IpAddr; 2] = [node.v4().into(), node.v6().into()];
+            let mut addresses = if self.reach.private { private::addresses(node) } else { public };
             if self.reach.outer_v6 {
                 addresses.reverse();
             }
             let [first, second] = addresses;
+            // As agents say them of themselves, behind Swarm's.
+            let more = match public.map(|address| format!(", \"{address}\"")) {
+                more if self.reach.private => more.concat(),
+                _ => String::new(),
+            };
             let _ = writeln!(
                 text,
-                "[[node]]\nname = \"{}\"\naddresses = [\"{first}\", \"{second}\"]\nagent = {}\n",
+                "[[node]]\nname = \"{}\"\naddresses = [\"{first}\", \"{second}\"{more}]\nagent = {}\n",
                 node.name, self.reach.peers
             );
         }

@@ -7,6 +7,7 @@ pub mod before;
 
 pub mod bench;
 pub mod browser;
+pub mod capture;
 pub mod cluster;
 pub mod engine;
 pub mod flood;
@@ -16,6 +17,7 @@ pub mod lab;
 pub mod large;
 pub mod netns;
 pub mod packet;
+pub mod private;
 pub mod stack;
 pub mod swarm;
 pub mod talk;

@@ -27,7 +27,7 @@ use nix::{
 };
 
 use crate::{
-    agent::Agent,
+    agent::{self, Agent},
     netns::{Netns, Running, run, within},
     traffic::{client, get},
 };
@@ -64,6 +64,60 @@ pub struct Swarm {
     pub crowd: Vec<Netns>,
     lan: Netns,
     folder: tempfile::TempDir,
+}
+
+/// A network beside the swarm's, by which clients come: the nodes have it by [`PUBLIC`].
+pub struct Public {
+    /// A client.
+    pub client: Netns,
+    /// What carries its frames.
+    pub lan: Netns,
+}
+
+/// The interface by which nodes have the public network.
+pub const PUBLIC: &str = "pub0";
+
+impl Public {
+    /// Plugs the nodes of a swarm into it.
+    pub fn new(swarm: &Swarm) -> Self {
+        let (lan, client) = (Netns::new("public"), Netns::new("client"));
+        lan.ip("link add lanbr type bridge");
+        lan.ip("link set lanbr up");
+        let machines = swarm.nodes.iter().map(|node| (&node.netns, Self::address(node)));
+        for (machine, address) in machines.chain([(&client, Self::CLIENT.into())]) {
+            let port = port_of(address);
+            lan.ip(&format!("link add {port} type veth peer name {PUBLIC} netns {}", machine.name()));
+            lan.ip(&format!("link set {port} master lanbr up"));
+            machine.ip(&format!("addr add {address}/24 dev {PUBLIC}"));
+            machine.ip(&format!("link set {PUBLIC} up"));
+        }
+        Self { client, lan }
+    }
+
+    /// The client's address.
+    pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+
+    /// A node's address there.
+    pub fn address(node: &Node) -> IpAddr {
+        match node.address() {
+            IpAddr::V4(v4) => Ipv4Addr::new(198, 51, 100, v4.octets()[3]).into(),
+            IpAddr::V6(_) => unreachable!("the lan has IPv4"),
+        }
+    }
+
+    /// Several answers of a node's, one after another.
+    pub fn ask(&self, node: &Node, port: u16, count: usize) -> Vec<String> {
+        ask(&self.client, Self::address(node), port, count)
+    }
+}
+
+/// What a client is told at an address, several times.
+fn ask(netns: &Netns, address: IpAddr, port: u16, count: usize) -> Vec<String> {
+    netns.enter(|| {
+        let (client, to) = (client(), SocketAddr::new(address, port));
+        let answer = |_| get(&client, to, "/cgi-bin/who").unwrap_or_else(|error| panic!("{error}"));
+        (0..count).map(answer).map(|text| text.trim().to_owned()).collect()
+    })
 }
 
 impl Swarm {
@@ -119,6 +173,13 @@ impl Swarm {
         Agent::start(&node.netns, self.folder(), arguments, &[("DOCKER_HOST", &host)])
     }
 
+    /// An agent on a node's interface to the public network.
+    pub fn attach_public<'a>(&self, node: &'a Node) -> Agent<'a> {
+        let (host, program) = (node.docker_host(), agent::program());
+        let variables = [("DOCKER_HOST", host.as_str())];
+        Agent::start_at(PUBLIC, &program, &node.netns, self.folder(), &[], &[], &variables)
+    }
+
     /// An agent on a node, of another program than the one that is tested.
     pub fn attach_program<'a>(&self, program: &Path, node: &'a Node, arguments: &[&str]) -> Agent<'a> {
         let host = node.docker_host();
@@ -144,14 +205,7 @@ impl Swarm {
 
     /// The same of an address.
     pub fn ask_at(&self, address: IpAddr, port: u16, count: usize) -> Vec<String> {
-        self.client.enter(|| {
-            let client = client();
-            let to = SocketAddr::new(address, port);
-            (0..count)
-                .map(|_| get(&client, to, "/cgi-bin/who").unwrap_or_else(|error| panic!("{error}")))
-                .map(|text| text.trim().to_owned())
-                .collect()
-        })
+        ask(&self.client, address, port, count)
     }
 
     /// Takes a node's cable out, or puts it in again.
@@ -457,12 +511,12 @@ impl Swarm {
         let context = self.folder().join("agent-image");
         let base = context.join("base");
         fs::create_dir_all(base.join("usr/sbin")).expect("make the image");
-        copy_program(&base, &crate::agent::program(), "usr/sbin/lb-userspace");
+        copy_program(&base, &agent::program(), "usr/sbin/lb-userspace");
         fs::remove_file(base.join("usr/sbin/lb-userspace")).expect("take the agent out again");
         let base = pack(&base);
         let send = context.join("context");
         fs::create_dir_all(&send).expect("make a folder");
-        fs::copy(crate::agent::program(), send.join("lb-userspace")).expect("copy the agent");
+        fs::copy(agent::program(), send.join("lb-userspace")).expect("copy the agent");
         let recipe = fs::read_to_string(packaging("Dockerfile")).expect("the recipe");
         assert!(recipe.contains("FROM scratch\n"), "{recipe}");
         let recipe = recipe.replace("FROM scratch\n", "FROM lb-libraries\n");

@@ -19,10 +19,13 @@ use lb_tests::{
     netns::{Netns, Running, eventually, within},
     traffic::{Load, Paced, echo, repeated, requests, segments, stop_echo, tally},
 };
-use lb_userspace::datapath::{ConnectionLog, Datapath, Sizes};
+use lb_userspace::{
+    datapath::{ConnectionLog, Datapath, Sizes},
+    plan::Role,
+};
 use nix::sys::signal::Signal;
 
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
+const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -71,7 +74,7 @@ fn swap(node: &Netns, mode: Mode, rounds: u32, mut pace: impl FnMut() + Send) {
         let (uplink, attached) = datapath.attached().expect("it is attached");
         assert_eq!(attached, mode);
         let task_interfaces: Vec<(u32, String)> = datapath
-            .task_links()
+            .links_beside(Role::Tasks)
             .into_iter()
             .map(|index| (index, nix::net::if_::if_indextoname(index).expect("a name")))
             .map(|(index, name)| (index, name.into_string().expect("a name")))
@@ -79,7 +82,7 @@ fn swap(node: &Netns, mode: Mode, rounds: u32, mut pace: impl FnMut() + Send) {
         assert!(!task_interfaces.is_empty());
         for _ in 0..rounds {
             for (index, name) in &task_interfaces {
-                datapath.attach_task(name, *index, uplink).unwrap_or_else(failed);
+                datapath.attach_beside(Role::Tasks, (name, *index), uplink).unwrap_or_else(failed);
             }
             datapath.attach_uplink("eth1", uplink, mode).unwrap_or_else(failed);
             assert_eq!(running("eth1"), program_id(&datapath, "uplink_tc"));

@@ -4,14 +4,14 @@ use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
-    process::{Command, Stdio},
     time::Duration,
 };
 
 use lb_tests::{
     agent::{Agent, active_tasks, json, offered, outcome, text},
+    capture::Capture,
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
-    netns::{Netns, Running, eventually},
+    netns::{Netns, eventually},
     traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, stop_echo, tally, transfer},
 };
 use nix::sys::signal::Signal;
@@ -142,9 +142,9 @@ fn a_node_is_a_client_like_any_other_whatever_way_the_nodes_serve() {
     }
 }
 
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
-const DIRECT: Reach = Reach { peers: true, direct: true, outer_v6: false };
-const OVER_V6: Reach = Reach { peers: true, direct: false, outer_v6: true };
+const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
+const DIRECT: Reach = Reach { peers: true, direct: true, outer_v6: false, private: false };
+const OVER_V6: Reach = Reach { peers: true, direct: false, outer_v6: true, private: false };
 
 /// Two nodes, and one task without a server on the second.
 fn one_far_task(reach: Reach) -> Cluster {
@@ -155,39 +155,24 @@ fn one_far_task(reach: Reach) -> Cluster {
     cluster
 }
 
-/// Captures what a filter matches on the wire of a namespace until it is dropped.
-struct Capture {
-    running: Running,
-    file: std::path::PathBuf,
-}
-
-impl Capture {
-    fn start(netns: &Netns, folder: &std::path::Path, filter: &str) -> Self {
-        let file = folder.join("capture");
-        let errors = folder.join("capture.log");
-        let log = std::fs::File::create(&errors).expect("create the log");
-        let mut command: Command = netns.command("tcpdump");
-        command
-            .args(["-i", "any", "-n", "-U", "--immediate-mode", "-Z", "root", "-w"])
-            .arg(&file)
-            .arg(filter)
-            .stdout(Stdio::null())
-            .stderr(log);
-        let running = Running::start(&mut command);
-        eventually("the capture runs", || {
-            std::fs::read_to_string(&errors).is_ok_and(|text| text.contains("listening on"))
-        });
-        Self { running, file }
-    }
-
-    /// Ends it; the packets, a line each.
-    fn packets(mut self) -> Vec<String> {
-        self.running.stop(Signal::SIGINT);
-        let mut read = Command::new("tcpdump");
-        let shown = read.args(["-n", "-Z", "root", "-r"]).arg(&self.file).output().expect("start tcpdump");
-        assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
-        String::from_utf8_lossy(&shown.stdout).lines().map(str::to_owned).collect()
-    }
+/// The outcomes by which this node's datapath has lost packets of a connection, or made a peer send them again.
+fn lost_by_the_datapath(netns: &Netns) -> Vec<String> {
+    const FORWARDED_OR_OTHERS: [&str; 8] = [
+        "forwarded_local",
+        "forwarded_peer",
+        "forwarded_reply",
+        "not_ip",
+        "not_ours",
+        "not_unicast",
+        "other_protocol",
+        "tunnel_probe",
+    ];
+    let stats = json(netns, &["stats"]);
+    let outcomes = stats["outcomes"].as_object().expect("the outcomes by name");
+    let lost = outcomes.iter().filter(|(name, packets)| {
+        packets.as_u64() != Some(0) && !FORWARDED_OR_OTHERS.contains(&name.as_str())
+    });
+    lost.map(|(name, packets)| format!("{packets} {name}")).collect()
 }
 
 /// Fragments of either family, also inside the tunnel's outer header.
@@ -212,12 +197,13 @@ fn a_gigabyte_goes_through_a_remote_node_each_way_without_a_fragment() {
                 "{address} {direction:?} {megabytes} MB: {:?}, {again} of {sent} again",
                 started.elapsed()
             );
-            assert!(again * 100 < sent, "{direction:?} to {address}: {again} of {sent} segments sent again");
         }
     }
     assert_eq!(capture.packets(), Vec::<String>::new());
+    // How many segments the queues between the namespaces lose is a matter of the machine's load; the datapath itself loses none.
     for node in &cluster.nodes {
-        assert_eq!(outcome(&node.netns, "too_big"), 0, "segments fit from the start");
+        let not_forwarded = lost_by_the_datapath(&node.netns);
+        assert_eq!(not_forwarded, Vec::<String>::new(), "every segment fits and is forwarded");
     }
 }
 

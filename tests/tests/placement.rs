@@ -97,7 +97,7 @@ impl Connection {
 }
 
 /// How the nodes reach each other's tasks.
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false };
+const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
 const DIRECT: Reach = Reach { direct: true, ..PEERS };
 
 /// Two nodes with two tasks each behind a service with consistent placement.

@@ -26,6 +26,15 @@ use nix::{
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
+/// Has a socket send so many bytes a second at most (`SO_MAX_PACING_RATE`).
+fn pace(socket: &TcpStream, bytes: u32) {
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE);
+    let size = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: the option's value is a number that lives through the call.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const bytes).cast(), size) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// The agents' TCP port, which is the tunnel's.
 const PORT: u16 = 6081;
 
@@ -140,10 +149,11 @@ fn only_who_is_on_the_list_connects_and_a_list_that_shrinks_ends_connections() {
     }
     let ended = [connect(other, 0), connect(other, 1)];
     let mut stays = [connect(CLIENT4, 0), connect(CLIENT4, 1)];
-    // Who does not stop sending is ended all the same.
+    // Who does not stop sending is ended all the same; at a pace that leaves the machine's cores to the agents.
     let busy = [connect(other, 0), connect(other, 1)].map(|ends| {
         ends.map(|mut end| {
             end.set_write_timeout(Some(PATIENCE)).expect("set a time limit");
+            pace(&end, 100_000);
             let mut heard = end.try_clone().expect("another hand");
             thread::spawn(move || while heard.read(&mut [0; 4_096]).is_ok_and(|bytes| bytes > 0) {});
             thread::spawn(move || while end.write_all(&[0; 512]).is_ok() {})

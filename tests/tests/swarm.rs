@@ -11,8 +11,9 @@ use std::{
 
 use lb_tests::{
     agent::{self, Agent, json, text},
+    capture::Capture,
     netns::{succeeds, within},
-    swarm::{CLIENT, CLIENT6, Node, PATIENCE, Swarm, packaging},
+    swarm::{CLIENT, CLIENT6, Node, PATIENCE, Public, Swarm, packaging},
     traffic::{Load, losses, syns_repeated, tally},
 };
 use nix::sys::signal::Signal;
@@ -138,6 +139,35 @@ fn update(manager: &Node, service: &str, options: &[&str]) {
         let format = "{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}";
         manager.docker(&["service", "inspect", service, "--format", format]) == "completed"
     });
+}
+
+/// The swarm has a private network, clients have a public one, and the agents are told nothing but the interface of that.
+#[test]
+fn clients_come_by_a_network_that_is_not_the_swarm_s() {
+    let swarm = Swarm::new(3);
+    let public = Public::new(&swarm);
+    let capture = Capture::start(&public.lan, swarm.folder(), "udp port 6081");
+    let _agents: Vec<_> = swarm.nodes.iter().map(|node| swarm.attach_public(node)).collect();
+    create(&swarm.nodes[0], "web", 5, "80:8080", &[], &[]);
+    serves(&swarm, "web", 5);
+    for node in &swarm.nodes {
+        let answers = public.ask(node, 80, 10);
+        let of = |answer: &String| {
+            answer.split_once(" saw ").map(|(task, seen)| (task.to_owned(), seen.to_owned()))
+        };
+        let mut tasks: BTreeMap<String, usize> = BTreeMap::new();
+        for (task, seen) in answers.iter().filter_map(of) {
+            let seen: IpAddr = seen.trim_matches(['[', ']']).parse().expect("an address");
+            assert_eq!(seen.to_canonical(), IpAddr::from(Public::CLIENT), "{answers:?}");
+            *tasks.entry(task).or_default() += 1;
+        }
+        assert!(tasks.len() == 5 && tasks.values().all(|count| *count == 2), "{}: {answers:?}", node.name);
+        let nodes = json(&node.netns, &["node", "ls"])["nodes"].clone();
+        let others = nodes.as_array().expect("nodes").iter().filter(|node| node["this"] == false);
+        let by: Vec<&str> = others.filter_map(|node| node["reached_by"].as_str()).collect();
+        assert_eq!(by, ["eth1", "eth1"], "{nodes}");
+    }
+    assert_eq!(capture.packets(), Vec::<String>::new(), "nothing of the tunnel is public");
 }
 
 #[test]
