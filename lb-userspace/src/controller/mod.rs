@@ -100,7 +100,7 @@ pub struct Controller {
     /// Ask other nodes' datapaths whether they are there, by the index of the interface that leads to them; none before the tunnel's
     /// port is known.
     probers: BTreeMap<u32, Prober>,
-    /// Told by them when one falls silent or is heard again, and by whom.
+    /// Where they say that a node fell silent or was heard again.
     peers_changed: (mpsc::Sender<()>, mpsc::Receiver<()>),
     /// ICMP errors about tunnel packets that were seen.
     tunnel_errors: u64,
