@@ -555,13 +555,16 @@ fn too_big(cluster: &Cluster) -> Vec<u64> {
 
 #[test]
 fn datagrams_of_eight_kilobytes_go_through_any_node() {
-    for reach in [PEERS, DIRECT, OVER_V6] {
+    // Each way of answering in a mode of its own, and one in all: an attach costs each node seconds of the verifier's time.
+    for (reach, modes) in
+        [(PEERS, vec!["native", "tc", "generic"]), (DIRECT, vec!["native"]), (OVER_V6, vec!["tc"])]
+    {
         let mut far = Echo::new(reach);
         let near = far.cluster.add_task("web.2", 0);
         let server = far.cluster.tasks[near].netns.spawn(|| echo(5353, "near"));
         let tasks: Vec<(&Task, &str)> = far.cluster.tasks.iter().map(|task| (task, "running")).collect();
         far.cluster.write(&far.cluster.file("\"53:5353/udp\", \"80:8080\"", &tasks));
-        for mode in ["native", "tc", "generic"] {
+        for mode in modes {
             let agents = attach(&far.cluster, &["--mode", mode]);
             for node in 0..2 {
                 for address in far.cluster.addresses(node) {
