@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_userspace::datapath::{PinDir, remove_abandoned};
 use nix::{
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
@@ -91,11 +92,12 @@ impl Netns {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Takes away what agents keep in /run by the namespace's number, which never comes again.
-    fn forget_runtime(&self) {
+    /// Takes away what agents keep in /run and what they left pinned, both by the namespace's number, which never comes again.
+    fn forget_agents(&self) {
         let Ok(file) = File::open(self.path()) else { return };
         let forget = move || {
             setns(file, CloneFlags::CLONE_NEWNET).ok()?;
+            remove_abandoned(PinDir::of("any").ok()?.path().parent()?);
             std::fs::remove_dir_all(lb_userspace::events::runtime_folder().ok()?).ok()
         };
         let _ = thread::spawn(forget).join();
@@ -129,7 +131,7 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        self.forget_runtime();
+        self.forget_agents();
         // Removes its interfaces too: veths go with either end.
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
@@ -305,10 +307,7 @@ fn sweep(owned: impl Fn(i32) -> bool) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
         });
-        left.enter(|| {
-            if let Ok(pins) = lb_userspace::datapath::PinDir::of("eth1") {
-                lb_userspace::datapath::remove(&pins, &[]);
-            }
-        });
+        // With its pins.
+        drop(left);
     }
 }
