@@ -13,7 +13,11 @@ use std::{
     thread::JoinHandle,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::pipe2,
+};
 
 use crate::{
     cluster::{Cluster, Node},
@@ -54,7 +58,8 @@ impl Private {
             (tun, [private4(node).octets().to_vec(), private6(node).octets().to_vec()])
         });
         let tuns: Vec<(File, [Vec<u8>; 2])> = tuns.collect();
-        let (ended, end) = nix::unistd::pipe().expect("a pipe");
+        // No program that another test starts meanwhile holds its end open.
+        let (ended, end) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
         let relay = std::thread::spawn(move || relay(&tuns, &File::from(ended)));
         Self { wire: None, relay: Some((File::from(end), relay)) }
     }
