@@ -278,6 +278,10 @@ fn each_of_several_uplinks_reaches_the_nodes_by_itself() {
     let answers = requests(&cluster.client, cluster.addresses(0)[0], 4);
     assert_eq!(tally(&answers).into_values().collect::<Vec<_>>(), [2, 2], "{answers:?}");
     assert!(ask("node")["nodes"].to_string().contains("\"reached_by\":\"eth1\""), "{}", ask("node"));
+    let findings = String::from_utf8(verb(node, &["doctor", "--verbose"]).stdout).expect("text");
+    for uplink in ["eth1", INTERFACE] {
+        assert!(findings.contains(&format!("by {uplink}, UDP port 6081 passes both ways")), "{findings}");
+    }
     // What only the other one leads to is nobody's way.
     let text = std::fs::read_to_string(&path).expect("the cluster file");
     let public = cluster.addresses(1).map(|address| format!(", \"{address}\"")).concat();

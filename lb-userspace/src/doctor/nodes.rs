@@ -16,7 +16,7 @@ use crate::{
     cluster::Protocol,
     datapath::attached_interfaces,
     inventory::{Agent, Key, Node, via},
-    net::{Asked, Net, Snapshot, ask_once},
+    net::{Asked, Net, Route, Snapshot, ask_once},
 };
 
 /// An answer comes within this time, or not at all.
@@ -47,11 +47,19 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
     let mut findings = Findings::default();
     let (interface, name) = (&one.inventory.interface, &node.name);
     let port = one.around.config.tunnel_port.get();
-    let Some(address) = node.addresses.first().copied() else {
+    let Some(mut address) = node.addresses.first().copied() else {
         findings.error("node", format!("node {name} has no address"), "lb-userspace node ls");
         return findings;
     };
-    let route = net.route(address).await;
+    let mut route = net.route(address).await;
+    // The tunnel may go to another one: each of several uplinks reaches nodes by itself.
+    for other in node.addresses.iter().skip(1) {
+        let by = |route: &Route| snapshot.links.get(&route.interface).map(|link| link.name.clone());
+        if node.reached_by.is_none() || route.as_ref().ok().and_then(by) == node.reached_by {
+            break;
+        }
+        (address, route) = (*other, net.route(*other).await);
+    }
     let leads = route.as_ref().ok().and_then(|route| snapshot.links.get(&route.interface));
     if let Err(reason) = &route {
         findings.error(
@@ -63,15 +71,16 @@ async fn check(one: &Attached, node: &Node, net: &Net, snapshot: &Snapshot) -> F
     }
     let beside = leads.filter(|link| link.name != *interface);
     let others = attached_interfaces().unwrap_or_default();
-    if let Some(beside) = beside.filter(|beside| others.contains(&beside.name)) {
+    let other = others.iter().find(|other| *other != interface);
+    if let (Some(beside), Some(other)) = (beside, other) {
         findings.error(
             "way",
             format!(
-                "node {name}: the way to {address} leads by {0}, which has a datapath of its own: its tasks are not offered by \
+                "node {name}: the way to {address} leads by {}, and {other} has a datapath of its own: its tasks are not offered by \
                  {interface}",
                 beside.name
             ),
-            format!("sudo lb-userspace detach --iface {}", beside.name),
+            format!("sudo lb-userspace detach --iface {other}"),
         );
         return findings;
     }
