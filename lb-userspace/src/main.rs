@@ -38,7 +38,9 @@ async fn run(command: Command) -> Result<ExitCode> {
     let done = ExitCode::SUCCESS;
     match command {
         Command::Attach(arguments) => {
-            for name in settings::misspelt(std::env::vars_os().map(|(name, _)| name)) {
+            let misspelt = settings::misspelt(std::env::vars_os().map(|(name, _)| name));
+            // Who asks for a check has been told, or will be.
+            for name in misspelt.iter().filter(|_| !arguments.check) {
                 log::warn!("{name} is set and is no option; `lb-userspace attach --help` names them all");
             }
             match cmd::attach::run(arguments).await? {

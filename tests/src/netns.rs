@@ -60,9 +60,10 @@ impl Netns {
         run(Command::new("ip").args(["-n", &self.name]).args(arguments.split_whitespace()));
     }
 
-    /// A command in the namespace. Not by `ip netns exec`, which hides bpffs.
+    /// A command in the namespace, without what the environment says to tests. Not by `ip netns exec`, which hides bpffs.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
+        forget_ours(&mut command);
         command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
         command
     }
@@ -198,6 +199,15 @@ pub fn run(command: &mut Command) {
     let output = command.output().unwrap_or_else(|error| panic!("start {command:?}: {error}"));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {}: {errors}", output.status);
+}
+
+/// Keeps the variables that begin as the agent's do from a command: `LB_SOAK_SECONDS` is for a test, and an agent that is
+/// tested has the options that the test gives it, whatever the shell has set.
+pub fn forget_ours(command: &mut Command) {
+    let names = std::env::vars_os().map(|(name, _)| name);
+    for name in names.filter(|name| name.as_encoded_bytes().starts_with(b"LB_")) {
+        command.env_remove(name);
+    }
 }
 
 /// Set where the machine is an emulated one: how many times slower it is.

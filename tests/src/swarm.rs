@@ -28,7 +28,7 @@ use nix::{
 
 use crate::{
     agent::{self, Agent},
-    netns::{Netns, Running, run, within},
+    netns::{Netns, Running, forget_ours, run, within},
     traffic::{client, get},
 };
 
@@ -280,6 +280,7 @@ impl Node {
         let log = fs::File::options().create(true).append(true).open(self.folder.join("log")).expect("a log");
         let at = |name: &str| self.folder.join(name).display().to_string();
         let mut command = Command::new("nsenter");
+        forget_ours(&mut command);
         command.args(["-t", &self.first.to_string(), "--net", "--mount", "--uts", "--pid", "--"]);
         command.args(["busybox", "sh", "-c", "\"$@\" & echo $! > \"$0\"", &at("dockerd"), "dockerd"]);
         command.args(["-H", &self.docker_host(), "--data-root", &at("data"), "--exec-root", &at("exec")]);
@@ -335,6 +336,8 @@ impl Node {
     /// Docker's client against this node.
     pub fn docker_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("docker");
+        // A stack file may name them.
+        forget_ours(&mut command);
         command.arg("-H").arg(self.docker_host()).args(arguments);
         command
     }

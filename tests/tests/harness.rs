@@ -95,3 +95,22 @@ fn a_signal_leaves_nothing_behind() {
         assert!(state.is_empty() || state.contains(") Z "), "the process in it has ended: {state}");
     }
 }
+
+/// What says something to a test says nothing to an agent that it starts.
+#[test]
+fn an_agent_s_options_are_what_its_test_gives_it() {
+    let ours = |line: &&str| line.starts_with("LB_");
+    assert!(
+        env::vars_os().any(|(name, _)| name.as_encoded_bytes().starts_with(b"LB_")),
+        "`cargo xtask test` sets some"
+    );
+    let netns = Netns::new("told");
+    let seen = netns.output("env", &[]);
+    assert_eq!(seen.lines().filter(ours).collect::<Vec<_>>(), [""; 0]);
+    let mut command = netns.command("env");
+    let output = command.env("LB_MODE", "tc").output().expect("start env");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).lines().filter(ours).collect::<Vec<_>>(),
+        ["LB_MODE=tc"]
+    );
+}
