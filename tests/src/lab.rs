@@ -328,6 +328,11 @@ impl Lab {
         self.datapath().now().expect("the clock")
     }
 
+    /// Has the kernel take a program that is loaded when it is needed first.
+    pub fn demand(&mut self, program: &'static str) {
+        self.datapath_mut().demand(program).unwrap_or_else(|error| panic!("{error}"));
+    }
+
     /// Tells the programs what these ranges are to the node, one of [`lb_common::abi::inner`] each.
     pub fn set_inner_ranges(&mut self, ranges: &[(&str, u8, u32)]) {
         let ranges = ranges.iter().map(|(first, prefix, what)| ((ip(first), *prefix), *what));

@@ -47,6 +47,9 @@ fn programs_stay_within_their_budgets() {
     let listed = VERIFIED.iter().find(|(kernel, _)| *kernel == version());
     let verified = listed.map_or(worst, |(_, figures)| *figures);
     with_lab(vec![], |lab| {
+        let needed = lab.datapath().programs().expect("facts");
+        assert!(needed.iter().all(|program| program.name != program::PEER_TC), "nobody needs it yet");
+        lab.demand(program::PEER_TC);
         let facts = lab.datapath().programs().expect("facts");
         let object = std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object");
         let stacks = stack::frames(&std::fs::read(object).expect("the object"));

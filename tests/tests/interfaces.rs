@@ -7,7 +7,10 @@ use std::{
 };
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use lb_common::tunnel::{DATA_WORDS, OPTION_CLASS, TO_TASK, VERSION};
+use lb_common::{
+    abi::program,
+    tunnel::{DATA_WORDS, OPTION_CLASS, TO_TASK, VERSION},
+};
 use lb_tests::{
     agent::{Agent, active_tasks, json, offered, outcome, text, verb},
     capture::Capture,
@@ -16,6 +19,7 @@ use lb_tests::{
     private::{INTERFACE, Private, private4, private6},
     traffic::{Direction, Load, ask, echo, requests, stop_echo, tally, transfer},
 };
+use lb_userspace::datapath::PinDir;
 use nix::sys::signal::Signal;
 
 /// How long anything may take on a busy machine.
@@ -38,9 +42,14 @@ fn attach_to<'a>(cluster: &'a Cluster, node: &'a Node, arguments: &[&str]) -> Ag
     Agent::attach(&node.netns, cluster.folder(), &cluster.folder().join("cluster.toml"), arguments)
 }
 
-/// An agent on every node, all of which offer all tasks.
+/// An agent on every node.
+fn attach_each<'a>(cluster: &'a Cluster, arguments: &[&str]) -> Vec<Agent<'a>> {
+    cluster.nodes.iter().map(|node| attach_to(cluster, node, arguments)).collect()
+}
+
+/// The same, all of which offer all tasks.
 fn attach<'a>(cluster: &'a Cluster, arguments: &[&str]) -> Vec<Agent<'a>> {
-    let agents = cluster.nodes.iter().map(|node| attach_to(cluster, node, arguments)).collect();
+    let agents = attach_each(cluster, arguments);
     for node in &cluster.nodes {
         within(PATIENCE, "all tasks are offered", || {
             active_tasks(&node.netns, "web") == cluster.tasks.len() as u64
@@ -104,6 +113,16 @@ fn programs(netns: &Netns, interface: &str) -> Vec<u32> {
         programs.1.iter().map(aya::programs::ProgramInfo::id).collect::<Vec<_>>()
     };
     [on(TcAttachType::Ingress), on(TcAttachType::Egress)].concat()
+}
+
+/// The numbers of the programs that the next controller would put back there.
+fn pinned(netns: &Netns) -> Vec<u32> {
+    let number = |name: &&str| {
+        let pins = PinDir::of("eth1").expect("pins");
+        let program = SchedClassifier::from_pin(pins.program(name)).expect(name);
+        program.info().expect("what it is").id()
+    };
+    netns.enter(|| [program::PEER_TC, program::UPLINK_EGRESS].iter().map(number).collect())
 }
 
 #[test]
@@ -192,22 +211,31 @@ fn datagrams_and_their_answers_go_by_the_private_network() {
 fn nothing_is_lost_while_controllers_come_and_go_and_a_silent_network_is_noticed() {
     let cluster = five_tasks(PRIVATE);
     let private = Private::wire(&cluster, 1_500);
-    let mut agents = attach(&cluster, &[]);
     let node = &cluster.nodes[0];
     let address = cluster.addresses(0)[0];
+    // The private network comes after the agent.
+    node.netns.ip(&format!("link set {INTERFACE} down"));
+    let mut agents = attach_each(&cluster, &[]);
+    let local: BTreeSet<String> = ["web.1", "web.4"].map(str::to_owned).into();
+    within(PATIENCE, "its own tasks alone are offered", || offered(&node.netns, "web") == local);
+    assert_eq!(programs(&node.netns, INTERFACE), Vec::<u32>::new());
+    node.netns.ip(&format!("link set {INTERFACE} up"));
+    node.netns.ip(&format!("addr add {}/64 dev {INTERFACE} nodad", private6(node)));
+    within(PATIENCE, "all tasks are offered", || active_tasks(&node.netns, "web") == 5);
     let before = programs(&node.netns, INTERFACE);
     assert_eq!(before.len(), 2, "ingress and egress");
+    assert_eq!(pinned(&node.netns), before);
     let load = Load::start(&cluster.client, address, 2, u64::MAX);
     agents.remove(0).stop(Signal::SIGKILL);
     agents.insert(0, attach_to(&cluster, node, &[]));
     assert!(agents[0].log().contains("adopted the running datapath"), "{}", agents[0].log());
     let after = programs(&node.netns, INTERFACE);
     assert!(after.len() == 2 && after.iter().all(|program| !before.contains(program)), "they are swapped");
+    assert_eq!(pinned(&node.netns), after);
     let done = load.done();
     within(PATIENCE, "the load goes on", || load.done() > done + 100);
     assert_eq!(load.stop(), Vec::<String>::new());
 
-    let local: BTreeSet<String> = ["web.1", "web.4"].map(str::to_owned).into();
     let port = Cluster::port(&node.netns);
     let public = Capture::start(cluster.lan(), cluster.folder(), TUNNEL);
     private.netns().ip(&format!("link set {port} down"));

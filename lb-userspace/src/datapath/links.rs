@@ -11,6 +11,7 @@ use aya_obj::programs::XdpAttachType;
 use lb_common::abi::{Mode, program};
 
 use super::{
+    DatapathError,
     error::{chain, errno},
     fault,
     journal::{Journal, Place, Step},
@@ -42,6 +43,12 @@ pub struct AttachProblem(pub String);
 
 impl From<ProgramError> for AttachProblem {
     fn from(error: ProgramError) -> Self {
+        Self(chain(&error))
+    }
+}
+
+impl From<DatapathError> for AttachProblem {
+    fn from(error: DatapathError) -> Self {
         Self(chain(&error))
     }
 }

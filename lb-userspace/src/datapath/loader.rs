@@ -88,12 +88,13 @@ pub fn would_adopt(interface: &str, sizes: &Sizes) -> Result<(), DatapathError> 
     if pinned.is_cut_short(&pins) { Ok(()) } else { pinned.fits(&pins, sizes) }
 }
 
-/// Loads the programs, on the pinned tables or on new ones of their own.
+/// Loads the programs, on the pinned tables or on new ones of their own; `all` of them, or those that every datapath needs.
 pub(super) fn load(
     pins: Option<&PinDir>,
     sizes: &Sizes,
     log: ConnectionLog,
     features: Features,
+    all: bool,
 ) -> Result<Programs, DatapathError> {
     let mut loader = EbpfLoader::new();
     // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
@@ -119,7 +120,7 @@ pub(super) fn load(
     fault::point("make the tables").map_err(DatapathError::Fault)?;
     let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
     fault::point("load the programs").map_err(DatapathError::Fault)?;
-    verify(&mut ebpf)?;
+    verify(&mut ebpf, all)?;
     Ok(Programs(ebpf))
 }
 
@@ -132,18 +133,40 @@ fn sets(pins: Option<&PinDir>, sizes: &Sizes) -> Result<u32, DatapathError> {
     Ok(sizes.connections.map_or(size::SETS as u32, size::sets))
 }
 
-/// Has the kernel verify all programs and take them. That takes it seconds: each has a thread of its own.
-fn verify(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
+/// The programs that a datapath may never need: the kernel takes them before they are attached first. To verify one costs it
+/// a quarter of what all the others cost.
+const ON_DEMAND: [&str; 1] = [program::PEER_TC];
+
+/// Has the kernel verify the programs and take them. That takes it seconds: each has a thread of its own.
+fn verify(ebpf: &mut Ebpf, all: bool) -> Result<(), DatapathError> {
     let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
     thread::scope(|scope| {
         let mut verified = Vec::new();
-        for name in program::ALL {
+        for name in program::ALL.into_iter().filter(|name| all || !ON_DEMAND.contains(name)) {
             let program = programs.remove(name).ok_or(DatapathError::NoProgram(name))?;
             verified.push(scope.spawn(move || load_program(name, program)));
         }
         let mut ended = verified.into_iter().map(|thread| thread.join());
         ended.try_for_each(|loaded| loaded.unwrap_or_else(|panic| resume_unwind(panic)))
     })
+}
+
+/// Has the kernel take a program that was left out.
+///
+/// # Errors
+/// It refuses.
+pub(super) fn demand(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+    let program = ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+    if is_loaded(program) {
+        return Ok(());
+    }
+    fault::point("load a program on demand").map_err(DatapathError::Fault)?;
+    load_program(name, program)
+}
+
+/// Whether the kernel has taken a program.
+pub(super) fn is_loaded(program: &Program) -> bool {
+    program.fd().is_ok()
 }
 
 fn load_program(name: &'static str, program: &mut Program) -> Result<(), DatapathError> {

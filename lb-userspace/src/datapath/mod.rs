@@ -131,6 +131,10 @@ pub struct Datapath {
     attached: Option<(u32, Mode)>,
     hook: TcHook,
     features: Features,
+    /// Programs of this controller that are pinned.
+    pinned: BTreeSet<&'static str>,
+    /// What the kernel said of programs that it refused when they were needed first: it is not asked again.
+    refused: BTreeMap<&'static str, AttachProblem>,
     /// Interfaces that carry programs by filters, which have no pins.
     filtered: BTreeSet<(Role, u32)>,
 }
@@ -172,6 +176,8 @@ impl Datapath {
             found: Some(config),
             hook: TcHook::Tcx,
             features,
+            pinned: BTreeSet::new(),
+            refused: BTreeMap::new(),
             filtered: BTreeSet::new(),
         })
     }
@@ -183,7 +189,10 @@ impl Datapath {
         features: Features,
         adopted: bool,
     ) -> Result<(Programs, TableSet, Tables, Config), DatapathError> {
-        let programs = loader::load(Some(pins), sizes, log, features)?;
+        // Those that other nodes' packets come by are swapped with the rest, or nothing is.
+        // Where programs are attached by filters nobody knows by which interfaces they come.
+        let all = adopted && (!features.tcx || !pins.links_beside(Role::Peers).is_empty());
+        let programs = loader::load(Some(pins), sizes, log, features, all)?;
         let mut set = TableSet::open(pins)?;
         if !adopted {
             fault::point("say that the tables are whole").map_err(DatapathError::Fault)?;
@@ -204,13 +213,12 @@ impl Datapath {
     /// # Errors
     /// They cannot be pinned; nothing is final.
     pub fn commit(&mut self) -> Result<(), DatapathError> {
-        for name in program::ALL {
-            fault::point("pin a program").map_err(DatapathError::Fault)?;
-            let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
-            self.pins.replace(&self.pins.next_program(name), |path| program.pin(path))?;
-        }
-        for name in program::ALL {
+        let loaded = |name: &&str| self.ebpf.program(name).is_some_and(loader::is_loaded);
+        let names: Vec<&'static str> = program::ALL.into_iter().filter(loaded).collect();
+        names.iter().try_for_each(|name| self.pin_next(name))?;
+        for name in names {
             self.pins.rename(&self.pins.next_program(name), &self.pins.program(name))?;
+            self.pinned.insert(name);
         }
         self.journal.clear();
         self.found = None;
@@ -242,7 +250,7 @@ impl Datapath {
     /// # Errors
     /// The kernel refuses them.
     pub fn load_programs(&self, log: ConnectionLog) -> Result<Programs, DatapathError> {
-        loader::load(Some(&self.pins), &Sizes::default(), log, self.features)
+        loader::load(Some(&self.pins), &Sizes::default(), log, self.features, false)
     }
 
     /// Takes other programs in hand, and gives back those that were. What runs is swapped where it is attached next.
@@ -504,11 +512,19 @@ impl Datapath {
 
     fn try_attach_beside(&mut self, places: Vec<Place>) -> Result<TcHook, AttachProblem> {
         let mut hook = self.hook;
+        places.iter().try_for_each(|place| self.demand(place.program))?;
         for place in places {
             let program = classifier(&mut self.ebpf, place.program)?;
             hook = links::attach_tc((&self.pins, &mut self.journal), program, place, self.features.tcx)?;
         }
         Ok(hook)
+    }
+
+    /// Pins a program beside the one that it is to take the place of.
+    fn pin_next(&mut self, name: &'static str) -> Result<(), DatapathError> {
+        fault::point("pin a program").map_err(DatapathError::Fault)?;
+        let program = self.ebpf.program_mut(name).ok_or(DatapathError::NoProgram(name))?;
+        self.pins.replace(&self.pins.next_program(name), |path| program.pin(path))
     }
 
     /// Undoes what failed. Before [`Self::commit`] it is undone with the rest, or taken up by another mode.
@@ -555,15 +571,38 @@ impl Datapath {
         remove(&self.pins, interfaces);
     }
 
+    /// Has the kernel take a program that not every datapath needs, if it has not, and pins it where nothing is undone any more:
+    /// what it takes the place of runs nowhere, or is swapped in a moment.
+    ///
+    /// # Errors
+    /// The kernel refuses it, now or when it was asked first.
+    pub fn demand(&mut self, name: &'static str) -> Result<(), AttachProblem> {
+        if let Some(problem) = self.refused.get(name) {
+            return Err(problem.clone());
+        }
+        if let Err(error) = loader::demand(&mut self.ebpf, name) {
+            let refused = matches!(&error, DatapathError::Verify { .. });
+            let problem = AttachProblem::from(error);
+            if refused {
+                self.refused.insert(name, problem.clone());
+            }
+            return Err(problem);
+        }
+        if self.found.is_none() && !self.pinned.contains(name) {
+            self.pin_next(name)?;
+            self.pins.rename(&self.pins.next_program(name), &self.pins.program(name))?;
+            self.pinned.insert(name);
+        }
+        Ok(())
+    }
+
     /// What the kernel knows of the loaded programs.
     ///
     /// # Errors
     /// The kernel does not tell.
     pub fn programs(&self) -> Result<Vec<ProgramFacts>, DatapathError> {
-        self.ebpf
-            .programs()
-            .map(|(name, program)| program_facts(name, program).map_err(DatapathError::Program))
-            .collect()
+        let loaded = self.ebpf.programs().filter(|(_, program)| loader::is_loaded(program));
+        loaded.map(|(name, program)| program_facts(name, program).map_err(DatapathError::Program)).collect()
     }
 
     /// How the uplink is served, and on which interface index.
@@ -707,7 +746,7 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
 pub fn replace(interface: &str, sizes: &Sizes, interfaces: &[String]) -> Result<(), DatapathError> {
     let pins = PinDir::of(interface)?;
     let _lock = pins.hold()?;
-    drop(loader::load(None, sizes, ConnectionLog::Off, Features::find()?)?);
+    drop(loader::load(None, sizes, ConnectionLog::Off, Features::find()?, true)?);
     remove(&pins, interfaces);
     Ok(())
 }
