@@ -180,3 +180,37 @@ pub fn agent() -> PathBuf {
 pub fn build_tests() -> Result<()> {
     exec(cargo().args(["build", "--release", "--package", "lb-tests", "--bins"]))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// What a package is built of, with the features of each.
+    fn parts(package: &str) -> BTreeSet<String> {
+        let mut tree = cargo();
+        tree.args([
+            "tree",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--format",
+            "{p} [{f}]",
+            "--package",
+            package,
+        ]);
+        let listed = output(&mut tree).expect("cargo tree");
+        listed.lines().map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
+    }
+
+    /// Features that only one of them asks for have the agent compiled twice by `cargo xtask test`: two minutes.
+    #[test]
+    fn the_tests_and_the_agent_share_one_build() {
+        let (agent, tests) = (parts("lb-userspace"), parts("lb-tests"));
+        assert!(agent.len() > 100, "{agent:?}");
+        let apart: Vec<_> = agent.difference(&tests).collect();
+        assert!(apart.is_empty(), "ask for the same features in lb-userspace/Cargo.toml: {apart:?}");
+    }
+}
