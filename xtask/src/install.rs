@@ -52,7 +52,7 @@ impl Root {
 
     fn rpm(&self, arguments: &[&str], package: &Path) -> Result<()> {
         let mut command = as_root("rpm", "install a package into a root of its own");
-        command.arg("--root").arg(&self.0).args(["--nodeps", "--ignorearch"]);
+        command.arg("--root").arg(&self.0).arg("--nodeps");
         capture(command.args(arguments).arg(package), "rpm")
     }
 
@@ -116,10 +116,10 @@ fn rpm(folder: &Path) -> Result<()> {
     let package = folder.join("lb-userspace_amd64.rpm");
     let root = Root::new(folder, "rpm-root")?;
     let name = Path::new("lb-userspace");
-    root.rpm(&["--install"], &package)?;
+    root.rpm(&["--install", "--ignorearch"], &package)?;
     root.check(".rpm")?;
     root.edit()?;
-    root.rpm(&["--upgrade", "--force"], &package)?;
+    root.rpm(&["--upgrade", "--ignorearch", "--force"], &package)?;
     ensure!(root.is_edited(CONFIG), ".rpm: an upgrade has put back the configuration");
     root.rpm(&["--erase"], name)?;
     ensure!(!root.has("usr/sbin/lb-userspace"), ".rpm: erased, and the program is there");
