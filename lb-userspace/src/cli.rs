@@ -212,6 +212,9 @@ Examples:
   # On every node of a swarm: serve what it publishes on eth1, in the foreground
   sudo lb-userspace attach --iface eth1
 
+  # Which interface would be served where none is named, and why
+  lb-userspace attach --print
+
   # As a service: the datapath goes on while the controller restarts
   lb-userspace attach --iface eth1 --on-exit keep
 
@@ -234,8 +237,9 @@ An option that is not given is taken from the environment, else from the file of
 /// Options of `attach`.
 #[derive(Clone, Debug, Args)]
 pub struct Attach {
-    /// Interface by which clients come; the nodes may reach each other by another. May be given more than once
-    #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
+    /// Interface by which clients come; the nodes may reach each other by another. May be given more than once; auto takes the one
+    /// that the default route leads by, and follows it
+    #[arg(long, value_name = "IF", default_value = "auto", value_delimiter = ',')]
     pub iface: Vec<String>,
     /// Address to serve on beside those of the interface, whether the node has it yet or not: a virtual one that moves, one of
     /// another interface (lo, dummy); may be given more than once
@@ -290,6 +294,9 @@ pub struct Attach {
     /// Start anew where another version or other sizes are pinned: established connections are lost
     #[arg(long)]
     pub replace_state: bool,
+    /// Show which interfaces would be served, why and how, and touch nothing
+    #[arg(long)]
+    pub print: bool,
     /// Only say whether it could be started so
     #[arg(long, hide = true)]
     pub check: bool,

@@ -24,6 +24,8 @@ pub const FILE: &str = "/etc/lb-userspace/agent.toml";
 const VERB: &str = "attach";
 /// The option that names the file.
 const CONFIG: &str = "config";
+/// And the one that serves nothing: it is for the command line alone.
+const PRINT: &str = "print";
 
 /// Reads the command line, the environment and the file.
 ///
@@ -50,7 +52,8 @@ pub fn command() -> Command {
     Cli::command().mut_subcommand(VERB, |verb| {
         verb.mut_args(|arg| {
             let hidden = arg.is_hide_set();
-            let Some(long) = arg.get_long().filter(|long| !hidden && !matches!(*long, "help" | "version"))
+            let Some(long) =
+                arg.get_long().filter(|long| !hidden && !matches!(*long, "help" | "version" | PRINT))
             else {
                 return arg;
             };
@@ -76,7 +79,8 @@ pub fn options() -> Vec<clap::Arg> {
     let verb = command.find_subcommand(VERB);
     let all = verb.into_iter().flat_map(Command::get_arguments);
     all.filter(|arg| {
-        !arg.is_hide_set() && arg.get_long().is_some_and(|long| !matches!(long, "help" | "version" | CONFIG))
+        !arg.is_hide_set()
+            && arg.get_long().is_some_and(|long| !matches!(long, "help" | "version" | CONFIG | PRINT))
     })
     .cloned()
     .collect()
@@ -136,6 +140,7 @@ fn said(option: &clap::Arg, key: &str, value: &toml::Value) -> Result<Vec<OsStri
         Boolean(true) if flag => Ok(vec![format!("--{key}").into()]),
         Boolean(false) if flag => Ok(Vec::new()),
         _ if flag => Err("true or false is wanted".into()),
+        Array(values) if values.is_empty() => Err("one value at least is wanted, or leave it out".into()),
         Array(values) if matches!(option.get_action(), ArgAction::Append) => {
             values.iter().map(|value| word(value).map(pair)).collect()
         }
@@ -238,6 +243,8 @@ mod tests {
         assert!(error.contains("agent.toml: invalid value 'soon' for '--peer-timeout"), "{error}");
         let error = said("log-connections = \"yes\"\n");
         assert!(error.contains("agent.toml:1: log-connections: true or false is wanted"), "{error}");
+        let error = said("iface = []\n");
+        assert!(error.contains("agent.toml:1: iface: one value at least is wanted"), "{error}");
         assert!(said("iface = {}\n").contains("a text or a number is wanted"));
         assert!(said("iface = \n").contains("agent.toml: "), "{}", said("iface = \n"));
     }
@@ -254,7 +261,7 @@ mod tests {
         let command = command();
         let verb = command.find_subcommand(VERB).unwrap();
         let shown = verb.get_arguments().filter(|arg| !arg.is_hide_set());
-        for arg in shown.filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
+        for arg in shown.filter(|arg| arg.get_long().is_some_and(|long| long != "help" && long != PRINT)) {
             let name = variable(arg.get_long().unwrap());
             assert_eq!(arg.get_env(), Some(OsStr::new(&name)), "{name}");
         }

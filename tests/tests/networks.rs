@@ -15,10 +15,10 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_tests::{
-    agent::{Agent, active_tasks, outcome, verb},
+    agent::{Agent, active_tasks, outcome, program as agent_program, text, verb},
     cluster::{CLIENT4, CLIENT6, Cluster},
     lab::{Lab, REDIRECT, UNSPEC, ip, service, task, with_lab},
-    netns::{Netns, eventually, run},
+    netns::{Netns, Running, eventually, run, within},
     packet::{ACK, IcmpError, Packet, SYN, SYN_ACK, Transport, assert_checksums},
     traffic::{Direction, echo, exchange, listen, requests, stop_echo, tally, transfer},
 };
@@ -472,4 +472,82 @@ fn an_uplink_that_is_given_another_name_serves_on() {
     eventually("one task is left", || active_tasks(node, "web") == 1);
     assert_eq!(counts(), [4]);
     assert!(!agents[0].log().contains("eth1 is gone"), "{}", agents[0].log());
+}
+
+#[test]
+fn the_interface_of_the_default_route_is_served_and_followed() {
+    let mut cluster = Cluster::new(1);
+    cluster.add_nginx("web.1", 0);
+    let path = cluster.write_all_running();
+    let path = path.to_str().expect("text");
+    let node = &cluster.nodes[0].netns;
+    // By another provider.
+    let other = Netns::new("other");
+    other.ip(&format!("link add eth1 type veth peer name eth2 netns {}", node.name()));
+    other.ip("addr add 203.0.113.1/24 dev eth1");
+    node.ip("addr add 203.0.113.2/24 dev eth2");
+    other.ip("link set eth1 up");
+    node.ip("link set eth2 up");
+    let refusal = |arguments: &[&str]| {
+        let refused = verb(node, &[&["attach", "--cluster", path, "--listen", "none"], arguments].concat());
+        assert_eq!(refused.status.code(), Some(1));
+        String::from_utf8_lossy(&refused.stderr).into_owned()
+    };
+    let none =
+        "--iface auto: there is no default route; name the interface by which clients come: --iface IF";
+    assert!(refusal(&[]).contains(none), "{}", refusal(&[]));
+    assert!(refusal(&["--iface", "eth1,auto"]).contains("--iface auto stands alone"));
+
+    node.ip(&format!("route add default via {CLIENT4} dev eth1 metric 100"));
+    let printed = text(node, &["attach", "--print", "--cluster", path]);
+    let rows: Vec<&str> = printed.lines().collect();
+    assert!(rows.len() == 2 && rows[1].starts_with("eth1 ") && rows[1].contains(" new "), "{printed}");
+    assert!(rows[1].contains("the default route leads by it") && rows[1].contains("192.0.2.1"), "{printed}");
+    let attached = |interface: &str| {
+        node.enter(|| PinDir::of(interface).is_ok_and(|pins| pins.exists().expect("bpffs")))
+    };
+    assert!(!attached("eth1"), "nothing was touched");
+
+    let agent =
+        Agent::start_at("auto", &agent_program(), node, cluster.folder(), &[], &["--cluster", path], &[]);
+    assert!(agent.log().contains("eth1: taken by --iface auto: the default route leads by it"));
+    eventually("the task is offered", || active_tasks(node, "web") == 1);
+    assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 2).len(), 2);
+
+    // Something changes all the time, as where neighbours are resolved.
+    let mut busy = node.command("sh");
+    busy.args(["-c", "while ip neigh replace 203.0.113.9 lladdr 02:00:00:00:00:09 dev eth2 nud reachable && sleep 1; do :; done"]);
+    let _busy = Running::start(&mut busy);
+    let route = "route add default via 203.0.113.1 dev eth2 metric 50";
+    node.ip(route);
+    let said = |text: &str| agent.log().matches(text).count();
+    let moves = || said(" taken by --iface auto from now on");
+    let moved = |goal: usize, to: &str, (from, link): (&str, &str)| {
+        within(Duration::from_secs(60), to, || {
+            moves() == goal && said("serving 1 service") == goal + 1 && attached(to) && !attached(from)
+        });
+        assert!(!node.output("ip", &["-d", "link", "show", link]).contains("xdp"), "{from} is left");
+        eventually("the task is offered there", || active_tasks(node, "web") == 1);
+    };
+    moved(1, "eth2", ("eth1", "eth1"));
+    assert_eq!(requests(&other, ip("203.0.113.2"), 2).len(), 2);
+    let eth1_is_noticed = || said("--iface auto: eth1 is the choice now");
+    let eth2_is_noticed = || said("--iface auto: eth2 is the choice now");
+    // Back, and there again before the agent moves.
+    node.ip("route del default dev eth2");
+    eventually("it is noticed", || eth1_is_noticed() == 1);
+    let before = eth2_is_noticed();
+    node.ip(route);
+    eventually("it is noticed again", || eth2_is_noticed() == before + 1);
+    // An interface that is renamed is the same one, and no route at all is no move.
+    node.ip("link set eth2 down");
+    node.ip("link set eth2 name wan0");
+    node.ip("link set wan0 up");
+    node.ip("route del default dev eth1");
+    eventually("the new name is heard of", || agent.log().contains("eth2 is called wan0 now"));
+    assert_eq!(requests(&other, ip("203.0.113.2"), 2).len(), 2);
+    assert_eq!(moves(), 1, "{}", agent.log());
+    node.ip(&format!("route add default via {CLIENT4} dev eth1 metric 100"));
+    moved(2, "eth1", ("eth2", "wan0"));
+    assert_eq!(requests(&cluster.client, cluster.addresses(0)[0], 2).len(), 2);
 }

@@ -807,6 +807,8 @@ fn the_agent_runs_as_a_global_service() {
     swarm.build_agent_image();
     let stack = std::fs::read_to_string(packaging("stack.yml")).expect("the stack");
     for (number, node) in (1..).zip(&swarm.nodes) {
+        // The stack names no interface.
+        node.netns.ip("route add default via 192.0.2.1 dev eth1");
         // Each engine has its root directory and its socket elsewhere here; a stack of its own is kept to the node.
         let (socket, root) = (node.docker_host(), node.root());
         let here = stack

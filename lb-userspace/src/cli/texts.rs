@@ -30,7 +30,7 @@ fn every_page_of_help() {
 #[test]
 fn what_is_said_of_wrong_command_lines() {
     let lines = [
-        "attach",
+        "attach --iface",
         "attach --iface eth1 --peer-timeout soon",
         "attach --iface eth1 --stale-after 1w",
         "attach --iface eth1 --max-connections 1G",

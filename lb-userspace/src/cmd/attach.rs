@@ -10,14 +10,15 @@ use tokio::{
     sync::{mpsc, watch},
 };
 
+use super::uplinks::{self, Uplinks};
 use crate::{
     cli::{Attach, Cli, Command, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings, counted},
-    datapath::{self, ConnectionLog, DatapathError, PinDir, Sizes},
+    datapath::{self, ConnectionLog, PinDir, Sizes},
     descriptors,
     events::{Kind, Recorder},
-    net::Net,
+    net::Choice,
     serve::{self, Changed, Listen, Shared, Source},
     settings,
     source::{Origin, Update, docker, file},
@@ -39,9 +40,14 @@ pub enum End {
 ///
 /// # Errors
 /// An interface cannot be attached to; those attached before it are let go again.
-pub async fn run(arguments: Attach) -> Result<End> {
+pub async fn run(mut arguments: Attach) -> Result<End> {
+    if arguments.print {
+        agree(&arguments)?;
+        uplinks::print(&arguments, &sizes(&arguments)).await?;
+        return Ok(End::Stop);
+    }
     if arguments.check {
-        check(&arguments).await?;
+        check(arguments).await?;
         return Ok(End::Stop);
     }
     testing::warnings().iter().for_each(|warning| log::warn!("{warning}"));
@@ -51,10 +57,24 @@ pub async fn run(arguments: Attach) -> Result<End> {
     let (reload, reloads) = watch::channel(0);
     let running = format!("{arguments:?}");
     let mut signals = Signals::listen()?;
+    let found = Uplinks::find(&arguments).await?;
+    found.say();
+    let mut moves = found.follow();
+    if let Some(choice) = &found.choice {
+        let (options, served) = (arguments.clone(), choice.interface.clone());
+        tokio::spawn(async move {
+            if let Some(elsewhere) = uplinks::swarm_elsewhere(&options, &served).await {
+                log::info!("--iface auto: {elsewhere}");
+            }
+        });
+    }
+    // One that was chosen is left when another one is; one that was named is the operator's.
+    let is_chosen = found.choice.is_some();
+    arguments.iface = found.names;
     tokio::spawn(async move {
         // Who is asked to stop while it ends to start anew, stops.
         loop {
-            let end = signals.wait(&reload, &running).await;
+            let end = signals.wait(&reload, &running, &mut moves).await;
             let _ = sender.send(Some(end));
             if end == End::Stop {
                 break;
@@ -63,7 +83,6 @@ pub async fn run(arguments: Attach) -> Result<End> {
         // Who listens for reloads goes on doing so until the end.
         std::future::pending::<()>().await;
     });
-    present(&arguments.iface).await?;
     let events = Arc::new(Recorder::open());
     let mut controllers = Vec::new();
     let started = tokio::select! {
@@ -119,10 +138,14 @@ pub async fn run(arguments: Attach) -> Result<End> {
     }
     if *stopped.borrow() == Some(End::Reload) {
         log::info!("starting anew; the datapath serves meanwhile");
-        let wanted = configuration().map_or_else(|_| arguments.iface.clone(), |wanted| wanted.iface);
+        let wanted = wanted().await.unwrap_or_else(|_| arguments.iface.clone());
         let (kept, left): (Vec<_>, Vec<_>) =
             controllers.into_iter().partition(|controller| wanted.contains(&controller.settings().interface));
-        leave(left, on_exit).await;
+        let (end, why) = match is_chosen {
+            true => (OnExit::Detach, "is no longer what --iface auto takes"),
+            false => (on_exit, "is no longer in the configuration"),
+        };
+        leave(left, end, why).await;
         // Who asked for an end meanwhile is not to be forgotten in the next program.
         if *stopped.borrow() == Some(End::Reload) {
             return Ok(End::Reload);
@@ -176,17 +199,17 @@ fn secret(interfaces: &[String]) -> Result<Secret> {
     Ok(secret)
 }
 
-/// Lets go of interfaces that the configuration names no more.
-async fn leave(controllers: Vec<Controller>, on_exit: OnExit) {
+/// Lets go of interfaces that are not to be served any more, and says why.
+async fn leave(controllers: Vec<Controller>, on_exit: OnExit, why: &str) {
     for controller in controllers {
         let interface = controller.settings().interface.clone();
         match on_exit {
             OnExit::Detach => {
                 controller.remove().await;
-                log::info!("{interface} is no longer in the configuration: detached");
+                log::info!("{interface} {why}: detached");
             }
             OnExit::Keep => log::warn!(
-                "{interface} is no longer in the configuration: its datapath goes on without a controller; `lb-userspace \
+                "{interface} {why}: its datapath goes on without a controller; `lb-userspace \
                  detach --iface {interface}` removes it"
             ),
         }
@@ -224,11 +247,11 @@ fn serve(arguments: &Attach, controllers: &[Controller], events: &Arc<Recorder>)
 }
 
 /// Whether the agent could be started so: what a start would refuse is refused, and nothing is touched.
-async fn check(arguments: &Attach) -> Result<()> {
-    present(&arguments.iface).await?;
-    agree(arguments)?;
+async fn check(mut arguments: Attach) -> Result<()> {
+    arguments.iface = Uplinks::find(&arguments).await?.names;
+    agree(&arguments)?;
     if !arguments.replace_state {
-        let sizes = sizes(arguments);
+        let sizes = sizes(&arguments);
         arguments.iface.iter().try_for_each(|interface| datapath::would_adopt(interface, &sizes))?;
     }
     for at in &arguments.listen {
@@ -245,19 +268,6 @@ fn agree(arguments: &Attach) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Refuses interfaces that are not there before any is touched.
-async fn present(wanted: &[String]) -> Result<()> {
-    let (net, _changes) = Net::connect().context("start watching the network")?;
-    let links = net.snapshot().await?.links;
-    for name in wanted {
-        if !links.values().any(|link| link.name == *name) {
-            let there = links.values().map(|link| link.name.as_str());
-            return Err(DatapathError::no_interface(name, there).into());
-        }
-    }
-    Ok(())
 }
 
 fn controller_settings(
@@ -357,6 +367,12 @@ fn configuration() -> Result<Attach, String> {
     }
 }
 
+/// The interfaces that it names, or that are chosen, by now.
+async fn wanted() -> Result<Vec<String>> {
+    let arguments = configuration().map_err(anyhow::Error::msg)?;
+    Uplinks::find(&arguments).await.map(|found| found.names)
+}
+
 /// The signals that the agent does something at.
 struct Signals {
     terminate: Signal,
@@ -377,15 +393,23 @@ impl Signals {
     }
 
     /// Waits for a signal to stop. SIGHUP has everything looked at again; where the configuration or the program is another
-    /// one by now, it starts anew, if the installed program says that it can. `running` is the configuration that runs.
-    async fn wait(&mut self, reload: &watch::Sender<u64>, running: &str) -> End {
+    /// one by now, it starts anew, if the installed program says that it can; so it does where another interface is the choice.
+    /// `running` is the configuration that runs.
+    async fn wait(
+        &mut self,
+        reload: &watch::Sender<u64>,
+        running: &str,
+        moves: &mut mpsc::Receiver<Choice>,
+    ) -> End {
         loop {
-            tokio::select! {
-                _ = self.hangup.recv() => {}
+            let moved = tokio::select! {
+                _ = self.hangup.recv() => None,
+                choice = uplinks::moved(moves) => Some(choice),
                 _ = self.terminate.recv() => return End::Stop,
                 _ = self.interrupt.recv() => return End::Stop,
-            }
-            let same = configuration().is_ok_and(|wanted| format!("{wanted:?}") == running);
+            };
+            let same =
+                moved.is_none() && configuration().is_ok_and(|wanted| format!("{wanted:?}") == running);
             if same && !settings::is_replaced() {
                 reload.send_modify(|count| *count += 1);
                 continue;
@@ -397,8 +421,16 @@ impl Signals {
                 _ = self.interrupt.recv() => return End::Stop,
             };
             match could {
-                Ok(()) => return End::Reload,
-                Err(reason) => log::error!("SIGHUP: the agent goes on as it was: {reason}"),
+                Ok(()) => {
+                    if let Some(choice) = &moved {
+                        log::info!("{}: taken by --iface auto from now on: {}", choice.interface, choice.why);
+                    }
+                    return End::Reload;
+                }
+                Err(reason) => {
+                    let what = if moved.is_some() { "--iface auto" } else { "SIGHUP" };
+                    log::error!("{what}: the agent goes on as it was: {reason}");
+                }
             }
         }
     }

@@ -18,6 +18,7 @@ pub mod status;
 pub mod support;
 pub mod task;
 pub mod top;
+mod uplinks;
 
 use anyhow::Result;
 use serde_json::{Value, json};

@@ -10,6 +10,7 @@ mod path_mtu;
 mod probe;
 mod reset;
 pub mod sockets;
+mod uplink;
 mod ways;
 
 use std::{
@@ -36,12 +37,16 @@ use netlink_packet_route::{
         NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
         NeighbourState,
     },
-    route::{RouteAddress, RouteAttribute, RouteMetric, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHopFlags,
+        RouteType,
+    },
 };
 pub use probe::{Asked, Prober, Wanted, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
 use tokio::sync::mpsc;
+pub use uplink::{Choice, DefaultRoute, choose};
 pub use ways::{Found, Ways};
 
 /// Why the kernel could not be asked.
@@ -264,6 +269,25 @@ impl Net {
     /// The kernel refuses a request.
     pub async fn snapshot(&self) -> Result<Snapshot, NetError> {
         let failed = |what| move |source| NetError::Request { what, source: Box::new(source) };
+        let mut snapshot = self.links_and_addresses().await?;
+        let neighbours: Vec<NeighbourMessage> =
+            self.handle.neighbours().get().execute().try_collect().await.map_err(failed("neighbours"))?;
+        snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
+        let mut request = self.handle.neighbours().get();
+        request.message_mut().header.family = AddressFamily::Bridge;
+        let ports: Vec<NeighbourMessage> =
+            request.execute().try_collect().await.map_err(failed("forwarding tables of bridges"))?;
+        snapshot.ports = ports.iter().filter_map(bridge_port).collect();
+        snapshot.containers = self.containers.behind(&self.strict, &snapshot.links).await;
+        Ok(snapshot)
+    }
+
+    /// The same without neighbours, bridges' ports and containers.
+    ///
+    /// # Errors
+    /// The kernel refuses a request.
+    pub async fn links_and_addresses(&self) -> Result<Snapshot, NetError> {
+        let failed = |what| move |source| NetError::Request { what, source: Box::new(source) };
         let mut snapshot = Snapshot::default();
         let links: Vec<LinkMessage> =
             self.handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
@@ -274,15 +298,6 @@ impl Net {
             self.handle.address().get().execute().try_collect().await.map_err(failed("addresses"))?;
         snapshot.addresses = addresses.iter().filter_map(address).collect();
         snapshot.ranges = addresses.iter().filter_map(range).collect();
-        let neighbours: Vec<NeighbourMessage> =
-            self.handle.neighbours().get().execute().try_collect().await.map_err(failed("neighbours"))?;
-        snapshot.neighbours = neighbours.iter().filter_map(neighbour).collect();
-        let mut request = self.handle.neighbours().get();
-        request.message_mut().header.family = AddressFamily::Bridge;
-        let ports: Vec<NeighbourMessage> =
-            request.execute().try_collect().await.map_err(failed("forwarding tables of bridges"))?;
-        snapshot.ports = ports.iter().filter_map(bridge_port).collect();
-        snapshot.containers = self.containers.behind(&self.strict, &snapshot.links).await;
         Ok(snapshot)
     }
 
@@ -321,6 +336,23 @@ impl Net {
         }
         if is_hearsay {
             found.mtu = None;
+        }
+        Ok(found)
+    }
+
+    /// The default routes of the main table, which are what the kernel takes unless a rule says otherwise.
+    ///
+    /// # Errors
+    /// The kernel refuses the request.
+    pub async fn default_routes(&self) -> Result<Vec<DefaultRoute>, NetError> {
+        let failed = |source| NetError::Request { what: "routes", source: Box::new(source) };
+        let mut found = Vec::new();
+        let every =
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
+        for message in every {
+            let routes: Vec<RouteMessage> =
+                self.handle.route().get(message).execute().try_collect().await.map_err(failed)?;
+            found.extend(routes.iter().flat_map(default_routes));
         }
         Ok(found)
     }
@@ -401,6 +433,36 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet6(v6) => Some((*v6).into()),
         _ => None,
     }
+}
+
+/// What a route says if it is a default one of the main table: a hop each.
+fn default_routes(message: &RouteMessage) -> Vec<DefaultRoute> {
+    let header = &message.header;
+    let mut table = u32::from(header.table);
+    let (mut metric, mut hops) = (0, Vec::new());
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(wide) => table = *wide,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::Oif(index) => hops.push(*index),
+            RouteAttribute::MultiPath(several) => {
+                let dead = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
+                let alive = several.iter().filter(|hop| !hop.flags.intersects(dead));
+                hops.extend(alive.map(|hop| hop.interface_index));
+            }
+            _ => {}
+        }
+    }
+    let is_dead = header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown);
+    let is_default = header.destination_prefix_length == 0
+        && header.source_prefix_length == 0
+        && header.tos == 0
+        && !is_dead
+        && header.kind == RouteType::Unicast
+        && table == u32::from(RouteHeader::RT_TABLE_MAIN);
+    let v6 = header.address_family == AddressFamily::Inet6;
+    let routes = hops.into_iter().map(|interface| DefaultRoute { v6, metric, interface });
+    if is_default { routes.collect() } else { Vec::new() }
 }
 
 fn link(message: &LinkMessage) -> Link {
