@@ -52,7 +52,7 @@ pub const NEARLY_FULL: u64 = 90;
 
 /// What is known beside the inventory.
 #[derive(Clone, Debug)]
-pub struct Surroundings {
+pub struct AgentState {
     /// The programs' configuration.
     pub config: Config,
     /// The process that controls the datapath.
@@ -61,7 +61,7 @@ pub struct Surroundings {
     pub fills: BTreeMap<String, [u64; 2]>,
 }
 
-impl Surroundings {
+impl AgentState {
     /// Reads them.
     ///
     /// # Errors
@@ -76,7 +76,7 @@ impl Surroundings {
 }
 
 /// What stands against an interface.
-pub fn assess(inventory: &Inventory, around: &Surroundings) -> Health {
+pub fn assess(inventory: &Inventory, around: &AgentState) -> Health {
     let mut problems = Vec::new();
     if around.controller.is_none() {
         problems.push(

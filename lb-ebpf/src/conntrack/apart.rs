@@ -35,7 +35,7 @@ macro_rules! apart {
 
 /// A family's functions, under the names that the verifier's log shows.
 macro_rules! tracked {
-    ($family:ty: $by_tuple:ident $by_task:ident $insert_new:ident $insert_anew:ident $probe:ident $free_port:ident $linger:ident $choose:ident $put:ident $from_peer:ident $request:ident $reply:ident $told:ident) => {
+    ($family:ty: $by_tuple:ident $by_task:ident $insert_new:ident $insert_anew:ident $probe:ident $free_port:ident $linger:ident $choose:ident $put:ident $from_peer:ident $request:ident $reply:ident $peer_reply:ident) => {
         apart!($by_tuple(line: Located, search: Search; tuple: FiveTuple<$family>; ) -> u32 = table::by_tuple, 1);
         apart!($by_task(line: Located, search: Search; alias: FiveTuple<$family>; interface) -> u32 = table::by_task, 1);
         apart!($insert_new(line: Located; draft: Draft<$family>, search: Search; ) -> u32 = table::insert_new, 3);
@@ -48,7 +48,7 @@ macro_rules! tracked {
         apart!($from_peer(packet: Packet<$family>; tunnel: TunnelMeta, backend: Backend; index) -> u64 = admission::from_peer, NOTHING);
         apart!($request(packet: Packet<$family>; ; ) -> u64 = lifecycle::packed_request, NOTHING);
         apart!($reply(packet: Packet<$family>; ; interface) -> u64 = lifecycle::packed_reply, NOTHING);
-        apart!($told(packet: Packet<$family>; tunnel: TunnelMeta; ) -> u64 = lifecycle::packed_told, NOTHING);
+        apart!($peer_reply(packet: Packet<$family>; tunnel: TunnelMeta; ) -> u64 = lifecycle::packed_peer_reply, NOTHING);
 
         impl Tracked for $family {
             #[inline(always)]
@@ -112,16 +112,16 @@ macro_rules! tracked {
             }
 
             #[inline(always)]
-            fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64 {
-                $told(packet, tunnel)
+            fn peer_reply(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64 {
+                $peer_reply(packet, tunnel)
             }
         }
     };
 }
 
 tracked!(V4:
-    connection_by_tuple4 connection_by_task4 connection_insert_new4 connection_insert_anew4 connection_probe4 connection_free_port4 connection_linger4 connection_choose4 connection_put4 connection_from_peer4 connection_request4 connection_reply4 connection_told4
+    connection_by_tuple4 connection_by_task4 connection_insert_new4 connection_insert_anew4 connection_probe4 connection_free_port4 connection_linger4 connection_choose4 connection_put4 connection_from_peer4 connection_request4 connection_reply4 connection_peer_reply4
 );
 tracked!(V6:
-    connection_by_tuple6 connection_by_task6 connection_insert_new6 connection_insert_anew6 connection_probe6 connection_free_port6 connection_linger6 connection_choose6 connection_put6 connection_from_peer6 connection_request6 connection_reply6 connection_told6
+    connection_by_tuple6 connection_by_task6 connection_insert_new6 connection_insert_anew6 connection_probe6 connection_free_port6 connection_linger6 connection_choose6 connection_put6 connection_from_peer6 connection_request6 connection_reply6 connection_peer_reply6
 );

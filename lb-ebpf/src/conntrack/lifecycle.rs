@@ -222,13 +222,13 @@ fn record<A: Family>(packet: &mut Packet<A>, entry: &Entry<A>, control: Control)
 
 /// What becomes of a reply that a peer sent for the client, whose line was found.
 #[inline(always)]
-pub fn told<A: Tracked>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> Result<Lookup, Outcome> {
-    Lookup::unpack(A::told(packet, tunnel))
+pub fn peer_reply<A: Tracked>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> Result<Lookup, Outcome> {
+    Lookup::unpack(A::peer_reply(packet, tunnel))
 }
 
-/// [`told`], packed.
+/// [`peer_reply`], packed.
 #[inline(always)]
-pub fn packed_told<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u64 {
+pub fn packed_peer_reply<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> u64 {
     let Some(entry) = table::entry::<A>(packet.line.slot) else {
         return pack(Ok(Lookup::Miss));
     };
@@ -330,7 +330,7 @@ pub fn note<A: Family>(
     }
     entry.set_seen(clock::now());
     let state = if !packet.is_tcp() {
-        before | heard(before, sender)
+        before | datagram_state(before, sender)
     } else if packet.kind == LATER {
         return before;
     } else {
@@ -349,7 +349,7 @@ pub fn note<A: Family>(
 
 /// What a datagram adds to the state.
 #[inline(always)]
-fn heard(before: u32, sender: Sender) -> u32 {
+fn datagram_state(before: u32, sender: Sender) -> u32 {
     match sender {
         Sender::Task => ANSWERED,
         Sender::Client if before & ANSWERED != 0 => ESTABLISHED,

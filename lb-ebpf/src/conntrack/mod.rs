@@ -217,7 +217,7 @@ pub fn for_client<A: Tracked>(packet: &mut Packet<A>, tunnel: &TunnelMeta) -> Re
     sought.kind = lb_common::conntrack::line::CONNECTION;
     sought.generation = 0;
     if table::find(sought, line, search) == Found::Line {
-        return match lifecycle::told(packet, tunnel)? {
+        return match lifecycle::peer_reply(packet, tunnel)? {
             Lookup::Hit => Ok(true),
             _ => Ok(false),
         };

@@ -34,6 +34,6 @@ pub trait Tracked: Family {
     fn request(packet: &mut Packet<Self>) -> u64;
     /// [`super::lifecycle::packed_reply`].
     fn reply(packet: &mut Packet<Self>, interface: u32) -> u64;
-    /// [`super::lifecycle::packed_told`].
-    fn told(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64;
+    /// [`super::lifecycle::packed_peer_reply`].
+    fn peer_reply(packet: &mut Packet<Self>, tunnel: &TunnelMeta) -> u64;
 }

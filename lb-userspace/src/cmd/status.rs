@@ -10,7 +10,7 @@ use super::{inventories, out};
 use crate::{
     cli::{Output, Read},
     datapath::{self, PinDir, TableSet, TcHook},
-    health::{Health, Surroundings, Verdict, assess},
+    health::{AgentState, Health, Verdict, assess},
     inventory::{self, Agent, Inventory},
     report::{Drained, ago},
 };
@@ -22,7 +22,7 @@ use crate::{
 pub fn run(read: &Read, verbose: bool) -> Result<bool> {
     let (mut documents, mut healthy) = (Vec::new(), true);
     for (inventory, set) in inventories(read)? {
-        let around = Surroundings::read(&inventory.interface, &set)?;
+        let around = AgentState::read(&inventory.interface, &set)?;
         let health = assess(&inventory, &around);
         healthy &= health.verdict == Verdict::Serving;
         let facts = describe(&inventory, &around, &set)?;
@@ -52,7 +52,7 @@ pub fn run(read: &Read, verbose: bool) -> Result<bool> {
 }
 
 /// The short of it, for people.
-fn say(inventory: &Inventory, around: &Surroundings, health: &Health, memory: u64) -> Result<()> {
+fn say(inventory: &Inventory, around: &AgentState, health: &Health, memory: u64) -> Result<()> {
     let report = &inventory.report;
     let mode = Mode::try_from(around.config.mode).map_or("not attached yet", Mode::name);
     let controller = match around.controller {
@@ -105,7 +105,7 @@ const NO_CONTROLLER: &str = "none; the datapath goes on by itself";
 /// The facts of an interface, for programs.
 pub(super) fn describe(
     inventory: &Inventory,
-    around: &Surroundings,
+    around: &AgentState,
     set: &TableSet,
 ) -> Result<serde_json::Value> {
     let (interface, config, tables) = (&inventory.interface, &around.config, &inventory.tables);

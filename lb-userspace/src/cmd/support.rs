@@ -10,7 +10,7 @@ use super::{inventories, out, status};
 use crate::{
     cli::{Output, Read},
     datapath, doctor, events,
-    health::{Surroundings, assess},
+    health::{AgentState, assess},
     report,
 };
 
@@ -94,7 +94,7 @@ fn pretty(value: &Value) -> String {
 fn gathered() -> Result<Vec<Value>> {
     let read = Read { iface: None, output: Output::Json };
     let one = |(inventory, set): (crate::inventory::Inventory, datapath::TableSet)| {
-        let around = Surroundings::read(&inventory.interface, &set)?;
+        let around = AgentState::read(&inventory.interface, &set)?;
         let mut document = status::describe(&inventory, &around, &set)?;
         let open = set.open_connections(&inventory.tables)?;
         document["health"] = json!(assess(&inventory, &around));

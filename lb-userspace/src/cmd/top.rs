@@ -8,7 +8,7 @@ use lb_common::abi::Mode;
 use super::inventories;
 use crate::{
     cli::{Output, Read},
-    health::{Surroundings, assess},
+    health::{AgentState, assess},
     top::{self, Seen},
 };
 
@@ -21,7 +21,7 @@ pub fn run(interface: Option<&str>) -> Result<()> {
     top::run(|| {
         let (inventory, set) = inventories(&read)?.into_iter().next().context("nothing is attached")?;
         let open = set.open_connections(&inventory.tables)?;
-        let around = Surroundings::read(&inventory.interface, &set)?;
+        let around = AgentState::read(&inventory.interface, &set)?;
         let health = assess(&inventory, &around);
         let mode = Mode::try_from(around.config.mode).map_or("not attached yet", Mode::name);
         let controller = around.controller.map_or("no controller".to_owned(), |pid| format!("process {pid}"));

@@ -15,7 +15,7 @@ pub use machine::dead as dead_pins;
 
 use crate::{
     datapath::{DatapathError, TableSet, attached_interfaces},
-    health::{Surroundings, assess},
+    health::{AgentState, assess},
     inventory::Inventory,
     net::{Net, Snapshot},
 };
@@ -113,7 +113,7 @@ pub struct Questions {
 /// An attached interface, as the checks look at it.
 struct Attached {
     inventory: Inventory,
-    around: Surroundings,
+    around: AgentState,
 }
 
 /// Looks at everything.
@@ -178,10 +178,7 @@ fn attached(questions: &Questions, snapshot: &Snapshot, findings: &mut Findings)
     let mut attached = Vec::new();
     for name in names {
         let read = TableSet::of(&name).and_then(|set| {
-            Ok(Attached {
-                inventory: Inventory::read(&name, &set)?,
-                around: Surroundings::read(&name, &set)?,
-            })
+            Ok(Attached { inventory: Inventory::read(&name, &set)?, around: AgentState::read(&name, &set)? })
         });
         match read {
             Ok(one) => attached.push(one),

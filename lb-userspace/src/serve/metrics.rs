@@ -22,7 +22,7 @@ use prometheus_client::{
 use crate::{
     cluster::TaskState,
     datapath,
-    health::{Health, Surroundings, Verdict},
+    health::{AgentState, Health, Verdict},
     inventory::{Agent, DRAINED, Inventory, Task},
     report::{self, DELAYS},
 };
@@ -32,7 +32,7 @@ pub struct Exposed {
     /// What is read of its tables.
     pub inventory: Inventory,
     /// What is known beside that.
-    pub around: Surroundings,
+    pub around: AgentState,
     /// What stands against it.
     pub health: Health,
     /// Open connections by backend, if they were counted.

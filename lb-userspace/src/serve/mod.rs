@@ -23,7 +23,7 @@ pub use routes::router;
 use crate::{
     datapath::TableSet,
     events::Recorder,
-    health::{Surroundings, assess},
+    health::{AgentState, assess},
     inventory::Inventory,
     plan::Tables,
 };
@@ -91,7 +91,7 @@ impl Source {
             *open = Some((Instant::now(), set.open_connections(tables)?));
         }
         let inventory = Inventory::read_with(&self.interface, set, tables.clone())?;
-        let around = Surroundings::read(&self.interface, set)?;
+        let around = AgentState::read(&self.interface, set)?;
         let health = assess(&inventory, &around);
         let memory = set.memory()?.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
         Ok(Exposed { inventory, around, health, open: open.as_ref().map(|(_, open)| open.clone()), memory })

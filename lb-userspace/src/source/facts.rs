@@ -66,25 +66,26 @@ impl NodeFacts {
 pub struct TaskFacts {
     /// Where it is reached on its node.
     pub addresses: Vec<IpAddr>,
-    /// Whether it should get no new connections: its health check fails, or it is paused.
-    pub ailing: bool,
+    /// Whether it should get no new connections: its health check fails, or it is paused. The protocol has another name for it.
+    #[serde(rename = "ailing")]
+    pub unhealthy: bool,
 }
 
 /// What an agent said, and whether it still says so.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Heard {
+pub struct NodeReport {
     /// What it said last.
     pub facts: Arc<NodeFacts>,
     /// Whether it can be heard now.
     pub now: bool,
 }
 
-/// Completes the cluster by what agents know of their nodes, and remembers what it made of each service, so that a word of
+/// Completes the cluster by what agents know of their nodes, and remembers what it made of each service, so that a report of
 /// one node costs what that node has to do with.
 #[derive(Default)]
 pub struct Completion {
     /// What agents said when it was last asked, by name of the node.
-    facts: BTreeMap<String, Heard>,
+    facts: BTreeMap<String, NodeReport>,
     /// By name: a service as the managers have it, and what became of it.
     services: HashMap<String, [Arc<Service>; 2]>,
 }
@@ -94,7 +95,7 @@ impl Completion {
     ///
     /// A task that its own node no longer runs is gone, whatever the managers think; one that fails its health check
     /// there gets no new connections. Without word from its node a task stands as the managers have it.
-    pub fn complete(&mut self, cluster: &mut ClusterState, facts: BTreeMap<String, Heard>) {
+    pub fn complete(&mut self, cluster: &mut ClusterState, facts: BTreeMap<String, NodeReport>) {
         let changed: HashSet<&str> = {
             let known = self.facts.keys().chain(facts.keys().filter(|name| !self.facts.contains_key(*name)));
             known.filter(|name| self.facts.get(*name) != facts.get(*name)).map(String::as_str).collect()
@@ -126,16 +127,16 @@ impl Completion {
 }
 
 /// A service, its tasks as their nodes know them.
-fn complete(service: &Arc<Service>, facts: &BTreeMap<String, Heard>) -> Arc<Service> {
+fn complete(service: &Arc<Service>, facts: &BTreeMap<String, NodeReport>) -> Arc<Service> {
     let mut service = Arc::clone(service);
     if service.tasks.iter().all(|task| !facts.contains_key(&task.node)) {
         return service;
     }
     Arc::make_mut(&mut service).tasks.retain_mut(|task| {
-        let Some(heard) = facts.get(&task.node) else {
+        let Some(report) = facts.get(&task.node) else {
             return true;
         };
-        match heard.facts.tasks.get(&task.name) {
+        match report.facts.tasks.get(&task.name) {
             Some(known) => {
                 // One of each family: each is a share of the connections.
                 let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
@@ -143,12 +144,12 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, Heard>) -> Arc<Serv
                 if !told.is_empty() {
                     task.addresses = told;
                 }
-                if known.ailing && heard.now && task.state == TaskState::Running {
+                if known.unhealthy && report.now && task.state == TaskState::Running {
                     task.state = TaskState::Draining;
                 }
                 true
             }
-            None => !(heard.now && heard.facts.complete) || task.state == TaskState::Starting,
+            None => !(report.now && report.facts.complete) || task.state == TaskState::Starting,
         }
     });
     service
@@ -207,14 +208,14 @@ mod tests {
         ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }
     }
 
-    fn heard(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, Heard> {
-        let known = |ailing| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], ailing };
-        let tasks = tasks.iter().map(|(name, ailing)| ((*name).to_owned(), known(*ailing))).collect();
+    fn reports(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, NodeReport> {
+        let known = |unhealthy| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], unhealthy };
+        let tasks = tasks.iter().map(|(name, unhealthy)| ((*name).to_owned(), known(*unhealthy))).collect();
         let facts = Arc::new(NodeFacts { tasks, complete, ..NodeFacts::default() });
-        BTreeMap::from([("node1".to_owned(), Heard { facts, now })])
+        BTreeMap::from([("node1".to_owned(), NodeReport { facts, now })])
     }
 
-    fn states(mut cluster: ClusterState, facts: &BTreeMap<String, Heard>) -> Vec<(String, TaskState)> {
+    fn states(mut cluster: ClusterState, facts: &BTreeMap<String, NodeReport>) -> Vec<(String, TaskState)> {
         Completion::default().complete(&mut cluster, facts.clone());
         cluster.services[0].tasks.iter().map(|task| (task.name.clone(), task.state)).collect()
     }
@@ -222,14 +223,14 @@ mod tests {
     #[test]
     fn what_a_node_says_of_itself_comes_first() {
         let mut state = cluster(vec![task("web.1.a", TaskState::Running)]);
-        Completion::default().complete(&mut state, heard(&[("web.1.a", false)], true, true));
+        Completion::default().complete(&mut state, reports(&[("web.1.a", false)], true, true));
         let task = &state.services[0].tasks[0];
         assert_eq!(task.addresses, ["172.18.0.3".parse::<IpAddr>().unwrap()]);
         assert_eq!(task.cluster_address(), "10.0.0.7".parse().ok());
     }
 
     #[test]
-    fn a_task_that_its_node_does_not_run_is_gone_and_an_ailing_one_drains() {
+    fn a_task_that_its_node_does_not_run_is_gone_and_an_unhealthy_one_drains() {
         use TaskState::{Draining, Running, Starting};
         let tasks = || vec![task("a", Running), task("b", Running), task("c", Starting), task("d", Draining)];
         let all: Vec<_> = [("a", Running), ("b", Running), ("c", Starting), ("d", Draining)]
@@ -237,15 +238,15 @@ mod tests {
             .into();
         assert_eq!(states(cluster(tasks()), &BTreeMap::new()), all);
         // Docker does not answer there, or the agent is not heard: the managers' word stands.
-        assert_eq!(states(cluster(tasks()), &heard(&[], false, true)), all);
-        assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, false)), all);
+        assert_eq!(states(cluster(tasks()), &reports(&[], false, true)), all);
+        assert_eq!(states(cluster(tasks()), &reports(&[("a", true)], true, false)), all);
         let left = vec![("a".to_owned(), Draining), ("c".to_owned(), Starting)];
-        assert_eq!(states(cluster(tasks()), &heard(&[("a", true)], true, true)), left);
+        assert_eq!(states(cluster(tasks()), &reports(&[("a", true)], true, true)), left);
     }
 
     /// What is remembered changes nothing, and what nobody spoke of is not made anew.
     #[test]
-    fn a_word_of_one_node_leaves_the_other_services_what_they_were() {
+    fn a_report_of_one_node_leaves_the_other_services_what_they_were() {
         let mut managers = cluster(vec![task("a", TaskState::Running)]);
         let other = Task { node: "node2".into(), ..task("b", TaskState::Running) };
         managers.services.push(Arc::new(Service {
@@ -255,9 +256,12 @@ mod tests {
         }));
         let mut completion = Completion::default();
         let mut before: Option<ClusterState> = None;
-        let words =
-            [heard(&[("a", false)], true, true), heard(&[("a", true)], true, true), heard(&[], true, true)];
-        for facts in words {
+        let all = [
+            reports(&[("a", false)], true, true),
+            reports(&[("a", true)], true, true),
+            reports(&[], true, true),
+        ];
+        for facts in all {
             let (mut state, mut fresh) = (managers.clone(), managers.clone());
             completion.complete(&mut state, facts.clone());
             Completion::default().complete(&mut fresh, facts.clone());

@@ -13,7 +13,7 @@ use std::{
 
 use lb_userspace::{
     cluster::ClusterState,
-    source::peer::{Telling, Told, client, server, tls},
+    source::peer::{ClusterSnapshot, Published, client, server, tls},
 };
 use nix::time::{ClockId, clock_gettime};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -41,16 +41,16 @@ pub fn measure(cluster: &ClusterState, rounds: usize) -> Vec<Figure> {
     let free = TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = free.local_addr().expect("an address");
     drop(free);
-    let (telling, told) = watch::channel::<Telling>(None);
+    let (published, snapshots) = watch::channel::<Published>(None);
     let (agents, mut heard_of_agents) = mpsc::channel(64);
     // As agents run: one thread each side.
-    let clock = spawn(server::serve(at.port(), keeper("m1"), told, agents));
-    let (words, mut heard) = mpsc::channel(AGENTS);
+    let clock = spawn(server::serve(at.port(), keeper("m1"), snapshots, agents));
+    let (sender, mut events) = mpsc::channel(AGENTS);
     let (_facts, known) = watch::channel(None);
     let at = SocketAddr::from(([127, 0, 0, 1], at.port()));
     let follow: Vec<_> = workers
         .iter()
-        .map(|worker| client::follow("m1".into(), at, keeper(worker), known.clone(), words.clone()))
+        .map(|worker| client::follow("m1".into(), at, keeper(worker), known.clone(), sender.clone()))
         .collect();
     spawn(async {
         let tasks: Vec<_> = follow.into_iter().map(tokio::spawn).collect();
@@ -63,7 +63,7 @@ pub fn measure(cluster: &ClusterState, rounds: usize) -> Vec<Figure> {
     waiting.block_on(async {
         let mut there = 0;
         while there < AGENTS {
-            if let Some(client::Word::Problem(..)) = within(heard.recv()).await {
+            if let Some(client::ManagerEvent::Problem(..)) = within(events.recv()).await {
                 there += 1;
             }
         }
@@ -75,11 +75,11 @@ pub fn measure(cluster: &ClusterState, rounds: usize) -> Vec<Figure> {
     // Of the whole every service is looked at, of a change the one that has changed.
     let mut tell = |state: &ClusterState, changed: std::ops::Range<usize>| {
         let (start, busy) = (Instant::now(), used(clock));
-        telling.send_replace(Some(Arc::new(Told::new(state.clone(), members.clone(), None))));
+        published.send_replace(Some(Arc::new(ClusterSnapshot::new(state.clone(), members.clone(), None))));
         waiting.block_on(async {
             let mut there = 0;
             while there < AGENTS {
-                if let Some(client::Word::Cluster(_, heard)) = within(heard.recv()).await {
+                if let Some(client::ManagerEvent::Cluster(_, heard)) = within(events.recv()).await {
                     there += usize::from(
                         heard.services.get(changed.clone()) == state.services.get(changed.clone()),
                     );

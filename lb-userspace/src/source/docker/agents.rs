@@ -13,8 +13,8 @@ use std::{
 use crate::{
     cluster::Node,
     source::{
-        facts::{Heard, MOST_ADDRESSES, NodeFacts},
-        peer::server::Word,
+        facts::{MOST_ADDRESSES, NodeFacts, NodeReport},
+        peer::server::PeerEvent,
     },
     tunnel_key::NodeKey,
 };
@@ -52,23 +52,23 @@ pub(super) struct Agents {
 }
 
 impl Agents {
-    /// Takes note of a word; whether a task came or went, of which the managers may know too.
-    pub fn take(&mut self, word: Word, now: Instant) -> bool {
-        match word {
-            Word::Came(node, connection, address) => {
+    /// Takes note of an event; whether a task came or went, of which the managers may know too.
+    pub fn take(&mut self, event: PeerEvent, now: Instant) -> bool {
+        match event {
+            PeerEvent::Came(node, connection, address) => {
                 let agent = self.by_node.entry(node).or_default();
                 agent.doubt(now);
                 (agent.connection, agent.gone) = (Some(connection), None);
                 agent.proven(address, now);
             }
-            Word::Proven(node, address) => {
+            PeerEvent::Proven(node, address) => {
                 // Before its agent came it has nothing to prove.
                 if let Some(agent) = self.by_node.get_mut(&node) {
                     agent.proven(address, now);
                 }
             }
-            Word::Facts(node, connection, facts) => return self.said(&node, connection, facts),
-            Word::Gone(node, connection) => {
+            PeerEvent::Facts(node, connection, facts) => return self.said(&node, connection, facts),
+            PeerEvent::Gone(node, connection) => {
                 let agent = self.by_node.get_mut(&node);
                 // It may have come back by another one already.
                 if let Some(agent) = agent.filter(|agent| agent.connection == Some(connection)) {
@@ -127,12 +127,12 @@ impl Agents {
     }
 
     /// What agents said, by identifier of their nodes.
-    pub fn facts(&self) -> BTreeMap<String, Heard> {
-        let heard = |(node, agent): (&String, &Agent)| {
+    pub fn facts(&self) -> BTreeMap<String, NodeReport> {
+        let report = |(node, agent): (&String, &Agent)| {
             let facts = agent.facts.clone()?;
-            Some((node.clone(), Heard { facts, now: agent.connection.is_some() }))
+            Some((node.clone(), NodeReport { facts, now: agent.connection.is_some() }))
         };
-        self.by_node.iter().filter_map(heard).collect()
+        self.by_node.iter().filter_map(report).collect()
     }
 
     /// Gives each node its key and the addresses that are its, the best first; what two of them claim is said, and what one claims
@@ -151,7 +151,7 @@ impl Agents {
             let [first, rest @ ..] = claims.as_slice() else {
                 continue;
             };
-            let real = first.by != By::Word;
+            let real = first.by != By::Claim;
             if real {
                 owned[first.index].push(*address);
             }
@@ -183,7 +183,7 @@ impl Agents {
                 proof if node.addresses.contains(&address) && !node.down => By::Managers(proof.is_none()),
                 Some(proof) => By::Proof(proof.since),
                 None if node.addresses.contains(&address) => By::Past,
-                None => By::Word,
+                None => By::Claim,
             };
             (address, by)
         };
@@ -236,7 +236,7 @@ enum By {
     /// The managers saw it there before it went down.
     Past,
     /// It says so, and nothing else does.
-    Word,
+    Claim,
 }
 
 /// One node's claim to an address.
@@ -287,16 +287,16 @@ mod tests {
     impl Bench {
         fn comes(&mut self, node: &str, connection: u64, addresses: &[&str], now: Instant) {
             let from = if node == "a" { "192.0.2.2" } else { "192.0.2.3" };
-            self.agents.take(Word::Came(node.into(), connection, ip(from)), now);
+            self.agents.take(PeerEvent::Came(node.into(), connection, ip(from)), now);
             self.says(node, connection, addresses, now);
         }
 
         fn says(&mut self, node: &str, connection: u64, addresses: &[&str], now: Instant) {
-            self.agents.take(Word::Facts(node.into(), connection, facts(addresses, &[])), now);
+            self.agents.take(PeerEvent::Facts(node.into(), connection, facts(addresses, &[])), now);
         }
 
         fn proves(&mut self, node: &str, address: &str, now: Instant) {
-            self.agents.take(Word::Proven(node.into(), ip(address)), now);
+            self.agents.take(PeerEvent::Proven(node.into(), ip(address)), now);
         }
 
         /// The addresses of two nodes that the managers see at 192.0.2.2 and .3, and what is said.
@@ -344,8 +344,8 @@ mod tests {
         bench.comes("a", 1, &[], now);
         assert_eq!(keys(&bench), [NodeKey::None, NodeKey::Unknown]);
         let told = NodeFacts { key: Some(key), ..NodeFacts::default() };
-        bench.agents.take(Word::Facts("a".into(), 1, told), now);
-        bench.agents.take(Word::Gone("a".into(), 1), now);
+        bench.agents.take(PeerEvent::Facts("a".into(), 1, told), now);
+        bench.agents.take(PeerEvent::Gone("a".into(), 1), now);
         assert_eq!(keys(&bench), [NodeKey::Public(key), NodeKey::Unknown]);
         // Its datapath goes on with it.
         bench.agents.expire(None, now + GRACE);
@@ -408,7 +408,7 @@ mod tests {
         bench.proves("a", A, start);
         // The agent is replaced, and its former connection ends late.
         bench.comes("a", 2, &[A], at(10));
-        bench.agents.take(Word::Gone("a".into(), 1), at(11));
+        bench.agents.take(PeerEvent::Gone("a".into(), 1), at(11));
         bench.says("a", 1, &[], at(11));
         bench.agents.expire(None, at(30));
         assert_eq!(bench.placed().0[0], ["192.0.2.2", A]);
@@ -417,7 +417,7 @@ mod tests {
         bench.agents.expire(None, at(71));
         assert_eq!(bench.placed().0[0], ["192.0.2.2"]);
         bench.proves("a", A, at(72));
-        bench.agents.take(Word::Gone("a".into(), 2), at(80));
+        bench.agents.take(PeerEvent::Gone("a".into(), 2), at(80));
         bench.agents.expire(None, at(139));
         assert!(!bench.agents.facts()["a"].now);
         assert_eq!(bench.placed().0[0], ["192.0.2.2", A]);
@@ -442,11 +442,11 @@ mod tests {
     #[test]
     fn only_tasks_that_come_or_go_are_news_to_the_managers() {
         let (mut agents, now) = (Agents::default(), Instant::now());
-        agents.take(Word::Came("a".into(), 1, ip(A)), now);
-        let mut says = |ailing: bool, tasks: &[&str]| {
+        agents.take(PeerEvent::Came("a".into(), 1, ip(A)), now);
+        let mut says = |unhealthy: bool, tasks: &[&str]| {
             let mut facts = facts(&[], tasks);
-            facts.tasks.values_mut().for_each(|task| task.ailing = ailing);
-            agents.take(Word::Facts("a".into(), 1, facts), now)
+            facts.tasks.values_mut().for_each(|task| task.unhealthy = unhealthy);
+            agents.take(PeerEvent::Facts("a".into(), 1, facts), now)
         };
         assert!(says(false, &["web.1"]));
         assert!((0..100).all(|flip| !says(flip % 2 == 0, &["web.1"])));

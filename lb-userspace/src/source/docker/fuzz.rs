@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     engine::entries,
-    listing::{Listing, Picture},
+    listing::{Listing, ManagerView},
     membership, model,
 };
 use crate::cluster::{TIMERS, Tunnel};
@@ -24,9 +24,9 @@ pub fn labels(data: &[u8]) {
         "Endpoint": {"Ports": [{"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 80, "PublishMode": "ingress"}]},
     });
     let services = vec![serde_json::from_value(service).expect("a service")];
-    let picture = Listing { services, ..Listing::default() }.picture(Tunnel::default());
-    check(&picture);
-    let service = &picture.cluster.services[0];
+    let view = Listing { services, ..Listing::default() }.view(Tunnel::default());
+    check(&view);
+    let service = &view.cluster.services[0];
     for (_, phase) in TIMERS {
         let seconds = service.timers.seconds[phase as usize];
         assert!(
@@ -35,7 +35,7 @@ pub fn labels(data: &[u8]) {
         );
     }
     // What is wrong is said, and nothing else is.
-    assert!(picture.notes.len() <= labels.len(), "{:?}", picture.notes);
+    assert!(view.notes.len() <= labels.len(), "{:?}", view.notes);
 }
 
 /// The answers to `/services`, `/tasks`, `/nodes`, `/info`, `/networks/ingress?verbose=true`, `/containers/json` and
@@ -44,7 +44,7 @@ pub fn engine_api(data: &[u8]) {
     let mut lines = data.split(|byte| *byte == b'\n');
     let mut next = || lines.next().unwrap_or_default();
     let listing = Listing { services: list(next()), tasks: list(next()), nodes: list(next()) };
-    check(&listing.picture(Tunnel::default()));
+    check(&listing.view(Tunnel::default()));
     let _ = (listing.is_changing(), listing.youngest());
     let _ = serde_json::from_slice::<model::Info>(next()).map(membership::of);
     let _ = serde_json::from_slice::<model::Gossip>(next());
@@ -56,8 +56,8 @@ fn list<T: DeserializeOwned>(bytes: &[u8]) -> Vec<T> {
 }
 
 /// What everybody after relies on.
-fn check(picture: &Picture) {
-    let cluster = &picture.cluster;
+fn check(view: &ManagerView) {
+    let cluster = &view.cluster;
     let shown: std::collections::BTreeSet<&str> = cluster.nodes.iter().map(|node| node.shown()).collect();
     let names: std::collections::BTreeSet<&str> =
         cluster.nodes.iter().map(|node| node.name.as_str()).collect();
@@ -68,7 +68,7 @@ fn check(picture: &Picture) {
     assert!(cluster.nodes.iter().all(|node| !node.host.contains(char::is_control)), "{shown:?}");
     for service in &cluster.services {
         assert!(service.ports.iter().all(|port| port.published != 0 && port.target != 0));
-        assert!(service.tasks.iter().all(|task| picture.members.contains(&task.node)));
+        assert!(service.tasks.iter().all(|task| view.members.contains(&task.node)));
     }
 }
 

@@ -52,7 +52,7 @@ pub struct Listing {
 
 /// The cluster as the managers have it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Picture {
+pub struct ManagerView {
     /// The cluster.
     pub cluster: ClusterState,
     /// The nodes of the swarm, by identifier.
@@ -89,7 +89,7 @@ impl Listing {
     }
 
     /// The cluster as these lists have it.
-    pub fn picture(&self, tunnel: Tunnel) -> Picture {
+    pub fn view(&self, tunnel: Tunnel) -> ManagerView {
         let mut notes = Vec::new();
         let nodes = self.nodes();
         let members: BTreeSet<String> = self.nodes.iter().map(|node| node.id.clone()).collect();
@@ -135,7 +135,7 @@ impl Listing {
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
         let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };
-        Picture { cluster, members, notes }
+        ManagerView { cluster, members, notes }
     }
 
     /// What nodes are called. A host name is the node's own to choose: one that another node has too, or that could be taken
@@ -388,8 +388,8 @@ mod tests {
 
     #[test]
     fn tasks_are_eligible_draining_starting_or_gone() {
-        let picture = listing().picture(Tunnel::default());
-        let web = &picture.cluster.services[1];
+        let view = listing().view(Tunnel::default());
+        let web = &view.cluster.services[1];
         let tasks: Vec<_> = web.tasks.iter().map(|t| (t.name.as_str(), t.node.as_str(), t.state)).collect();
         assert_eq!(
             tasks,
@@ -457,7 +457,7 @@ mod tests {
         {
             listing.services[0].spec.labels.insert(label.into(), value.into());
         }
-        let problem = &listing.picture(Tunnel::default()).cluster.services[1].problem;
+        let problem = &listing.view(Tunnel::default()).cluster.services[1].problem;
         let timer =
             "there is no timer \"idle\"; those there are: half_open, established, closing, one_way, answered";
         assert_eq!(
@@ -474,7 +474,7 @@ mod tests {
         let mut listing = listing();
         let mut say = |value: &str| {
             listing.services[0].spec.labels = [(ADDRESSES_LABEL.to_owned(), value.to_owned())].into();
-            let service = listing.picture(Tunnel::default()).cluster.services[1].clone();
+            let service = listing.view(Tunnel::default()).cluster.services[1].clone();
             (service.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), service.problem.clone())
         };
         let (addresses, problem) = say("192.0.2.200, 2001:db8::200,192.0.2.200");
@@ -495,15 +495,11 @@ mod tests {
 
     #[test]
     fn timers_are_set_by_labels_and_unknown_ones_are_named() {
-        let picture = listing().picture(Tunnel::default());
-        let seconds = picture.cluster.services[1].timers.seconds;
+        let view = listing().view(Tunnel::default());
+        let seconds = view.cluster.services[1].timers.seconds;
         assert_eq!((seconds[Phase::Established as usize], seconds[Phase::HalfOpen as usize]), (900, 30));
         let said = "label lb.timers.idle=9: there is no timer \"idle\"";
-        assert!(
-            picture.cluster.services[1].problem.starts_with(said),
-            "{}",
-            picture.cluster.services[1].problem
-        );
+        assert!(view.cluster.services[1].problem.starts_with(said), "{}", view.cluster.services[1].problem);
     }
 
     #[test]
@@ -511,12 +507,12 @@ mod tests {
         let idle = |value: &str| {
             let mut listing = listing();
             listing.services[0].spec.labels.insert(IDLE_LABEL.into(), value.into());
-            let picture = listing.picture(Tunnel::default());
-            let service = &picture.cluster.services[1];
+            let view = listing.view(Tunnel::default());
+            let service = &view.cluster.services[1];
             let said = service.problem.split("; ").find(|said| said.contains(IDLE_LABEL));
             (service.idle, said.map(str::to_owned))
         };
-        assert_eq!(listing().picture(Tunnel::default()).cluster.services[1].idle, Idle::Forget);
+        assert_eq!(listing().view(Tunnel::default()).cluster.services[1].idle, Idle::Forget);
         assert_eq!(idle("forget"), (Idle::Forget, None));
         assert_eq!(idle("reset"), (Idle::Reset, None));
         let said = "label lb.idle=kill is neither forget nor reset".to_owned();
@@ -525,23 +521,23 @@ mod tests {
 
     #[test]
     fn ports_that_are_not_served_are_named() {
-        let picture = listing().picture(Tunnel::default());
-        let web = &picture.cluster.services[1];
+        let view = listing().view(Tunnel::default());
+        let web = &view.cluster.services[1];
         assert_eq!(web.ports, ["80:8080".parse().unwrap()]);
         assert_eq!(
             web.left,
             "*:132->132/sctp (left to Swarm), *:6081->53/udp (left to Swarm: it is the tunnel's port), \
              *:6081->80/tcp (left to Swarm: it is the tunnel's port), 8081->81/tcp (host)"
         );
-        assert_eq!(picture.notes.len(), 3, "{:?}", picture.notes);
+        assert_eq!(view.notes.len(), 3, "{:?}", view.notes);
         assert_eq!(web.returns, Some(Return::Direct));
-        let quiet = &picture.cluster.services[0];
+        let quiet = &view.cluster.services[0];
         assert_eq!((quiet.name.as_str(), quiet.ports.len(), quiet.left.as_str()), ("quiet", 0, ""));
     }
 
     #[test]
     fn nodes_are_where_the_managers_see_them() {
-        let nodes = listing().picture(Tunnel::default()).cluster.nodes;
+        let nodes = listing().view(Tunnel::default()).cluster.nodes;
         let nodes: Vec<_> =
             nodes.iter().map(|node| (&*node.name, node.shown(), node.addresses.clone())).collect();
         let ip = |text: &str| vec![text.parse::<IpAddr>().unwrap()];

@@ -113,7 +113,7 @@ impl Local {
             let Some(name) = container.labels.get("com.docker.swarm.task.name") else {
                 continue;
             };
-            let ailing = container.state != "running" || container.status.contains("(unhealthy)");
+            let unhealthy = container.state != "running" || container.status.contains("(unhealthy)");
             let network = container
                 .network_settings
                 .networks
@@ -129,7 +129,7 @@ impl Local {
                 }
                 found &= !addresses.is_empty();
             }
-            tasks.insert(name, TaskFacts { addresses, ailing });
+            tasks.insert(name, TaskFacts { addresses, unhealthy });
         }
         (facts.tasks, facts.complete) = (tasks, true);
         if self.told.take().is_some() {

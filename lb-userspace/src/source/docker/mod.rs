@@ -142,8 +142,8 @@ struct Sources {
     /// Asks for the lists at once.
     nudge: Arc<Notify>,
     lists: mpsc::Sender<Result<Listing, EngineError>>,
-    agents: mpsc::Sender<peer::server::Word>,
-    managers: mpsc::Sender<peer::client::Word>,
+    agents: mpsc::Sender<peer::server::PeerEvent>,
+    managers: mpsc::Sender<peer::client::ManagerEvent>,
 }
 
 impl Sources {
@@ -174,15 +174,15 @@ impl Sources {
         if !member.manager {
             self.server = None;
         } else if self.server.is_none() {
-            let (telling, words) = (swarm.telling.subscribe(), self.agents.clone());
-            self.server = Some(Job::start(peer::server::serve(port, keeper.clone(), telling, words)));
+            let (published, events) = (swarm.published.subscribe(), self.agents.clone());
+            self.server = Some(Job::start(peer::server::serve(port, keeper.clone(), published, events)));
         }
         let wanted = member.other_managers(port);
         self.clients.retain(|key, _| wanted.contains(key));
         for (id, at) in wanted {
             self.clients.entry((id.clone(), at)).or_insert_with(|| {
-                let (facts, words) = (swarm.own.clone(), self.managers.clone());
-                Job::start(peer::client::follow(id, at, keeper.clone(), facts, words))
+                let (facts, events) = (swarm.own.clone(), self.managers.clone());
+                Job::start(peer::client::follow(id, at, keeper.clone(), facts, events))
             });
         }
     }
@@ -223,13 +223,13 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
                 }
             }
             Some(listed) = lists.recv() => swarm.listed(listed),
-            Some(word) = agents.recv() => {
-                if swarm.agent_said(word) {
+            Some(event) = agents.recv() => {
+                if swarm.agent_said(event) {
                     // A task that came or went there has changed for the managers too.
                     nudge.notify_one();
                 }
             }
-            Some(word) = managers.recv() => swarm.manager_said(word),
+            Some(event) = managers.recv() => swarm.manager_said(event),
             Ok(()) = own_changed.changed() => nudge.notify_one(),
             Ok(()) = reload.changed() => nudge.notify_one(),
             _ = look.tick() => {

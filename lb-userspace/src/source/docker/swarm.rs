@@ -13,7 +13,7 @@ use super::{
     Settings,
     agents::Agents,
     engine::{Engine, EngineError},
-    listing::{Listing, Picture},
+    listing::{Listing, ManagerView},
     membership::{Member, Membership},
     model::Gossip,
 };
@@ -22,8 +22,8 @@ use crate::{
     descriptors,
     source::{
         Origin, Update,
-        facts::{Completion, Heard, NodeFacts, task_name},
-        peer::{self, Telling, Told},
+        facts::{Completion, NodeFacts, NodeReport, task_name},
+        peer::{self, ClusterSnapshot, Published},
     },
     text,
     tunnel_key::NodeKey,
@@ -43,7 +43,7 @@ pub(super) struct Swarm {
     pub(super) engine: Engine,
     pub(super) settings: Settings,
     pub(super) outputs: Vec<mpsc::Sender<Update>>,
-    pub(super) telling: watch::Sender<Telling>,
+    pub(super) published: watch::Sender<Published>,
     /// What this node knows by itself, once it was looked.
     pub(super) own: watch::Receiver<Option<NodeFacts>>,
     /// The last part that is known for sure, and since when.
@@ -51,7 +51,7 @@ pub(super) struct Swarm {
     /// Why that is not known now.
     unknown: Option<String>,
     /// What a manager's lists say, and why they are not newer.
-    picture: Option<Picture>,
+    view: Option<ManagerView>,
     lists_problem: Option<String>,
     /// What other nodes' agents said.
     pub(super) agents: Agents,
@@ -108,11 +108,11 @@ impl Swarm {
             engine,
             settings,
             outputs,
-            telling: watch::channel(None).0,
+            published: watch::channel(None).0,
             own,
             membership: None,
             unknown: None,
-            picture: None,
+            view: None,
             lists_problem: None,
             agents: Agents::default(),
             takes_over: false,
@@ -139,8 +139,8 @@ impl Swarm {
         let manager = membership.member().is_some_and(|member| member.manager);
         let managed = self.member().is_some_and(|member| member.manager);
         if !manager {
-            (self.picture, self.lists_problem) = (None, None);
-            self.telling.send_replace(None);
+            (self.view, self.lists_problem) = (None, None);
+            self.published.send_replace(None);
             // Nobody is listened to, or told anything, any more.
             self.agents = Agents::default();
         }
@@ -174,30 +174,30 @@ impl Swarm {
         }
         match listed {
             Ok(listing) => {
-                let mut picture = listing.picture(self.settings.tunnel);
-                if let Some(before) = &self.picture {
-                    picture.cluster.share(&before.cluster);
+                let mut view = listing.view(self.settings.tunnel);
+                if let Some(before) = &self.view {
+                    view.cluster.share(&before.cluster);
                 }
-                picture.notes.extend(descriptors::problem(picture.members.len()));
+                view.notes.extend(descriptors::problem(view.members.len()));
                 let youngest = listing.youngest();
-                if youngest > self.youngest && self.picture.is_some() {
+                if youngest > self.youngest && self.view.is_some() {
                     self.changed = youngest;
                 }
                 self.youngest = youngest;
-                (self.picture, self.lists_problem) = (Some(picture), None);
+                (self.view, self.lists_problem) = (Some(view), None);
             }
             Err(error) => self.lists_problem = Some(error.to_string()),
         }
     }
 
     /// Takes note of what an agent says; whether the managers may know something new too.
-    pub(super) fn agent_said(&mut self, word: peer::server::Word) -> bool {
-        self.agents.take(word, Instant::now())
+    pub(super) fn agent_said(&mut self, event: peer::server::PeerEvent) -> bool {
+        self.agents.take(event, Instant::now())
     }
 
     /// Forgets what nobody has said for too long.
     pub(super) fn expire(&mut self) {
-        let members = self.picture.as_ref().map(|picture| &picture.members);
+        let members = self.view.as_ref().map(|view| &view.members);
         self.agents.expire(members, Instant::now());
     }
 
@@ -218,12 +218,11 @@ impl Swarm {
         }
     }
 
-    pub(super) fn manager_said(&mut self, word: peer::client::Word) {
-        let (id, state, problem) = match word {
-            peer::client::Word::Cluster(id, state) => (id, Some(*state), None),
-            peer::client::Word::Problem(id, reason) | peer::client::Word::Gone(id, reason) => {
-                (id, None, Some(reason))
-            }
+    pub(super) fn manager_said(&mut self, event: peer::client::ManagerEvent) {
+        let (id, state, problem) = match event {
+            peer::client::ManagerEvent::Cluster(id, state) => (id, Some(*state), None),
+            peer::client::ManagerEvent::Problem(id, reason)
+            | peer::client::ManagerEvent::Gone(id, reason) => (id, None, Some(reason)),
         };
         // A word from before it was demoted.
         let others = self.member().map(|member| member.other_managers(0)).unwrap_or_default();
@@ -264,7 +263,7 @@ impl Swarm {
                 return Some(ClusterState { tunnel, ..ClusterState::default() });
             }
         };
-        let own = Heard { facts: Arc::new(self.own.borrow().clone()?), now: true };
+        let own = NodeReport { facts: Arc::new(self.own.borrow().clone()?), now: true };
         let mut state = if manager {
             let awaited = self.awaited();
             if !awaited.is_empty() {
@@ -280,14 +279,14 @@ impl Swarm {
                 }
                 return None;
             }
-            let picture = self.picture.as_ref()?;
-            let mut state = picture.cluster.clone();
-            state.this = Some(node.clone()).filter(|node| picture.members.contains(node));
+            let view = self.view.as_ref()?;
+            let mut state = view.cluster.clone();
+            state.this = Some(node.clone()).filter(|node| view.members.contains(node));
             let claimed = self.agents.place(&mut state.nodes, (&node, &own.facts.addresses));
             if let Some(this) = state.nodes.iter_mut().find(|other| other.name == node) {
                 this.key = NodeKey::Public(self.settings.key);
             }
-            let notes = picture.notes.iter().cloned().chain(claimed).collect();
+            let notes = view.notes.iter().cloned().chain(claimed).collect();
             self.base = Some(state.clone());
             let mut facts = self.agents.facts();
             facts.insert(node, own);
@@ -320,11 +319,11 @@ impl Swarm {
     /// agent within seconds.
     fn awaited(&self) -> BTreeSet<String> {
         let fresh = self.membership.as_ref().is_some_and(|(_, since)| since.elapsed() < FACTS);
-        let Some(picture) = self.picture.as_ref().filter(|_| self.takes_over && fresh) else {
+        let Some(view) = self.view.as_ref().filter(|_| self.takes_over && fresh) else {
             return BTreeSet::new();
         };
         let own = self.member().map(|member| member.node.as_str());
-        let unheard = picture.cluster.nodes.iter().filter(|node| {
+        let unheard = view.cluster.nodes.iter().filter(|node| {
             let id = node.name.as_str();
             Some(id) != own && !node.down && !self.agents.is_settled(id)
         });
@@ -395,7 +394,7 @@ impl Swarm {
         let news = self.sent.state.as_ref() != Some(&state);
         if !news && !doubts {
             // A node that was a worker for a while has nothing new, and has told nobody since.
-            if self.telling.borrow().is_none() {
+            if self.published.borrow().is_none() {
                 self.tell_agents(&state, problem);
             }
             return;
@@ -414,9 +413,9 @@ impl Swarm {
 
     /// Lets other nodes' agents know, if this node is a manager.
     fn tell_agents(&self, state: &ClusterState, problem: Option<String>) {
-        if let (Some(picture), Some(Member { manager: true, .. })) = (&self.picture, self.member()) {
-            let told = Told::new(state.clone(), picture.members.clone(), problem);
-            self.telling.send_replace(Some(Arc::new(told)));
+        if let (Some(view), Some(Member { manager: true, .. })) = (&self.view, self.member()) {
+            let snapshot = ClusterSnapshot::new(state.clone(), view.members.clone(), problem);
+            self.published.send_replace(Some(Arc::new(snapshot)));
         }
     }
 

@@ -34,8 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Manager {
     authority: Authority,
     at: SocketAddr,
-    words: mpsc::Receiver<server::Word>,
-    telling: watch::Sender<Telling>,
+    events: mpsc::Receiver<server::PeerEvent>,
+    published: watch::Sender<Published>,
     job: JoinHandle<()>,
     _root: TempDir,
 }
@@ -47,10 +47,10 @@ impl Manager {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let at = free.local_addr().unwrap();
         drop(free);
-        let (telling, told) = watch::channel(None);
-        let (sender, words) = mpsc::channel(1024);
-        let job = tokio::spawn(server::serve(at.port(), keeper(root.path()), told, sender));
-        let manager = Self { authority, at, words, telling, job, _root: root };
+        let (published, snapshots) = watch::channel(None);
+        let (sender, events) = mpsc::channel(1024);
+        let job = tokio::spawn(server::serve(at.port(), keeper(root.path()), snapshots, sender));
+        let manager = Self { authority, at, events, published, job, _root: root };
         manager.tell(&["w1", "w2"]);
         while TcpStream::connect(at).await.is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -71,18 +71,18 @@ impl Manager {
         };
         let nodes = members.iter().map(node).collect();
         let cluster = ClusterState { nodes, ..ClusterState::default() };
-        self.telling.send_replace(Some(Arc::new(Told::new(cluster, members, None))));
+        self.published.send_replace(Some(Arc::new(ClusterSnapshot::new(cluster, members, None))));
     }
 
     fn worker(&self, node: &str) -> TempDir {
         self.authority.node("c1", tls::WORKER, node)
     }
 
-    /// The next word that is wanted.
-    async fn word<T>(&mut self, wanted: impl Fn(server::Word) -> Option<T>) -> T {
+    /// The next event that is wanted.
+    async fn event<T>(&mut self, wanted: impl Fn(server::PeerEvent) -> Option<T>) -> T {
         let next = async {
             loop {
-                if let Some(found) = wanted(self.words.recv().await.unwrap()) {
+                if let Some(found) = wanted(self.events.recv().await.unwrap()) {
                     return found;
                 }
             }
@@ -155,8 +155,8 @@ impl Talk {
     }
 }
 
-fn facts(tasks: usize, ailing: bool) -> NodeFacts {
-    let task = |number| (format!("web.{number}"), TaskFacts { addresses: vec![], ailing });
+fn facts(tasks: usize, unhealthy: bool) -> NodeFacts {
+    let task = |number| (format!("web.{number}"), TaskFacts { addresses: vec![], unhealthy });
     NodeFacts { tasks: (0..tasks).map(task).collect(), ..NodeFacts::default() }
 }
 
@@ -232,7 +232,7 @@ async fn a_node_has_one_connection_and_the_newest() {
     let mut talks = Vec::new();
     for _ in 0..5 {
         talks.push(Talk::start(manager.at, worker.path()).await);
-        manager.word(|word| matches!(word, server::Word::Came(..)).then_some(())).await;
+        manager.event(|event| matches!(event, server::PeerEvent::Came(..)).then_some(())).await;
     }
     let mut last = talks.pop().unwrap();
     for talk in talks {
@@ -241,8 +241,8 @@ async fn a_node_has_one_connection_and_the_newest() {
     assert!(last.is_told().await);
     last.say(&FromAgent::Facts(facts(1, false))).await.unwrap();
     let (node, heard) = manager
-        .word(|word| match word {
-            server::Word::Facts(node, _, facts) => Some((node, facts.tasks.len())),
+        .event(|event| match event {
+            server::PeerEvent::Facts(node, _, facts) => Some((node, facts.tasks.len())),
             _ => None,
         })
         .await;
@@ -310,8 +310,8 @@ async fn a_node_that_flaps_is_heard_at_a_bounded_pace_and_its_last_word_counts()
     let mut last = 0;
     while last != 3 {
         last = manager
-            .word(|word| match word {
-                server::Word::Facts(_, _, facts) => Some(facts.tasks.len()),
+            .event(|event| match event {
+                server::PeerEvent::Facts(_, _, facts) => Some(facts.tasks.len()),
                 _ => None,
             })
             .await;
@@ -330,8 +330,8 @@ async fn a_node_that_was_removed_is_not_heard() {
     manager.tell(&["w2"]);
     talk.refused().await;
     let node = manager
-        .word(|word| match word {
-            server::Word::Gone(node, _) => Some(node),
+        .event(|event| match event {
+            server::PeerEvent::Gone(node, _) => Some(node),
             _ => None,
         })
         .await;
@@ -341,7 +341,7 @@ async fn a_node_that_was_removed_is_not_heard() {
     let _ = talk.say(&FromAgent::Hello { version: VERSION, parts: true, proves: false }).await;
     let _ = talk.say(&FromAgent::Facts(facts(1, false))).await;
     assert!(!talk.is_told().await);
-    assert!(manager.words.try_recv().is_err(), "nothing is heard of it");
+    assert!(manager.events.try_recv().is_err(), "nothing is heard of it");
 }
 
 #[tokio::test]
@@ -353,7 +353,7 @@ async fn a_connection_ends_with_its_certificate_and_a_new_one_is_taken_up() {
     let keeper = keeper(worker.path());
     let before = keeper.identity().unwrap();
     let talk = Talk::start(manager.at, worker.path()).await;
-    manager.word(|word| matches!(word, server::Word::Came(..)).then_some(())).await;
+    manager.event(|event| matches!(event, server::PeerEvent::Came(..)).then_some(())).await;
     let ping = async {
         let mut talk = talk;
         // It is alive all the time.
@@ -384,8 +384,8 @@ async fn only_addresses_that_an_agent_speaks_from_are_proven() {
     while seen.len() < 3 {
         seen.insert(
             manager
-                .word(|word| match word {
-                    server::Word::Came(node, _, address) | server::Word::Proven(node, address) => {
+                .event(|event| match event {
+                    server::PeerEvent::Came(node, _, address) | server::PeerEvent::Proven(node, address) => {
                         Some((node, address))
                     }
                     _ => None,

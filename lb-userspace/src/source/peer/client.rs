@@ -29,7 +29,7 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// What was heard of a manager, by its node's identifier.
 #[derive(Debug)]
-pub enum Word {
+pub enum ManagerEvent {
     /// The cluster as it knows it.
     Cluster(String, Box<ClusterState>),
     /// What it knows may be out of date.
@@ -44,21 +44,21 @@ pub async fn follow(
     at: SocketAddr,
     keeper: Arc<Keeper>,
     facts: watch::Receiver<Option<NodeFacts>>,
-    words: mpsc::Sender<Word>,
+    events: mpsc::Sender<ManagerEvent>,
 ) {
     loop {
-        let reason = match talk(&manager, at, &keeper, facts.clone(), &words).await {
+        let reason = match talk(&manager, at, &keeper, facts.clone(), &events).await {
             Ok(()) => "it ended the connection".to_owned(),
             Err(error) => format!("{error:#}"),
         };
-        let word = Word::Gone(
+        let event = ManagerEvent::Gone(
             manager.clone(),
             format!(
                 "manager's agent at {at}: {reason}; is lb-userspace attached there, and does TCP port {} pass?",
                 at.port()
             ),
         );
-        if words.send(word).await.is_err() {
+        if events.send(event).await.is_err() {
             return;
         }
         tokio::time::sleep(RETRY).await;
@@ -70,7 +70,7 @@ async fn talk(
     at: SocketAddr,
     keeper: &Arc<Keeper>,
     mut facts: watch::Receiver<Option<NodeFacts>>,
-    words: &mpsc::Sender<Word>,
+    events: &mpsc::Sender<ManagerEvent>,
 ) -> Result<()> {
     let identity = keeper.identity()?;
     let stream = timeout(CONNECT, TcpStream::connect(at)).await.context("it cannot be reached")??;
@@ -102,12 +102,12 @@ async fn talk(
                     return Ok(());
                 };
                 heard = Instant::now();
-                let word = match serde_json::from_str(&line)? {
+                let event = match serde_json::from_str(&line)? {
                     FromManager::Hello { version } if version != VERSION => {
                         bail!("it speaks version {version}, this agent {VERSION}")
                     }
                     FromManager::Hello { .. } | FromManager::Ping | FromManager::Proven(_) => continue,
-                    FromManager::Problem(problem) => Word::Problem(manager.to_owned(), problem),
+                    FromManager::Problem(problem) => ManagerEvent::Problem(manager.to_owned(), problem),
                     FromManager::Cluster(changes) => {
                         let more = changes.more;
                         changes.apply(&mut state);
@@ -116,10 +116,10 @@ async fn talk(
                         }
                         let node = state.nodes.iter().find(|node| node.name == manager);
                         prover.reach(node.map_or(&[], |node| &node.addresses));
-                        Word::Cluster(manager.to_owned(), Box::new(state.clone()))
+                        ManagerEvent::Cluster(manager.to_owned(), Box::new(state.clone()))
                     }
                 };
-                words.send(word).await?;
+                events.send(event).await?;
                 continue;
             }
             changed = facts.changed() => {

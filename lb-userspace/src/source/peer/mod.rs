@@ -49,7 +49,7 @@ const CONNECT: Duration = Duration::from_secs(3);
 
 /// What a manager's agent has to tell.
 #[derive(Debug, Default)]
-pub struct Told {
+pub struct ClusterSnapshot {
     /// The cluster.
     cluster: Arc<ClusterState>,
     /// The nodes of the swarm, by identifier: nobody else is told anything.
@@ -57,21 +57,21 @@ pub struct Told {
     /// Why this may be out of date.
     problem: Option<String>,
     /// What leads here, by where it begins: most are told the same.
-    tales: Mutex<Vec<(Arc<ClusterState>, Arc<Tale>)>>,
+    deltas: Mutex<Vec<(Arc<ClusterState>, Arc<Delta>)>>,
     /// The whole, as long as somebody is being told it: that is long.
-    whole: Mutex<Weak<Tale>>,
+    whole: Mutex<Weak<Delta>>,
 }
 
 /// What leads from one state to another, as it is told.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Tale {
+struct Delta {
     /// JSON of [`Changes`] without what differs between those who are told. Only all parts together lead to a state.
     parts: Vec<String>,
     /// Whether the two differ.
     news: bool,
 }
 
-impl Tale {
+impl Delta {
     fn new(before: Option<&Arc<ClusterState>>, after: &ClusterState) -> Self {
         let before = before.map(Arc::as_ref);
         let parts = Changes::between(before, after).in_parts().into_iter();
@@ -87,7 +87,7 @@ impl Tale {
     }
 }
 
-impl Told {
+impl ClusterSnapshot {
     /// What there is to tell: the cluster, the nodes of the swarm, why it may be out of date.
     pub fn new(cluster: ClusterState, members: BTreeSet<String>, problem: Option<String>) -> Self {
         Self { cluster: Arc::new(cluster), members, problem, ..Self::default() }
@@ -99,35 +99,35 @@ impl Told {
     }
 
     /// What leads here from what was told before.
-    fn since(&self, before: Option<&Arc<ClusterState>>) -> Arc<Tale> {
+    fn since(&self, before: Option<&Arc<ClusterState>>) -> Arc<Delta> {
         let Some(before) = before else {
             let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
             return whole.upgrade().unwrap_or_else(|| {
-                let tale = Arc::new(Tale::new(None, &self.cluster));
-                *whole = Arc::downgrade(&tale);
-                tale
+                let delta = Arc::new(Delta::new(None, &self.cluster));
+                *whole = Arc::downgrade(&delta);
+                delta
             });
         };
-        let mut tales = self.tales.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, tale)) = tales.iter().find(|(from, _)| Arc::ptr_eq(from, before)) {
-            return tale.clone();
+        let mut deltas = self.deltas.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, delta)) = deltas.iter().find(|(from, _)| Arc::ptr_eq(from, before)) {
+            return delta.clone();
         }
-        let tale = Arc::new(Tale::new(Some(before), &self.cluster));
-        tales.push((before.clone(), tale.clone()));
-        tale
+        let delta = Arc::new(Delta::new(Some(before), &self.cluster));
+        deltas.push((before.clone(), delta.clone()));
+        delta
     }
 
     /// The same at once, for an agent that takes no parts.
-    fn at_once(&self, before: Option<&Arc<ClusterState>>) -> Tale {
+    fn at_once(&self, before: Option<&Arc<ClusterState>>) -> Delta {
         let before = before.map(Arc::as_ref);
         let changes = Changes::between(before, &self.cluster);
         let parts = vec![serde_json::to_string(&changes).unwrap_or_default()];
-        Tale { parts, news: before != Some(self.cluster.as_ref()) }
+        Delta { parts, news: before != Some(self.cluster.as_ref()) }
     }
 }
 
 /// What there is to tell; nothing yet, or no more.
-pub type Telling = Option<Arc<Told>>;
+pub type Published = Option<Arc<ClusterSnapshot>>;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_tale_is_told_in_parts_and_each_is_told_its_own_name() {
+    fn a_long_delta_is_sent_in_parts_and_each_is_told_its_own_name() {
         let task = |name: String| crate::cluster::Task {
             name,
             node: "node1".into(),
@@ -352,11 +352,11 @@ mod tests {
             let tasks = (0..TASKS_OF_A_PART * 2 / 3).map(|number| task(format!("{index}.{number}")));
             state.service_mut(index).tasks = tasks.collect();
         }
-        let told = Told::new(state.clone(), BTreeSet::new(), None);
-        let tale = told.since(None);
-        assert_eq!(tale.parts.len(), 3);
+        let told = ClusterSnapshot::new(state.clone(), BTreeSet::new(), None);
+        let delta = told.since(None);
+        assert_eq!(delta.parts.len(), 3);
         let mut heard = cluster(&[("z", "90:90")], &[]);
-        for (number, line) in (1..).zip(tale.lines(Some("node \"7\""))) {
+        for (number, line) in (1..).zip(delta.lines(Some("node \"7\""))) {
             let FromManager::Cluster(changes) = serde_json::from_str(&line).unwrap() else {
                 panic!("{line}")
             };
@@ -373,11 +373,11 @@ mod tests {
         assert_eq!(at_once.services, heard.services);
         let hello: FromAgent = serde_json::from_str(r#"{"hello":{"version":1}}"#).unwrap();
         assert!(matches!(hello, FromAgent::Hello { parts: false, .. }));
-        // Told once, whoever asks; and forgotten when nobody is being told.
-        assert!(Arc::ptr_eq(&tale, &told.since(None)));
+        // ClusterSnapshot once, whoever asks; and forgotten when nobody is being told.
+        assert!(Arc::ptr_eq(&delta, &told.since(None)));
         let before = Arc::new(cluster(&[("a", "80:80")], &["node1"]));
         assert!(Arc::ptr_eq(&told.since(Some(&before)), &told.since(Some(&before))));
-        drop(tale);
+        drop(delta);
         assert!(told.whole.lock().unwrap().upgrade().is_none());
         let same = told.since(Some(&told.cluster));
         assert!(!same.news && same.parts.len() == 1);

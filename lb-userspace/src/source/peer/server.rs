@@ -27,7 +27,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::codec::Framed;
 
 use super::{
-    CONNECT, FromAgent, FromManager, PING, SILENCE, Tale, Telling, VERSION,
+    CONNECT, Delta, FromAgent, FromManager, PING, Published, SILENCE, VERSION,
     door::{Door, Place},
     ended,
     lines::{Budget, Lines, Share},
@@ -56,7 +56,7 @@ const REMEMBERED: usize = 16 << 10;
 
 /// What was heard.
 #[derive(Debug)]
-pub enum Word {
+pub enum PeerEvent {
     /// The agent of a node, by its identifier, speaks from an address by a connection of a number; it has no other.
     Came(String, u64, IpAddr),
     /// It says what it knows through that.
@@ -71,8 +71,8 @@ pub enum Word {
 #[derive(Clone)]
 struct Hall {
     keeper: Arc<Keeper>,
-    telling: watch::Receiver<Telling>,
-    words: mpsc::Sender<Word>,
+    published: watch::Receiver<Published>,
+    events: mpsc::Sender<PeerEvent>,
     door: Door,
     budget: Budget,
     guests: Arc<Mutex<Guests>>,
@@ -116,32 +116,32 @@ impl Guests {
 pub async fn serve(
     port: u16,
     keeper: Arc<Keeper>,
-    telling: watch::Receiver<Telling>,
-    words: mpsc::Sender<Word>,
+    published: watch::Receiver<Published>,
+    events: mpsc::Sender<PeerEvent>,
 ) {
     // Who connects would only hear that this side hangs up.
     if let Err(error) = keeper.identity() {
         log::warn!("other nodes' agents cannot be told the cluster's state: {error}");
     }
-    let mut told = false;
+    let mut warned = false;
     let listener = loop {
         match listen(port) {
             Ok(listener) => break listener,
-            Err(error) if !told => {
-                told = true;
+            Err(error) if !warned => {
+                warned = true;
                 log::warn!("listen for other nodes' agents on TCP port {port}: {error}; trying again");
             }
             Err(_) => {}
         }
         tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(2)) => {}
-            () = words.closed() => return,
+            () = events.closed() => return,
         }
     };
     let hall = Hall {
         keeper,
-        telling,
-        words,
+        published,
+        events,
         door: Door::default(),
         budget: Budget::new(MEMORY),
         guests: Arc::default(),
@@ -153,17 +153,17 @@ pub async fn serve(
 async fn receive(listener: TcpListener, mut hall: Hall) {
     // Dropped with this, and so ended.
     let mut talks = JoinSet::new();
-    hall.telling.mark_changed();
+    hall.published.mark_changed();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = talks.join_next() => continue,
-            Ok(()) = hall.telling.changed() => {
-                let told = hall.telling.borrow_and_update().clone();
-                hall.door.know(told.as_ref().map(|told| told.addresses()));
+            Ok(()) = hall.published.changed() => {
+                let snapshot = hall.published.borrow_and_update().clone();
+                hall.door.know(snapshot.as_ref().map(|snapshot| snapshot.addresses()));
                 continue;
             }
-            () = hall.words.closed() => return,
+            () = hall.events.closed() => return,
         };
         let Ok((stream, from)) = accepted else {
             // No descriptors, mostly: they come back.
@@ -229,7 +229,7 @@ impl Hall {
         let parts = match greeting {
             Greeting::Talk { parts } => parts,
             Greeting::Proof => {
-                self.words.send(Word::Proven(node, address)).await?;
+                self.events.send(PeerEvent::Proven(node, address)).await?;
                 let proven = serde_json::to_string(&FromManager::Proven(address))?;
                 timeout(CONNECT, lines.send(proven)).await??;
                 return Ok(());
@@ -237,7 +237,7 @@ impl Hall {
         };
         // A node has one: the newest, for the agent may have lost the others without a word.
         let (number, mut replaced) = self.guests().sits_down(&node);
-        self.words.send(Word::Came(node.clone(), number, address)).await?;
+        self.events.send(PeerEvent::Came(node.clone(), number, address)).await?;
         let expired = Instant::now() + other.until.duration_since(SystemTime::now()).unwrap_or_default();
         let done = tokio::select! {
             done = self.converse(&mut lines, (&node, number), parts) => done,
@@ -245,7 +245,7 @@ impl Hall {
             () = sleep_until(expired) => Err(anyhow::anyhow!("the certificate of node {node} has expired")),
         };
         self.guests().leaves(&node, number);
-        let _ = self.words.send(Word::Gone(node, number)).await;
+        let _ = self.events.send(PeerEvent::Gone(node, number)).await;
         done
     }
 
@@ -269,8 +269,8 @@ impl Hall {
             bail!("node {} connects too often", other.node);
         }
         // Its certificate may outlive its place in the swarm.
-        let told = self.telling.borrow().clone();
-        if told.is_some_and(|told| !told.members.contains(&other.node)) {
+        let snapshot = self.published.borrow().clone();
+        if snapshot.is_some_and(|snapshot| !snapshot.members.contains(&other.node)) {
             bail!("node {} is not in the swarm's list", other.node);
         }
         let lines = Lines::within(LONGEST_OF_STRANGER, self.budget.clone());
@@ -280,12 +280,12 @@ impl Hall {
     /// Tells and hears until one side has had enough.
     async fn converse(&self, lines: &mut Talk, (node, number): (&str, u64), parts: bool) -> Result<()> {
         lines.codec_mut().longest = LONGEST_OF_AGENT;
-        let mut telling = self.telling.clone();
+        let mut published = self.published.clone();
         let mut teller = Teller { node, parts, sent: None, doubted: true };
         let mut ping = interval(PING);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut reader, mut news) = (Reader::new(), News::new());
-        telling.mark_changed();
+        published.mark_changed();
         loop {
             let message = tokio::select! {
                 line = reader.next(lines) => {
@@ -297,13 +297,13 @@ impl Hall {
                     continue;
                 }
                 facts = news.next() => {
-                    self.words.send(Word::Facts(node.to_owned(), number, facts)).await?;
+                    self.events.send(PeerEvent::Facts(node.to_owned(), number, facts)).await?;
                     continue;
                 }
-                changed = telling.changed() => {
+                changed = published.changed() => {
                     changed?;
-                    let told = telling.borrow_and_update().clone();
-                    teller.tell(lines, told).await?
+                    let snapshot = published.borrow_and_update().clone();
+                    teller.tell(lines, snapshot).await?
                 }
                 _ = ping.tick() => FromManager::Ping,
             };
@@ -399,32 +399,32 @@ struct Teller<'a> {
 
 impl Teller<'_> {
     /// Tells what is new; the message that ends it.
-    async fn tell(&mut self, lines: &mut Talk, told: Telling) -> Result<FromManager> {
-        let Some(told) = told else {
+    async fn tell(&mut self, lines: &mut Talk, snapshot: Published) -> Result<FromManager> {
+        let Some(snapshot) = snapshot else {
             (self.doubted, self.sent) = (true, None);
             return Ok(FromManager::Problem("it does not know the cluster".into()));
         };
-        if !told.members.contains(self.node) {
+        if !snapshot.members.contains(self.node) {
             bail!("node {} is not in the swarm's list", self.node);
         }
         // That it is sure again is told by what did not change too.
-        let sure = self.doubted && told.problem.is_none();
-        let tale = match self.parts {
-            true => told.since(self.sent.as_ref()),
-            false => Arc::new(told.at_once(self.sent.as_ref())),
+        let sure = self.doubted && snapshot.problem.is_none();
+        let delta = match self.parts {
+            true => snapshot.since(self.sent.as_ref()),
+            false => Arc::new(snapshot.at_once(self.sent.as_ref())),
         };
-        if sure || tale.news {
-            write(lines, &tale, self.node).await?;
+        if sure || delta.news {
+            write(lines, &delta, self.node).await?;
         }
-        self.sent = Some(told.cluster.clone());
-        self.doubted = told.problem.is_some();
-        Ok(told.problem.clone().map_or(FromManager::Ping, FromManager::Problem))
+        self.sent = Some(snapshot.cluster.clone());
+        self.doubted = snapshot.problem.is_some();
+        Ok(snapshot.problem.clone().map_or(FromManager::Ping, FromManager::Problem))
     }
 }
 
 /// Writes what leads from one state to the next.
-async fn write(lines: &mut Talk, tale: &Tale, this: &str) -> Result<()> {
-    for line in tale.lines(Some(this)) {
+async fn write(lines: &mut Talk, delta: &Delta, this: &str) -> Result<()> {
+    for line in delta.lines(Some(this)) {
         // Past the codec, which would keep room for the longest line for as long as the connection stands.
         let stream = lines.get_mut();
         let written = async {

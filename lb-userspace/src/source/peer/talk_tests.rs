@@ -63,10 +63,10 @@ pub(super) fn keeper(root: &Path) -> Arc<tls::Keeper> {
 
 /// A manager's agent, and another that follows it.
 struct Pair {
-    telling: watch::Sender<Telling>,
+    published: watch::Sender<Published>,
     facts: watch::Sender<Option<NodeFacts>>,
-    agents: mpsc::Receiver<server::Word>,
-    managers: mpsc::Receiver<client::Word>,
+    agents: mpsc::Receiver<server::PeerEvent>,
+    managers: mpsc::Receiver<client::ManagerEvent>,
     jobs: [JoinHandle<()>; 2],
 }
 
@@ -75,39 +75,39 @@ impl Pair {
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = free.local_addr().unwrap().port();
         drop(free);
-        let (telling, told) = watch::channel(None);
+        let (published, snapshots) = watch::channel(None);
         let (facts, known) = watch::channel(None);
         let (agent_sender, agents) = mpsc::channel(8);
         let (manager_sender, managers) = mpsc::channel(8);
         let at = SocketAddr::from(([127, 0, 0, 1], port));
         let jobs = [
-            tokio::spawn(server::serve(port, keeper(manager), told, agent_sender)),
+            tokio::spawn(server::serve(port, keeper(manager), snapshots, agent_sender)),
             tokio::spawn(client::follow("m1".into(), at, keeper(agent), known, manager_sender)),
         ];
-        Self { telling, facts, agents, managers, jobs }
+        Self { published, facts, agents, managers, jobs }
     }
 
     fn tell(&self, problem: Option<&str>, tunnel: u16) {
         let cluster =
             ClusterState { tunnel: Tunnel { port: tunnel, ..Tunnel::default() }, ..ClusterState::default() };
         let members = BTreeSet::from(["w1".to_owned(), "w2".to_owned()]);
-        let told = Told::new(cluster, members, problem.map(str::to_owned));
-        self.telling.send_replace(Some(Arc::new(told)));
+        let snapshot = ClusterSnapshot::new(cluster, members, problem.map(str::to_owned));
+        self.published.send_replace(Some(Arc::new(snapshot)));
     }
 
-    async fn heard(&mut self) -> client::Word {
+    async fn event(&mut self) -> client::ManagerEvent {
         tokio::time::timeout(Duration::from_secs(20), self.managers.recv()).await.unwrap().unwrap()
     }
 
-    /// The first word that is none of trouble in coming together.
+    /// The first event that is none of trouble in coming together.
     async fn cluster(&mut self) -> ClusterState {
         loop {
-            match self.heard().await {
-                client::Word::Cluster(id, state) => {
+            match self.event().await {
+                client::ManagerEvent::Cluster(id, state) => {
                     assert_eq!(id, "m1");
                     return *state;
                 }
-                client::Word::Gone(..) | client::Word::Problem(..) => {}
+                client::ManagerEvent::Gone(..) | client::ManagerEvent::Problem(..) => {}
             }
         }
     }
@@ -115,7 +115,7 @@ impl Pair {
     /// Why the agent does not hear the manager.
     async fn refusal(mut self) -> String {
         loop {
-            if let client::Word::Gone(_, reason) = self.heard().await
+            if let client::ManagerEvent::Gone(_, reason) = self.event().await
                 && !reason.contains("refused")
             {
                 assert!(self.agents.try_recv().is_err(), "nothing was said to a stranger");
@@ -143,8 +143,8 @@ async fn members_of_a_swarm_tell_each_other_what_they_know() {
     let state = pair.cluster().await;
     assert_eq!((state.tunnel.port, state.this.as_deref()), (7000, Some("w1")));
     let node = loop {
-        let word = tokio::time::timeout(Duration::from_secs(20), pair.agents.recv()).await.unwrap();
-        if let Some(server::Word::Facts(node, _, facts)) = word {
+        let event = tokio::time::timeout(Duration::from_secs(20), pair.agents.recv()).await.unwrap();
+        if let Some(server::PeerEvent::Facts(node, _, facts)) = event {
             assert_eq!(facts.addresses.len(), 1);
             break node;
         }
@@ -152,7 +152,7 @@ async fn members_of_a_swarm_tell_each_other_what_they_know() {
     // By its certificate, not by its own word.
     assert_eq!(node, "w1");
     pair.tell(Some("no quorum"), 7000);
-    let client::Word::Problem(_, problem) = pair.heard().await else { panic!() };
+    let client::ManagerEvent::Problem(_, problem) = pair.event().await else { panic!() };
     assert_eq!(problem, "no quorum");
     // Nothing has changed but that it is sure again.
     pair.tell(None, 7000);
