@@ -42,7 +42,7 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`], [`RESTRICTED`].
+    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`].
     pub flags: u32,
 }
 
@@ -50,6 +50,9 @@ pub struct Listener {
 pub const CONSISTENT: u32 = 1;
 /// Not everybody may connect: [`crate::access`].
 pub const RESTRICTED: u32 = 2;
+/// Beside [`CONSISTENT`]: the hash is of the client's address alone, so that a client gets the same task whatever node, address and
+/// port it uses.
+pub const AFFINE: u32 = 4;
 
 /// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
 /// table.

@@ -94,6 +94,24 @@ pub enum Placement {
     Consistent,
 }
 
+/// Whether a client's connections go to one task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Affinity {
+    /// Each is placed by itself.
+    #[default]
+    None,
+    /// A client's address decides, by a hash that changes little when tasks come and go: by any node, on any port, after any restart.
+    Client,
+}
+
+impl Affinity {
+    /// Whether there is none.
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+}
+
 /// Who may connect to a service. Of the ranges that have a client's address the narrowest decides; a range that is both allowed and
 /// denied is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -240,6 +258,9 @@ pub struct Service {
     /// How new connections find their tasks.
     #[serde(default)]
     pub placement: Placement,
+    /// Whether a client's connections go to one task, whatever [`Self::placement`] says. Agents that know none place each by itself.
+    #[serde(default, skip_serializing_if = "Affinity::is_none")]
+    pub affinity: Affinity,
     /// Who may connect. Agents that know none let everybody.
     #[serde(default, skip_serializing_if = "Access::is_open")]
     pub access: Access,

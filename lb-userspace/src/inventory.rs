@@ -455,7 +455,14 @@ impl Inventory {
         };
         let access =
             self.ranges(index).next().map(|_| serde_json::json!({ "allow": of(true), "deny": of(false) }));
-        serde_json::json!({ "timers": timers, "idle": idle, "access": access })
+        let flags = self.tables.listeners.values().filter(|listener| listener.service == index);
+        let flags = flags.fold(0, |all, listener| all | listener.flags);
+        let placement =
+            if flags & lb_common::endpoint::CONSISTENT != 0 { "consistent" } else { "round-robin" };
+        let affinity = if flags & lb_common::endpoint::AFFINE != 0 { "client" } else { "none" };
+        serde_json::json!({
+            "placement": placement, "affinity": affinity, "timers": timers, "idle": idle, "access": access
+        })
     }
 }
 

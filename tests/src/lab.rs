@@ -233,6 +233,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         tasks,
         returns: None,
         placement: lb_userspace::cluster::Placement::default(),
+        affinity: lb_userspace::cluster::Affinity::None,
         access: lb_userspace::cluster::Access::default(),
         left: String::new(),
         problem: String::new(),

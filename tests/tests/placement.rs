@@ -1,23 +1,27 @@
-//! Consistent placement: connections go on though their lines in the connection tables are taken away. Two nodes, real
-//! sockets and kernels on every side.
+//! Placement by hash: connections go on though their lines in the connection tables are taken away, and clients keep their task.
+//! Two nodes, real sockets and kernels on every side.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd as _,
     sync::atomic::{AtomicU64, Ordering},
     thread::JoinHandle,
     time::Duration,
 };
 
+use lb_common::outcome::Outcome;
 use lb_tests::{
-    agent::{Agent, active_tasks, json, outcome},
+    agent::{Agent, active_tasks, json, outcome, text, verb},
     cluster::{Cluster, Node, Reach, Task},
-    lab::{Whose, take_lines},
-    netns::eventually,
-    traffic::listen,
+    lab::{Lab, Whose, ip, service, take_lines, task, with_lab},
+    netns::{Netns, eventually},
+    packet::{ACK, Packet, SYN, Transport},
+    traffic::{listen, requests},
 };
+use lb_userspace::cluster::{Affinity, Via};
+use nix::sys::signal::Signal;
 
 /// How long an answer may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -235,4 +239,134 @@ fn transfers_go_on_while_lines_of_the_clients_nodes_are_taken_away() {
     });
     println!("{} lines were taken away", taken.load(Ordering::Relaxed));
     assert!(taken.load(Ordering::Relaxed) > 50);
+}
+
+/// Tasks of two nodes, a client's connections all to one of them.
+fn with_affinity(cluster: &Cluster, tasks: &[(&Task, &str)]) -> String {
+    let text = cluster.file("\"80:8080\"", tasks);
+    text.replacen("name = \"web\"\n", "name = \"web\"\naffinity = \"client\"\n", 1)
+}
+
+#[test]
+fn a_client_keeps_its_task_by_any_node_and_after_any_restart() {
+    let mut cluster = Cluster::new(2);
+    cluster.reach = Reach { peers: true, ..Reach::default() };
+    for (name, node) in [("web.1", 0), ("web.2", 1), ("web.3", 0), ("web.4", 1)] {
+        cluster.add_nginx(name, node);
+    }
+    let all: Vec<_> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    let path = cluster.write(&with_affinity(&cluster, &all));
+    let attach = |number: usize| Agent::attach(&cluster.nodes[number].netns, cluster.folder(), &path, &[]);
+    let clients: Vec<Netns> = (0..8)
+        .map(|number| {
+            let v6 = format!("2001:db8:1::c:{number}").parse().expect("an address");
+            cluster.plug("kin", Ipv4Addr::new(192, 0, 2, 30 + number), v6)
+        })
+        .collect();
+    let offers = |tasks: u64| {
+        for node in &cluster.nodes {
+            eventually("all are offered", || active_tasks(&node.netns, "web") == tasks);
+        }
+    };
+    // The tasks of each client and family by both nodes.
+    let addresses: Vec<[IpAddr; 2]> = [0, 1].map(|node| cluster.addresses(node)).into();
+    let found = || -> Vec<BTreeSet<String>> {
+        let pairs = clients.iter().flat_map(|client| [(client, 0), (client, 1)]);
+        let tasks = |(client, family): (&Netns, usize)| {
+            let answers = addresses.iter().flat_map(|of| requests(client, of[family], 3));
+            answers.map(|answer| answer.split(' ').next().unwrap_or_default().to_owned()).collect()
+        };
+        pairs.map(tasks).collect()
+    };
+    // Tables change one entry at a time, and nodes one after the other.
+    let settled = |what: &str, is_right: &dyn Fn(&[BTreeSet<String>]) -> bool| -> Vec<BTreeSet<String>> {
+        let each_has_one = |all: &[BTreeSet<String>]| all.iter().all(|tasks| tasks.len() == 1);
+        eventually(what, || {
+            let all = found();
+            each_has_one(&all) && is_right(&all)
+        });
+        let all = found();
+        assert!(each_has_one(&all) && is_right(&all), "{what}: {all:?}");
+        all
+    };
+    let first = attach(0);
+    let _second = attach(1);
+    offers(4);
+    let kept =
+        settled("all tasks have clients", &|all| all.iter().flatten().collect::<BTreeSet<_>>().len() == 4);
+    let shown = text(&cluster.nodes[0].netns, &["service", "inspect", "web"]);
+    assert!(shown.lines().any(|line| line.split_whitespace().eq(["affinity:", "client"])), "{shown}");
+
+    // Nothing is left of what this node knew.
+    first.stop(Signal::SIGKILL);
+    let gone = verb(&cluster.nodes[0].netns, &["detach", "--iface", "eth1"]);
+    assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
+    let _first = attach(0);
+    offers(4);
+    settled("after a restart they are as before", &|all| all == kept);
+
+    // One task less: its clients move, and hardly another one does.
+    let three: Vec<_> = all.iter().filter(|(task, _)| task.name != "web.4").copied().collect();
+    cluster.write(&with_affinity(&cluster, &three));
+    offers(3);
+    let fourth = BTreeSet::from(["web.4".to_owned()]);
+    settled("others stay", &|all| {
+        let moved = kept.iter().zip(all).filter(|(before, after)| before != after);
+        !all.contains(&fourth) && moved.filter(|(before, _)| **before != fourth).count() <= 1
+    });
+    // It returns, and so do they.
+    cluster.write(&with_affinity(&cluster, &all));
+    offers(4);
+    settled("they return with their task", &|all| all == kept);
+}
+
+#[test]
+fn a_client_s_address_alone_decides() {
+    let tasks: Vec<_> = (1..=5)
+        .map(|number| {
+            task(
+                &format!("web.{number}"),
+                true,
+                Via::Peer,
+                &[&format!("172.18.0.1{number}"), &format!("fd18::1{number}")],
+            )
+        })
+        .collect();
+    let mut web = service("web", &["80:8080", "81:8080", "53:5353/udp"], tasks);
+    web.affinity = Affinity::Client;
+    let ask = |lab: &Lab, client: &str, transport: Transport, port: u16, to: u16| {
+        let listener = if client.contains(':') { "2001:db8::1" } else { "192.0.2.1" };
+        lab.delivered_to(&Packet::new(transport, (ip(client), port), (ip(listener), to)))
+    };
+    let clients: Vec<String> = (1..=40)
+        .flat_map(|number| [format!("198.51.100.{number}"), format!("2001:db8:77::{number:x}")])
+        .collect();
+    // Each datapath has keys of its own; what they place agrees.
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        with_lab(vec![web.clone()], |lab| {
+            let place = |client: &String| {
+                let kept = ask(lab, client, SYN, 40_000, 80);
+                for port in 40_001..40_010 {
+                    assert_eq!(ask(lab, client, SYN, port, 80), kept, "{client}, port {port}");
+                }
+                // The same port again, of another listener of the task: that port is translated, the task is not another one.
+                assert_eq!(ask(lab, client, SYN, 40_000, 81), kept, "{client}, another listener");
+                assert_eq!(ask(lab, client, Transport::Udp, 40_000, 53), kept, "{client}, another protocol");
+                // What goes on by the other listener without a line would be taken for the first one's at the task.
+                let listener = if client.contains(':') { "2001:db8::1" } else { "192.0.2.1" };
+                let stray = Packet::new(ACK, (ip(client), 40_001), (ip(listener), 81)).at(1_000, 2_000);
+                lab.passes("the port is the first one's there", &stray.bytes(), Outcome::NoConnection);
+                kept
+            };
+            seen.push(clients.iter().map(place).collect::<Vec<_>>());
+        });
+    }
+    assert_eq!(seen[0], seen[1]);
+    let mut counts = BTreeMap::new();
+    seen[0].iter().for_each(|task| *counts.entry(task.as_str()).or_insert(0) += 1);
+    assert!(
+        counts.len() == 5 && counts.values().all(|count| (4..=32).contains(count)),
+        "80 clients: {counts:?}"
+    );
 }

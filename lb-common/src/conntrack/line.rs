@@ -39,6 +39,15 @@ pub const ALIAS_KEY: u8 = 1;
 /// The bits of the last word of a five-tuple that are compared: all but the generation.
 const COMPARED: u64 = u64::MAX >> 16;
 
+/// Has every bit of a sum decide over every bit of the hash. A product's low bits know its factors' low bits alone, and those are
+/// what tells few tasks apart: every bit is folded down before each product and after the last.
+#[inline(always)]
+fn mix(mut hash: u32) -> u32 {
+    hash = (hash ^ hash >> 16).wrapping_mul(0x9e37_79b1);
+    hash = (hash ^ hash >> 15).wrapping_mul(0x85eb_ca77);
+    hash ^ hash >> 16
+}
+
 impl<A> FiveTuple<A> {
     /// A packet's.
     #[inline(always)]
@@ -72,12 +81,19 @@ impl<A> FiveTuple<A> {
         A: Address,
     {
         let ports = (self.source_port.raw() as u32) << 16 | self.destination_port.raw() as u32;
-        // A product's low bits know its factors' low bits alone, and those are what tells few tasks apart: every bit is
-        // folded down before each product and after the last.
-        let mut hash = self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports;
-        hash = (hash ^ hash >> 16).wrapping_mul(0x9e37_79b1);
-        hash = (hash ^ hash >> 15).wrapping_mul(0x85eb_ca77);
-        hash ^ hash >> 16
+        mix(self.source.sum() ^ self.destination.sum().rotate_left(16) ^ ports)
+    }
+
+    /// The same for all packets of one sender, whatever it sends and where to. Of its words, not of their sum, which is the same for
+    /// 10.1.0.5 and 10.0.1.5.
+    #[inline(always)]
+    pub fn source_hash(&self) -> u32
+    where
+        A: Address,
+    {
+        let words = self.source.to_wide();
+        let first = mix(words[0]);
+        if A::IS_V4 { first } else { mix(mix(mix(first ^ words[1]) ^ words[2]) ^ words[3]) }
     }
 
     /// Whether a line has this five-tuple; its generation is not compared.
@@ -396,8 +412,22 @@ mod tests {
             let source = V4(0x0000_a8c0 | (number as u32) << 24);
             FiveTuple { source, ..port(20_000) }.flow_hash()
         };
-        let by: [(&str, &dyn Fn(u16) -> u32); 3] =
-            [("port", &at_high_port), ("port's other byte", &at_port_apart), ("address", &at_address)];
+        let of_address = |number: u16| {
+            let source = V4(0x0000_a8c0 | (number as u32) << 24);
+            FiveTuple { source, ..port(number) }.source_hash()
+        };
+        let of_site = |number: u16| {
+            let source = V4(0x0500_000a | (number as u32) << 8 | (255 - number as u32) << 16);
+            FiveTuple { source, ..port(number) }.source_hash()
+        };
+        assert_eq!(port(1).source_hash(), FiveTuple { destination: V4(7), ..port(2) }.source_hash());
+        let by: [(&str, &dyn Fn(u16) -> u32); 5] = [
+            ("port", &at_high_port),
+            ("port's other byte", &at_port_apart),
+            ("address", &at_address),
+            ("address alone", &of_address),
+            ("address alone, its sum the same", &of_site),
+        ];
         for (name, hash) in by {
             for tasks in [2, 3, 5, 7, 16] {
                 let mut taken = [0_u32; 16];

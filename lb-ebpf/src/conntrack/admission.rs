@@ -8,7 +8,7 @@ use lb_common::{
         line::{ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
         tcp::{FIN, RST, SYN},
     },
-    endpoint::{CONSISTENT, Endpoint, Listener, RESTRICTED},
+    endpoint::{AFFINE, CONSISTENT, Endpoint, Listener, RESTRICTED},
     net::Be16,
     outcome::Outcome,
     tags::Tags,
@@ -113,6 +113,10 @@ fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
     let goes_on = packet.search.goes_on != 0;
     // Its port was known to its line alone.
     if goes_on && backend.kind == Kind::Snat as u8 {
+        return Err(Outcome::NoConnection);
+    }
+    // So it was for a port that another connection of the client has there, which is the usual case where clients stay with a task.
+    if goes_on && packet.listener.flags & AFFINE != 0 && alias::is_taken(packet, backend) {
         return Err(Outcome::NoConnection);
     }
     draft(packet, index, backend);

@@ -310,7 +310,7 @@ fn is_by_hash<A: Family>(tuple: &FiveTuple<A>, task: &TaskEndpoint<A>) -> bool {
     else {
         return false;
     };
-    scheduler::slot(&listener, tuple.flow_hash() as u64) == task.backend
+    scheduler::slot(&listener, scheduler::hash(&listener, tuple)) == task.backend
 }
 
 /// Notes in the line what the packet says; the state after it. Written only where it changes something, so that CPUs do not take

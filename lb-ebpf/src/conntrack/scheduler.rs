@@ -2,7 +2,9 @@
 
 use lb_common::{
     backend::{Backend, Kind, State},
-    endpoint::{CONSISTENT, Listener},
+    conntrack::line::FiveTuple,
+    endpoint::{AFFINE, CONSISTENT, Listener},
+    net::Address,
 };
 
 use super::{alias, tracked::Tracked};
@@ -20,7 +22,8 @@ pub const PORT_IS_TAKEN: u64 = 1 << 32;
 
 /// The index of the backend that takes this connection of the packet's listener, with [`PORT_IS_TAKEN`] or not, or [`NOBODY`].
 /// It is the next in turn that can take it; that of the connection's hash where the listener asks for it, or the next that can;
-/// or, where it may have to be found again without a line, that of the hash, and nothing else is looked at.
+/// or, where it may have to be found again without a line, that of the hash, and nothing else is looked at. Where clients stay with
+/// a task, its port is translated before another task is taken.
 #[inline(always)]
 pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
     let (listener, alone) = (packet.listener, packet.search.guarded != 0);
@@ -36,7 +39,7 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
     for attempt in 0..TRIES {
         // A SYN that is sent again tries others.
         let turn = if by_hash {
-            packet.key.flow_hash() as u64 + packet.search.retries as u64 * TRIES + attempt
+            hash(&listener, &packet.key) + packet.search.retries as u64 * TRIES + attempt
         } else {
             take_turn(cursor)
         };
@@ -57,6 +60,9 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
             continue;
         }
         if !alone && alias::is_taken(packet, backend) {
+            if listener.flags & AFFINE != 0 {
+                return index as u64 | PORT_IS_TAKEN;
+            }
             if second as u32 == NOBODY || second as u32 == avoided {
                 second = index as u64 | PORT_IS_TAKEN;
             }
@@ -65,6 +71,12 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
         return index as u64;
     }
     second
+}
+
+/// What decides over the slot of a connection that is placed by hash; `tuple` is its client's.
+#[inline(always)]
+pub fn hash<A: Address>(listener: &Listener, tuple: &FiveTuple<A>) -> u64 {
+    (if listener.flags & AFFINE != 0 { tuple.source_hash() } else { tuple.flow_hash() }) as u64
 }
 
 /// The backend in the slot of a listener that a turn, or a hash, falls on; [`NOBODY`] in none. Not an `Option`, whose empty half

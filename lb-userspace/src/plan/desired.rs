@@ -14,7 +14,7 @@ use lb_common::{
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
 use crate::{
-    cluster::{ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via},
+    cluster::{Affinity, ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via},
     tunnel_key::Cookies,
 };
 
@@ -120,6 +120,8 @@ pub struct DesiredService {
     pub ports: Vec<DesiredPort>,
     /// How new connections find their tasks.
     pub placement: Placement,
+    /// Whether a client's address alone decides, whatever the placement.
+    pub affinity: Affinity,
     /// Whether clients may connect, by ranges; empty if all may.
     pub access: BTreeMap<IpNet, bool>,
 }
@@ -212,6 +214,7 @@ impl<'a> Scene<'a> {
             backends: self.backends(service),
             ports: ports(self.view, service),
             placement: service.placement,
+            affinity: service.affinity,
             access: service.access.ranges(),
         }
     }

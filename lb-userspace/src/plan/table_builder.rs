@@ -22,7 +22,7 @@ use super::{
     transition::Next,
 };
 use crate::{
-    cluster::{Placement, Port, Protocol},
+    cluster::{Affinity, Placement, Port, Protocol},
     slots,
 };
 
@@ -382,15 +382,19 @@ impl<'a> TableBuilder<'a> {
                 continue;
             }
             let mut eligible = eligible(v4);
-            if service.placement == Placement::Consistent {
-                eligible.sort_unstable_by_key(|(_, _, name)| *name);
+            let by_hash = service.placement == Placement::Consistent || service.affinity == Affinity::Client;
+            let affine = service.affinity == Affinity::Client;
+            let known_as = |name: &'b str| if affine { place(&service.label.name, name) } else { name };
+            if by_hash {
+                eligible.sort_unstable_by_key(|(_, _, name)| (known_as(name), *name));
             }
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
-            let names: Vec<&str> = eligible.iter().map(|(_, _, name)| *name).collect();
-            let (order, flags) = match service.placement {
-                Placement::RoundRobin => (slots::smooth_wrr(&weights), 0),
-                Placement::Consistent => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
+            let names: Vec<&str> = eligible.iter().map(|(_, _, name)| known_as(name)).collect();
+            let (order, flags) = match by_hash {
+                false => (slots::smooth_wrr(&weights), 0),
+                true => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
             };
+            let flags = flags | if affine { endpoint::AFFINE } else { 0 };
             let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
             let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
             let at = |address: &IpAddr| at(port, *address);
@@ -558,4 +562,11 @@ fn identity(label: &BackendLabel, kind: u8) -> Identity<'_> {
     let peer = kind == Kind::Peer as u8;
     let address = label.overlay.filter(|_| peer).unwrap_or(label.address);
     (&label.task, label.protocol, label.target, (address, label.address.is_ipv4()), kind)
+}
+
+/// What stays of a task's name when another one takes its place: its slot or its node, `1` of `web.1.k3x0q1z9m2ab`. Of tasks of a
+/// file, whose names stay, all of it.
+fn place<'a>(service: &str, task: &'a str) -> &'a str {
+    let rest = task.strip_prefix(service).and_then(|rest| rest.strip_prefix('.'));
+    rest.and_then(|rest| rest.split_once('.')).map_or(task, |(place, _)| place)
 }

@@ -1,13 +1,19 @@
 //! Properties of planning: from any state to any state.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use lb_common::backend::{SINGLE, State};
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    cluster::{Access, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via},
+    cluster::{
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via,
+    },
     tunnel_key::{Cookies, NodeKey},
 };
 
@@ -38,7 +44,8 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     let ranges = move || prop::collection::vec(range().prop_map(|range| range.parse().unwrap()), 0..3);
     let listed = (prop::option::of(ranges()), ranges()).prop_map(|(allow, deny)| Access { allow, deny });
     let access = prop_oneof![2 => Just(Access::default()), 1 => listed];
-    let settings = (placement, idle, access);
+    let affinity = prop_oneof![3 => Just(Affinity::None), 1 => Just(Affinity::Client)];
+    let settings = (placement, affinity, idle, access);
     let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), settings);
     // A third node comes and goes, and the second one's agent.
     let others = (any::<bool>(), any::<bool>());
@@ -53,9 +60,10 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         };
         let mut nodes = vec![node(1, true), node(2, agent)];
         nodes.extend(third.then(|| node(3, true)));
-        let services = services.into_iter().map(|(number, (tasks, ports, (placement, idle, access)))| {
-            Service { placement, idle, access, ..build(number, tasks, ports) }
-        });
+        let services =
+            services.into_iter().map(|(number, (tasks, ports, (placement, affinity, idle, access)))| {
+                Service { placement, affinity, idle, access, ..build(number, tasks, ports) }
+            });
         let services = services.map(Arc::new).collect();
         ClusterState { nodes, services, ..ClusterState::default() }
     })
@@ -90,6 +98,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         tasks: seen.into_values().collect(),
         returns: None,
         placement: Placement::default(),
+        affinity: Affinity::None,
         access: Access::default(),
         left: String::new(),
         problem: String::new(),
@@ -430,6 +439,36 @@ fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
     }
     let (active, unavailable) = (State::Active as u8, State::Unavailable as u8);
     assert_eq!(seen, [(0, 1, active, false), (0, 1, unavailable, true), (0, 1, active, false)]);
+}
+
+#[test]
+fn a_task_inherits_the_clients_of_the_one_whose_place_it_takes() {
+    let mut cluster = one_service(&[TaskState::Running; 5]);
+    let name = |slot: usize, id: &str| format!("s1.{slot}.{id}");
+    let tasks = &mut cluster.service_mut(0).tasks;
+    tasks.iter_mut().enumerate().for_each(|(slot, task)| task.name = name(slot, "aaaaaaaaaaaa"));
+    let limits = Limits { slots: 8_192, ..LIMITS };
+    let mut tables = Tables::empty(limits.slots);
+    let mut slots = |cluster: &ClusterState| {
+        let plan = plan_for(cluster, &tables, &limits);
+        assert_eq!(plan.refused, Vec::<String>::new());
+        apply(&mut tables, &plan).unwrap();
+        let listener = tables.listeners.values().find(|listener| listener.slot_count > 0).unwrap();
+        let place = |index: &u32| tables.backends[index].label.task.split('.').nth(1).unwrap().to_owned();
+        let places = tables.slots_of(listener).unwrap().iter().map(place).collect::<Vec<_>>();
+        (listener.flags, places)
+    };
+    assert_eq!(slots(&cluster).0, 0);
+    // The setting alone is a change.
+    cluster.service_mut(0).affinity = Affinity::Client;
+    let before = slots(&cluster);
+    assert_eq!(before.0, lb_common::endpoint::CONSISTENT | lb_common::endpoint::AFFINE);
+    // The way to one of the five is none.
+    assert_eq!(before.1.iter().collect::<BTreeSet<_>>().len(), 4);
+    for slot in [3, 0] {
+        cluster.service_mut(0).tasks[slot].name = name(slot, "bbbbbbbbbbbb");
+        assert_eq!(slots(&cluster), before);
+    }
 }
 
 #[test]

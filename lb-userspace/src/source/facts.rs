@@ -199,6 +199,7 @@ mod tests {
             tasks,
             returns: None,
             placement: crate::cluster::Placement::default(),
+            affinity: crate::cluster::Affinity::None,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),

@@ -12,7 +12,7 @@ use lb_common::conntrack::Timers;
 use super::model;
 use crate::{
     cluster::{
-        Access, ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task,
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task,
         TaskState, TimerError, Tunnel, Via, address_range, served_address, set_timer,
     },
     datapath::Hint,
@@ -25,6 +25,8 @@ use crate::{
 pub const RETURN_LABEL: &str = "lb.return";
 /// Service label: how new connections find their tasks, `round-robin` or `consistent`.
 pub const PLACEMENT_LABEL: &str = "lb.placement";
+/// Service label: whether a client's connections go to one task, `none` or `client`.
+pub const AFFINITY_LABEL: &str = "lb.affinity";
 /// Service label, with a timer's name after it: the silence in seconds after which its connections have ended.
 pub const TIMER_LABEL: &str = "lb.timers.";
 /// Service label: what becomes of its established TCP connections that have ended by silence, `forget` or `reset`.
@@ -116,6 +118,7 @@ impl Listing {
             // Docker lists in no order; the turn of a rotation should not depend on it.
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
             let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
+            let affinity = affinity(service, &mut problems);
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
             let (addresses, access) = (addresses(service, &mut problems), access(service, &mut problems));
             let name = service.spec.name.clone();
@@ -126,6 +129,7 @@ impl Listing {
                 tasks,
                 returns,
                 placement,
+                affinity,
                 access,
                 timers,
                 idle,
@@ -253,8 +257,8 @@ const PREFIX: &str = "lb.";
 
 /// Labels that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 6] =
-        [RETURN_LABEL, PLACEMENT_LABEL, IDLE_LABEL, ADDRESSES_LABEL, ALLOW_LABEL, DENY_LABEL];
+    const KNOWN: [&str; 7] =
+        [RETURN_LABEL, PLACEMENT_LABEL, AFFINITY_LABEL, IDLE_LABEL, ADDRESSES_LABEL, ALLOW_LABEL, DENY_LABEL];
     let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
     let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
     // A timer that there is not says so itself.
@@ -288,6 +292,11 @@ fn returns(service: &model::Service, problems: &mut Vec<String>) -> Option<Retur
 fn placement(service: &model::Service, problems: &mut Vec<String>) -> Placement {
     let choices = [("round-robin", Placement::RoundRobin), ("consistent", Placement::Consistent)];
     choice(service, PLACEMENT_LABEL, choices, problems).unwrap_or_default()
+}
+
+fn affinity(service: &model::Service, problems: &mut Vec<String>) -> Affinity {
+    choice(service, AFFINITY_LABEL, [("none", Affinity::None), ("client", Affinity::Client)], problems)
+        .unwrap_or_default()
 }
 
 fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
@@ -403,6 +412,21 @@ mod tests {
         );
         assert_eq!(web.tasks[2].overlay, "10.0.0.7".parse().ok());
         assert!(listing().is_changing());
+    }
+
+    #[test]
+    fn affinity_is_set_by_a_label() {
+        let affinity = |value: &str| {
+            let mut listing = listing();
+            listing.services[0].spec.labels.insert(AFFINITY_LABEL.into(), value.into());
+            let service = listing.view(Tunnel::default()).cluster.services[1].clone();
+            (service.affinity, service.problem.clone())
+        };
+        assert_eq!(affinity("client").0, Affinity::Client);
+        assert_eq!(affinity("none").0, Affinity::None);
+        let (chosen, problem) = affinity("cookie");
+        assert_eq!(chosen, Affinity::None);
+        assert!(problem.contains("label lb.affinity=cookie is neither none nor client"), "{problem}");
     }
 
     #[test]

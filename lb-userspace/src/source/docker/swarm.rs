@@ -540,6 +540,7 @@ mod tests {
             tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
             returns: None,
             placement: crate::cluster::Placement::default(),
+            affinity: crate::cluster::Affinity::None,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),

@@ -269,7 +269,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::cluster::{Access, Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
+    use crate::cluster::{Access, Affinity, Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
 
     const GOOD: &str = r#"
 [[node]]
@@ -402,6 +402,10 @@ weight = 3
         let state = parse(GOOD).ok().unwrap();
         assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
         assert_eq!(state.services[0].placement, Placement::RoundRobin);
+        assert_eq!(state.services[0].affinity, Affinity::None);
+        let sticky = parse(&GOOD.replace("ports =", "affinity = \"client\"\nports =")).ok().unwrap();
+        assert_eq!(sticky.services[0].affinity, Affinity::Client);
+        fails(&GOOD.replace("ports =", "affinity = \"cookie\"\nports ="), 8, "unknown variant `cookie`");
         fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 8, "unknown variant `sticky`");
         assert!(state.nodes[0].agent);
         let task = &state.services[0].tasks[0];

@@ -14,8 +14,8 @@ use toml::Spanned;
 
 use crate::{
     cluster::{
-        Access, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState, Tunnel, Via,
-        address_range, set_timer,
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState,
+        Tunnel, Via, address_range, set_timer,
     },
     tunnel_key::NodeKey,
 };
@@ -63,6 +63,8 @@ pub(super) struct RawService {
     returns: Option<Return>,
     #[serde(default)]
     placement: Placement,
+    #[serde(default)]
+    affinity: Affinity,
     allow: Option<Vec<Spanned<String>>>,
     #[serde(default)]
     deny: Vec<Spanned<String>>,
@@ -171,14 +173,27 @@ pub(super) fn service<'a>(
     }
     let name = raw.name.get_ref().clone();
     let (addresses, returns) = (raw.addresses.clone(), raw.returns);
-    let (placement, idle) = (raw.placement, raw.idle);
+    let (placement, affinity, idle) = (raw.placement, raw.affinity, raw.idle);
     let mut timers = Timers::DEFAULT;
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
     let access = Access { allow: raw.allow.as_deref().map(ranges).transpose()?, deny: ranges(&raw.deny)? };
     let (left, problem) = (String::new(), String::new());
-    Ok(Service { name, addresses, ports, tasks, returns, placement, access, timers, idle, left, problem })
+    Ok(Service {
+        name,
+        addresses,
+        ports,
+        tasks,
+        returns,
+        placement,
+        affinity,
+        access,
+        timers,
+        idle,
+        left,
+        problem,
+    })
 }
 
 /// Ranges of clients' addresses.

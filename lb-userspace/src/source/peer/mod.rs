@@ -291,6 +291,7 @@ mod tests {
             tasks: vec![],
             returns: None,
             placement: crate::cluster::Placement::default(),
+            affinity: crate::cluster::Affinity::None,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),
@@ -373,7 +374,7 @@ mod tests {
         assert_eq!(at_once.services, heard.services);
         let hello: FromAgent = serde_json::from_str(r#"{"hello":{"version":1}}"#).unwrap();
         assert!(matches!(hello, FromAgent::Hello { parts: false, .. }));
-        // ClusterSnapshot once, whoever asks; and forgotten when nobody is being told.
+        // Told once, whoever asks; and forgotten when nobody is being told.
         assert!(Arc::ptr_eq(&delta, &told.since(None)));
         let before = Arc::new(cluster(&[("a", "80:80")], &["node1"]));
         assert!(Arc::ptr_eq(&told.since(Some(&before)), &told.since(Some(&before))));
