@@ -516,7 +516,11 @@ fn the_interface_of_the_default_route_is_served_and_followed() {
 
     // Something changes all the time, as where neighbours are resolved.
     let mut busy = node.command("sh");
-    busy.args(["-c", "while ip neigh replace 203.0.113.9 lladdr 02:00:00:00:00:09 dev eth2 nud reachable && sleep 1; do :; done"]);
+    let resolve = "ip neigh replace 203.0.113.9 lladdr 02:00:00:00:00:09 dev $at nud reachable";
+    let forget = "ip neigh del 203.0.113.9 dev $at";
+    // It has another name later.
+    let both = format!("for at in eth2 wan0; do {resolve} && {forget}; done");
+    busy.args(["-c", &format!("while sleep 0.1; do {both}; done 2>/dev/null")]);
     let _busy = Running::start(&mut busy);
     let route = "route add default via 203.0.113.1 dev eth2 metric 50";
     node.ip(route);

@@ -151,6 +151,8 @@ async fn another(net: &Net, changes: &mut Changes, served: &Choice) -> Option<Ch
         }
         let heard = match &wanted {
             None => changes.recv().await,
+            // Where something changes all the time there is always something to hear.
+            Some((choice, since)) if since.elapsed() >= HOLD => return Some(choice.clone()),
             Some((choice, since)) => match timeout_at(*since + HOLD, changes.recv()).await {
                 Ok(heard) => heard,
                 Err(_) => return Some(choice.clone()),
