@@ -140,7 +140,10 @@ fn said(option: &clap::Arg, key: &str, value: &toml::Value) -> Result<Vec<OsStri
         Boolean(true) if flag => Ok(vec![format!("--{key}").into()]),
         Boolean(false) if flag => Ok(Vec::new()),
         _ if flag => Err("true or false is wanted".into()),
-        Array(values) if values.is_empty() => Err("one value at least is wanted, or leave it out".into()),
+        // Something else would stand in for it.
+        Array(values) if values.is_empty() && !option.get_default_values().is_empty() => {
+            Err("one value at least is wanted, or leave it out".into())
+        }
         Array(values) if matches!(option.get_action(), ArgAction::Append) => {
             values.iter().map(|value| word(value).map(pair)).collect()
         }
@@ -245,6 +248,7 @@ mod tests {
         assert!(error.contains("agent.toml:1: log-connections: true or false is wanted"), "{error}");
         let error = said("iface = []\n");
         assert!(error.contains("agent.toml:1: iface: one value at least is wanted"), "{error}");
+        assert!(attach(&["--iface", "eth1"], "address = []\n").unwrap().address.is_empty());
         assert!(said("iface = {}\n").contains("a text or a number is wanted"));
         assert!(said("iface = \n").contains("agent.toml: "), "{}", said("iface = \n"));
     }
