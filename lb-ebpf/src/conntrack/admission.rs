@@ -115,7 +115,8 @@ fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
     if goes_on && backend.kind == Kind::Snat as u8 {
         return Err(Outcome::NoConnection);
     }
-    // So it was for a port that another connection of the client has there, which is the usual case where clients stay with a task.
+    // The task may know the client's port from another of its connections, which is usual where clients stay with a task: a line
+    // for this packet would turn that one's replies around to the wrong listener.
     if goes_on && packet.listener.flags & AFFINE != 0 && alias::is_taken(packet, backend) {
         return Err(Outcome::NoConnection);
     }

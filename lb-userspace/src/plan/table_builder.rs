@@ -382,8 +382,8 @@ impl<'a> TableBuilder<'a> {
                 continue;
             }
             let mut eligible = eligible(v4);
-            let by_hash = service.placement == Placement::Consistent || service.affinity == Affinity::Client;
             let affine = service.affinity == Affinity::Client;
+            let by_hash = affine || service.placement == Placement::Consistent;
             let known_as = |name: &'b str| if affine { place(&service.label.name, name) } else { name };
             if by_hash {
                 eligible.sort_unstable_by_key(|(_, _, name)| (known_as(name), *name));
