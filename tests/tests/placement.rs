@@ -301,6 +301,8 @@ fn a_client_keeps_its_task_by_any_node_and_after_any_restart() {
     first.stop(Signal::SIGKILL);
     let gone = verb(&cluster.nodes[0].netns, &["detach", "--iface", "eth1"]);
     assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
+    // Else the other node can find it silent when it is back already, and place clients elsewhere while they are counted.
+    eventually("the other node avoids it", || active_tasks(&cluster.nodes[1].netns, "web") == 2);
     let _first = attach(0);
     offers(4);
     settled("after a restart they are as before", &|all| all == kept);
