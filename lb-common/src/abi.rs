@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 10;
+pub const ABI_VERSION: u32 = 11;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {

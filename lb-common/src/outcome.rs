@@ -98,6 +98,8 @@ outcomes! {
     /// Too long for the way to its task and not to be fragmented; answered with an ICMP error that says the
     /// right length.
     TooBig = "too_big",
+    /// Too long for the way to its task or client, and cut into fragments, each of which is counted by itself.
+    Fragmented = "fragmented",
     /// An ICMP error about a tunnel packet of this node, after which the ways to the other nodes are measured again.
     TunnelError = "tunnel_error",
     /// Through the tunnel from an address that no other node of the cluster has, or a reply from an address that is
@@ -122,9 +124,9 @@ outcomes! {
 pub const OUTCOMES: usize = Outcome::ALL.len();
 
 impl Outcome {
-    /// Whether the packet was sent on by the datapath.
+    /// Whether the packet was sent on by the datapath, whole or in pieces.
     pub const fn is_forwarded(self) -> bool {
-        matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Peer | Self::Reply)
+        matches!(self, Self::Local | Self::Routed | Self::Snat | Self::Peer | Self::Reply | Self::Fragmented)
     }
 
     /// Whether the packet was dropped; all that are neither forwarded nor dropped were passed to the host as

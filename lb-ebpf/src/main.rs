@@ -349,7 +349,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         (other, _) => refused(other - IS_OUTCOME),
     };
     match (unpack(done), task) {
-        (Ok(_), _) => in_tc_terms(done),
+        (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action),
         (Err(outcome), Task::Decide(Scope::All)) => decided_in_tc(&frame, config, outcome),
         // XDP has sent it to a task of this node, and could not say so.
         (Err(outcome), Task::Decide(Scope::Connections)) if is_dropped(outcome) => end_in_tc(&frame, outcome),
@@ -393,6 +393,9 @@ fn metadata(frame: &Skb, config: &Config) -> Option<u64> {
     match frame.metadata(config.nonce) {
         Some(metadata) => Some(metadata.backend as u64 | (metadata.port.raw() as u64) << 32),
         None if config.flags & (TC_ALONE | XDP_IS_NEW) != 0 => Some(META_TC_DECIDES as u64),
+        None if config.flags & XDP_GENERIC == 0 && frame.is_seen(config.nonce) => {
+            Some(META_TC_DECIDES as u64)
+        }
         None if config.metadata_refused != 0 || config.flags & XDP_GENERIC != 0 => Some(LOOK_UP as u64),
         None => None,
     }
@@ -406,6 +409,21 @@ fn in_tc_terms(done: u64) -> i32 {
         Ok(action) => action.answer().map_or(TC_ACT_UNSPEC, |answer| answer as i32),
         Err(_) => TC_ACT_UNSPEC,
     }
+}
+
+/// An action in TC's terms. What is to be cut is cut here, where one state of the program is left to be verified.
+#[inline(always)]
+fn cut_in_tc(frame: &mut Skb, scratch: &mut Scratch, parsed: u32, action: Action) -> i32 {
+    let Some(limit) = action.limit() else {
+        return in_tc_terms(pack(Ok(action)));
+    };
+    let begun = if parsed == IS_IPV4 {
+        forward::tc::begin_cut(frame, &mut scratch.v4, limit)
+    } else {
+        forward::tc::begin_cut(frame, &mut scratch.v6, limit)
+    };
+    let ended = unpack(begun).and_then(|_| unpack(forward::tc::cut(frame)));
+    ended.map_or_else(|outcome| drop_in_tc(frame, outcome), |_| TC_ACT_SHOT)
 }
 
 /// Ends the way of a frame that TC has decided for itself. Where XDP may have passed it to the host, it has counted it then;
@@ -556,7 +574,8 @@ pub fn task_tc(context: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     frame.pull_headers();
-    let done = match parse::frame(&frame, scratch) {
+    let parsed = parse::frame(&frame, scratch);
+    let done = match parsed {
         IS_IPV4 => from_task(&mut frame, &mut scratch.v4),
         IS_IPV6 => from_task(&mut frame, &mut scratch.v6),
         _ => return TC_ACT_UNSPEC,
@@ -564,7 +583,8 @@ pub fn task_tc(context: TcContext) -> i32 {
     match unpack(done) {
         // A reply of ours that cannot go its way now: by the host's it would show the task's address.
         Err(outcome) if is_dropped(outcome) => end_in_tc(&frame, outcome),
-        _ => in_tc_terms(done),
+        Err(_) => TC_ACT_UNSPEC,
+        Ok(action) => cut_in_tc(&mut frame, scratch, parsed, action),
     }
 }
 

@@ -5,6 +5,7 @@ use lb_common::{
     net::{Address as _, ICMP, ICMP6, V4, V6},
 };
 
+use super::fragmentation::Cut;
 use crate::{
     conntrack::tracked::Tracked,
     io::{family::Family as _, frame::Frame, packet::Packet},
@@ -19,8 +20,8 @@ use crate::{
 const TTL: u8 = 64;
 const LINK: usize = size_of::<Ethernet>();
 
-/// The families' headers of a packet that goes back to where one came from.
-pub trait Back: Tracked {
+/// The families' headers of a packet that goes back to where one came from, or on in fragments.
+pub trait Back: Tracked + Cut {
     /// Its ICMP: the protocol's number, and type and code of "too big".
     const TOO_BIG: (u8, (u8, u8));
 

@@ -4,6 +4,7 @@
 pub mod egress;
 pub mod encap;
 pub mod fast_path;
+pub mod fragmentation;
 pub mod headers;
 pub mod icmp_error;
 pub mod mss;
@@ -41,6 +42,8 @@ impl Action {
     pub const BACK: Self = Self(2);
     /// From here on: the kernel's redirect helper has taken it, and answered this.
     const SENT: u32 = 16;
+    /// From here on: it is to be cut into fragments of at most so many bytes.
+    const CUT: u32 = 1 << 16;
 
     /// The kernel's redirect helper has taken it, and answered this.
     #[inline(always)]
@@ -51,7 +54,19 @@ impl Action {
     /// What the kernel's redirect helper answered, if it has taken the frame.
     #[inline(always)]
     pub const fn answer(self) -> Option<u32> {
-        if self.0 >= Self::SENT { Some(self.0 - Self::SENT) } else { None }
+        if self.0 >= Self::SENT && self.0 < Self::CUT { Some(self.0 - Self::SENT) } else { None }
+    }
+
+    /// It is to be cut into fragments of at most so many bytes.
+    #[inline(always)]
+    pub const fn cut(limit: u32) -> Self {
+        Self(Self::CUT | limit & 0xffff)
+    }
+
+    /// How many bytes its fragments may have, if it is to be cut.
+    #[inline(always)]
+    pub const fn limit(self) -> Option<u32> {
+        if self.0 >= Self::CUT { Some(self.0 & 0xffff) } else { None }
     }
 }
 

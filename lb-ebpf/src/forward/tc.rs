@@ -19,6 +19,7 @@ use lb_common::{
 use super::{
     Action,
     encap::{self, EncapParams},
+    fragmentation,
     headers::Back,
     mss, mtu,
     nat::{self, Hop, Target, backend_hop},
@@ -49,6 +50,9 @@ pub fn from_uplink<A: Back>(
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
     let headless = packet.network() == 0;
+    if let Some(limit) = fragmentation::limit(frame, packet, found, config) {
+        return Ok(Action::cut(limit));
+    }
     give_link_header(frame, packet)?;
     if found.direction == Direction::Client {
         return to_client(frame, packet, found, config);
@@ -180,7 +184,27 @@ pub fn from_task<A: Back>(
     found: &Classified,
 ) -> Result<Action, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
+    if let Some(limit) = fragmentation::limit(frame, packet, found, config) {
+        return Ok(Action::cut(limit));
+    }
     to_client(frame, packet, found, config)
+}
+
+/// Reads a packet that is to come in once more as fragments of at most so many bytes.
+#[inline(never)]
+pub fn begin_cut<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, limit: u32) -> u64 {
+    let begun = give_link_header(frame, packet)
+        .and_then(|()| fragmentation::begin(frame, packet, limit).ok_or(Outcome::TooBig));
+    super::pack(begun.map(|()| Action::DROP))
+}
+
+/// Has it come in.
+#[inline(never)]
+pub fn cut(frame: &mut Skb) -> u64 {
+    super::pack(match fragmentation::send(frame) {
+        Some(()) => Err(Outcome::Fragmented),
+        None => Err(Outcome::TooBig),
+    })
 }
 
 /// Turns a reply around to the client.

@@ -8,7 +8,7 @@ use lb_common::{
     },
     backend::{Kind, VIA_TC},
     checksum::pseudo_header,
-    net::Be16,
+    net::{Be16, UDP},
     outcome::Outcome,
     tunnel::{RETURN_DIRECT, TO_TASK},
 };
@@ -28,7 +28,7 @@ use crate::{
         family::Family,
         frame::{Frame, XdpFrame},
         maps::{self, BACKENDS},
-        packet::{Offsets, Packet, TunnelMeta, WHOLE},
+        packet::{LATER, Offsets, Packet, TunnelMeta, WHOLE},
     },
 };
 
@@ -99,6 +99,10 @@ fn to_peer<A: Back>(
     let peer = encap::peer(number)?;
     let inner_mtu = encap::inner_mtu(peer);
     if packet.bytes as u32 > inner_mtu {
+        // TC alone can make several packets of one.
+        if packet.key.protocol == UDP && packet.kind <= LATER && A::may_be_cut(frame, packet, inner_mtu) {
+            return Ok(leave_to_tc(frame));
+        }
         too_big_for_client(frame, packet, inner_mtu)?;
         let interface = frame.ifindex();
         return Ok(transmit(frame, config, interface));

@@ -24,7 +24,10 @@ use lb_common::{
     tunnel::{Peer, PeerKey, SELF, TaskKey},
 };
 
-use super::{clock, packet::Scratch};
+use super::{
+    clock,
+    packet::{Cutting, Scratch},
+};
 
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 /// Values begin at a page: one of 64 bytes is one cache line. Others begin 312 bytes after one.
@@ -145,6 +148,17 @@ pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
 /// loads the programs gets one of its own.
 #[btf_map]
 pub static SCRATCH: PerCpuArray<Scratch, 4> = PerCpuArray::new();
+
+/// Room for a packet that is being cut, see [`Cutting`]. Not pinned either.
+#[btf_map]
+pub static CUTTING: PerCpuArray<Cutting, 1> = PerCpuArray::new();
+
+/// Room for a packet that is being cut.
+#[inline(always)]
+pub fn cutting() -> Option<&'static mut Cutting> {
+    // SAFETY: the entry is this CPU's own, and whoever cuts a packet is done with it before it returns: what it sends comes in later.
+    CUTTING.get_ptr_mut(0).map(|cutting| unsafe { &mut *cutting })
+}
 
 /// Kept here so that it is made, pinned and adopted with the rest; no program reads it.
 #[btf_map]

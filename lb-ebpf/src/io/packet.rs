@@ -350,3 +350,56 @@ pub struct TunnelMeta {
     /// Whether nobody but the peer can have sent it ([`lb_common::tunnel::Said::Known`]).
     pub is_known: u8,
 }
+
+/// What holds an offset into a packet that is being cut, for the verifier.
+pub const OFFSETS: u32 = 0x3fff;
+/// Bytes of a fragment's payload, at most, in the same way; a multiple of eight.
+pub const LONGEST_PIECE: u32 = 0x1ff8;
+
+/// A packet that is being cut. It lives in a per-CPU table, not on the stack, so that the verifier sees the same in each round.
+#[repr(C)]
+pub struct Cutting {
+    /// From the transport header on, and room for what a fragment could have behind that.
+    pub payload: [u8; (OFFSETS + LONGEST_PIECE + 9) as usize],
+    /// Its bytes.
+    pub bytes: u32,
+    /// Bytes of a fragment's payload.
+    pub piece: u32,
+    /// How many bytes have been sent.
+    pub sent: u32,
+    /// Offset of the network header.
+    pub network: u32,
+    /// Bytes of a fragment's headers.
+    pub headers: u32,
+    /// Bytes of the next fragment's payload.
+    pub length: u32,
+    /// Whether it is the packet's last.
+    pub is_last: u32,
+    /// Where in its datagram it lies.
+    pub place: Place,
+}
+
+/// Where in its datagram a packet lies, and what it has in common with the other fragments.
+#[repr(C)]
+pub struct Place {
+    /// Of IPv6, network order; of IPv4 it stays where it is.
+    pub identification: u32,
+    /// Offset in bytes, in host order.
+    pub offset: u16,
+    /// Whether more fragments follow.
+    pub more: u16,
+}
+
+impl Cutting {
+    /// Where in its datagram the next fragment lies, in bytes.
+    #[inline(always)]
+    pub fn offset(&self) -> u16 {
+        self.place.offset.wrapping_add(self.sent as u16) & !7
+    }
+
+    /// One if more fragments follow the next one, else zero.
+    #[inline(always)]
+    pub fn more(&self) -> u16 {
+        self.place.more | (self.is_last as u16 ^ 1)
+    }
+}

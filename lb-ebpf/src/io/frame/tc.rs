@@ -138,6 +138,22 @@ impl Skb {
         unsafe { (*self.raw()).tc_index == signature(nonce) }
     }
 
+    /// Notes that the frame comes in once more because this datapath has it so: XDP does not see it again, and could say nothing.
+    #[inline(always)]
+    pub fn mark_as_seen(&mut self) {
+        if let Some(config) = maps::config() {
+            // SAFETY: as above.
+            unsafe { (*self.raw()).tc_index = signature(!config.nonce) };
+        }
+    }
+
+    /// Whether the datapath with this nonce has the frame come in once more.
+    #[inline(always)]
+    pub fn is_seen(&self, nonce: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.raw()).tc_index == signature(!nonce) }
+    }
+
     /// Bytes of the payload of each segment that the kernel will cut the frame into; zero if it will not.
     #[inline(always)]
     pub fn segment_bytes(&self) -> u32 {

@@ -1,0 +1,231 @@
+//! Datagrams of every length, on networks that let less pass than their senders think: every one arrives.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use lb_tests::{
+    agent::{Agent, active_tasks, outcome},
+    cluster::{Cluster, Reach, Task},
+    netns::eventually,
+    traffic::stop_echo,
+};
+
+const PORT: u16 = 5353;
+/// "Let them be cut, and believe no error", for either family.
+static DEAF: libc::c_int = libc::IP_PMTUDISC_OMIT;
+/// With the headers more than one frame of every link here, but for the first.
+const LENGTHS: [usize; 6] = [1_200, 1_392, 1_460, 1_472, 2_900, 4_000];
+/// What a client waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a sender does about the length of a path (`ip(7)`, `ipv6(7)`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Sender {
+    /// It lets its datagrams be cut, and believes no error (`IP_PMTUDISC_OMIT`).
+    Deaf,
+    /// It forbids to cut them, and makes them shorter when told to (`IP_PMTUDISC_WANT`, the default).
+    Listens,
+}
+
+impl Sender {
+    /// A socket on a port of all addresses.
+    fn bind(self, any: &str, port: u16) -> UdpSocket {
+        let socket = UdpSocket::bind((any, port)).expect("bind");
+        if self == Self::Deaf {
+            let set = |level, name| {
+                // SAFETY: the option's value is a number, and the socket lives.
+                let done = unsafe {
+                    libc::setsockopt(
+                        socket.as_raw_fd(),
+                        level,
+                        name,
+                        (&raw const DEAF).cast(),
+                        size_of::<libc::c_int>() as u32,
+                    )
+                };
+                assert_eq!(done, 0, "{}", io::Error::last_os_error());
+            };
+            set(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER);
+        }
+        socket
+    }
+
+    /// Whether a datagram comes back as it was, from where it was sent to.
+    fn echoes(self, to: SocketAddr, length: usize) -> bool {
+        let any = if to.is_ipv4() { "0.0.0.0" } else { "::" };
+        let socket = self.bind(any, 0);
+        socket.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+        let sent: Vec<u8> = (0..length).map(|index| (index % 251) as u8 & 0xfe).collect();
+        socket.send_to(&sent, to).expect("send");
+        let mut buffer = [0; 9_000];
+        match socket.recv_from(&mut buffer) {
+            Ok((length, from)) => {
+                assert_eq!(from, to, "the answer comes from the listener");
+                assert!(buffer[..length] == sent, "the answer is what was sent");
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+/// Sends back what comes, until it is told to stop.
+fn serve(sender: Sender) {
+    let socket = sender.bind("::", PORT);
+    let mut buffer = [0; 9_000];
+    loop {
+        let (length, from) = socket.recv_from(&mut buffer).expect("receive");
+        if length == 0 {
+            return;
+        }
+        socket.send_to(&buffer[..length], from).expect("send");
+    }
+}
+
+/// A cluster of which one task sends back what comes to port 53 of each node.
+struct Echo {
+    cluster: Cluster,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    fn new(nodes: u8, reach: Reach, sender: Sender) -> Self {
+        let mut cluster = Cluster::new(nodes);
+        cluster.receive_xdp();
+        cluster.reach = reach;
+        let at = cluster.add_task("dns.1", usize::from(nodes) - 1);
+        let server = cluster.tasks[at].netns.spawn(move || serve(sender));
+        let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+        cluster.write(&cluster.file(&format!("\"53:{PORT}/udp\""), &tasks));
+        Self { cluster, server: Some(server) }
+    }
+
+    fn attach(&self, mode: &str) -> Vec<Agent<'_>> {
+        let path = self.cluster.folder().join("cluster.toml");
+        let folder = self.cluster.folder();
+        let attach = |number: usize| {
+            Agent::attach(&self.cluster.nodes[number].netns, folder, &path, &["--mode", mode])
+        };
+        let agents = (0..self.cluster.nodes.len()).map(attach).collect();
+        for node in &self.cluster.nodes {
+            eventually("the task is offered", || active_tasks(&node.netns, "web") == 1);
+        }
+        agents
+    }
+
+    /// How many packets all nodes have counted as this.
+    fn counted(&self, name: &str) -> u64 {
+        self.cluster.nodes.iter().map(|node| outcome(&node.netns, name)).sum()
+    }
+
+    fn echoes(&self, sender: Sender, address: IpAddr, length: usize) -> bool {
+        self.cluster.client.enter(|| sender.echoes(SocketAddr::new(address, 53), length))
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        stop_echo(&self.cluster.tasks[0].netns, PORT);
+        if let Some(server) = self.server.take() {
+            server.join().expect("the server");
+        }
+    }
+}
+
+const PEERS: Reach = Reach { peers: true, outer_v6: false, direct: false, private: false };
+const DIRECT: Reach = Reach { peers: true, outer_v6: false, direct: true, private: false };
+const OVER_V6: Reach = Reach { peers: true, outer_v6: true, direct: false, private: false };
+const MODES: [&str; 3] = ["native", "generic", "tc"];
+
+#[test]
+fn datagrams_that_may_be_cut_are_cut_and_none_is_lost() {
+    let reaches = [(PEERS, &[1500, 1450, 1280][..]), (DIRECT, &[1450]), (OVER_V6, &[1400])];
+    for (reach, mtus) in reaches {
+        let echo = Echo::new(2, reach, Sender::Deaf);
+        for (mtu, mode) in mtus.iter().flat_map(|mtu| MODES.map(|mode| (*mtu, mode))) {
+            echo.cluster.set_mtu(mtu);
+            let _agents = echo.attach(mode);
+            for node in [0, 1] {
+                let before = echo.counted("fragmented");
+                for length in LENGTHS {
+                    let address = echo.cluster.addresses(node)[0];
+                    let arrives = echo.echoes(Sender::Deaf, address, length);
+                    assert!(arrives, "{reach:?}, {mode}, {mtu}, {length} bytes to node {}", node + 1);
+                }
+                let cut = echo.counted("fragmented") - before;
+                assert_eq!(cut > 0, node == 0, "{mode}, {mtu}, node {}: {cut} were cut", node + 1);
+            }
+            assert_eq!(
+                (echo.counted("too_big"), echo.counted("fragment")),
+                (0, 0),
+                "{reach:?}, {mode}, {mtu}"
+            );
+        }
+    }
+}
+
+/// Who says that nothing may be cut is told what fits, and has it arrive from then on.
+#[test]
+fn datagrams_of_who_listens_arrive_when_he_has_been_told() {
+    let echo = Echo::new(2, PEERS, Sender::Listens);
+    for (mtu, mode) in [(1500, "native"), (1450, "generic"), (1280, "tc")] {
+        echo.cluster.set_mtu(mtu);
+        let _agents = echo.attach(mode);
+        for address in [0, 1].map(|node| echo.cluster.addresses(node)).concat() {
+            for length in LENGTHS {
+                // The client is told, and then the task.
+                let arrives = (0..3).any(|_| echo.echoes(Sender::Listens, address, length));
+                assert!(arrives, "{mode}, {mtu}, {length} bytes to {address}");
+            }
+        }
+    }
+}
+
+/// No sender of IPv6 makes its packets shorter than 1,280 bytes: what the tunnel has no room for then, nodes cut.
+#[test]
+fn ipv6_has_its_1280_bytes_whatever_the_tunnel_takes_of_them() {
+    for reach in [PEERS, OVER_V6] {
+        let echo = Echo::new(2, reach, Sender::Listens);
+        echo.cluster.set_mtu(1280);
+        for mode in MODES {
+            let _agents = echo.attach(mode);
+            let before = echo.counted("fragmented");
+            for node in [0, 1] {
+                for length in [1_160, 1_200, 1_232, 2_900, 4_000] {
+                    let arrives = echo.echoes(Sender::Listens, echo.cluster.addresses(node)[1], length);
+                    assert!(arrives, "{reach:?}, {mode}, {length} bytes to node {}", node + 1);
+                }
+            }
+            assert!(echo.counted("fragmented") > before, "{reach:?}, {mode}: cut");
+            assert_eq!(echo.counted("too_big"), 0, "{reach:?}, {mode}");
+        }
+    }
+}
+
+/// A task's link is Docker's bridge, of 1,500 bytes whatever the node's own has.
+#[test]
+fn a_local_task_s_datagrams_are_cut_to_fit_its_node_s_uplink() {
+    let echo = Echo::new(1, Reach::default(), Sender::Deaf);
+    for (mtu, mode) in [(1450, "native"), (1400, "generic"), (1280, "tc")] {
+        let node = &echo.cluster.nodes[0].netns;
+        echo.cluster.lan().ip(&format!("link set {} mtu {mtu}", Cluster::port(node)));
+        for netns in [node, &echo.cluster.client] {
+            netns.ip(&format!("link set eth1 mtu {mtu}"));
+        }
+        let _agents = echo.attach(mode);
+        let before = echo.counted("fragmented");
+        for length in LENGTHS {
+            let [v4, v6] = echo.cluster.addresses(0);
+            assert!(echo.echoes(Sender::Deaf, v4, length), "{mode}, {mtu}, {length} bytes");
+            // Of IPv6 the task is told.
+            let arrives = (0..2).any(|_| echo.echoes(Sender::Listens, v6, length));
+            assert!(arrives, "{mode}, {mtu}, {length} bytes to {v6}");
+        }
+        assert!(echo.counted("fragmented") > before, "{mode}, {mtu}: cut");
+    }
+}
