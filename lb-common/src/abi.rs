@@ -47,6 +47,8 @@ pub mod table {
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
     /// Fragments, IPv6.
     pub const FRAGMENTS6: &str = "FRAGMENTS6";
+    /// [`crate::fragment::Early`] by [`crate::fragment::EarlyKey`].
+    pub const EARLY_FRAGMENTS: &str = "EARLY_FRAGMENTS";
     /// When the host last sent a datagram from a published port, by [`crate::host_flow::HostFlow`]: the clock of connections.
     pub const HOST_FLOWS: &str = "HOST_FLOWS";
     /// [`crate::tunnel::Peer`] by number of the node.
@@ -76,7 +78,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 31] = [
+    pub const ALL: [&str; 32] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -95,6 +97,7 @@ pub mod table {
         HEARTBEAT,
         FRAGMENTS4,
         FRAGMENTS6,
+        EARLY_FRAGMENTS,
         HOST_FLOWS,
         PEERS,
         PEER_KEYS,
@@ -392,6 +395,8 @@ pub mod size {
     pub const ERROR_BUDGETS: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
     pub const FRAGMENTS: usize = 8_192;
+    /// Fragments that came before the first one of their datagram: what they take is what others may make of it, a megabyte.
+    pub const EARLY_FRAGMENTS: usize = 512;
     /// Exchanges of the host's own datagrams from published ports that are known at once.
     pub const HOST_FLOWS: usize = 16_384;
 }

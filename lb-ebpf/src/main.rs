@@ -45,7 +45,7 @@ use lb_common::{
 
 use crate::{
     conntrack::{Scope, Step, table, tracked::Tracked},
-    forward::{Action, egress, encap, fast_path, headers::Back, pack, unpack},
+    forward::{Action, early, egress, encap, fast_path, headers::Back, pack, unpack},
     io::{
         clock as time, counters,
         family::Family,
@@ -81,12 +81,16 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
         Ok(Action::DROP) => XDP_DROP,
         Ok(Action::BACK) => XDP_TX,
         Ok(action) => action.answer().unwrap_or(XDP_PASS),
+        // Its first one may come: TC holds it, and counts.
+        Err(FRAGMENT) if forward::xdp::tell_tc_to_decide(&mut frame) => XDP_PASS,
         Err(outcome) => {
             counters::outcome(outcome, 1);
             if is_dropped(outcome) { XDP_DROP } else { XDP_PASS }
         }
     }
 }
+
+const FRAGMENT: u32 = Outcome::Fragment as u32;
 
 /// What [`fast_path::read`] has read.
 #[inline(always)]
@@ -239,6 +243,7 @@ const DROPPED: u64 = {
 #[inline(always)]
 fn in_xdp<A: Back>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> u64 {
     match verifier::unpack_raw(track(frame, packet, true)) {
+        Ok(_) if early::waits(packet) => pack(Ok(forward::xdp::leave_to_tc(frame))),
         Ok(direction) => send_in_xdp(frame, packet, direction),
         Err(RESET) => reset_in_xdp(frame, packet),
         Err(outcome) => refused(outcome),
@@ -349,7 +354,12 @@ pub fn uplink_tc(context: TcContext) -> i32 {
         (other, _) => refused(other - IS_OUTCOME),
     };
     match (unpack(done), task) {
+        (Ok(Action::RELEASE), _) => release_in_tc(&mut frame, scratch, parsed),
         (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action),
+        (Err(FRAGMENT), Task::Decide(scope)) => {
+            hold_in_tc(&frame, scratch, parsed);
+            if scope == Scope::All { decided_in_tc(&frame, config, FRAGMENT) } else { TC_ACT_UNSPEC }
+        }
         (Err(outcome), Task::Decide(Scope::All)) => decided_in_tc(&frame, config, outcome),
         // XDP has sent it to a task of this node, and could not say so.
         (Err(outcome), Task::Decide(Scope::Connections)) if is_dropped(outcome) => end_in_tc(&frame, outcome),
@@ -409,6 +419,28 @@ fn in_tc_terms(done: u64) -> i32 {
         Ok(action) => action.answer().map_or(TC_ACT_UNSPEC, |answer| answer as i32),
         Err(_) => TC_ACT_UNSPEC,
     }
+}
+
+/// Holds a fragment whose first one is not known.
+#[inline(always)]
+fn hold_in_tc(frame: &Skb, scratch: &Scratch, parsed: u32) {
+    match parsed {
+        IS_IPV4 => early::hold(frame, &scratch.v4),
+        IS_IPV6 => early::hold(frame, &scratch.v6),
+        _ => 0,
+    };
+}
+
+/// Has a first fragment come in once more, with those that came before it.
+#[inline(always)]
+fn release_in_tc(frame: &mut Skb, scratch: &mut Scratch, parsed: u32) -> i32 {
+    let released = if parsed == IS_IPV4 {
+        forward::tc::release(frame, &mut scratch.v4)
+    } else {
+        forward::tc::release(frame, &mut scratch.v6)
+    };
+    // What the kernel has no room for is lost, as it would be there.
+    if released == 0 { drop_in_tc(frame, Outcome::DeliveryLost as u32) } else { TC_ACT_SHOT }
 }
 
 /// An action in TC's terms. What is to be cut is cut here, where one state of the program is left to be verified.
@@ -499,6 +531,7 @@ fn deliver<A: Family>(frame: &mut Skb, packet: &mut Packet<A>, backend: u32, por
 #[inline(always)]
 fn in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, all: bool) -> u64 {
     match verifier::unpack_raw(track(frame, packet, all)) {
+        Ok(_) if early::waits(packet) => pack(Ok(Action::RELEASE)),
         Ok(direction) => send_in_tc(frame, packet, direction),
         Err(RESET) => reset_in_tc(frame, packet),
         Err(outcome) => refused(outcome),

@@ -151,6 +151,44 @@ impl Packet {
         })
     }
 
+    /// The frames of its fragments, cut at these bytes of its transport header and payload.
+    pub fn cut(&self, at: &[usize]) -> Vec<Vec<u8>> {
+        let whole = self.bytes();
+        let v4 = self.source.is_ipv4();
+        let header = if v4 { 34 } else { 54 };
+        let body = &whole[header..];
+        let ends = at.iter().copied().chain([body.len()]);
+        let begins = [0].into_iter().chain(at.iter().copied());
+        begins
+            .zip(ends)
+            .map(|(from, to)| {
+                let (part, more) = (&body[from..to], to < body.len());
+                let mut frame = whole[..header].to_vec();
+                if v4 {
+                    frame[16..18].copy_from_slice(&((20 + part.len()) as u16).to_be_bytes());
+                    let field = (from / 8) as u16 | if more { 0x2000 } else { 0 };
+                    frame[20..22].copy_from_slice(&field.to_be_bytes());
+                    frame[24..26].fill(0);
+                    let words = frame[14..34].chunks(2);
+                    let mut sum: u32 =
+                        words.map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+                    while sum > 0xffff {
+                        sum = (sum & 0xffff) + (sum >> 16);
+                    }
+                    frame[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+                } else {
+                    frame[18..20].copy_from_slice(&((8 + part.len()) as u16).to_be_bytes());
+                    let next = std::mem::replace(&mut frame[20], 44);
+                    frame.extend([next, 0]);
+                    frame.extend((from as u16 | u16::from(more)).to_be_bytes());
+                    frame.extend((0xabcd_0000 | u32::from(self.identification)).to_be_bytes());
+                }
+                frame.extend(part);
+                frame
+            })
+            .collect()
+    }
+
     /// Its bytes.
     pub fn bytes(&self) -> Vec<u8> {
         let transport = self.transport_bytes();

@@ -8,12 +8,15 @@ use std::{
     time::Duration,
 };
 
+use lb_common::abi::size;
 use lb_tests::{
     agent::{Agent, active_tasks, outcome},
-    cluster::{Cluster, Reach, Task},
+    cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::eventually,
+    packet::{Packet, Transport},
     traffic::stop_echo,
 };
+use socket2::{Domain, Protocol, Socket, Type};
 
 const PORT: u16 = 5353;
 /// "Let them be cut, and believe no error", for either family.
@@ -74,8 +77,8 @@ impl Sender {
     }
 }
 
-/// Sends back what comes, until it is told to stop.
-fn serve(sender: Sender) {
+/// Sends back what comes, or the last bytes of it, until it is told to stop.
+fn serve(sender: Sender, most: usize) {
     let socket = sender.bind("::", PORT);
     let mut buffer = [0; 9_000];
     loop {
@@ -83,7 +86,7 @@ fn serve(sender: Sender) {
         if length == 0 {
             return;
         }
-        socket.send_to(&buffer[..length], from).expect("send");
+        socket.send_to(&buffer[length.saturating_sub(most)..length], from).expect("send");
     }
 }
 
@@ -95,11 +98,16 @@ struct Echo {
 
 impl Echo {
     fn new(nodes: u8, reach: Reach, sender: Sender) -> Self {
+        Self::with_answers(nodes, reach, sender, usize::MAX)
+    }
+
+    /// Of which each has so many bytes at most.
+    fn with_answers(nodes: u8, reach: Reach, sender: Sender, most: usize) -> Self {
         let mut cluster = Cluster::new(nodes);
         cluster.receive_xdp();
         cluster.reach = reach;
         let at = cluster.add_task("dns.1", usize::from(nodes) - 1);
-        let server = cluster.tasks[at].netns.spawn(move || serve(sender));
+        let server = cluster.tasks[at].netns.spawn(move || serve(sender, most));
         let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
         cluster.write(&cluster.file(&format!("\"53:{PORT}/udp\""), &tasks));
         Self { cluster, server: Some(server) }
@@ -228,4 +236,82 @@ fn a_local_task_s_datagrams_are_cut_to_fit_its_node_s_uplink() {
         }
         assert!(echo.counted("fragmented") > before, "{mode}, {mtu}: cut");
     }
+}
+
+/// Bytes of an answer that is never too long.
+const SHORT: usize = 1_000;
+
+/// Sends a datagram in fragments of 1,200 bytes, in this order, from a socket's port; whether it comes back.
+fn in_fragments(socket: &UdpSocket, to: SocketAddr, number: u16, order: &[usize]) -> bool {
+    let own = socket.local_addr().expect("an address");
+    let sent: Vec<u8> = (0..4_000_u32).map(|index| (index % 251) as u8 ^ number as u8).collect();
+    let packet = Packet::new(Transport::Udp, (own.ip(), own.port()), (to.ip(), to.port()))
+        .with(|packet| (packet.identification, packet.dont_fragment) = (number, false))
+        .with(|packet| packet.payload.clone_from(&sent));
+    let fragments = packet.cut(&[1_200, 2_400, 3_600]);
+    let domain = Domain::for_address(to);
+    // With the network header (`raw(7)`).
+    let raw = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW))).expect("a socket");
+    let destination = SocketAddr::new(to.ip(), 0).into();
+    for index in order {
+        raw.send_to(&fragments[*index][14..], &destination).expect("send");
+    }
+    let mut buffer = [0; 9_000];
+    match socket.recv_from(&mut buffer) {
+        Ok((length, from)) => {
+            assert_eq!(from, to, "the answer comes from the listener");
+            assert!(buffer[..length] == sent[sent.len() - SHORT..], "the answer is the end of what was sent");
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+fn bound(address: IpAddr) -> UdpSocket {
+    let own = if address.is_ipv4() { IpAddr::from(CLIENT4) } else { CLIENT6.into() };
+    let socket = UdpSocket::bind((own, 0)).expect("bind");
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+    socket
+}
+
+/// Fragments come last first, or mixed: what comes before the first one is held for it. It may be the host's, and is passed on as
+/// well. Who floods a node with such fragments keeps nobody else's from it for longer than he does.
+#[test]
+fn fragments_arrive_in_any_order_and_the_host_has_its_own() {
+    let echo = Echo::with_answers(2, PEERS, Sender::Deaf, SHORT);
+    let host = echo.cluster.nodes[0].netns.spawn(|| serve(Sender::Deaf, SHORT));
+    let orders = [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [1, 2, 3, 0]];
+    for mode in MODES {
+        let _agents = echo.attach(mode);
+        for (index, order) in orders.iter().enumerate() {
+            for address in [0, 1].map(|node| echo.cluster.addresses(node)).concat() {
+                let number = 100 + index as u16;
+                let ask = || in_fragments(&bound(address), SocketAddr::new(address, 53), number, order);
+                assert!(echo.cluster.client.enter(ask), "{mode}, {order:?} to {address}");
+            }
+            for address in echo.cluster.addresses(0) {
+                let ask = || in_fragments(&bound(address), SocketAddr::new(address, PORT), 200, order);
+                assert!(echo.cluster.client.enter(ask), "{mode}, {order:?} to the host at {address}");
+            }
+        }
+        let address = echo.cluster.addresses(0)[0];
+        echo.cluster.client.enter(|| {
+            let socket = bound(address);
+            let to = SocketAddr::new(address, 53);
+            let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)));
+            let raw = raw.expect("a socket");
+            let flood = Packet::new(Transport::Udp, (CLIENT4.into(), 9), (address, 53))
+                .with(|packet| packet.payload = vec![1; 1_400])
+                .with(|packet| packet.dont_fragment = false);
+            // More than there is room for here, and less than the host's own reassembly gives up at.
+            for number in 1_000..1_000 + size::EARLY_FRAGMENTS as u16 + 100 {
+                let early = flood.clone().with(|packet| packet.identification = number).cut(&[504]);
+                raw.send_to(&early[1][14..], &SocketAddr::new(address, 0).into()).expect("send");
+            }
+            assert!(in_fragments(&socket, to, 300, &orders[0]), "{mode}: in order, after a flood");
+            assert!(in_fragments(&socket, to, 301, &orders[1]), "{mode}: reversed, after a flood");
+        });
+    }
+    stop_echo(&echo.cluster.nodes[0].netns, PORT);
+    host.join().expect("the host's server");
 }

@@ -818,34 +818,7 @@ fn a_task_s_errors_reach_the_client_from_the_listener() {
 
 /// The fragments of a packet, the first of which has so many bytes of its payload and transport header.
 fn fragments(packet: &Packet, first: usize) -> [Vec<u8>; 2] {
-    let whole = packet.bytes();
-    let v4 = packet.source.is_ipv4();
-    let header = if v4 { 34 } else { 54 };
-    let (head, tail) = (&whole[header..header + first], &whole[header + first..]);
-    [(head, 0, true), (tail, first, false)].map(|(part, offset, more)| {
-        let mut frame = whole[..header].to_vec();
-        if v4 {
-            frame[16..18].copy_from_slice(&((20 + part.len()) as u16).to_be_bytes());
-            let field = (offset / 8) as u16 | if more { 0x2000 } else { 0 };
-            frame[20..22].copy_from_slice(&field.to_be_bytes());
-            frame[24..26].fill(0);
-            let words = frame[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-            let mut sum: u32 = words.sum();
-            while sum > 0xffff {
-                sum = (sum & 0xffff) + (sum >> 16);
-            }
-            frame[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-        } else {
-            frame[18..20].copy_from_slice(&((8 + part.len()) as u16).to_be_bytes());
-            let next = std::mem::replace(&mut frame[20], 44);
-            let field = offset as u16 | u16::from(more);
-            frame.extend([next, 0]);
-            frame.extend(field.to_be_bytes());
-            frame.extend(0xabcd_ef01_u32.to_be_bytes());
-        }
-        frame.extend(part);
-        frame
-    })
+    packet.cut(&[first]).try_into().expect("two fragments")
 }
 
 #[test]

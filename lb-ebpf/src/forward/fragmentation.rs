@@ -7,10 +7,10 @@
 use core::ptr::null_mut;
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, bpf_adj_room_mode::BPF_ADJ_ROOM_NET},
+    bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_NET,
     helpers::generated::{
-        bpf_clone_redirect, bpf_csum_diff, bpf_get_prandom_u32, bpf_skb_adjust_room, bpf_skb_change_tail,
-        bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_csum_diff, bpf_get_prandom_u32, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_skb_store_bytes,
     },
 };
 use lb_common::{
@@ -21,7 +21,7 @@ use lb_common::{
     net::{UDP, V4, V6},
 };
 
-use super::{encap, mtu};
+use super::{early::send_in_again, encap, mtu};
 use crate::{
     conntrack::{Classified, Direction},
     io::{
@@ -309,10 +309,7 @@ fn send_next(frame: &mut Skb, cutting: &mut Cutting) -> u32 {
     if written.is_none() {
         return FAILED;
     }
-    frame.mark_as_seen();
-    let interface = frame.ifindex();
-    // SAFETY: the context is the program's own.
-    if unsafe { bpf_clone_redirect(frame.raw(), interface, BPF_F_INGRESS as u64) } != 0 {
+    if !send_in_again(frame) {
         return FAILED;
     }
     cutting.sent = cutting.sent.wrapping_add(length);

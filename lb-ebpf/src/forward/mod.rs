@@ -1,6 +1,7 @@
 //! Sending a packet of ours on: what is written into it, and where it leaves. Imports everything below it; chooses no verdict:
 //! [`Action`] says what is to become of the frame, and `main` says it to the kernel.
 
+pub mod early;
 pub mod egress;
 pub mod encap;
 pub mod fast_path;
@@ -40,6 +41,8 @@ impl Action {
     pub const DROP: Self = Self(1);
     /// It goes back by the interface it came from.
     pub const BACK: Self = Self(2);
+    /// It comes in once more, and after it the fragments of its datagram that came before.
+    pub const RELEASE: Self = Self(3);
     /// From here on: the kernel's redirect helper has taken it, and answered this.
     const SENT: u32 = 16;
     /// From here on: it is to be cut into fragments of at most so many bytes.

@@ -17,7 +17,7 @@ use lb_common::{
 };
 
 use super::{
-    Action,
+    Action, early,
     encap::{self, EncapParams},
     fragmentation,
     headers::Back,
@@ -205,6 +205,12 @@ pub fn cut(frame: &mut Skb) -> u64 {
         Some(()) => Err(Outcome::Fragmented),
         None => Err(Outcome::TooBig),
     })
+}
+
+/// Has a first fragment come in once more, and after it those that came before; zero if it could not.
+#[inline(never)]
+pub fn release<A: Family>(frame: &mut Skb, packet: &mut Packet<A>) -> u32 {
+    give_link_header(frame, packet).map_or(0, |()| early::release(frame, packet))
 }
 
 /// Turns a reply around to the client.

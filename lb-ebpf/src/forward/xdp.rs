@@ -275,10 +275,14 @@ pub fn is_unfinished<A: Family>(frame: &XdpFrame, offsets: &Offsets, packet: &Pa
 /// Leaves a frame, as it came, to TC.
 #[inline(always)]
 pub fn leave_to_tc(frame: &mut XdpFrame) -> Action {
-    if let Some(config) = maps::config() {
-        set_metadata(frame, config, META_TC_DECIDES, Be16::from_raw(0));
-    }
+    tell_tc_to_decide(frame);
     Action::PASS
+}
+
+/// Tells TC that a frame is left to it; false if it cannot be told.
+#[inline(always)]
+pub fn tell_tc_to_decide(frame: &mut XdpFrame) -> bool {
+    maps::config().is_some_and(|config| set_metadata(frame, config, META_TC_DECIDES, Be16::from_raw(0)))
 }
 
 /// Leaves metadata for TC on the frame. False where there can be none: generic XDP's do not reach TC, and some

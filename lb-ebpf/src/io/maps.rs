@@ -14,7 +14,7 @@ use lb_common::{
     conntrack::{Set, Timers, is_within},
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
-    fragment::{FragmentKey, Ports},
+    fragment::{Early, EarlyKey, FragmentKey, Ports},
     guard::{Guard, Rate},
     host_flow::HostFlow,
     net::{Address, V4, V6, Wide},
@@ -107,6 +107,9 @@ pub static FRAGMENTS4: Fragments<V4> = LruHashMap::new();
 pub static FRAGMENTS6: Fragments<V6> = LruHashMap::new();
 
 #[btf_map]
+pub static EARLY_FRAGMENTS: LruHashMap<EarlyKey, Early, { size::EARLY_FRAGMENTS }> = LruHashMap::new();
+
+#[btf_map]
 pub static HOST_FLOWS: LruHashMap<HostFlow, u32, { size::HOST_FLOWS }> = LruHashMap::new();
 
 #[btf_map]
@@ -158,6 +161,17 @@ pub static CUTTING: PerCpuArray<Cutting, 1> = PerCpuArray::new();
 pub fn cutting() -> Option<&'static mut Cutting> {
     // SAFETY: the entry is this CPU's own, and whoever cuts a packet is done with it before it returns: what it sends comes in later.
     CUTTING.get_ptr_mut(0).map(|cutting| unsafe { &mut *cutting })
+}
+
+/// Room for an early fragment that is put into its table. Not pinned either.
+#[btf_map]
+pub static EARLY: PerCpuArray<Early, 1> = PerCpuArray::new();
+
+/// Room for an early fragment.
+#[inline(always)]
+pub fn early() -> Option<&'static mut Early> {
+    // SAFETY: as above; the table has a copy.
+    EARLY.get_ptr_mut(0).map(|early| unsafe { &mut *early })
 }
 
 /// Kept here so that it is made, pinned and adopted with the rest; no program reads it.
