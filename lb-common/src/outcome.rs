@@ -58,7 +58,7 @@ outcomes! {
     HostFlow = "host_flow",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
-    /// A later fragment of a datagram whose first one was not seen, or is not ours.
+    /// A later fragment of a datagram whose first one was not seen, or is not ours; held for a while in case it comes.
     Fragment = "fragment",
     /// Nobody has controlled the datapath for longer than --stale-after says: everything is the host's.
     Stale = "stale",

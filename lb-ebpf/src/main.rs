@@ -38,7 +38,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use lb_common::{
     abi::{Config, META_TC_DECIDES, META_TC_SENDS_REPLY, Removal, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, remove},
-    net::{Be16, V4, V6},
+    net::{Be16, UDP, V4, V6},
     outcome::Outcome,
     tunnel::{PROBE, SELF, TO_TASK},
 };
@@ -81,8 +81,6 @@ pub fn uplink_xdp(context: XdpContext) -> u32 {
         Ok(Action::DROP) => XDP_DROP,
         Ok(Action::BACK) => XDP_TX,
         Ok(action) => action.answer().unwrap_or(XDP_PASS),
-        // Its first one may come: TC holds it, and counts.
-        Err(FRAGMENT) if forward::xdp::tell_tc_to_decide(&mut frame) => XDP_PASS,
         Err(outcome) => {
             counters::outcome(outcome, 1);
             if is_dropped(outcome) { XDP_DROP } else { XDP_PASS }
@@ -245,6 +243,10 @@ fn in_xdp<A: Back>(frame: &mut XdpFrame, packet: &mut Packet<A>) -> u64 {
     match verifier::unpack_raw(track(frame, packet, true)) {
         Ok(_) if early::waits(packet) => pack(Ok(forward::xdp::leave_to_tc(frame))),
         Ok(direction) => send_in_xdp(frame, packet, direction),
+        // Its first one may come: TC holds it, and counts.
+        Err(FRAGMENT) if packet.key.protocol == UDP && forward::xdp::tell_tc_to_decide(frame) => {
+            pack(Ok(Action::PASS))
+        }
         Err(RESET) => reset_in_xdp(frame, packet),
         Err(outcome) => refused(outcome),
     }
@@ -286,7 +288,7 @@ fn open<A: Tracked>(packet: &mut Packet<A>) -> u64 {
 #[inline(never)]
 fn take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> u64 {
     let step = conntrack::admission::take(packet, chosen);
-    verifier::pack(step.map(|step| conntrack::remembered(packet, step) as u32))
+    verifier::pack(step.map(|step| step as u32))
 }
 
 /// Tells of a new connection, where that is asked for.
@@ -356,6 +358,8 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     match (unpack(done), task) {
         (Ok(Action::RELEASE), _) => release_in_tc(&mut frame, scratch, parsed),
         (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action),
+        // It was held, and passed on then; its first one has not got through.
+        (Err(FRAGMENT), Task::Decide(_)) if is_seen(&frame) => TC_ACT_SHOT,
         (Err(FRAGMENT), Task::Decide(scope)) => {
             hold_in_tc(&frame, scratch, parsed);
             if scope == Scope::All { decided_in_tc(&frame, config, FRAGMENT) } else { TC_ACT_UNSPEC }
@@ -419,6 +423,12 @@ fn in_tc_terms(done: u64) -> i32 {
         Ok(action) => action.answer().map_or(TC_ACT_UNSPEC, |answer| answer as i32),
         Err(_) => TC_ACT_UNSPEC,
     }
+}
+
+/// Whether this datapath has the frame come in once more.
+#[inline(always)]
+fn is_seen(frame: &Skb) -> bool {
+    maps::config().is_some_and(|config| frame.is_seen(config.nonce))
 }
 
 /// Holds a fragment whose first one is not known.
@@ -531,7 +541,7 @@ fn deliver<A: Family>(frame: &mut Skb, packet: &mut Packet<A>, backend: u32, por
 #[inline(always)]
 fn in_tc<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, all: bool) -> u64 {
     match verifier::unpack_raw(track(frame, packet, all)) {
-        Ok(_) if early::waits(packet) => pack(Ok(Action::RELEASE)),
+        Ok(_) if early::waits(packet) && !is_seen(frame) => pack(Ok(Action::RELEASE)),
         Ok(direction) => send_in_tc(frame, packet, direction),
         Err(RESET) => reset_in_tc(frame, packet),
         Err(outcome) => refused(outcome),

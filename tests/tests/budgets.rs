@@ -24,14 +24,17 @@ const PROGRAMS: [&str; 6] = [
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
 /// worst that is. What looks at frames beside the uplink walks with and without a link header.
 const VERIFIED: [((u32, u32), [u32; 6]); 3] = [
-    ((6, 1), [275_000, 434_000, 66_000, 240_000, 93_100, 134_000]),
-    ((6, 12), [258_000, 345_000, 28_000, 200_000, 67_400, 104_000]),
-    ((6, 18), [261_000, 361_000, 28_000, 200_000, 71_400, 104_000]),
+    ((6, 1), [303_000, 487_000, 66_000, 240_000, 106_000, 147_000]),
+    ((6, 12), [282_000, 362_000, 31_000, 200_000, 77_000, 104_000]),
+    ((6, 18), [285_000, 384_000, 31_000, 200_000, 81_000, 104_000]),
 ];
 
+/// What no program may be above on any kernel: half of what a kernel walks through.
+const MOST_VERIFIED: u32 = 500_000;
+
 /// Bytes of the translated programs, nearly the same everywhere. What is given anew looks for its pair at each try, and asks who may
-/// connect.
-const BYTES: [u32; 6] = [217_000, 234_000, 11_000, 129_000, 73_000, 2_300];
+/// connect; both programs of TC cut datagrams.
+const BYTES: [u32; 6] = [224_000, 257_000, 11_000, 129_000, 83_000, 2_300];
 
 /// Bytes of the stack that the frames of a chain of calls may take together: the kernel's 512 (`MAX_BPF_STACK`), of which 64 stay
 /// free for what is built next.
@@ -63,6 +66,7 @@ fn programs_stay_within_their_budgets() {
                 within(program.verified_instructions, instructions),
                 "{program:?}: verified {instructions} before"
             );
+            assert!(program.verified_instructions <= MOST_VERIFIED, "{program:?}");
             assert!(within(program.translated_bytes, bytes), "{program:?}: {bytes} bytes before");
             let frames = &stacks[*name];
             assert!(frames.iter().sum::<u32>() <= STACK, "{name}: {frames:?} bytes of stack");

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
-    abi::{META_TC_SENDS_REPLY, TC_ALONE, XDP_IS_NEW},
+    abi::{META_TC_DECIDES, META_TC_SENDS_REPLY, TC_ALONE, XDP_IS_NEW},
     outcome::Outcome,
     tunnel::{
         DEFAULT_PORT, NAMES_TASK, OPTION_CLASS, PROBE, PROBE_ANSWER, RETURN_DIRECT, TO_CLIENT, TO_TASK,
@@ -854,6 +854,21 @@ fn what_is_cut_short_is_never_forwarded_and_counted_once() {
     });
 }
 
+/// An offset behind the end of the longest datagram would begin anew at its start: as a datagram that nobody sent.
+#[test]
+fn no_fragment_becomes_a_datagram_of_its_own() {
+    with_both(|lab, _| {
+        lab.configure(|config| config.flags = TC_ALONE);
+        let request = packet(V4, Transport::Udp, 52_100, 83).with(|p| p.payload = vec![5; 1_488]);
+        let [first, _] = fragments(&request, 504);
+        assert_eq!(lab.uplink_tc(&first).action, REDIRECT);
+        let mut behind = request.with(|p| p.dont_fragment = false).bytes();
+        behind[20..22].copy_from_slice(&((65_536_u32 - 1_416) / 8).to_be_bytes()[2..]);
+        let (verdict, counted) = lab.counting(|lab| lab.uplink_tc(&behind));
+        assert_eq!((verdict.action, counted), (2, BTreeMap::from([(Outcome::TooBig, 1)])));
+    });
+}
+
 #[test]
 fn later_fragments_go_where_their_first_one_went() {
     with_both(|lab, outer| {
@@ -862,7 +877,12 @@ fn later_fragments_go_where_their_first_one_went() {
             let request = packet(family, Transport::Udp, 52_000, 81).with(|p| p.payload = vec![5; 1_000]);
             let expected = request.forwarded(client, (ip(family.routed), 8081), (NODE_MAC, HOP_MAC));
             let [first, later] = fragments(&request, 504);
-            lab.passes("a later one first", &later, Outcome::Fragment);
+            // TC holds it.
+            let (verdict, counted) = lab.counting(|lab| lab.xdp(&later));
+            assert_eq!(
+                (verdict.action, verdict.note, counted),
+                (PASS, Some(META_TC_DECIDES), BTreeMap::new())
+            );
             for (fragment, expected) in [first.clone(), later.clone()].iter().zip(fragments(&expected, 504)) {
                 let (verdict, counted) = lab.counting(|lab| lab.xdp(fragment));
                 assert_eq!(verdict.frame, expected, "{family:?}");
@@ -903,7 +923,7 @@ fn later_fragments_go_where_their_first_one_went() {
             });
             let [first, later] = fragments(&other, 504);
             lab.passes("another's first", &first, Outcome::NotOurs);
-            lab.passes("another's later", &later, Outcome::Fragment);
+            lab.passes("another's later", &later, Outcome::NotOurs);
         }
         // They are forgotten after a while; no second lasts a jiffy.
         let request = packet(V4, Transport::Udp, 52_001, 81).with(|p| p.payload = vec![5; 1_000]);
@@ -911,7 +931,7 @@ fn later_fragments_go_where_their_first_one_went() {
         lab.configure(|config| config.jiffies_per_second = 0);
         assert_eq!(lab.xdp(&first).action, TX);
         lb_tests::netns::eventually("the first fragment is forgotten", || {
-            lab.counting(|lab| lab.xdp(&later)).1 == BTreeMap::from([(Outcome::Fragment, 1)])
+            lab.xdp(&later).note == Some(META_TC_DECIDES)
         });
     });
 }

@@ -18,7 +18,7 @@ fn key<A: Family>(packet: &Packet<A>) -> FragmentKey<A> {
     }
 }
 
-/// Remembers the ports of a first fragment that is forwarded.
+/// Remembers the ports of a first fragment.
 #[inline(never)]
 pub fn remember<A: Family>(packet: &Packet<A>) -> i32 {
     let ports = Ports {

@@ -93,8 +93,11 @@ pub fn uplink<F: Frame, A: Tracked>(
     packet: &mut Packet<A>,
     scope: Scope,
 ) -> Result<Step, Outcome> {
-    if packet.kind == LATER {
-        fragment::follow(packet)?;
+    match packet.kind {
+        // Whosever it is: the later ones are then known not to have come before it.
+        FIRST => _ = fragment::remember(packet),
+        LATER => fragment::follow(packet)?,
+        _ => {}
     }
     let key = &packet.key;
     let asks = may_be_ours(Side::Destination, key.protocol, key.destination_port);
@@ -102,7 +105,7 @@ pub fn uplink<F: Frame, A: Tracked>(
     let mut otherwise = Outcome::NotOurs;
     if replies {
         match lifecycle::reply(packet, frame.ifindex()) {
-            Ok(Lookup::Hit) => return Ok(remembered(packet, Step::ToClient)),
+            Ok(Lookup::Hit) => return Ok(Step::ToClient),
             // What looks late may be a packet of another connection.
             Err(Outcome::LateReply) => otherwise = Outcome::LateReply,
             Ok(_) => {}
@@ -113,20 +116,11 @@ pub fn uplink<F: Frame, A: Tracked>(
         return Err(otherwise);
     }
     match lifecycle::request(packet)? {
-        Lookup::Hit => Ok(remembered(packet, Step::ToTask)),
+        Lookup::Hit => Ok(Step::ToTask),
         Lookup::Stale => Err(Outcome::Reset),
         Lookup::Miss if scope == Scope::All && otherwise == Outcome::NotOurs => Ok(Step::Open),
         Lookup::Miss => Err(otherwise),
     }
-}
-
-/// Lets later fragments follow their first.
-#[inline(always)]
-pub fn remembered<A: Family>(packet: &Packet<A>, step: Step) -> Step {
-    if packet.kind == FIRST {
-        fragment::remember(packet);
-    }
-    step
 }
 
 /// Classifies a packet that a task sent.
@@ -139,7 +133,12 @@ pub fn task<F: Frame, A: Tracked>(frame: &F, packet: &mut Packet<A>) -> Result<S
         return Err(Outcome::NotOurs);
     }
     match lifecycle::reply(packet, frame.ifindex())? {
-        Lookup::Hit => Ok(remembered(packet, Step::ToClient)),
+        Lookup::Hit => {
+            if packet.kind == FIRST {
+                fragment::remember(packet);
+            }
+            Ok(Step::ToClient)
+        }
         _ => Err(Outcome::NotOurs),
     }
 }

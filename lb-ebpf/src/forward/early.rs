@@ -2,11 +2,11 @@
 //! passed on, and a copy is held; when the first one turns out to be ours, all come in once more in the right order.
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, BPF_NOEXIST},
+    bindings::{BPF_ANY, BPF_F_INGRESS},
     helpers::generated::{bpf_clone_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
 };
 use lb_common::{
-    fragment::{EARLY_BYTES, EARLY_OF_A_DATAGRAM, EarlyKey, FRAGMENT_SECONDS},
+    fragment::{EARLY_BYTES, EARLY_OF_A_DATAGRAM, Early, EarlyKey, FRAGMENT_SECONDS},
     net::UDP,
 };
 
@@ -15,7 +15,7 @@ use crate::io::{
     family::Family,
     frame::{Frame as _, Skb},
     maps::{self, EARLY_FRAGMENTS},
-    packet::{FIRST, LATER, Packet},
+    packet::{FIRST, LATER, NOBODY, Packet},
     verifier::opaque,
 };
 
@@ -29,11 +29,17 @@ fn key<A: Family>(packet: &Packet<A>, number: u32) -> EarlyKey {
     }
 }
 
-/// Whether the packet is the first fragment of a datagram of which others came before. A function of its own: the key is large.
-#[inline(never)]
+/// Whether the packet is the first fragment of a datagram of which others came before.
+#[inline(always)]
 pub fn waits<A: Family>(packet: &Packet<A>) -> bool {
+    packet.kind == FIRST && packet.key.protocol == UDP && packet.line.slot != NOBODY && is_held(packet)
+}
+
+/// Whether fragments of the packet's datagram are held. A function of its own: the key is large.
+#[inline(never)]
+fn is_held<A: Family>(packet: &Packet<A>) -> bool {
     // SAFETY: not read.
-    packet.kind == FIRST && unsafe { EARLY_FRAGMENTS.get(key(packet, 0)) }.is_some()
+    unsafe { EARLY_FRAGMENTS.get(key(packet, 0)) }.is_some()
 }
 
 /// Holds a copy of a later fragment whose first one is not known. What there is no room for is not held.
@@ -49,6 +55,14 @@ pub fn hold<A: Family>(frame: &Skb, packet: &Packet<A>) -> u32 {
     {
         return 0;
     }
+    // Looked for first: the kernel would copy all of it to find that there is one.
+    let mut key = key(packet, 0);
+    while is_taken(&key) {
+        key.number += 1;
+        if key.number == EARLY_OF_A_DATAGRAM {
+            return 0;
+        }
+    }
     let bytes = one_to_most(packet.bytes as u32);
     early.seen = clock::now();
     early.bytes = packet.bytes as u32;
@@ -57,14 +71,22 @@ pub fn hold<A: Family>(frame: &Skb, packet: &Packet<A>) -> u32 {
     if unsafe { bpf_skb_load_bytes(frame.raw().cast(), packet.network() as u32, to, bytes) } != 0 {
         return 0;
     }
-    let mut key = key(packet, 0);
-    while key.number < EARLY_OF_A_DATAGRAM {
-        if EARLY_FRAGMENTS.insert(&key, &*early, BPF_NOEXIST as u64).is_ok() {
-            return 1;
-        }
-        key.number += 1;
-    }
-    0
+    let early: &Early = early;
+    EARLY_FRAGMENTS.insert(key, early, BPF_ANY as u64).is_ok() as u32
+}
+
+/// Whether an early fragment is held so, of a datagram that may still come.
+#[inline(never)]
+fn is_taken(key: &EarlyKey) -> bool {
+    // SAFETY: one number is read.
+    unsafe { EARLY_FRAGMENTS.get(key) }.is_some_and(is_fresh)
+}
+
+/// Whether a datagram's first fragment may still come.
+#[inline(always)]
+fn is_fresh(early: &Early) -> bool {
+    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
+    clock::now().wrapping_sub(early.seen) <= FRAGMENT_SECONDS * hz
 }
 
 /// Has a first fragment come in once more, and after it what was held for it. The frame is used up.
@@ -92,10 +114,8 @@ fn send_held(frame: &mut Skb, network: u32, key: &EarlyKey) -> u32 {
         return 0;
     };
     let bytes = one_to_most(early.bytes);
-    let hz = maps::config().map_or(1, |config| config.jiffies_per_second);
-    let is_fresh = clock::now().wrapping_sub(early.seen) <= FRAGMENT_SECONDS * hz;
     // SAFETY: the context is the program's own, and the entry as long as what is read of it can be.
-    let shaped = is_fresh
+    let shaped = is_fresh(early)
         && unsafe {
             bpf_skb_change_tail(frame.raw(), network + bytes, 0) == 0
                 && bpf_skb_store_bytes(frame.raw(), network, early.packet.as_ptr().cast(), bytes, 0) == 0

@@ -28,7 +28,7 @@ use crate::{
         family::Family,
         frame::{Frame, Skb},
         maps,
-        packet::{Cutting, LATER, LONGEST_PIECE, OFFSETS, Packet, Place, WHOLE},
+        packet::{Cutting, LATER, LONGEST_PIECE, NOBODY, OFFSETS, Packet, Place, WHOLE},
         verifier::opaque,
     },
     wire::{
@@ -40,6 +40,8 @@ use crate::{
 
 /// Bytes of a datagram's payload that can be cut, at most: more than a jumbo frame has.
 const LONGEST: u32 = 9_216;
+/// Bytes behind the network header of the longest datagram that IPv4 knows (RFC 791, 3.1); IPv6's is hardly longer.
+const LONGEST_DATAGRAM: u32 = 0xffff - size_of::<Ipv4>() as u32;
 /// Bytes of a fragment's payload, at least: what IPv4 lets pass everywhere (RFC 791, 3.1), less the tunnel's headers.
 const SHORTEST_PIECE: u32 = 480;
 /// Bytes that hold the link and network headers and the transport checksum.
@@ -86,7 +88,7 @@ impl Cut for V4 {
     fn write_piece<F: Frame>(frame: &mut F, network: usize, cutting: &Cutting) -> Option<()> {
         let header = frame.at::<Ipv4>(network)?;
         let length = (Self::HEADERS as u16 + cutting.length as u16).to_be();
-        let fragment = (cutting.offset() / 8).to_be() | cutting.more() * ipv4::MORE;
+        let fragment = (cutting.offset() / 8).to_be() | (cutting.more() * ipv4::MORE);
         let change =
             Delta::of_word(header.total_length, length).and(Delta::of_word(header.fragment, fragment));
         header.total_length = length;
@@ -136,7 +138,7 @@ impl Cut for V6 {
         *header = Fragment {
             next: UDP,
             reserved: 0,
-            offset: cutting.offset().to_be() | cutting.more() * ipv6::MORE,
+            offset: cutting.offset().to_be() | (cutting.more() * ipv6::MORE),
             identification: cutting.place.identification,
         };
         Some(())
@@ -146,7 +148,7 @@ impl Cut for V6 {
 /// What the way of a datagram lets pass, in bytes, if the datagram is longer and may be cut.
 #[inline(always)]
 pub fn limit<A: Cut>(frame: &Skb, packet: &Packet<A>, found: &Classified, config: &Config) -> Option<u32> {
-    if packet.key.protocol != UDP || packet.kind > LATER || frame.segment_bytes() != 0 {
+    if packet.key.protocol != UDP || frame.segment_bytes() != 0 {
         return None;
     }
     let backend = found.backend;
@@ -163,7 +165,20 @@ pub fn limit<A: Cut>(frame: &Skb, packet: &Packet<A>, found: &Classified, config
     } else {
         mtu::exceeded(frame, packet, interface)?
     };
-    (packet.bytes as u32 > limit && A::may_be_cut(frame, packet, limit)).then_some(limit)
+    (packet.bytes as u32 > limit && can_be_cut(frame, packet, limit)).then_some(limit)
+}
+
+/// Whether a packet may become fragments that let so many bytes pass, and can. One without a line cannot: its later fragments
+/// would not find where their first one went. Nor can one whose second tag lies in its bytes: the kernel makes no room in it.
+#[inline(always)]
+pub fn can_be_cut<F: Frame, A: Cut>(frame: &F, packet: &Packet<A>, limit: u32) -> bool {
+    packet.key.protocol == UDP
+        && packet.kind <= LATER
+        && packet.line.slot != NOBODY
+        && !packet.tags.inner.is_some()
+        && packet.transport_bytes as u32 <= LONGEST
+        && limit >= A::HEADERS as u32 + SHORTEST_PIECE
+        && A::may_be_cut(frame, packet, limit)
 }
 
 /// Reads a packet that is to be sent in once more as fragments of at most so many bytes. `None` if it cannot be cut.
@@ -199,7 +214,8 @@ const FAILED: u32 = 2;
 #[inline(never)]
 fn read<A: Cut>(frame: &Skb, packet: &Packet<A>, cutting: &mut Cutting, limit: u32) -> u32 {
     let bytes = opaque(packet.transport_bytes as u64) as u32 & OFFSETS;
-    cutting.piece = limit.saturating_sub(A::HEADERS as u32) & LONGEST_PIECE;
+    let piece = limit.saturating_sub(A::HEADERS as u32);
+    cutting.piece = if piece < LONGEST_PIECE { piece & !7 } else { LONGEST_PIECE };
     cutting.bytes = packet.transport_bytes as u32;
     cutting.sent = 0;
     cutting.network = packet.network() as u32;
@@ -208,7 +224,10 @@ fn read<A: Cut>(frame: &Skb, packet: &Packet<A>, cutting: &mut Cutting, limit: u
         return FAILED;
     };
     cutting.place = place;
-    if cutting.piece < SHORTEST_PIECE || cutting.bytes > LONGEST || bytes < HEADERS {
+    // What goes on behind the end of the longest datagram would begin anew at its start.
+    let end = cutting.place.offset as u32 + cutting.bytes;
+    if cutting.piece < SHORTEST_PIECE || cutting.bytes > LONGEST || bytes < HEADERS || end > LONGEST_DATAGRAM
+    {
         return FAILED;
     }
     let to = cutting.payload.as_mut_ptr().cast();

@@ -8,7 +8,7 @@ use lb_common::{
     },
     backend::{Kind, VIA_TC},
     checksum::pseudo_header,
-    net::{Be16, UDP},
+    net::Be16,
     outcome::Outcome,
     tunnel::{RETURN_DIRECT, TO_TASK},
 };
@@ -16,6 +16,7 @@ use lb_common::{
 use super::{
     Action,
     encap::{self, EncapParams},
+    fragmentation,
     headers::Back,
     mss,
     nat::{self, Target, backend_hop},
@@ -28,7 +29,7 @@ use crate::{
         family::Family,
         frame::{Frame, XdpFrame},
         maps::{self, BACKENDS},
-        packet::{LATER, Offsets, Packet, TunnelMeta, WHOLE},
+        packet::{Offsets, Packet, TunnelMeta, WHOLE},
     },
 };
 
@@ -100,7 +101,7 @@ fn to_peer<A: Back>(
     let inner_mtu = encap::inner_mtu(peer);
     if packet.bytes as u32 > inner_mtu {
         // TC alone can make several packets of one.
-        if packet.key.protocol == UDP && packet.kind <= LATER && A::may_be_cut(frame, packet, inner_mtu) {
+        if fragmentation::can_be_cut(frame, packet, inner_mtu) {
             return Ok(leave_to_tc(frame));
         }
         too_big_for_client(frame, packet, inner_mtu)?;

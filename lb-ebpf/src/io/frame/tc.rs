@@ -138,7 +138,7 @@ impl Skb {
         unsafe { (*self.raw()).tc_index == signature(nonce) }
     }
 
-    /// Notes that the frame comes in once more because this datapath has it so: XDP does not see it again, and could say nothing.
+    /// Notes that the frame comes in once more because this datapath has it so. Native XDP does not see it again.
     #[inline(always)]
     pub fn mark_as_seen(&mut self) {
         if let Some(config) = maps::config() {
