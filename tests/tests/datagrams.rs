@@ -153,10 +153,14 @@ const MODES: [&str; 3] = ["native", "generic", "tc"];
 
 #[test]
 fn datagrams_that_may_be_cut_are_cut_and_none_is_lost() {
-    let reaches = [(PEERS, &[1500, 1450, 1280][..]), (DIRECT, &[1450]), (OVER_V6, &[1400])];
-    for (reach, mtus) in reaches {
+    let reaches = [
+        (PEERS, &[1500, 1280][..], &MODES[..]),
+        (DIRECT, &[1450], &MODES[..1]),
+        (OVER_V6, &[1400], &MODES[2..]),
+    ];
+    for (reach, mtus, modes) in reaches {
         let echo = Echo::new(2, reach, Sender::Deaf);
-        for (mtu, mode) in mtus.iter().flat_map(|mtu| MODES.map(|mode| (*mtu, mode))) {
+        for (mtu, mode) in mtus.iter().flat_map(|mtu| modes.iter().map(|mode| (*mtu, *mode))) {
             echo.cluster.set_mtu(mtu);
             let _agents = echo.attach(mode);
             for node in [0, 1] {
