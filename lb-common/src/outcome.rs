@@ -58,7 +58,7 @@ outcomes! {
     HostFlow = "host_flow",
     /// A header that contradicts itself or the frame's length.
     Malformed = "malformed",
-    /// A later fragment of a datagram whose first one was not seen, or is not ours; held for a while in case it comes.
+    /// A later fragment of a packet whose first one was not seen; of a datagram it is held for a while in case that comes.
     Fragment = "fragment",
     /// Nobody has controlled the datapath for longer than --stale-after says: everything is the host's.
     Stale = "stale",
@@ -66,7 +66,8 @@ outcomes! {
     ExtensionHeaders = "extension_headers",
     /// TTL or hop limit used up.
     TtlExpired = "ttl_expired",
-    /// TCP for a listener, but no connection of ours and no SYN: one that the host or Swarm's mesh carries.
+    /// TCP for a listener, but no connection of ours and no SYN: one that the host or Swarm's mesh carries. Or a later fragment of
+    /// what began no connection.
     NoConnection = "no_connection",
     /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
@@ -116,7 +117,8 @@ outcomes! {
     /// A probe by which nodes learn that each other's datapath is there, and how long a packet the way lets pass: sent back, or
     /// passed to the controller that waits for it; or an ICMP error about one.
     TunnelProbe = "tunnel_probe",
-    /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local).
+    /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local). Or a fragment that was held
+    /// or cut, and whose first one did not get through.
     DeliveryLost = "delivery_lost",
 }
 

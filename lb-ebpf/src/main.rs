@@ -358,8 +358,10 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     match (unpack(done), task) {
         (Ok(Action::RELEASE), _) => release_in_tc(&mut frame, scratch, parsed),
         (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action),
-        // It was held, and passed on then; its first one has not got through.
-        (Err(FRAGMENT), Task::Decide(_)) if is_seen(&frame) => TC_ACT_SHOT,
+        // It was held, and passed on then, or cut from a datagram: the first one has not got through.
+        (Err(FRAGMENT), Task::Decide(_)) if is_seen(&frame) => {
+            drop_in_tc(&frame, Outcome::DeliveryLost as u32)
+        }
         (Err(FRAGMENT), Task::Decide(scope)) => {
             hold_in_tc(&frame, scratch, parsed);
             if scope == Scope::All { decided_in_tc(&frame, config, FRAGMENT) } else { TC_ACT_UNSPEC }

@@ -102,7 +102,8 @@ fn of_client<A: Family>(packet: &mut Packet<A>) -> Result<Lookup, Outcome> {
     };
     if given_anew {
         packet.line.anew = 1;
-        return if starts || backend.forwards() {
+        // A later fragment goes where its first one went, which has not come by this line: on, or to the host.
+        return if starts || packet.kind == LATER || backend.forwards() {
             Ok(Lookup::Miss)
         } else {
             Err(Outcome::BackendUnreachable)

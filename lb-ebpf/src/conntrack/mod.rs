@@ -93,15 +93,16 @@ pub fn uplink<F: Frame, A: Tracked>(
     packet: &mut Packet<A>,
     scope: Scope,
 ) -> Result<Step, Outcome> {
-    match packet.kind {
-        // Whosever it is: the later ones are then known not to have come before it.
-        FIRST => _ = fragment::remember(packet),
-        LATER => fragment::follow(packet)?,
-        _ => {}
+    if packet.kind == LATER {
+        fragment::follow(packet)?;
     }
     let key = &packet.key;
     let asks = may_be_ours(Side::Destination, key.protocol, key.destination_port);
     let replies = may_be_ours(Side::Source, key.protocol, key.source_port);
+    // A datagram's also where it is not ours: the later ones are then known not to have come before it, and not held.
+    if packet.kind == FIRST && (asks || replies || !packet.is_tcp()) {
+        fragment::remember(packet);
+    }
     let mut otherwise = Outcome::NotOurs;
     if replies {
         match lifecycle::reply(packet, frame.ifindex()) {

@@ -1,8 +1,8 @@
 //! Fragments that come before the first one of their datagram, which alone has the ports. They may be the host's, so that they are
-//! passed on, and a copy is held; when the first one turns out to be ours, all come in once more in the right order.
+//! passed on, and a copy is held; when the first one turns out to be ours, it comes in once more and they after it.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_INGRESS},
+    bindings::{BPF_ANY, BPF_F_INGRESS, BPF_NOEXIST},
     helpers::generated::{bpf_clone_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
 };
 use lb_common::{
@@ -57,11 +57,13 @@ pub fn hold<A: Family>(frame: &Skb, packet: &Packet<A>) -> u32 {
     }
     // Looked for first: the kernel would copy all of it to find that there is one.
     let mut key = key(packet, 0);
-    while is_taken(&key) {
+    let mut flags = place(&key);
+    while flags == TAKEN {
         key.number += 1;
         if key.number == EARLY_OF_A_DATAGRAM {
             return 0;
         }
+        flags = place(&key);
     }
     let bytes = one_to_most(packet.bytes as u32);
     early.seen = clock::now();
@@ -71,15 +73,23 @@ pub fn hold<A: Family>(frame: &Skb, packet: &Packet<A>) -> u32 {
     if unsafe { bpf_skb_load_bytes(frame.raw().cast(), packet.network() as u32, to, bytes) } != 0 {
         return 0;
     }
+    // Where another CPU was quicker this one is not held: a datagram's fragments come by one CPU nearly always.
     let early: &Early = early;
-    EARLY_FRAGMENTS.insert(key, early, BPF_ANY as u64).is_ok() as u32
+    EARLY_FRAGMENTS.insert(key, early, flags as u64).is_ok() as u32
 }
 
-/// Whether an early fragment is held so, of a datagram that may still come.
+/// An early fragment is held there, of a datagram that may still come.
+const TAKEN: u32 = u32::MAX;
+
+/// How an early fragment is put into its place, for the kernel; [`TAKEN`] if there is one.
 #[inline(never)]
-fn is_taken(key: &EarlyKey) -> bool {
+fn place(key: &EarlyKey) -> u32 {
     // SAFETY: one number is read.
-    unsafe { EARLY_FRAGMENTS.get(key) }.is_some_and(is_fresh)
+    match unsafe { EARLY_FRAGMENTS.get(key) } {
+        None => BPF_NOEXIST,
+        Some(early) if is_fresh(early) => TAKEN,
+        Some(_) => BPF_ANY,
+    }
 }
 
 /// Whether a datagram's first fragment may still come.
