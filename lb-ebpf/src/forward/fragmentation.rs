@@ -48,8 +48,6 @@ const SHORTEST_PIECE: u32 = 480;
 const HEADERS: u32 = 72;
 /// Bytes that the kernel sums up at once before 6.15.
 const BLOCK: u32 = 512;
-/// What every network that IPv6 uses lets pass, in bytes (RFC 8200, 5): no sender makes its packets shorter than that.
-const LEAST6: u32 = 1280;
 
 /// A family's fragments.
 pub trait Cut: Family {
@@ -108,8 +106,8 @@ impl Cut for V6 {
     #[inline(always)]
     fn may_be_cut<F: Frame>(frame: &F, packet: &Packet<Self>, limit: u32) -> bool {
         let headers = packet.transport().wrapping_sub(packet.network());
-        limit < LEAST6
-            && packet.bytes as u32 <= LEAST6
+        limit < ipv6::LEAST_MTU
+            && packet.bytes as u32 <= ipv6::LEAST_MTU
             && frame.read::<Ipv6>(packet.network()).is_some_and(|header| match header.next {
                 UDP => headers == size_of::<Ipv6>(),
                 ipv6::FRAGMENT => headers == FRAGMENT6,

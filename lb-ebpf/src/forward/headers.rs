@@ -13,7 +13,7 @@ use crate::{
         ethernet::Ethernet,
         icmp,
         ipv4::{Ipv4, PLAIN},
-        ipv6::Ipv6,
+        ipv6::{self, Ipv6},
     },
 };
 
@@ -24,6 +24,8 @@ const LINK: usize = size_of::<Ethernet>();
 pub trait Back: Tracked + Cut {
     /// Its ICMP: the protocol's number, and type and code of "too big".
     const TOO_BIG: (u8, (u8, u8));
+    /// What every network of the family lets pass, in bytes: a receiver does not believe that less would.
+    const LEAST: u32;
 
     /// Writes the network header, for so many bytes of a protocol after it; the sum of the pseudo header.
     fn write<F: Frame>(frame: &mut F, packet: &Packet<Self>, protocol: u8, bytes: u16) -> Option<u32>;
@@ -47,6 +49,8 @@ fn pseudo(protocol: u8, bytes: u16) -> u32 {
 
 impl Back for V4 {
     const TOO_BIG: (u8, (u8, u8)) = (ICMP, (icmp::UNREACHABLE, icmp::FRAGMENTATION_NEEDED));
+    // RFC 791, 3.2: the longest header and eight bytes.
+    const LEAST: u32 = 68;
 
     #[inline(always)]
     fn write<F: Frame>(frame: &mut F, packet: &Packet<Self>, protocol: u8, bytes: u16) -> Option<u32> {
@@ -75,6 +79,8 @@ impl Back for V4 {
 
 impl Back for V6 {
     const TOO_BIG: (u8, (u8, u8)) = (ICMP6, (icmp::PACKET_TOO_BIG, 0));
+    // An error that says less must be discarded (RFC 8201, 4): its sender makes no packet shorter, and it is cut.
+    const LEAST: u32 = ipv6::LEAST_MTU;
 
     #[inline(always)]
     fn write<F: Frame>(frame: &mut F, packet: &Packet<Self>, protocol: u8, bytes: u16) -> Option<u32> {

@@ -62,7 +62,7 @@ pub fn too_big<F: Frame, A: Back>(frame: &mut F, packet: &Packet<A>, mtu: u32) -
     header.code = code;
     header.checksum = 0;
     // The upper half is unused by IPv4, whose packets are not as long (RFC 1191).
-    header.rest = mtu.to_be();
+    header.rest = mtu.max(A::LEAST).to_be();
     let message = frame.at::<[u8; MESSAGE as usize]>(LINK + A::HEADER)?;
     // SAFETY: the helper reads no more than it is told, which is all of the message.
     let sum = unsafe { bpf_csum_diff(null_mut(), 0, message.as_mut_ptr().cast(), MESSAGE as u32, pseudo) };

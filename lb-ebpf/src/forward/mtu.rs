@@ -3,21 +3,20 @@
 
 use aya_ebpf::helpers::generated::bpf_check_mtu;
 
-use crate::io::{
-    frame::{Frame as _, Skb},
-    packet::Packet,
+use crate::{
+    io::{
+        frame::{Frame, Skb},
+        packet::Packet,
+    },
+    wire::ipv6,
 };
-
-/// What every interface that carries both families lets pass, in bytes (RFC 8200, 5): for what is no longer nothing is
-/// asked.
-const LEAST: u32 = 1280;
 
 /// Stands for no limit.
 const UNLIMITED: u32 = u32::MAX;
 
 /// MTU of an interface in bytes, without the link header; the frame's own is 0. No limit if the kernel does not say.
 #[inline(never)]
-pub fn of_interface(frame: &Skb, interface: u32) -> u32 {
+pub fn of_interface<F: Frame>(frame: &F, interface: u32) -> u32 {
     let mut mtu = 0;
     // SAFETY: the context is the program's own; the helper writes the number, and reads it as zero: no other length.
     let answer = unsafe { bpf_check_mtu(frame.context(), interface, &raw mut mtu, 0, 0) };
@@ -29,7 +28,8 @@ pub fn of_interface(frame: &Skb, interface: u32) -> u32 {
 #[inline(always)]
 pub fn exceeded<A>(frame: &Skb, packet: &Packet<A>, interface: u32) -> Option<u32> {
     let longest = frame.longest_cut(packet);
-    if longest <= LEAST {
+    // For what every interface that carries both families lets pass nothing is asked.
+    if longest <= ipv6::LEAST_MTU {
         return None;
     }
     let mtu = of_interface(frame, interface);

@@ -33,6 +33,8 @@ pub const OFFSET: u16 = 0xfff8_u16.to_be();
 /// More fragments follow.
 pub const MORE: u16 = 1_u16.to_be();
 
+/// What every network that IPv6 uses lets pass, in bytes (RFC 8200, 5): no sender makes its packets shorter than that.
+pub const LEAST_MTU: u32 = 1280;
 pub const HOP_BY_HOP: u8 = 0;
 pub const ROUTING: u8 = 43;
 /// Next header of a fragment.
