@@ -71,7 +71,7 @@ pub struct Header {
     pub flags: u8,
     /// EtherType of the inner packet.
     pub protocol: Be16,
-    /// Virtual network: zero.
+    /// Virtual network: zero, but in a [`PROBE_ANSWER`] what the answering node's uplink lets pass ([`network_of`]).
     pub network: u32,
     /// [`OPTION_CLASS`].
     pub class: Be16,
@@ -183,6 +183,23 @@ impl PeerKey {
     }
 }
 
+/// The virtual network of a [`PROBE_ANSWER`] that says how long a packet the node's uplink lets pass, in bytes: its replies to clients
+/// leave by that, wherever they come from. No more than [`Peer::mtu`] has room for. Three bytes, then one that is reserved
+/// (RFC 8926, 3.4).
+#[inline(always)]
+pub const fn network_of(uplink_mtu: u32) -> u32 {
+    let told = if uplink_mtu < u16::MAX as u32 { uplink_mtu } else { u16::MAX as u32 };
+    (told << 8).to_be()
+}
+
+/// What [`network_of`] was made of; `None` of zero, which agents say that know no such field.
+pub const fn uplink_mtu(network: u32) -> Option<u32> {
+    match u32::from_be(network) >> 8 {
+        0 => None,
+        told => Some(told),
+    }
+}
+
 /// Words of data in our option.
 pub const DATA_WORDS: u8 = OPTION_WORDS - 1;
 
@@ -202,7 +219,8 @@ pub struct Peer {
     pub source: Wide,
     /// Hardware address of the node or of the next hop to it.
     pub mac: [u8; 6],
-    /// Largest packet that the way there is known to let pass, in bytes.
+    /// Largest packet that may be sent there, in bytes: what the way there is known to let pass, and what comes out of the tunnel the
+    /// node's uplink.
     pub mtu: u16,
     /// Hardware address of the interface that leads there.
     pub source_mac: [u8; 6],
@@ -322,6 +340,14 @@ mod tests {
         key = key.renewed(0);
         assert_eq!((admits(&key), known(&key), key.refused), ([true; 4], [false; 4], 7));
         assert_eq!(admits(&key.renewed(1)), [true; 4], "and has one again");
+    }
+
+    #[test]
+    fn what_an_uplink_lets_pass_is_told_in_three_bytes() {
+        assert_eq!(network_of(1_500).to_ne_bytes(), [0, 0x05, 0xdc, 0]);
+        for (told, heard) in [(0, None), (68, Some(68)), (1_500, Some(1_500)), (u32::MAX, Some(65_535))] {
+            assert_eq!(uplink_mtu(network_of(told)), heard);
+        }
     }
 
     #[test]

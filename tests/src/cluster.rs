@@ -203,6 +203,14 @@ impl Cluster {
         Distant { client, far, near }
     }
 
+    /// Sets the MTU of a node's uplink, and tells the router before it, which takes the wire for one of 1,500 bytes: a router heeds a
+    /// route's MTU only if it is locked.
+    pub fn set_uplink_mtu_behind(&self, router: &Netns, node: usize, mtu: u32) {
+        self.set_uplink_mtu(node, mtu);
+        router.ip(&format!("route replace {} dev eth1 mtu lock {mtu}", self.nodes[node].v4()));
+        router.ip(&format!("route replace {} dev eth1 mtu lock {mtu}", self.nodes[node].v6()));
+    }
+
     /// A folder that goes with the cluster.
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -230,6 +238,13 @@ impl Cluster {
     /// [`Netns::keep_connections_on_one_cpu`] at each node.
     pub fn keep_connections_on_one_cpu(&self) {
         self.nodes.iter().for_each(|node| node.netns.keep_connections_on_one_cpu("eth1"));
+    }
+
+    /// Sets the MTU of a node's uplink; the other links, the client's too, keep theirs.
+    pub fn set_uplink_mtu(&self, node: usize, mtu: u32) {
+        let node = &self.nodes[node].netns;
+        self.lan.ip(&format!("link set {} mtu {mtu}", Self::port(node)));
+        node.ip(&format!("link set eth1 mtu {mtu}"));
     }
 
     /// Sets the MTU of every interface there is.

@@ -202,6 +202,9 @@ where
     }
 }
 
+/// What the lab's uplink lets pass, in bytes.
+pub const UPLINK_MTU: u32 = 1500;
+
 /// The bench.
 pub struct Lab {
     datapath: Option<Datapath>,
@@ -291,7 +294,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             uplink: index("eth1"),
             veth: index("hv1"),
             way_flags: 0,
-            mtu: 1500,
+            mtu: UPLINK_MTU,
             cookies: BTreeMap::new(),
         };
         lab.configure(|config| config.flags = XDP_TRANSMITS | PARTIAL_CHECKSUMS);

@@ -318,6 +318,8 @@ pub struct Tunnelled {
     pub nodes: (IpAddr, IpAddr),
     /// UDP ports.
     pub ports: (u16, u16),
+    /// Virtual network.
+    pub network: u32,
     /// Option class.
     pub class: u16,
     /// Option type.
@@ -341,7 +343,8 @@ impl Tunnelled {
         };
         let ether: [u8; 2] =
             if self.inner.first().is_none_or(|byte| byte >> 4 == 4) { [0x08, 0x00] } else { [0x86, 0xdd] };
-        let mut geneve = vec![6, 0x40, ether[0], ether[1], 0, 0, 0, 0];
+        let mut geneve = vec![6, 0x40, ether[0], ether[1]];
+        geneve.extend((self.network << 8).to_be_bytes());
         geneve.extend(self.class.to_be_bytes());
         geneve.extend([self.kind, 5]);
         geneve.extend(self.version_and_flags);

@@ -12,9 +12,10 @@ use lb_common::abi::size;
 use lb_tests::{
     agent::{Agent, active_tasks, outcome},
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
-    netns::{Netns, eventually},
+    netns::{Netns, eventually, run},
     packet::{Packet, Transport},
-    traffic::stop_echo,
+    private::Private,
+    traffic::{Direction, stop_echo, transfer},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -25,6 +26,10 @@ static DEAF: libc::c_int = libc::IP_PMTUDISC_OMIT;
 const LENGTHS: [usize; 6] = [1_200, 1_392, 1_460, 1_472, 2_900, 4_000];
 /// What a client waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same where the first datagrams are lost by rights.
+const IMPATIENCE: Duration = Duration::from_millis(500);
+/// Datagrams that client and task together may lose while they are told what fits, with some to spare for a busy machine.
+const TRIES: usize = 6;
 
 /// What a sender does about the length of a path (`ip(7)`, `ipv6(7)`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,10 +64,10 @@ impl Sender {
     }
 
     /// Whether a datagram comes back as it was, from where it was sent to.
-    fn echoes(self, to: SocketAddr, length: usize) -> bool {
+    fn echoes(self, to: SocketAddr, length: usize, patience: Duration) -> bool {
         let any = if to.is_ipv4() { "0.0.0.0" } else { "::" };
         let socket = self.bind(any, 0);
-        socket.set_read_timeout(Some(PATIENCE)).expect("set a time limit");
+        socket.set_read_timeout(Some(patience)).expect("set a time limit");
         let sent: Vec<u8> = (0..length).map(|index| (index % 251) as u8 & 0xfe).collect();
         socket.send_to(&sent, to).expect("send");
         let mut buffer = [0; 9_000];
@@ -110,7 +115,7 @@ impl Echo {
         let at = cluster.add_task("dns.1", usize::from(nodes) - 1);
         let server = cluster.tasks[at].netns.spawn(move || serve(sender, most));
         let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
-        cluster.write(&cluster.file(&format!("\"53:{PORT}/udp\""), &tasks));
+        cluster.write(&cluster.file(&format!("\"53:{PORT}/udp\", \"80:8080\""), &tasks));
         Self { cluster, server: Some(server) }
     }
 
@@ -133,7 +138,17 @@ impl Echo {
     }
 
     fn echoes(&self, sender: Sender, address: IpAddr, length: usize) -> bool {
-        self.cluster.client.enter(|| sender.echoes(SocketAddr::new(address, 53), length))
+        self.echoes_to(&self.cluster.client, sender, address, length)
+    }
+
+    /// Whether a datagram comes back once both ends have been told what fits.
+    fn echoes_when_told(&self, client: &Netns, address: IpAddr, length: usize) -> bool {
+        let to = SocketAddr::new(address, 53);
+        client.enter(|| (0..TRIES).any(|_| Sender::Listens.echoes(to, length, IMPATIENCE)))
+    }
+
+    fn echoes_to(&self, client: &Netns, sender: Sender, address: IpAddr, length: usize) -> bool {
+        client.enter(|| sender.echoes(SocketAddr::new(address, 53), length, PATIENCE))
     }
 }
 
@@ -211,8 +226,7 @@ fn datagrams_of_who_listens_arrive_when_he_has_been_told() {
         let _agents = echo.attach(mode);
         for address in [0, 1].map(|node| echo.cluster.addresses(node)).concat() {
             for length in LENGTHS {
-                // The client is told, and then the task.
-                let arrives = (0..3).any(|_| echo.echoes(Sender::Listens, address, length));
+                let arrives = echo.echoes_when_told(&echo.cluster.client, address, length);
                 assert!(arrives, "{mode}, {mtu}, {length} bytes to {address}");
             }
         }
@@ -245,21 +259,81 @@ fn ipv6_has_its_1280_bytes_whatever_the_tunnel_takes_of_them() {
 fn a_local_task_s_datagrams_are_cut_to_fit_its_node_s_uplink() {
     let echo = Echo::new(1, Reach::default(), Sender::Deaf);
     for (mtu, mode) in [(1450, "native"), (1400, "generic"), (1280, "tc")] {
-        let node = &echo.cluster.nodes[0].netns;
-        echo.cluster.lan().ip(&format!("link set {} mtu {mtu}", Cluster::port(node)));
-        for netns in [node, &echo.cluster.client] {
-            netns.ip(&format!("link set eth1 mtu {mtu}"));
-        }
+        echo.cluster.set_uplink_mtu(0, mtu);
+        echo.cluster.client.ip(&format!("link set eth1 mtu {mtu}"));
         let _agents = echo.attach(mode);
         let before = echo.counted("fragmented");
         for length in LENGTHS {
             let [v4, v6] = echo.cluster.addresses(0);
             assert!(echo.echoes(Sender::Deaf, v4, length), "{mode}, {mtu}, {length} bytes");
             // Of IPv6 the task is told.
-            let arrives = (0..2).any(|_| echo.echoes(Sender::Listens, v6, length));
+            let arrives = echo.echoes_when_told(&echo.cluster.client, v6, length);
             assert!(arrives, "{mode}, {mtu}, {length} bytes to {v6}");
         }
         assert!(echo.counted("fragmented") > before, "{mode}, {mtu}: cut");
+    }
+}
+
+/// Uplinks of the node that the client uses and of the task's, in bytes, and how both are attached. The client, behind two
+/// routers, and the task have 1,500.
+const UNEQUAL: [(u32, u32, &str); 5] = [
+    (1280, 1500, "native"),
+    (1500, 1280, "tc"),
+    (1400, 9000, "generic"),
+    (9000, 1450, "native"),
+    (1450, 1400, "tc"),
+];
+
+/// On one network the way between the nodes is as narrow as the narrower uplink. Where they have a network of their own, what comes out
+/// of the tunnel fits an uplink because its node has told the others what that lets pass.
+#[test]
+fn everything_arrives_whatever_each_node_s_uplink_lets_pass() {
+    for (private, pairs) in [(false, &UNEQUAL[..2]), (true, &UNEQUAL[..])] {
+        let echo = Echo::new(2, Reach { private, ..PEERS }, Sender::Deaf);
+        let _private = private.then(|| Private::wire(&echo.cluster, 9000));
+        let distant = echo.cluster.distant(1500);
+        let echoes = |sender, address, length| echo.echoes_to(&distant.client, sender, address, length);
+        for (index, (client_s, task_s, mode)) in pairs.iter().copied().enumerate() {
+            let what = format!("a network between the nodes {private}, {client_s} and {task_s}, {mode}");
+            println!("{what}");
+            echo.cluster.set_uplink_mtu_behind(&distant.near, 0, client_s);
+            echo.cluster.set_uplink_mtu_behind(&distant.near, 1, task_s);
+            let offloads = if index % 2 == 0 { "on" } else { "off" };
+            let mut ethtool = distant.client.command("ethtool");
+            run(ethtool.args(["-K", "eth1", "tso", offloads, "gso", offloads, "gro", offloads]));
+            // Nobody remembers what he was told before.
+            echo.cluster.tasks[0].add_routes();
+            distant.client.ip("route replace default via 198.51.100.1");
+            distant.client.ip("route replace default via 2001:db8:3::1");
+            let _agents = echo.attach(mode);
+            let first = [0, 1].map(|node| echo.cluster.addresses(node)[0]);
+            for address in first {
+                // Once the way between the nodes has been measured.
+                eventually(&what, || echoes(Sender::Deaf, address, 1_472));
+            }
+            let before = echo.counted("too_big");
+            for (address, length) in first.iter().flat_map(|at| LENGTHS.map(|length| (*at, length))) {
+                assert!(echoes(Sender::Deaf, address, length), "{what}: {length} bytes to {address}");
+            }
+            for address in [0, 1].map(|node| echo.cluster.addresses(node)).concat() {
+                for direction in [Direction::Up, Direction::Down] {
+                    let to = SocketAddr::new(address, 80);
+                    transfer(&distant.client, &echo.cluster.tasks[0].netns, to, direction, 5);
+                }
+            }
+            assert_eq!(echo.counted("too_big"), before, "{what}: datagrams are cut, and segments fit");
+            for address in [0, 1].map(|node| echo.cluster.addresses(node)[1]) {
+                for length in LENGTHS {
+                    let arrives = echo.echoes_when_told(&distant.client, address, length);
+                    assert!(arrives, "{what}: {length} bytes to {address}");
+                }
+            }
+            if private {
+                // What an uplink lets pass changes while all are at work.
+                echo.cluster.set_uplink_mtu_behind(&distant.near, 0, client_s.min(1_360));
+                eventually(&format!("{what}, then less"), || echoes(Sender::Deaf, first[0], 1_472));
+            }
+        }
     }
 }
 

@@ -104,6 +104,7 @@ fn frame(random: &mut Random) -> (String, Vec<u8>) {
             macs: (HOP_MAC, NODE_MAC),
             nodes: (ip("192.0.2.2"), ip("192.0.2.1")),
             ports: (51_000, DEFAULT_PORT),
+            network: 0,
             class: OPTION_CLASS.get(),
             kind: TO_CLIENT,
             version_and_flags: [VERSION, 0],

@@ -18,7 +18,7 @@ use lb_common::{
 use lb_tests::{
     agent::{Agent, json, outcome, program, text},
     cluster::{CLIENT4, Cluster, KEY_FILE},
-    lab::{DROP, HOP_MAC, Lab, PASS, TX, ip, service, task, with_lab},
+    lab::{DROP, HOP_MAC, Lab, PASS, TX, UPLINK_MTU, ip, service, task, with_lab},
     netns::{Netns, within},
     packet::{ACK, NODE_MAC, Packet, SYN, SYN_ACK, Transport, Tunnelled},
     swarm::{Node as Machine, PATIENCE, Swarm},
@@ -88,6 +88,7 @@ fn received(outer: usize, kind: u8, cookie: Option<u64>, task: (&str, u16), inne
         macs: (HOP_MAC, NODE_MAC),
         nodes: (ip(peer), ip(node)),
         ports: (51_000, DEFAULT_PORT),
+        network: 0,
         class: OPTION_CLASS.get(),
         kind,
         version_and_flags: [version, if kind == TO_CLIENT { NAMES_TASK } else { 0 }],
@@ -232,6 +233,7 @@ fn a_probe_without_the_cookie_gets_no_answer() {
                 answer.macs = (NODE_MAC, HOP_MAC);
                 answer.nodes = (answer.nodes.1, answer.nodes.0);
                 answer.ports = (answer.ports.1, answer.ports.0);
+                answer.network = UPLINK_MTU;
                 assert_eq!(frame, answer.bytes());
                 assert!(tc || action == TX, "{action}");
             }
@@ -261,6 +263,7 @@ impl Forger<'_> {
             macs: inner.macs,
             nodes: (self.as_node, self.to),
             ports: (50_000, DEFAULT_PORT),
+            network: 0,
             class: OPTION_CLASS.get(),
             kind: TO_TASK,
             version_and_flags: [if cookie.is_some() { VERSION_KEYED } else { VERSION }, 0],

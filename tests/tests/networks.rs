@@ -118,18 +118,12 @@ fn a_local_task_s_reply_that_is_too_long_for_the_uplink_is_answered_with_the_len
 }
 
 /// One node with one task, behind an uplink of this MTU; the client's own is 1500.
-fn narrow(mtu: u16) -> Cluster {
+fn narrow(mtu: u32) -> Cluster {
     let mut cluster = Cluster::new(1);
     cluster.receive_xdp();
     cluster.add_task("web.1", 0);
-    narrow_to(&cluster, mtu);
+    cluster.set_uplink_mtu(0, mtu);
     cluster
-}
-
-fn narrow_to(cluster: &Cluster, mtu: u16) {
-    let node = &cluster.nodes[0].netns;
-    cluster.lan().ip(&format!("link set {} mtu {mtu}", Cluster::port(node)));
-    node.ip(&format!("link set eth1 mtu {mtu}"));
 }
 
 fn attach<'a>(cluster: &'a Cluster, mode: &str) -> Agent<'a> {
@@ -163,14 +157,14 @@ fn a_connection_goes_on_when_its_uplink_becomes_narrower() {
         let cluster = narrow(1500);
         let _agent = attach(&cluster, mode);
         for address in cluster.addresses(0) {
-            narrow_to(&cluster, 1500);
+            cluster.set_uplink_mtu(0, 1500);
             let listener = cluster.tasks[0].netns.enter(|| listen("[::]:8080"));
             let mut stream = cluster.client.enter(|| {
                 TcpStream::connect_timeout(&SocketAddr::new(address, 80), Duration::from_secs(10))
                     .expect("connect")
             });
             let (mut served, _) = listener.accept().expect("a client");
-            narrow_to(&cluster, 1400);
+            cluster.set_uplink_mtu(0, 1400);
             let sender = cluster.tasks[0].netns.spawn(move || {
                 served.write_all(&vec![7; MEGABYTES * 1_000_000]).expect("send");
             });

@@ -258,6 +258,7 @@ fn no_program_of_a_node_speaks_to_a_peer_as_its_datapath() {
             macs: syn.macs,
             nodes: (cluster.addresses(0)[0], cluster.addresses(1)[0]),
             ports: (0, PORT),
+            network: 0,
             class: OPTION_CLASS.get(),
             kind,
             version_and_flags: [VERSION, 0],

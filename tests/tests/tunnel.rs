@@ -12,7 +12,7 @@ use lb_common::{
     },
 };
 use lb_tests::{
-    lab::{DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, ip, service, task, with_lab},
+    lab::{DROP, HOP_MAC, Lab, PASS, REDIRECT, TASK_MAC, TX, UPLINK_MTU, ip, service, task, with_lab},
     packet::{
         ACK, CLIENT_MAC, IcmpError, NODE_MAC, Packet, SYN, SYN_ACK, Transport, Tunnelled, assert_checksums,
     },
@@ -100,6 +100,7 @@ fn sent(outer: Family, kind: u8, named: (&str, u16), inner: Vec<u8>) -> Tunnelle
         macs: (NODE_MAC, HOP_MAC),
         nodes: (ip(outer.node), ip(outer.peer)),
         ports: (0, DEFAULT_PORT),
+        network: 0,
         class: OPTION_CLASS.get(),
         kind,
         version_and_flags: [VERSION, 0],
@@ -377,6 +378,7 @@ fn a_probe_is_sent_back_to_the_peer_that_sent_it() {
         answer.macs = (NODE_MAC, HOP_MAC);
         answer.nodes = (ip(outer.node), ip(outer.peer));
         answer.ports = (DEFAULT_PORT, 51_000);
+        answer.network = UPLINK_MTU;
         let one = BTreeMap::from([(Outcome::TunnelProbe, 1)]);
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&probe.bytes()));
         assert_eq!((verdict.action, verdict.note), (TX, None));
@@ -597,6 +599,9 @@ fn what_is_too_long_is_answered_with_the_length_that_fits() {
         assert_eq!((verdict.action, counted), (TX, BTreeMap::from([(Outcome::TooBig, 1)])));
         let left = 1_300 - (1_500 - room) as u16;
         assert_eq!(verdict.frame[40..42], left.to_be_bytes(), "the MTU in the error");
+        // A receiver of IPv6 does not believe that 1,280 bytes are too many (RFC 8201, 4).
+        let long = packet(V6, Transport::Udp, 49_000, 83).with(|p| p.payload = vec![7; 1_300]);
+        assert_eq!(lab.xdp(&long.bytes()).frame[58..62], 1_280_u32.to_be_bytes(), "the least of IPv6");
         // Said by nobody who has to do with it.
         let foreign = IcmpError { to: ip(outer.listener), ..said(1_280) };
         let quote =

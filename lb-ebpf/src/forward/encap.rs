@@ -11,10 +11,12 @@ use lb_common::{
     outcome::Outcome,
     tunnel::{
         CRITICAL, DATA_WORDS, Header, NAMES_TASK, OPTION_CLASS, PROBE_ANSWER, Peer, RETURN_DIRECT, SELF,
-        Said, TO_TASK, VERSION, VERSION_AND_LENGTH, VERSION_KEYED, cookie, name, on_wire, overhead,
+        Said, TO_TASK, VERSION, VERSION_AND_LENGTH, VERSION_KEYED, cookie, name, network_of, on_wire,
+        overhead,
     },
 };
 
+use super::mtu;
 use crate::{
     io::{
         atomic,
@@ -312,11 +314,12 @@ fn judge(peer: u32, cookie: u64) -> u32 {
 }
 
 /// Turns a probe, whose frame has a link header, into its answer: back to where it came from, with what this node's packets to
-/// there are known by. `None` if the frame is not what it was.
+/// there are known by and what its uplink lets pass. `None` if the frame is not what it was.
 #[inline(always)]
-pub fn answer_probe<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> {
+pub fn answer_probe<F: Frame>(frame: &mut F, tunnel: &TunnelMeta, uplink: u32) -> Option<()> {
     let outer_v4 = tunnel.outer_v4 != 0;
     let cookie = PEERS.get(tunnel.peer)?.cookie;
+    let mtu = mtu::of_interface(frame, uplink);
     let ethernet = frame.at::<Ethernet>(0)?;
     let (destination, source) = (ethernet.destination, ethernet.source);
     ethernet.destination = source;
@@ -343,6 +346,7 @@ pub fn answer_probe<F: Frame>(frame: &mut F, tunnel: &TunnelMeta) -> Option<()> 
     header.destination_port = source;
     header.checksum = 0;
     header.kind = PROBE_ANSWER;
+    header.network = network_of(mtu);
     // Agents that know no keys have something else there; and who only may be the peer is not told what the peer knows.
     if header.version == VERSION_KEYED {
         let cookie = if tunnel.is_known != 0 { cookie } else { 0 };

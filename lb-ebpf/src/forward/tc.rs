@@ -296,7 +296,8 @@ pub fn reset<A: Back>(frame: &mut Skb, packet: &mut Packet<A>) -> Result<Action,
 #[inline(never)]
 pub fn answer_probe(frame: &mut Skb, tunnel: &TunnelMeta) -> u64 {
     let headless = tunnel.headless != 0;
-    if headless && put_link_header(frame).is_none() || encap::answer_probe(frame, tunnel).is_none() {
+    let uplink = maps::config().map_or(0, |config| config.uplink);
+    if headless && put_link_header(frame).is_none() || encap::answer_probe(frame, tunnel, uplink).is_none() {
         return super::pack(Ok(Action::PASS));
     }
     counters::outcome(Outcome::TunnelProbe as u32, 1);

@@ -176,7 +176,7 @@ pub fn arrived<A: Tracked>(
 pub fn answer_probe(frame: &mut XdpFrame, tunnel: &TunnelMeta) -> u64 {
     super::pack(Ok(match maps::config() {
         Some(config) if config.flags & XDP_TRANSMITS != 0 => {
-            if encap::answer_probe(frame, tunnel).is_none() {
+            if encap::answer_probe(frame, tunnel, config.uplink).is_none() {
                 Action::PASS
             } else {
                 counters::outcome(Outcome::TunnelProbe as u32, 1);

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    hash::{BuildHasher as _, RandomState},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -14,6 +15,7 @@ use std::{
 
 use lb_common::tunnel::{
     CRITICAL, DATA_WORDS, OPTION_CLASS, PROBE, PROBE_ANSWER, VERSION, VERSION_AND_LENGTH, VERSION_KEYED,
+    overhead, uplink_mtu,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
@@ -26,6 +28,10 @@ use super::path_mtu::{PACE, PathMtu};
 
 /// Geneve's header and our option.
 const BYTES: usize = 8 + 24;
+/// Where an answer says what the node's uplink lets pass: in the virtual network.
+const NETWORK: std::ops::Range<usize> = 4..8;
+/// What ways are asked for at least, in bytes: nobody is believed who says that his uplink lets less pass.
+const LEAST: u32 = 576;
 /// Where the length of the packet stands, if that is what is asked for: in the option's port.
 const LENGTH: std::ops::Range<usize> = 14..16;
 /// Where the cookie stands, if there is one: in the first half of the option's address.
@@ -65,6 +71,16 @@ struct Peer {
     there: bool,
     /// How long a packet its way lets pass.
     path: PathMtu,
+    /// How long a packet its uplink lets pass, in bytes, if it says so: what it sends to clients for other nodes leaves by that.
+    uplink: Option<u32>,
+}
+
+impl Peer {
+    /// The longest packet that may be sent there, in bytes with the tunnel's headers.
+    fn mtu(&self, v4: bool) -> u32 {
+        let path = self.path.mtu();
+        self.uplink.map_or(path, |uplink| path.min(uplink + u32::from(overhead(v4))))
+    }
 }
 
 struct Shared {
@@ -114,8 +130,7 @@ impl Prober {
             followed: Notify::new(),
             doubted: Notify::new(),
         });
-        let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
-        let work = ask(v4, v6, port, nonce, shared.clone(), changed);
+        let work = ask(v4, v6, port, shared.clone(), changed);
         Ok(Self { shared, task: tokio::spawn(work), port, bound })
     }
 
@@ -138,7 +153,7 @@ impl Prober {
             let peer = peers.entry(*address).or_insert_with(|| {
                 self.shared.followed.notify_one();
                 let path = PathMtu::new(mtu, *known, v4, now);
-                Peer { cookie: *cookie, asked: now, heard: None, there: false, path }
+                Peer { cookie: *cookie, asked: now, heard: None, there: false, path, uplink: None }
             });
             if std::mem::replace(&mut peer.cookie, *cookie) != *cookie {
                 // It may take this one where it did not take the last.
@@ -148,9 +163,10 @@ impl Prober {
         }
     }
 
-    /// The longest packets that the ways to nodes let pass, in bytes.
+    /// The longest packets that the ways to nodes let pass, and out of the tunnel on to clients, in bytes.
     pub fn mtus(&self) -> BTreeMap<IpAddr, u32> {
-        self.shared.peers().iter().map(|(address, peer)| (*address, peer.path.mtu())).collect()
+        let peers = self.shared.peers();
+        peers.iter().map(|(address, peer)| (*address, peer.mtu(address.is_ipv4()))).collect()
     }
 
     /// There is reason to look at the ways again: somebody says that a packet was too long.
@@ -207,7 +223,7 @@ pub async fn ask_once(
         let domain = if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
         let socket = socket(domain, interface, 0)?;
         socket.connect(SocketAddr::new(address, port)).await?;
-        let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), interface).to_be_bytes();
+        let nonce = RandomState::new().hash_one(interface).to_be_bytes();
         let mut buffer = [0; 256];
         loop {
             socket.send(&probe(nonce, cookie)).await?;
@@ -293,6 +309,12 @@ fn option(socket: &Socket, level: libc::c_int, name: libc::c_int, value: libc::c
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// What the node that answers says of its uplink.
+fn uplink_of(answer: &[u8]) -> Option<u32> {
+    let network = answer[NETWORK].try_into().ok().map(u32::from_ne_bytes)?;
+    uplink_mtu(network).map(|mtu| mtu.max(LEAST))
+}
+
 /// A probe as the tunnel carries it: Geneve and our option, nothing inside.
 fn probe(nonce: [u8; 8], cookie: u64) -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
@@ -322,11 +344,13 @@ async fn ask(
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     port: u16,
-    nonce: [u8; 8],
     shared: Arc<Shared>,
     changed: mpsc::Sender<()>,
 ) {
     let interval = shared.timeout / TRIES;
+    // One for each node: none can answer for another.
+    let secret = RandomState::new();
+    let nonce = |address: IpAddr| secret.hash_one(address).to_be_bytes();
     let (mut first, mut second) = ([0; 256], [0; 256]);
     let mut due = Instant::now();
     // Who is still to be asked in this round, by a packet of which length if that matters, and with which cookie.
@@ -352,7 +376,7 @@ async fn ask(
             () = std::future::ready(()), if !round.is_empty() => {
                 for (address, length, cookie) in round.split_off(round.len().saturating_sub(BURST)) {
                     let socket = if address.is_ipv4() { Some(&v4) } else { v6.as_ref() };
-                    let request = probe(nonce, cookie);
+                    let request = probe(nonce(address), cookie);
                     let request = if length == 0 { request.to_vec() } else { padded(request, address, length) };
                     if let Some(socket) = socket {
                         // What is not sent is not answered.
@@ -387,10 +411,13 @@ async fn ask(
             // An ICMP error that a probe came to.
             continue;
         };
-        let answers = bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce;
-        if answers && let Some(peer) = shared.peers().get_mut(&from.ip().to_canonical()) {
-            let (now, before) = (Instant::now(), peer.path.mtu());
+        let address = from.ip().to_canonical();
+        let answers = bytes.len() >= BYTES && bytes[10] == PROBE_ANSWER && bytes[NONCE] == nonce(address);
+        if answers && let Some(peer) = shared.peers().get_mut(&address) {
+            let (now, v4) = (Instant::now(), address.is_ipv4());
+            let before = (peer.path.mtu(), peer.mtu(v4), peer.uplink);
             peer.heard = Some(now);
+            peer.uplink = uplink_of(bytes);
             let length = u16::from_be_bytes([bytes[LENGTH.start], bytes[LENGTH.start + 1]]);
             if length > 0 {
                 peer.path.answered(length.into(), now);
@@ -400,12 +427,15 @@ async fn ask(
                 paced = now;
                 let _ = changed.try_send(());
             }
-            if peer.path.mtu() != before {
-                log::info!(
-                    "the way to {} lets packets of {} bytes pass",
-                    from.ip().to_canonical(),
-                    peer.path.mtu()
-                );
+            if peer.path.mtu() != before.0 {
+                log::info!("the way to {address} lets packets of {} bytes pass", peer.path.mtu());
+            }
+            if peer.uplink != before.2
+                && let Some(bytes) = peer.uplink
+            {
+                log::debug!("the uplink of the node at {address} lets packets of {bytes} bytes pass");
+            }
+            if peer.mtu(v4) != before.1 {
                 let _ = changed.try_send(());
             }
         }
@@ -437,6 +467,22 @@ fn notice(shared: &Shared, changed: &mpsc::Sender<()>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_packet_to_a_node_fits_its_way_and_then_its_uplink() {
+        let now = Instant::now();
+        let of = |network: [u8; 4]| {
+            let mut answer = probe([0; 8], 0);
+            answer[NETWORK].copy_from_slice(&network);
+            let path = PathMtu::new(9_000, Some(9_000), true, now);
+            let uplink = uplink_of(&answer);
+            Peer { cookie: 0, asked: now, heard: None, there: true, path, uplink }.mtu(true)
+        };
+        assert_eq!(of([0; 4]), 9_000, "an agent that says nothing");
+        assert_eq!(of([0, 0x05, 0xdc, 0]), 1_560);
+        assert_eq!(of([0, 0x23, 0x28, 0]), 9_000, "the tunnel's headers do not fit");
+        assert_eq!(of([0, 0, 1, 0]), 636, "nobody means that");
+    }
 
     /// As any user of the machine can: a more specific address, a more specific device, every option that shares.
     #[tokio::test]

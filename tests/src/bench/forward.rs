@@ -413,6 +413,7 @@ impl<'a> Rig<'a> {
                     macs: (CLIENT_MAC, NODE_MAC),
                     nodes: (PEER.into(), NODE.into()),
                     ports: (51_000, DEFAULT_PORT),
+                    network: 0,
                     class: OPTION_CLASS.get(),
                     kind: TO_CLIENT,
                     version_and_flags: [VERSION, 0],

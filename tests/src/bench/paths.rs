@@ -195,6 +195,7 @@ fn arrived(kind: u8, flags: u8) -> impl Fn(&Packet) -> Vec<u8> {
             macs: (HOP_MAC, NODE_MAC),
             nodes: (ip("192.0.2.2"), ip("192.0.2.1")),
             ports: (51_000, DEFAULT_PORT),
+            network: 0,
             class: OPTION_CLASS.get(),
             kind,
             version_and_flags: [VERSION_KEYED, flags],
