@@ -42,7 +42,7 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`].
+    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`].
     pub flags: u32,
 }
 
@@ -53,6 +53,9 @@ pub const RESTRICTED: u32 = 2;
 /// Beside [`CONSISTENT`]: the hash is of the client's address alone, so that a client gets the same task whatever node, address and
 /// port it uses.
 pub const AFFINE: u32 = 4;
+/// There are tasks, and none of them is to get new connections here: those are refused instead of being passed to the host, whose
+/// mesh would give them to one.
+pub const CLOSED: u32 = 8;
 
 /// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
 /// table.

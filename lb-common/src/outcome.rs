@@ -78,10 +78,12 @@ outcomes! {
     Denied = "denied",
     /// The task of the connection is gone.
     BackendGone = "backend_gone",
-    /// The task of the connection is gone: answered with a reset in place of the packet.
+    /// The task of the connection is gone, or none of the service's tasks is to get new connections here: answered with a reset in
+    /// place of the packet.
     Reset = "reset",
     /// The task of the connection cannot be reached now: no next hop, or its interface is down. Dropped, so that the
-    /// client sends again.
+    /// client sends again. Or what is for a service of whose tasks none is to get new connections
+    /// here, and cannot be answered: a datagram, or a SYN in generic XDP.
     BackendUnreachable = "backend_unreachable",
     /// A task refused a connection (RST to a SYN); kept from the client, whose next SYN goes to another task.
     TaskRefused = "task_refused",

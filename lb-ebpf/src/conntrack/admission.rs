@@ -1,14 +1,14 @@
 //! Making connections: choose a task, draft a line, put it into the table.
 
 use lb_common::{
-    abi::inner,
+    abi::{XDP_GENERIC, inner},
     backend::{Backend, Kind},
     conntrack::{
         Control, FiveTuple,
         line::{ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
         tcp::{FIN, RST, SYN},
     },
-    endpoint::{AFFINE, CONSISTENT, Endpoint, Listener, RESTRICTED},
+    endpoint::{AFFINE, CLOSED, CONSISTENT, Endpoint, Listener, RESTRICTED},
     net::Be16,
     outcome::Outcome,
     tags::Tags,
@@ -109,8 +109,8 @@ pub fn take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
 #[inline(always)]
 fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Outcome> {
     let index = chosen as u32;
-    let backend = BACKENDS.get(index).ok_or(Outcome::NoBackend)?;
     let goes_on = packet.search.goes_on != 0;
+    let backend = BACKENDS.get(index).ok_or_else(|| nobody(packet, goes_on))?;
     // Its port was known to its line alone.
     if goes_on && backend.kind == Kind::Snat as u8 {
         return Err(Outcome::NoConnection);
@@ -141,6 +141,23 @@ fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
         packet.draft.state |= OTHERS;
     }
     Ok(Step::Place)
+}
+
+/// What becomes of a packet for which there is no task.
+#[inline(always)]
+fn nobody<A: Family>(packet: &Packet<A>, goes_on: bool) -> Outcome {
+    if packet.listener.flags & CLOSED == 0 || goes_on {
+        return Outcome::NoBackend;
+    }
+    // What XDP cannot answer itself it leaves to TC; where it cannot tell TC so, TC knows connections alone, and this would be the
+    // host's. The task that a SYN went to before may answer yet.
+    let answers =
+        maps::config().is_some_and(|config| config.flags & XDP_GENERIC == 0 && config.metadata_refused == 0);
+    if packet.is_tcp() && answers && packet.search.avoid == NOBODY {
+        Outcome::Reset
+    } else {
+        Outcome::BackendUnreachable
+    }
 }
 
 /// Whether the draft needs an alias before it is put into the table.
