@@ -112,6 +112,38 @@ impl Affinity {
     }
 }
 
+/// Whose tasks come first. Others get new connections where none of those takes any, but for [`Self::LocalOnly`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefer {
+    /// All are equal.
+    #[default]
+    Any,
+    /// Those of the node that the client asked.
+    Local,
+    /// Those of the nodes that have the same [`Node::zone`] as it.
+    Zone,
+    /// Those of the node that the client asked, and no others.
+    LocalOnly,
+}
+
+impl Prefer {
+    /// Whether all are equal.
+    pub fn is_any(&self) -> bool {
+        *self == Self::Any
+    }
+
+    /// As users write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Any => "any",
+            Self::Local => "local",
+            Self::Zone => "zone",
+            Self::LocalOnly => "local-only",
+        }
+    }
+}
+
 /// Who may connect to a service. Of the ranges that have a client's address the narrowest decides; a range that is both allowed and
 /// denied is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -216,7 +248,7 @@ impl Idle {
 }
 
 /// A machine of the cluster.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
     /// Unique in the cluster, and not its own to choose: the identifier that Swarm gave it, or the file's name for it.
     pub name: String,
@@ -233,9 +265,18 @@ pub struct Node {
     /// By what its packets in the tunnel are known.
     #[serde(default, skip_serializing_if = "NodeKey::is_unknown")]
     pub key: NodeKey,
+    /// What it shares with the nodes that are near to it: a rack, a room, a provider's zone. Empty if nobody has said.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub zone: String,
+    /// What is wrong with its labels, as users read it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub label_problem: String,
 }
 
 impl Node {
+    /// The longest name of a zone, in bytes: what is shown of a node has room for no more.
+    pub const LONGEST_ZONE: usize = 32;
+
     /// What users know it by.
     pub fn shown(&self) -> &str {
         if self.host.is_empty() { &self.name } else { &self.host }
@@ -261,6 +302,9 @@ pub struct Service {
     /// Whether a client's connections go to one task, whatever [`Self::placement`] says. Agents that know none place each by itself.
     #[serde(default, skip_serializing_if = "Affinity::is_none")]
     pub affinity: Affinity,
+    /// Whose tasks come first. Agents that know nothing of it take all for equal.
+    #[serde(default, skip_serializing_if = "Prefer::is_any")]
+    pub prefer: Prefer,
     /// Who may connect. Agents that know none let everybody.
     #[serde(default, skip_serializing_if = "Access::is_open")]
     pub access: Access,
@@ -503,7 +547,7 @@ pub struct Task {
     pub overlay: Option<IpAddr>,
     /// What it is doing.
     pub state: TaskState,
-    /// Share of new connections, relative to the service's other tasks.
+    /// Share of new connections, relative to the service's other tasks; zero is none.
     pub weight: u16,
     /// How it is reached from another node.
     pub via: Via,

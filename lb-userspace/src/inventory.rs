@@ -16,7 +16,7 @@ use lb_common::{
 use serde::Serialize;
 
 use crate::{
-    cluster::{Idle, Port, TIMERS, TaskState},
+    cluster::{Idle, Port, Prefer, TIMERS, TaskState},
     datapath::{Counters, DatapathError, TableSet},
     plan::{BackendEntry, NodeLabel, PortLabel, Tables},
     report::{Drain, Drained, SourceReport, Trouble, moment},
@@ -45,7 +45,7 @@ pub struct Inventory {
 pub struct Service {
     /// Name.
     pub name: String,
-    /// Tasks that take new connections.
+    /// Tasks that can take new connections.
     pub active_tasks: usize,
     /// Tasks it has, whatever they are doing.
     pub tasks: u32,
@@ -55,7 +55,7 @@ pub struct Service {
     pub left_to_swarm: Option<String>,
     /// New connections given to a task.
     pub connections: u64,
-    /// New connections that no task could be given: passed to the host.
+    /// New connections that no task could be given: passed to the host, or refused where there are tasks that are to get none.
     pub refused_connections: u64,
     /// Packets of clients that may not connect, dropped.
     pub denied_packets: u64,
@@ -80,8 +80,10 @@ pub struct Task {
     pub via: &'static str,
     /// Where it listens.
     pub addresses: Vec<String>,
-    /// Whether it takes new connections on all its ports.
+    /// Whether it can take new connections on all its ports.
     pub active: bool,
+    /// The part of this node's new connections that it gets, in percent, rounded; of several ports that of the one with most.
+    pub share: u32,
     /// New connections.
     pub connections: u64,
     /// Connections that are open; counted only where it was asked for.
@@ -122,6 +124,8 @@ pub struct Node {
     pub forged_packets: u64,
     /// Tasks it has.
     pub tasks: usize,
+    /// What it shares with the nodes near to it; empty if nobody has said.
+    pub zone: String,
     /// What is wrong.
     pub problem: Option<String>,
 }
@@ -254,6 +258,36 @@ impl Inventory {
         }
     }
 
+    /// The part of new connections that each backend gets, which gets any, in percent: of all the slots of a listener those that
+    /// name it, where it has most.
+    fn shares(&self) -> BTreeMap<u32, u32> {
+        let mut shares: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut seen = BTreeSet::new();
+        for listener in self.tables.listeners.values() {
+            if !seen.insert((listener.slot_base, listener.slot_count)) {
+                continue;
+            }
+            let mut slots: BTreeMap<u32, u64> = BTreeMap::new();
+            for backend in self.tables.slots_of(listener).into_iter().flatten() {
+                *slots.entry(*backend).or_default() += 1;
+            }
+            let all = u64::from(listener.slot_count);
+            for (backend, count) in slots {
+                // Nobody who gets some is said to get none.
+                let percent = ((count * 100 + all / 2) / all).max(1) as u32;
+                let share = shares.entry(backend).or_default();
+                *share = percent.max(*share);
+            }
+        }
+        shares
+    }
+
+    /// Whether new connections to a service, by its number, find a task; `None` if it listens nowhere.
+    pub fn takes_connections(&self, service: u32) -> Option<bool> {
+        let of = self.tables.listeners.values().filter(|listener| listener.service == service);
+        of.map(|listener| listener.slot_count > 0).reduce(|one, other| one || other)
+    }
+
     /// The services, by name.
     pub fn services(&self) -> Vec<Service> {
         let mut ports: BTreeMap<u32, Vec<Port>> = BTreeMap::new();
@@ -264,6 +298,10 @@ impl Inventory {
         for (number, entry) in &self.tables.backends {
             let of = tasks.entry(entry.backend.service).or_default();
             of.entry(&entry.label.task).or_default().push(*number);
+        }
+        let mut takers: BTreeMap<u32, bool> = BTreeMap::new();
+        for listener in self.tables.listeners.values() {
+            *takers.entry(listener.service).or_default() |= listener.slot_count > 0;
         }
         let mut services: Vec<Service> = self
             .tables
@@ -285,6 +323,9 @@ impl Inventory {
                         0 => "it has no task".to_owned(),
                         _ => "no task takes new connections".to_owned(),
                     });
+                } else if label.prefer != Prefer::LocalOnly && takers.get(index) == Some(&false) {
+                    // Where others are not to get any it is nothing wrong that there is none.
+                    problems.push("none of its tasks gets new connections here".to_owned());
                 }
                 if refusing > 0 {
                     problems.push(format!("{refusing} of {} tasks refuse or do not answer", label.tasks));
@@ -332,10 +373,18 @@ impl Inventory {
                 tasks.entry((service, task.len(), task)).or_default().push((*number, entry));
             }
         }
-        let nodes = self.node_names();
+        let (nodes, shares) = (self.node_names(), self.shares());
         tasks
             .into_iter()
-            .map(|((service, ..), backends)| self.task((service, &nodes), &backends, open))
+            .map(|((service, ..), backends)| Task {
+                share: backends
+                    .iter()
+                    .filter_map(|(number, _)| shares.get(number))
+                    .max()
+                    .copied()
+                    .unwrap_or(0),
+                ..self.task((service, &nodes), &backends, open)
+            })
             .collect()
     }
 
@@ -372,6 +421,7 @@ impl Inventory {
                 .map_or("-", via),
             addresses: addresses.into_iter().collect(),
             active: backends.iter().all(|(_, entry)| entry.backend.state == State::Active as u8),
+            share: 0,
             connections: stats.connections,
             open_connections: open
                 .map(|open| backends.iter().filter_map(|(number, _)| open.get(number)).sum::<u64>()),
@@ -397,6 +447,8 @@ impl Inventory {
             let drained = self.drains.iter().any(|d| d.what == Drained::Node && d.name == label.name);
             let drained =
                 drained.then(|| "drained by hand: no new connections go to its tasks from here".to_owned());
+            let problems = label.problem.clone().or(drained).into_iter().chain(label.label_problem.clone());
+            let problems: Vec<String> = problems.collect();
             Node {
                 name: names.get(label.name.as_str()).cloned().unwrap_or_default(),
                 id: label.name.clone(),
@@ -412,7 +464,8 @@ impl Inventory {
                 key: key.map(Key::of),
                 forged_packets: key.map_or(0, |key| key.refused),
                 tasks: tasks.get(label.name.as_str()).map_or(0, BTreeSet::len),
-                problem: label.problem.clone().or(drained),
+                zone: label.zone.clone(),
+                problem: Some(problems.join("; ")).filter(|text| !text.is_empty()),
             }
         };
         self.tables.nodes.iter().map(node).collect()
@@ -461,7 +514,8 @@ impl Inventory {
             if flags & lb_common::endpoint::CONSISTENT != 0 { "consistent" } else { "round-robin" };
         let affinity = if flags & lb_common::endpoint::AFFINE != 0 { "client" } else { "none" };
         serde_json::json!({
-            "placement": placement, "affinity": affinity, "timers": timers, "idle": idle, "access": access
+            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "timers": timers, "idle": idle,
+            "access": access
         })
     }
 }

@@ -58,6 +58,8 @@ pub const PASS: u32 = 2;
 pub const TX: u32 = 3;
 /// `TC_ACT_UNSPEC`.
 pub const UNSPEC: u32 = u32::MAX;
+/// `TC_ACT_SHOT`.
+pub const SHOT: u32 = 2;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
 
@@ -237,6 +239,7 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         returns: None,
         placement: lb_userspace::cluster::Placement::default(),
         affinity: lb_userspace::cluster::Affinity::None,
+        prefer: lb_userspace::cluster::Prefer::Any,
         access: lb_userspace::cluster::Access::default(),
         left: String::new(),
         problem: String::new(),
@@ -284,6 +287,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             agent: true,
             down: false,
             key: NodeKey::Unknown,
+            ..Node::default()
         };
         let nodes = vec![node(1), node(2)];
         let services = services.into_iter().map(Arc::new).collect();

@@ -88,6 +88,7 @@ pub(super) const TASKS: &[Column] = &[
     Column("NODE", |row| text(row, "node")),
     Column("STATE", |row| text(row, "state")),
     Column("VIA", |row| text(row, "via")),
+    Column("SHARE", |row| format!("{}%", row["share"])),
     Column("ADDRESS", |row| text(row, "addresses")),
     Column("CONNECTIONS", |row| text(row, "connections")),
     Column("OPEN", |row| text(row, "open_connections")),

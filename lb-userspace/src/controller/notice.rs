@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lb_common::backend::State;
+use lb_common::{backend::State, endpoint::CLOSED};
 
 use crate::{
     cluster::TaskState,
@@ -75,6 +75,7 @@ impl Notice {
                         notice.say(Kind::ServiceGone, text, |event| event.of_service(&label.name));
                     }
                 }
+                MapOp::SetListener(_, listener) => drop(notice.services.insert(listener.service, false)),
                 MapOp::SetBackend(_, entry) => drop(notice.services.insert(entry.backend.service, false)),
                 MapOp::FreeBackend(index) => {
                     let freed = tables.backends.get(index).map(|entry| entry.backend.service);
@@ -83,8 +84,9 @@ impl Notice {
                 _ => {}
             }
         }
-        for (service, active) in &mut notice.services {
-            *active = has_active(tables, *service);
+        let takers = takers(tables);
+        for (service, takes) in &mut notice.services {
+            *takes = takers.contains(service);
         }
         let tasks = tasks(tables, &notice.services);
         notice.before =
@@ -155,14 +157,16 @@ impl Notice {
             let name = tables.services.get(service).map(|label| label.name.clone());
             said.push(Event { service: name, ..event });
         }
+        let (takers, closed) = (takers(tables), closed(tables));
         for service in services {
             let Some(label) = tables.services.get(&service) else { continue };
             let name = &label.name;
-            let (kind, text) = match (self.services[&service], has_active(tables, service)) {
+            let (kind, text) = match (self.services[&service], takers.contains(&service)) {
                 (true, false) => (
                     Kind::ServiceWithoutTask,
                     format!(
-                        "service {name} has no task that takes new connections: they are passed to the host"
+                        "service {name} has no task that takes new connections: they are {}",
+                        if closed.contains(&service) { "refused" } else { "passed to the host" }
                     ),
                 ),
                 (false, true) => {
@@ -214,9 +218,16 @@ fn change(before: Option<Shown>, is: Shown, label: &BackendLabel) -> Option<(Kin
     })
 }
 
-fn has_active(tables: &Tables, service: u32) -> bool {
-    let mut its = tables.backends.values().filter(|entry| entry.backend.service == service);
-    its.any(|entry| entry.backend.state == State::Active as u8)
+/// The services whose new connections are refused where they find no task.
+fn closed(tables: &Tables) -> BTreeSet<u32> {
+    let closed = tables.listeners.values().filter(|listener| listener.flags & CLOSED != 0);
+    closed.map(|listener| listener.service).collect()
+}
+
+/// The services to which new connections find a task.
+fn takers(tables: &Tables) -> BTreeSet<u32> {
+    let taking = tables.listeners.values().filter(|listener| listener.slot_count > 0);
+    taking.map(|listener| listener.service).collect()
 }
 
 /// What happened to many at once in one event a kind.

@@ -503,9 +503,11 @@ impl TableSet {
     /// Applies the operations that need nothing but the tables.
     pub(super) fn apply(&mut self, op: &MapOp) -> Result<(), DatapathError> {
         match op {
-            MapOp::SetNode(index, label) => {
-                self.set_label(LABEL_NODE, *index, &fitted(label, &[|label| &mut label.problem]))
-            }
+            MapOp::SetNode(index, label) => self.set_label(
+                LABEL_NODE,
+                *index,
+                &fitted(label, &[|label| &mut label.label_problem, |label| &mut label.problem]),
+            ),
             MapOp::RemoveNode(index) => self.remove_label(LABEL_NODE, *index),
             MapOp::SetPeer(number, peer) => self.set_peer(*number, *peer),
             MapOp::RemovePeer(number) => self.set_peer(*number, Peer::default()),

@@ -14,7 +14,7 @@ use lb_common::{
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
 use crate::{
-    cluster::{Affinity, ClusterState, Node, Placement, Port, Return, Service, Task, TaskState, Via},
+    cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
     tunnel_key::Cookies,
 };
 
@@ -98,6 +98,8 @@ pub struct DesiredNode {
     pub way: Option<Result<(IpAddr, Way), String>>,
     /// The cookies of packets between it and this machine, where both have keys.
     pub cookies: Option<Cookies>,
+    /// Whether it lies in this machine's zone, where that has one.
+    pub near: bool,
 }
 
 impl DesiredNode {
@@ -122,6 +124,8 @@ pub struct DesiredService {
     pub placement: Placement,
     /// Whether a client's address alone decides, whatever the placement.
     pub affinity: Affinity,
+    /// Whether tasks that are not preferred get new connections where none that is takes any.
+    pub falls_over: bool,
     /// Whether clients may connect, by ranges; empty if all may.
     pub access: BTreeMap<IpNet, bool>,
 }
@@ -133,8 +137,10 @@ pub struct DesiredBackend {
     pub label: BackendLabel,
     /// As the datapath sees it.
     pub backend: Backend,
-    /// Share of new connections.
+    /// Share of new connections; zero is none.
     pub weight: u16,
+    /// Whether it comes first.
+    pub preferred: bool,
 }
 
 /// One published port.
@@ -190,31 +196,40 @@ pub(super) struct Scene<'a> {
     view: &'a View<'a>,
     reaching: Reaching<'a>,
     nodes: HashMap<&'a str, &'a DesiredNode>,
+    /// Whether this machine has a zone.
+    zoned: bool,
 }
 
 impl<'a> Scene<'a> {
     /// The view, with the nodes as it shows them.
     pub fn new(view: &'a View<'a>, nodes: &'a [DesiredNode]) -> Self {
         let reaching = Reaching::new(&view.cluster.nodes, view.node);
+        let zoned = !zone(view).is_empty();
         let nodes = nodes.iter().map(|node| (node.label.name.as_str(), node)).collect();
-        Self { view, reaching, nodes }
+        Self { view, reaching, nodes, zoned }
     }
 
     /// What the tables should mean of a service.
     pub fn service(&self, service: &Service) -> DesiredService {
+        let mut problems = Vec::from_iter(Some(service.problem.as_str()).filter(|text| !text.is_empty()));
+        if service.prefer == Prefer::Zone && !self.zoned {
+            problems.push("this node is in no zone, and prefers no tasks");
+        }
         DesiredService {
             label: ServiceLabel {
                 name: service.name.clone(),
                 tasks: service.tasks.len() as u32,
                 left: Some(service.left.clone()).filter(|left| !left.is_empty()),
-                problem: Some(service.problem.clone()).filter(|problem| !problem.is_empty()),
+                problem: Some(problems.join("; ")).filter(|text| !text.is_empty()),
                 timers: service.timers.seconds,
                 idle: service.idle,
+                prefer: service.prefer,
             },
             backends: self.backends(service),
             ports: ports(self.view, service),
             placement: service.placement,
             affinity: service.affinity,
+            falls_over: service.prefer != Prefer::LocalOnly,
             access: service.access.ranges(),
         }
     }
@@ -225,6 +240,11 @@ impl<'a> Scene<'a> {
         let direct = service.returns.unwrap_or(self.view.cluster.tunnel.returns) == Return::Direct;
         for task in &service.tasks {
             let reach = self.reaching.of(task);
+            let preferred = match service.prefer {
+                Prefer::Any => true,
+                Prefer::Local | Prefer::LocalOnly => reach == Reach::Local,
+                Prefer::Zone => self.nodes.get(task.node.as_str()).is_some_and(|node| node.near),
+            };
             for address in &task.addresses {
                 let way = self.way(task, (*address, reach));
                 for (protocol, target) in &targets {
@@ -242,7 +262,7 @@ impl<'a> Scene<'a> {
                         overlay: task.cluster_address().filter(|overlay| overlay != address),
                         problem,
                     };
-                    backends.push(DesiredBackend { label, backend, weight: task.weight });
+                    backends.push(DesiredBackend { label, backend, weight: task.weight, preferred });
                 }
             }
         }
@@ -276,6 +296,12 @@ const DOWN: &str =
 /// Addresses shown of a node; a label has room for so many.
 const NODE_ADDRESSES: usize = 4;
 
+/// The zone of this machine; empty if it has none.
+pub(super) fn zone<'a>(view: &View<'a>) -> &'a str {
+    let this = view.cluster.nodes.iter().find(|node| node.name == view.node);
+    this.map_or("", |node| node.zone.as_str())
+}
+
 /// The machines; what two of them claim is said.
 pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNode> {
     // Of this node's own addresses nobody else can know better.
@@ -288,6 +314,7 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
     let shown: HashMap<&str, &str> =
         view.cluster.nodes.iter().map(|node| (node.name.as_str(), node.shown())).collect();
     let mut nodes = Vec::new();
+    let zone = zone(view);
     for node in &view.cluster.nodes {
         let this = node.name == view.node;
         let mut addresses = node.addresses.clone();
@@ -308,6 +335,7 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
         let problem = way.as_ref().and_then(|way| way.as_ref().err().cloned()).or(silent);
         // One that has left and joined again has the other's address; nothing more is wrong with it.
         let problem = if node.down { Some(DOWN.to_owned()) } else { problem };
+        let label_problem = Some(node.label_problem.clone()).filter(|text| !text.is_empty());
         let label = NodeLabel {
             name: node.name.clone(),
             host: node.host.clone(),
@@ -315,10 +343,13 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
             this,
             agent: node.agent,
             problem,
+            label_problem,
+            zone: node.zone.clone(),
         };
+        let near = !zone.is_empty() && node.zone == zone;
         let way = way.map(|way| way.map(|(address, way)| (address, way.clone())));
         let cookies = view.cookies.get(&node.name).copied();
-        nodes.push(DesiredNode { label, addresses, way, cookies });
+        nodes.push(DesiredNode { label, addresses, way, cookies, near });
     }
     nodes
 }

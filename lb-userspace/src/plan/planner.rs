@@ -69,6 +69,8 @@ struct Entry {
 struct Around {
     addresses: Vec<IpAddr>,
     returns: Return,
+    /// Whether this node lies in a zone.
+    zoned: bool,
     ways: Ways,
     nodes: Vec<DesiredNode>,
     /// What was left out of them.
@@ -285,7 +287,9 @@ impl Planner {
         let returns = view.cluster.tunnel.returns;
         let ways = changed_ways(&self.around.ways, view.ways);
         let served = view.served();
-        let same = self.around.addresses == served && self.around.returns == returns;
+        let zoned = !desired::zone(view).is_empty();
+        let same =
+            self.around.addresses == served && self.around.returns == returns && self.around.zoned == zoned;
         let mut all = complete || !same;
         let mut nodes = HashSet::new();
         let peers = builder.has_peers();
@@ -310,7 +314,7 @@ impl Planner {
         }
         self.around.nodes = now;
         if !same {
-            (self.around.addresses, self.around.returns) = (served, returns);
+            (self.around.addresses, self.around.returns, self.around.zoned) = (served, returns, zoned);
         }
         for name in self.entries.iter().filter(|(_, entry)| {
             let leads = |service: &Arc<Service>| service.tasks.iter().any(|task| nodes.contains(&task.node));

@@ -217,17 +217,25 @@ impl<'a> TableBuilder<'a> {
                 by_target.entry(target(&entry.label)).or_default().push(position);
             }
         }
+        for positions in by_target.values_mut() {
+            positions.retain(|position| service.backends[*position].weight > 0);
+            let preferred = |position: &usize| service.backends[*position].preferred;
+            if !service.falls_over || positions.iter().any(preferred) {
+                positions.retain(preferred);
+            }
+        }
         let mut ports = Vec::with_capacity(service.ports.len());
         for port in &service.ports {
             let cursor = known.get(&(port.port.protocol, port.port.published)).copied();
             let cursor = cursor.or_else(|| self.cursors.next()).ok_or_else(|| full("listeners"))?;
             let eligible = |v4| {
-                let positions = by_target.get(&(port.port.protocol, port.port.target, v4));
+                // What has tasks here, of which none is to get any, has an empty list; who has none, none.
+                let positions = by_target.get(&(port.port.protocol, port.port.target, v4))?;
                 let of = |position: &usize| {
                     let (index, entry) = &backends[*position];
                     (*index, service.backends[*position].weight, entry.label.task.as_str())
                 };
-                positions.into_iter().flatten().map(of).collect()
+                Some(positions.iter().map(of).collect())
             };
             ports.push(self.port((number, cursor), port, service, eligible)?);
         }
@@ -358,14 +366,14 @@ impl<'a> TableBuilder<'a> {
         in_tables.ports.iter().filter_map(of).collect()
     }
 
-    /// The listeners and slots of one published port of a service; `eligible` are the backends of a family that take new
-    /// connections of it, with weights and names.
+    /// The listeners and slots of one published port of a service; `eligible` are the backends of a family that are to get new
+    /// connections of it, with weights and names; `None` if none could take any.
     fn port<'b>(
         &mut self,
         (number, cursor): (u32, u32),
         wanted: &DesiredPort,
         service: &DesiredService,
-        eligible: impl Fn(bool) -> Vec<(u32, u16, &'b str)>,
+        eligible: impl Fn(bool) -> Option<Vec<(u32, u16, &'b str)>>,
     ) -> Result<PlannedPort, Refusal> {
         let port = wanted.port;
         let label = PortLabel {
@@ -381,7 +389,9 @@ impl<'a> TableBuilder<'a> {
             if addresses.is_empty() {
                 continue;
             }
-            let mut eligible = eligible(v4);
+            let able = eligible(v4);
+            let closed = !service.falls_over || able.as_ref().is_some_and(Vec::is_empty);
+            let mut eligible = able.unwrap_or_default();
             let affine = service.affinity == Affinity::Client;
             let by_hash = affine || service.placement == Placement::Consistent;
             let known_as = |name: &'b str| if affine { place(&service.label.name, name) } else { name };
@@ -396,6 +406,7 @@ impl<'a> TableBuilder<'a> {
             };
             let flags = flags | if affine { endpoint::AFFINE } else { 0 };
             let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
+            let flags = flags | if closed && eligible.is_empty() { endpoint::CLOSED } else { 0 };
             let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
             let at = |address: &IpAddr| at(port, *address);
             let slot_count = slots.len() as u32;

@@ -15,7 +15,7 @@ use lb_common::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cluster::{Idle, Protocol, TaskState},
+    cluster::{Idle, Prefer, Protocol, TaskState},
     tunnel_key::Cookies,
 };
 
@@ -51,6 +51,9 @@ pub struct ServiceLabel {
     /// What becomes of established TCP connections that have ended by silence. Left out by agents before it was there.
     #[serde(default, skip_serializing_if = "Idle::is_default")]
     pub idle: Idle,
+    /// Whose tasks come first.
+    #[serde(default, skip_serializing_if = "Prefer::is_any")]
+    pub prefer: Prefer,
 }
 
 /// What a cursor stands for: a published port.
@@ -107,6 +110,12 @@ pub struct NodeLabel {
     /// Why its agent is not reached, if it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// What is wrong with its labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label_problem: Option<String>,
+    /// What it shares with the nodes near to it; empty if nobody has said.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub zone: String,
 }
 
 impl NodeLabel {

@@ -1,5 +1,7 @@
 //! Properties of planning: from any state to any state.
 
+mod prefer;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -12,9 +14,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Protocol, Service, Task, TaskState, Via,
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Service, Task,
+        TaskState, Via,
     },
-    tunnel_key::{Cookies, NodeKey},
+    tunnel_key::Cookies,
 };
 
 // Room for two generations of the most that `cluster` makes, for a plan gives nothing again that it frees: backends of five
@@ -32,7 +35,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     let task = (
         0_u8..6,
         state,
-        1_u16..4,
+        0_u16..4,
         any::<bool>(),
         prop_oneof![Just(Via::Snat), Just(Via::Routed), Just(Via::Peer)],
         any::<bool>(),
@@ -45,28 +48,38 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     let listed = (prop::option::of(ranges()), ranges()).prop_map(|(allow, deny)| Access { allow, deny });
     let access = prop_oneof![2 => Just(Access::default()), 1 => listed];
     let affinity = prop_oneof![3 => Just(Affinity::None), 1 => Just(Affinity::Client)];
-    let settings = (placement, affinity, idle, access);
+    let prefer = prop_oneof![
+        3 => Just(Prefer::Any), 1 => Just(Prefer::Local), 1 => Just(Prefer::Zone), 1 => Just(Prefer::LocalOnly)
+    ];
+    let settings = (placement, affinity, prefer, idle, access);
     let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), settings);
-    // A third node comes and goes, and the second one's agent.
-    let others = (any::<bool>(), any::<bool>());
-    (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(|(services, (agent, third))| {
-        let node = |number: u8, agent| Node {
-            name: format!("node{number}"),
-            host: String::new(),
-            addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
-            agent,
-            down: false,
-            key: NodeKey::Unknown,
-        };
-        let mut nodes = vec![node(1, true), node(2, agent)];
-        nodes.extend(third.then(|| node(3, true)));
-        let services =
-            services.into_iter().map(|(number, (tasks, ports, (placement, affinity, idle, access)))| {
-                Service { placement, affinity, idle, access, ..build(number, tasks, ports) }
-            });
-        let services = services.map(Arc::new).collect();
-        ClusterState { nodes, services, ..ClusterState::default() }
-    })
+    // A third node comes and goes, the second one's agent, and what zones they lie in.
+    let others = (any::<bool>(), any::<bool>(), any::<[bool; 3]>());
+    (prop::collection::btree_map(0_u8..5, service, 0..5), others).prop_map(
+        |(services, (agent, third, near))| {
+            let node = |number: u8, agent| Node {
+                name: format!("node{number}"),
+                addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
+                agent,
+                zone: if near[usize::from(number) - 1] { "a" } else { "" }.to_owned(),
+                ..Node::default()
+            };
+            let mut nodes = vec![node(1, true), node(2, agent)];
+            nodes.extend(third.then(|| node(3, true)));
+            let services = services.into_iter().map(
+                |(number, (tasks, ports, (placement, affinity, prefer, idle, access)))| Service {
+                    placement,
+                    affinity,
+                    prefer,
+                    idle,
+                    access,
+                    ..build(number, tasks, ports)
+                },
+            );
+            let services = services.map(Arc::new).collect();
+            ClusterState { nodes, services, ..ClusterState::default() }
+        },
+    )
 }
 
 type RawTask = (u8, TaskState, u16, bool, Via, bool);
@@ -99,6 +112,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         returns: None,
         placement: Placement::default(),
         affinity: Affinity::None,
+        prefer: Prefer::Any,
         access: Access::default(),
         left: String::new(),
         problem: String::new(),
@@ -388,11 +402,9 @@ fn addresses_of_nodes_without_room_are_said() {
     let address = |i: u8| IpAddr::from([198, 51, 100, i]);
     let node = |name: &str, first: u8| Node {
         name: name.into(),
-        host: String::new(),
         addresses: (first..first + 5).map(address).collect(),
         agent: true,
-        down: false,
-        key: NodeKey::Unknown,
+        ..Node::default()
     };
     let mut tables = Tables::empty(LIMITS.slots);
     let mut go = |cluster: &ClusterState| {
@@ -653,11 +665,9 @@ fn nodes(numbers: &[u8]) -> ClusterState {
     service.tasks = numbers.iter().map(task).collect();
     let node = |number: &u8| Node {
         name: format!("node{number}"),
-        host: String::new(),
         addresses: vec![format!("192.0.2.{}", 100 + number).parse().unwrap()],
         agent: true,
-        down: false,
-        key: NodeKey::Unknown,
+        ..Node::default()
     };
     ClusterState {
         nodes: numbers.iter().map(node).collect(),

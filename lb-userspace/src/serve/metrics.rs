@@ -267,7 +267,7 @@ impl Metrics {
             ("connections", "New connections given to a task", None),
             of(|service| service.connections),
         )?;
-        let help = "New connections that no task could be given, passed to the host";
+        let help = "New connections that no task could be given: passed to the host, or refused";
         to.counter(("connections_refused", help, None), of(|service| service.refused_connections))?;
         let help = "Packets of clients that may not connect to a service, dropped";
         to.counter(("service_denied_packets", help, None), of(|service| service.denied_packets))?;

@@ -1,8 +1,8 @@
-//! The paths: the page at `/`, `/metrics`, `/-/healthy`, `/-/ready`, `/api/v1/…`.
+//! The paths: the page at `/`, `/metrics`, `/-/healthy`, `/-/ready` and `/-/ready/SERVICE`, `/api/v1/…`.
 
 use axum::{
     Json, Router,
-    extract::{Query, Request, State},
+    extract::{Path, Query, Request, State},
     http::{
         HeaderValue, StatusCode,
         header::{self, HeaderName},
@@ -21,6 +21,7 @@ use super::{
 use crate::{
     events::KEPT,
     health::Verdict,
+    inventory::Inventory,
     report::{Drained, now},
 };
 
@@ -49,6 +50,7 @@ pub fn router(shared: Shared, local: bool) -> Router {
         .route("/metrics", get(scrape))
         .route("/-/healthy", get(async || "healthy\n"))
         .route("/-/ready", get(ready))
+        .route("/-/ready/{service}", get(service_ready))
         .route("/api/v1/overview", get(overview))
         .route("/api/v1/events", get(events))
         .with_state(shared)
@@ -121,14 +123,19 @@ async fn scrape(State(shared): State<Shared>) -> Answer {
     Ok(([(header::CONTENT_TYPE, metrics::MEDIA_TYPE)], text.await??).into_response())
 }
 
-/// Whether new connections should be sent here: every interface is served, and nobody has drained this node.
-async fn ready(State(shared): State<Shared>) -> Answer {
+/// Why no new connections should be sent here: an interface is not served, or somebody has drained this node. `further` says more
+/// of an interface that is served.
+async fn unready(
+    shared: Shared,
+    further: impl Fn(&Inventory) -> Option<String>,
+) -> Result<Vec<String>, Failure> {
     let mut reasons = Vec::new();
     for (interface, read) in read(shared).await? {
+        let mut say = |reason: String| reasons.push(format!("{interface}: {reason}"));
         match read {
-            Err(error) => reasons.push(format!("{interface}: {error:#}")),
+            Err(error) => say(format!("{error:#}")),
             Ok(exposed) if exposed.health.verdict == Verdict::Starting => {
-                reasons.push(format!("{interface}: attach is starting"));
+                say("attach is starting".to_owned())
             }
             Ok(exposed) => {
                 let inventory = &exposed.inventory;
@@ -137,15 +144,38 @@ async fn ready(State(shared): State<Shared>) -> Answer {
                     drain.what == Drained::Node && Some(&drain.name) == this.as_ref()
                 };
                 if inventory.drains.iter().any(drained) {
-                    reasons.push(format!("{interface}: this node is drained by hand"));
+                    say("this node is drained by hand".to_owned());
                 }
+                further(inventory).into_iter().for_each(say);
             }
         }
     }
-    Ok(match reasons.as_slice() {
+    Ok(reasons)
+}
+
+fn readiness(reasons: &[String]) -> Response {
+    match reasons {
         [] => "ready\n".into_response(),
         reasons => (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n").into_response(),
-    })
+    }
+}
+
+/// Whether new connections should be sent here: every interface is served, and nobody has drained this node.
+async fn ready(State(shared): State<Shared>) -> Answer {
+    Ok(readiness(&unready(shared, |_| None).await?))
+}
+
+/// The same for a service, to which new connections find a task here as well.
+async fn service_ready(State(shared): State<Shared>, Path(name): Path<String>) -> Answer {
+    let further = |inventory: &Inventory| match inventory.service(&name) {
+        None => Some(format!("there is no service {name:?}")),
+        Some(number) => match inventory.takes_connections(number) {
+            Some(true) => None,
+            Some(false) => Some("no task gets new connections here".to_owned()),
+            None => Some("it is not served here".to_owned()),
+        },
+    };
+    Ok(readiness(&unready(shared, further).await?))
 }
 
 /// Everything that the page shows of this node.

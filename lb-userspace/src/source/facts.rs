@@ -191,6 +191,7 @@ mod tests {
             agent: true,
             down: false,
             key: crate::tunnel_key::NodeKey::Unknown,
+            ..Node::default()
         };
         let service = Service {
             name: "web".into(),
@@ -200,6 +201,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             affinity: crate::cluster::Affinity::None,
+            prefer: crate::cluster::Prefer::Any,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),

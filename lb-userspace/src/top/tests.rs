@@ -32,6 +32,7 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         via: "local",
         addresses: vec!["172.18.0.3:8080".into()],
         active: problem.is_none(),
+        share: 50,
         connections: rounds * 10 * number,
         open_connections: Some(number),
         failovers: if problem.is_some() { rounds * 4 } else { 0 },
@@ -51,6 +52,7 @@ fn seen(at: Instant, rounds: u64) -> Seen {
         key: None,
         forged_packets: 0,
         tasks: 2,
+        zone: String::new(),
         problem: problem.map(str::to_owned),
     };
     let silent = "the datapath at 192.0.2.3 has fallen silent";

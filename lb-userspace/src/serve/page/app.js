@@ -73,8 +73,9 @@ function sparkline(values) {
 
 function taskRow(task, most, seconds) {
   const now = rate("tasks", task.name, task.connections, seconds);
-  const [mark, kind] = task.problem ? ["!", "wrong"] : task.active ? ["●", "active"] : ["○", "drain"];
-  const said = task.problem || (task.active ? "takes new connections" : task.state);
+  const takes = task.active && task.share > 0;
+  const [mark, kind] = task.problem ? ["!", "wrong"] : takes ? ["●", "active"] : ["○", "drain"];
+  const said = task.problem || (takes ? "takes new connections" : task.active ? "others come first" : task.state);
   const bar = drawn("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
     drawn("rect", { x: 0, y: 0, height: 10, width: most > 0 ? (now / most) * 100 : 0 }));
   return element("li", { title: `${task.name} on ${task.node}: ${said}` },

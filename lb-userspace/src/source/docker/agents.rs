@@ -264,6 +264,7 @@ mod tests {
             agent: true,
             down: false,
             key: NodeKey::Unknown,
+            ..Node::default()
         };
         addresses.iter().map(node).collect()
     }

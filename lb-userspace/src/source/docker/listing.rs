@@ -12,8 +12,8 @@ use lb_common::conntrack::Timers;
 use super::model;
 use crate::{
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Protocol, Return, Service, TIMERS, Task,
-        TaskState, TimerError, Tunnel, Via, address_range, served_address, set_timer,
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Return, Service,
+        TIMERS, Task, TaskState, TimerError, Tunnel, Via, address_range, served_address, set_timer,
     },
     datapath::Hint,
     source::facts::task_name,
@@ -25,6 +25,12 @@ use crate::{
 pub const RETURN_LABEL: &str = "lb.return";
 /// Service label: how new connections find their tasks, `round-robin` or `consistent`.
 pub const PLACEMENT_LABEL: &str = "lb.placement";
+/// Service label: whose tasks come first, `any`, `local`, `zone` or `local-only`.
+pub const PREFER_LABEL: &str = "lb.prefer";
+/// Node label: the share of new connections that each of its tasks gets, beside one of other nodes.
+pub const WEIGHT_LABEL: &str = "lb.weight";
+/// Node label: what it shares with those near to it, as in Swarm's own `--placement-pref spread=node.labels.zone`.
+pub const ZONE_LABEL: &str = "zone";
 /// Service label: whether a client's connections go to one task, `none` or `client`.
 pub const AFFINITY_LABEL: &str = "lb.affinity";
 /// Service label, with a timer's name after it: the silence in seconds after which its connections have ended.
@@ -40,6 +46,10 @@ pub const DENY_LABEL: &str = "lb.deny";
 
 /// Host names are cut to so many bytes.
 const LONGEST_HOST: usize = 64;
+/// What is said of a node's labels likewise.
+const LONGEST_PROBLEM: usize = 160;
+/// The largest weight of a node: each service has as many slots as its tasks weigh.
+const HEAVIEST: u16 = 10;
 
 /// The lists of a manager at one moment.
 #[derive(Clone, Debug, Default)]
@@ -97,6 +107,8 @@ impl Listing {
         let members: BTreeSet<String> = self.nodes.iter().map(|node| node.id.clone()).collect();
         let down: BTreeSet<&str> =
             nodes.iter().filter(|node| node.down).map(|node| node.name.as_str()).collect();
+        let weighed = self.nodes.iter().filter_map(|node| Some((node.id.as_str(), weight(node).ok()??)));
+        let weights: HashMap<&str, u16> = weighed.collect();
         let mut tasks: HashMap<&str, Vec<&model::Task>> = HashMap::new();
         for task in &self.tasks {
             tasks.entry(&task.service_id).or_default().push(task);
@@ -112,13 +124,14 @@ impl Listing {
                 if task.state == TaskState::Running && down.contains(raw.node_id.as_str()) {
                     task.state = TaskState::Draining;
                 }
+                task.weight = weights.get(raw.node_id.as_str()).copied().unwrap_or(1);
                 Some(task)
             });
             let mut tasks: Vec<Task> = of.collect();
             // Docker lists in no order; the turn of a rotation should not depend on it.
             tasks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
             let (returns, placement) = (returns(service, &mut problems), placement(service, &mut problems));
-            let affinity = affinity(service, &mut problems);
+            let (affinity, prefer) = (affinity(service, &mut problems), prefer(service, &mut problems));
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
             let (addresses, access) = (addresses(service, &mut problems), access(service, &mut problems));
             let name = service.spec.name.clone();
@@ -130,6 +143,7 @@ impl Listing {
                 returns,
                 placement,
                 affinity,
+                prefer,
                 access,
                 timers,
                 idle,
@@ -176,13 +190,41 @@ impl Listing {
             }
             let host = hosts.get(node.id.as_str()).filter(|host| **host != node.id).cloned();
             // Whether an agent is there shows when its datapath is asked.
-            let (name, host) = (node.id.clone(), host.unwrap_or_default());
-            Node { name, host, addresses, agent: true, down: is_down(node), key: NodeKey::Unknown }
+            Node {
+                name: node.id.clone(),
+                host: host.unwrap_or_default(),
+                addresses,
+                agent: true,
+                down: is_down(node),
+                key: NodeKey::Unknown,
+                zone: node
+                    .spec
+                    .labels
+                    .get(ZONE_LABEL)
+                    .map(|zone| text::name(zone, Node::LONGEST_ZONE))
+                    .unwrap_or_default(),
+                label_problem: text::name(&node_problems(node).join("; "), LONGEST_PROBLEM),
+            }
         };
         let mut nodes: Vec<Node> = self.nodes.iter().map(node).collect();
         nodes.sort_by(|a, b| (a.shown(), &a.name).cmp(&(b.shown(), &b.name)));
         nodes
     }
+}
+
+/// What a node's label says of its tasks' share.
+fn weight(node: &model::Node) -> Result<Option<u16>, String> {
+    let Some(label) = node.spec.labels.get(WEIGHT_LABEL) else {
+        return Ok(None);
+    };
+    let weight = label.parse().ok().filter(|weight| *weight <= HEAVIEST);
+    weight.map(Some).ok_or_else(|| format!("label {WEIGHT_LABEL}={label} is no number from 0 to {HEAVIEST}"))
+}
+
+/// What is wrong with a node's labels that are meant for us.
+fn node_problems(node: &model::Node) -> Vec<String> {
+    let known = [WEIGHT_LABEL];
+    weight(node).err().into_iter().chain(strange(node.spec.labels.keys(), &known)).collect()
 }
 
 /// Whether the managers do not hear a node. A new leader knows of no node for a moment; whether an `unknown` one is there its
@@ -255,52 +297,75 @@ fn ports(service: &model::Service, tunnel: u16, notes: &mut Vec<String>) -> (Vec
 /// What our labels begin with.
 const PREFIX: &str = "lb.";
 
-/// Labels that are meant for us and that we do not know.
+/// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 7] =
-        [RETURN_LABEL, PLACEMENT_LABEL, AFFINITY_LABEL, IDLE_LABEL, ADDRESSES_LABEL, ALLOW_LABEL, DENY_LABEL];
+    const KNOWN: [&str; 8] = [
+        RETURN_LABEL,
+        PLACEMENT_LABEL,
+        AFFINITY_LABEL,
+        PREFER_LABEL,
+        IDLE_LABEL,
+        ADDRESSES_LABEL,
+        ALLOW_LABEL,
+        DENY_LABEL,
+    ];
     let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
     let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
     // A timer that there is not says so itself.
-    let ours = |label: &&String| label.starts_with(PREFIX) && !label.starts_with(TIMER_LABEL);
-    let labels = service.spec.labels.keys().filter(ours).filter(|label| !known.contains(&label.as_str()));
+    strange(service.spec.labels.keys().filter(|label| !label.starts_with(TIMER_LABEL)), &known)
+}
+
+/// Those of some labels that are meant for us and that we do not know.
+fn strange<'a>(labels: impl Iterator<Item = &'a String>, known: &[&str]) -> Vec<String> {
+    let ours = |label: &&String| label.starts_with(PREFIX) && !known.contains(&label.as_str());
+    let labels = labels.filter(ours);
     labels
         .map(|label| format!("label {label} is unknown{}", Hint::nearest(label, known.iter().copied())))
         .collect()
 }
 
-/// What a label that chooses between two says; `None` where there is none, or it is neither, which is noted.
+/// What a label that chooses says; `None` where there is none, or it is none of the choices, which is noted.
 fn choice<T: Copy>(
     service: &model::Service,
     label: &str,
-    choices: [(&str, T); 2],
+    choices: &[(&str, T)],
     problems: &mut Vec<String>,
 ) -> Option<T> {
     let value = service.spec.labels.get(label)?;
     let chosen = choices.iter().find(|(name, _)| name == value).map(|(_, choice)| *choice);
     if chosen.is_none() {
-        let [(one, _), (other, _)] = choices;
-        problems.push(format!("label {label}={value} is neither {one} nor {other}"));
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        let among = match names.as_slice() {
+            [one, other] => format!("neither {one} nor {other}"),
+            names => format!("none of {}", names.join(", ")),
+        };
+        problems.push(format!("label {label}={value} is {among}"));
     }
     chosen
 }
 
 fn returns(service: &model::Service, problems: &mut Vec<String>) -> Option<Return> {
-    choice(service, RETURN_LABEL, [("tunnel", Return::Tunnel), ("direct", Return::Direct)], problems)
+    choice(service, RETURN_LABEL, &[("tunnel", Return::Tunnel), ("direct", Return::Direct)], problems)
 }
 
 fn placement(service: &model::Service, problems: &mut Vec<String>) -> Placement {
     let choices = [("round-robin", Placement::RoundRobin), ("consistent", Placement::Consistent)];
-    choice(service, PLACEMENT_LABEL, choices, problems).unwrap_or_default()
+    choice(service, PLACEMENT_LABEL, &choices, problems).unwrap_or_default()
 }
 
 fn affinity(service: &model::Service, problems: &mut Vec<String>) -> Affinity {
-    choice(service, AFFINITY_LABEL, [("none", Affinity::None), ("client", Affinity::Client)], problems)
+    choice(service, AFFINITY_LABEL, &[("none", Affinity::None), ("client", Affinity::Client)], problems)
+        .unwrap_or_default()
+}
+
+fn prefer(service: &model::Service, problems: &mut Vec<String>) -> Prefer {
+    let choices = [Prefer::Any, Prefer::Local, Prefer::Zone, Prefer::LocalOnly];
+    choice(service, PREFER_LABEL, &choices.map(|prefer| (prefer.name(), prefer)), problems)
         .unwrap_or_default()
 }
 
 fn idle(service: &model::Service, problems: &mut Vec<String>) -> Idle {
-    choice(service, IDLE_LABEL, [("forget", Idle::Forget), ("reset", Idle::Reset)], problems)
+    choice(service, IDLE_LABEL, &[("forget", Idle::Forget), ("reset", Idle::Reset)], problems)
         .unwrap_or_default()
 }
 
@@ -412,6 +477,58 @@ mod tests {
         );
         assert_eq!(web.tasks[2].overlay, "10.0.0.7".parse().ok());
         assert!(listing().is_changing());
+    }
+
+    #[test]
+    fn what_comes_first_is_set_by_a_label() {
+        let prefer = |value: &str| {
+            let mut listing = listing();
+            listing.services[0].spec.labels.insert(PREFER_LABEL.into(), value.into());
+            let service = &listing.view(Tunnel::default()).cluster.services[1];
+            (service.prefer, service.problem.clone())
+        };
+        assert_eq!(prefer("any").0, Prefer::Any);
+        assert_eq!(prefer("local").0, Prefer::Local);
+        assert_eq!(prefer("zone").0, Prefer::Zone);
+        assert_eq!(prefer("local-only").0, Prefer::LocalOnly);
+        let (chosen, problem) = prefer("near");
+        assert_eq!(chosen, Prefer::Any);
+        assert!(
+            problem.contains("label lb.prefer=near is none of any, local, zone, local-only"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn a_node_s_labels_say_where_it_is_and_what_its_tasks_weigh() {
+        let with = |labels: &[(&str, &str)]| {
+            let mut listing = listing();
+            let node = listing.nodes.iter_mut().find(|node| node.id == "n1").unwrap();
+            node.spec.labels =
+                labels.iter().map(|(label, value)| ((*label).into(), (*value).into())).collect();
+            let cluster = listing.view(Tunnel::default()).cluster;
+            let node = cluster.nodes.iter().find(|node| node.name == "n1").unwrap().clone();
+            let mut weights: Vec<(bool, u16)> =
+                cluster.services[1].tasks.iter().map(|task| (task.node == "n1", task.weight)).collect();
+            weights.sort_unstable();
+            weights.dedup();
+            (node.zone, node.label_problem, weights)
+        };
+        let none = String::new();
+        assert_eq!(with(&[]), (none.clone(), none.clone(), vec![(false, 1), (true, 1)]));
+        let said = with(&[("zone", "fsn1\u{1b}"), ("lb.weight", "3"), ("com.example.zone", "x")]);
+        assert_eq!(said, ("fsn1\u{fffd}".to_owned(), none.clone(), vec![(false, 1), (true, 3)]));
+        assert_eq!(with(&[("lb.weight", "0")]).2, [(false, 1), (true, 0)]);
+        for wrong in ["11", "-1", "heavy", ""] {
+            let (_, problem, weights) = with(&[("lb.weight", wrong)]);
+            assert_eq!(problem, format!("label lb.weight={wrong} is no number from 0 to 10"));
+            assert_eq!(weights, [(false, 1), (true, 1)]);
+        }
+        let unknown = with(&[("lb.wieght", "3"), ("lb.timers.established", "9")]).1;
+        let timer = "label lb.timers.established is unknown";
+        assert_eq!(unknown, format!("{timer}; label lb.wieght is unknown; did you mean lb.weight?"));
+        let long = "x".repeat(1_000);
+        assert_eq!(with(&[("lb.weight", &long)]).1.len(), LONGEST_PROBLEM);
     }
 
     #[test]

@@ -67,6 +67,9 @@ pub struct Node {
     /// When it changed last.
     #[serde(deserialize_with = "time")]
     pub updated_at: Option<SystemTime>,
+    /// What was said of it.
+    #[serde(deserialize_with = "nullable")]
+    pub spec: NodeSpec,
     /// What it said of itself.
     #[serde(deserialize_with = "nullable")]
     pub description: NodeDescription,
@@ -76,6 +79,15 @@ pub struct Node {
     /// Its part as a manager.
     #[serde(deserialize_with = "nullable")]
     pub manager_status: ManagerStatus,
+}
+
+/// What was said of a node.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NodeSpec {
+    /// Labels.
+    #[serde(deserialize_with = "nullable")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// What a node said of itself.

@@ -490,6 +490,7 @@ mod tests {
                 agent: true,
                 down: false,
                 key,
+                ..Node::default()
             };
             let nodes = ["m1", "m2", "a", "b"].into_iter().zip(keys).map(node).collect();
             ClusterState { nodes, ..ClusterState::default() }
@@ -523,6 +524,7 @@ mod tests {
             agent: true,
             down: false,
             key: NodeKey::Unknown,
+            ..Node::default()
         };
         let task = |name: &str, node: u8| Task {
             name: format!("web.{name}"),
@@ -541,6 +543,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             affinity: crate::cluster::Affinity::None,
+            prefer: crate::cluster::Prefer::Any,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),

@@ -269,7 +269,9 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::cluster::{Access, Affinity, Idle, Placement, Port, Protocol, Return, TaskState, Tunnel, Via};
+    use crate::cluster::{
+        Access, Affinity, Idle, Placement, Port, Prefer, Protocol, Return, TaskState, Tunnel, Via,
+    };
 
     const GOOD: &str = r#"
 [[node]]
@@ -405,6 +407,13 @@ weight = 3
         assert_eq!(state.services[0].affinity, Affinity::None);
         let sticky = parse(&GOOD.replace("ports =", "affinity = \"client\"\nports =")).ok().unwrap();
         assert_eq!(sticky.services[0].affinity, Affinity::Client);
+        let near = GOOD.replace("ports =", "prefer = \"zone\"\nports =");
+        let near = parse(&near.replacen("addresses =", "zone = \"fsn1\"\naddresses =", 1)).ok().unwrap();
+        assert_eq!((near.services[0].prefer, near.nodes[0].zone.as_str()), (Prefer::Zone, "fsn1"));
+        assert_eq!((state.services[0].prefer, state.nodes[0].zone.as_str()), (Prefer::Any, ""));
+        let long = format!("zone = \"{}\"\naddresses =", "x".repeat(33));
+        fails(&GOOD.replacen("addresses =", &long, 1), 4, "the name of a zone may have 32 bytes at most");
+        fails(&GOOD.replace("ports =", "prefer = \"near\"\nports ="), 8, "unknown variant `near`");
         fails(&GOOD.replace("ports =", "affinity = \"cookie\"\nports ="), 8, "unknown variant `cookie`");
         fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 8, "unknown variant `sticky`");
         assert!(state.nodes[0].agent);

@@ -14,9 +14,10 @@ use toml::Spanned;
 
 use crate::{
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Return, Service, Task, TaskState,
-        Tunnel, Via, address_range, set_timer,
+        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Return, Service, Task,
+        TaskState, Tunnel, Via, address_range, set_timer,
     },
+    text,
     tunnel_key::NodeKey,
 };
 
@@ -46,6 +47,7 @@ pub(super) struct RawNode {
     addresses: Vec<IpAddr>,
     #[serde(default = "yes")]
     agent: bool,
+    zone: Option<Spanned<String>>,
 }
 
 const fn yes() -> bool {
@@ -65,6 +67,8 @@ pub(super) struct RawService {
     placement: Placement,
     #[serde(default)]
     affinity: Affinity,
+    #[serde(default)]
+    prefer: Prefer,
     allow: Option<Vec<Spanned<String>>>,
     #[serde(default)]
     deny: Vec<Spanned<String>>,
@@ -145,14 +149,25 @@ pub(super) type Names<'a> = HashMap<(&'static str, &'a str), usize>;
 pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Vec<Node>, Wrong> {
     for node in &raw.node {
         unique(names, ("node", &node.get_ref().name))?;
+        let zone = node.get_ref().zone.as_ref();
+        if let Some(zone) = zone.filter(|zone| zone.get_ref().len() > Node::LONGEST_ZONE) {
+            let most = Node::LONGEST_ZONE;
+            return Err(Wrong::at(zone, format!("the name of a zone may have {most} bytes at most")));
+        }
     }
     let nodes = raw.node.iter().map(|node| Node {
         name: node.get_ref().name.get_ref().clone(),
         host: String::new(),
         addresses: node.get_ref().addresses.clone(),
         agent: node.get_ref().agent,
-        down: false,
         key: NodeKey::None,
+        zone: node
+            .get_ref()
+            .zone
+            .as_ref()
+            .map(|zone| text::clean(zone.get_ref()).into_owned())
+            .unwrap_or_default(),
+        ..Node::default()
     });
     Ok(nodes.collect())
 }
@@ -173,7 +188,7 @@ pub(super) fn service<'a>(
     }
     let name = raw.name.get_ref().clone();
     let (addresses, returns) = (raw.addresses.clone(), raw.returns);
-    let (placement, affinity, idle) = (raw.placement, raw.affinity, raw.idle);
+    let (placement, affinity, prefer, idle) = (raw.placement, raw.affinity, raw.prefer, raw.idle);
     let mut timers = Timers::DEFAULT;
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
@@ -188,6 +203,7 @@ pub(super) fn service<'a>(
         returns,
         placement,
         affinity,
+        prefer,
         access,
         timers,
         idle,

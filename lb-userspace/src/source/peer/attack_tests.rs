@@ -68,6 +68,7 @@ impl Manager {
             agent: true,
             down: false,
             key: crate::tunnel_key::NodeKey::Unknown,
+            ..Node::default()
         };
         let nodes = members.iter().map(node).collect();
         let cluster = ClusterState { nodes, ..ClusterState::default() };

@@ -292,6 +292,7 @@ mod tests {
             returns: None,
             placement: crate::cluster::Placement::default(),
             affinity: crate::cluster::Affinity::None,
+            prefer: crate::cluster::Prefer::Any,
             access: crate::cluster::Access::default(),
             left: String::new(),
             problem: String::new(),
@@ -305,6 +306,7 @@ mod tests {
             agent: true,
             down: false,
             key: crate::tunnel_key::NodeKey::Unknown,
+            ..Node::default()
         };
         ClusterState {
             services: services.iter().map(service).map(Arc::new).collect(),
