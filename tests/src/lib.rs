@@ -18,6 +18,7 @@ pub mod large;
 pub mod netns;
 pub mod packet;
 pub mod private;
+pub mod service;
 pub mod stack;
 pub mod swarm;
 pub mod talk;

@@ -13,80 +13,14 @@ use lb_tests::{
     agent::{self, Agent, json, text},
     capture::Capture,
     netns::{succeeds, within},
-    swarm::{CLIENT, CLIENT6, Node, PATIENCE, Public, Swarm, packaging},
-    traffic::{Load, losses, syns_repeated, tally},
+    service::{by_task, create, offered, rotates, serves},
+    swarm::{CLIENT6, Node, PATIENCE, Public, Swarm, packaging},
+    traffic::{Load, losses, syns_repeated},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
-
-/// How often each task answered, having seen the client itself.
-fn by_task(answers: &[String]) -> BTreeMap<&str, usize> {
-    let mut counts = BTreeMap::new();
-    for answer in answers {
-        let (task, client) = answer.split_once(" saw ").unwrap_or_else(|| panic!("an answer: {answer:?}"));
-        let client = client.trim_matches(['[', ']']).parse::<IpAddr>().expect("an address").to_canonical();
-        assert!([IpAddr::from(CLIENT), CLIENT6.into()].contains(&client), "{answer:?}");
-        *counts.entry(task).or_default() += 1;
-    }
-    counts
-}
-
-/// Waits until every node sends new connections to so many tasks, the very ones that Docker says are running.
-fn serves(swarm: &Swarm, service: &str, tasks: usize) {
-    for node in &swarm.nodes {
-        let what = format!("{} serves the {tasks} tasks of {service} that Docker runs", node.name);
-        within(PATIENCE, &what, || {
-            let ours = offered(node, service);
-            ours.len() == tasks && swarm.nodes.iter().find_map(|node| node.running(service)) == Some(ours)
-        });
-    }
-}
-
-/// How often a SYN that was sent again went to the next task: a task may still remember a connection that the client's
-/// port had with it through another node, and not take the next one at once.
-fn failovers(node: &Node, service: &str) -> u64 {
-    let document = json(&node.netns, &["service", "ps", service]);
-    let tasks = document["tasks"].as_array().cloned().unwrap_or_default();
-    tasks.iter().map(|task| task["failovers"].as_u64().expect("a number")).sum()
-}
-
-/// Asks through a node in whole turns: each task exactly once a turn. Asks again if Swarm changed the tasks meanwhile, or
-/// a SYN was lost.
-fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
-    let service = |node: &Node| {
-        let services =
-            json(&node.netns, &["service", "ls"])["services"].as_array().cloned().unwrap_or_default();
-        let wanted = format!("*:{port}->");
-        let has = |service: &serde_json::Value| {
-            let ports = service["ports"].as_array().cloned().unwrap_or_default();
-            ports.iter().any(|port| port.as_str().is_some_and(|port| port.starts_with(&wanted)))
-        };
-        let service = services.into_iter().find(has).expect("a service on this port");
-        service["name"].as_str().expect("a name").to_owned()
-    };
-    let service = service(node);
-    within(PATIENCE, &format!("{} keeps its tasks for two turns", node.name), || {
-        let before = (offered(node, &service), failovers(node, &service));
-        let answers = swarm.ask_often(node, port, 2 * tasks);
-        if before.0.len() != tasks || (offered(node, &service), failovers(node, &service)) != before {
-            return false;
-        }
-        let counts = by_task(&answers);
-        assert_eq!(counts.len(), tasks, "through {}: {counts:?}", node.name);
-        assert!(counts.values().all(|count| *count == 2), "through {}: {counts:?}", node.name);
-        true
-    });
-}
-
-/// `docker service create` of replicas that do not take long to stop, as `docker` would be called for it.
-fn create(manager: &Node, name: &str, replicas: u8, port: &str, options: &[&str], command: &[&str]) {
-    let replicas = replicas.to_string();
-    let start = ["service", "create", "-d", "--name", name, "--replicas", &replicas, "-p", port];
-    let stop = ["--stop-grace-period", "2s", "--restart-delay", "100ms"];
-    manager.docker(&[&start[..], &stop, options, &["web"], command].concat());
-}
 
 /// A service that is asked whether it is well; `/tmp/sick` in a task makes it say no.
 const HEALTH: [&str; 6] = [
@@ -102,11 +36,6 @@ const HEALTH: [&str; 6] = [
 fn containers(node: &Node, service: &str) -> Vec<String> {
     let filter = format!("label=com.docker.swarm.service.name={service}");
     node.docker(&["ps", "-q", "--filter", &filter]).lines().map(str::to_owned).collect()
-}
-
-/// Which of a service's tasks an agent sends new connections to.
-fn offered(node: &Node, service: &str) -> BTreeSet<String> {
-    agent::offered(&node.netns, service)
 }
 
 /// The nodes on which Docker says that a service's tasks run.
@@ -724,80 +653,6 @@ fn idle_connections_are_reset(swarm: &Swarm) {
         assert_eq!(heard, Err(std::io::ErrorKind::ConnectionReset), "{connection:?}");
     }
     within(Duration::from_secs(10), "the tasks have been told too", || established() == 0);
-}
-
-#[test]
-fn who_may_connect_is_a_label_that_every_node_heeds() {
-    let swarm = Swarm::new(3);
-    let first = &swarm.nodes[0];
-    let _agents = swarm.attach();
-    create(first, "web", 5, "80:8080", &["--label", "lb.deny=10.9.9.0/24"], &[]);
-    serves(&swarm, "web", 5);
-    swarm.nodes.iter().for_each(|node| rotates(&swarm, node, 80, 5));
-    let shown = |node: &Node| json(&node.netns, &["service", "ls"])["services"][0].clone();
-    let label = |change: [&str; 2]| {
-        first.docker(&["service", "update", "-d", change[0], change[1], "web"]);
-    };
-    let lets_nobody_in = |what: &str| {
-        for node in &swarm.nodes {
-            within(PATIENCE, &format!("{}: {what}", node.name), || swarm.ask(node, 80).is_err());
-            assert!(shown(node)["denied_packets"].as_u64() > Some(0), "{}", shown(node));
-        }
-    };
-    label(["--label-add", "lb.allow=10.0.0.0/8"]);
-    lets_nobody_in("the client is not on the list");
-    let within_its_network = format!("lb.allow={CLIENT}/24");
-    label(["--label-add", &within_its_network]);
-    for node in &swarm.nodes {
-        within(PATIENCE, "the client is on the list", || swarm.ask(node, 80).is_ok());
-        rotates(&swarm, node, 80, 5);
-    }
-    label(["--label-add", "lb.deny=office"]);
-    lets_nobody_in("a list is wrong");
-    let wrong = "label lb.deny: \"office\" is neither an address nor a range of them";
-    for node in &swarm.nodes {
-        assert!(
-            shown(node)["problem"].as_str().is_some_and(|said| said.starts_with(wrong)),
-            "{}",
-            shown(node)
-        );
-    }
-    label(["--label-rm", "lb.deny"]);
-    label(["--label-rm", "lb.allow"]);
-    for node in &swarm.nodes {
-        let inspect = || json(&node.netns, &["service", "inspect", "web"]);
-        within(PATIENCE, "everybody may connect", || inspect()["settings"]["access"].is_null());
-        assert!(shown(node)["problem"].is_null(), "{}", shown(node));
-        rotates(&swarm, node, 80, 5);
-    }
-}
-
-#[test]
-fn the_addresses_of_a_service_are_a_label_and_need_not_be_there_yet() {
-    let swarm = Swarm::new(2);
-    let first = &swarm.nodes[0];
-    let _agents = swarm.attach();
-    create(first, "web", 3, "80:8080", &["--label", "lb.addresses=203.0.113.200"], &[]);
-    serves(&swarm, "web", 3);
-    let virtual_one = "203.0.113.200".parse().expect("an address");
-    for node in &swarm.nodes {
-        swarm.client.ip(&format!("route replace {virtual_one} via {}", node.address()));
-        let answers = swarm.ask_at(virtual_one, 80, 9);
-        assert_eq!(tally(&answers).into_values().collect::<Vec<_>>(), [3; 3], "{answers:?}");
-        assert!(swarm.ask(node, 80).is_err(), "{} has none of the addresses", node.name);
-    }
-    first.docker(&["service", "update", "-d", "--label-add", "lb.addresses=192.0.2.0/24", "web"]);
-    for node in &swarm.nodes {
-        within(PATIENCE, "it is served on every address", || swarm.ask(node, 80).is_ok());
-        let shown = json(&node.netns, &["service", "ls"])["services"][0]["problem"].clone();
-        assert_eq!(shown, "label lb.addresses: \"192.0.2.0/24\" is no address");
-    }
-    first.docker(&["service", "update", "-d", "--label-rm", "lb.addresses", "web"]);
-    for node in &swarm.nodes {
-        let shown = || json(&node.netns, &["service", "ls"])["services"][0]["problem"].clone();
-        within(PATIENCE, "nothing is wrong", || shown().is_null());
-        rotates(&swarm, node, 80, 3);
-    }
 }
 
 #[test]
