@@ -12,7 +12,9 @@ use lb_tests::{
     capture::Capture,
     cluster::{CLIENT4, CLIENT6, Cluster, Reach, Task},
     netns::{Netns, eventually},
-    traffic::{Direction, Load, Probe, ask, echo, refusal, requests, segments, stop_echo, tally, transfer},
+    traffic::{
+        Direction, Load, Probe, ask, echo, in_turns, refusal, requests, segments, stop_echo, tally, transfer,
+    },
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
@@ -50,14 +52,12 @@ fn attach_all<'a>(cluster: &'a Cluster, arguments: &[&str], tasks: u64) -> Vec<A
 fn every_task_sees_the_client_through_every_node(cluster: &Cluster, what: &str) {
     for node in 0..cluster.nodes.len() {
         for address in cluster.addresses(node) {
-            let answers = requests(&cluster.client, address, 2 * cluster.tasks.len());
+            let answers = in_turns(cluster.tasks.len(), || requests(&cluster.client, address, 10));
             let seen: IpAddr = if address.is_ipv4() { CLIENT4.into() } else { CLIENT6.into() };
             assert!(
                 answers.iter().all(|answer| answer.ends_with(&format!("saw {seen}"))),
                 "{what}: {address}: {answers:?}"
             );
-            assert!(tally(&answers).values().all(|count| *count == 2), "{what}: {address}: {answers:?}");
-            assert_eq!(tally(&answers).len(), cluster.tasks.len(), "{what}: {address}: {answers:?}");
         }
         let netns = &cluster.nodes[node].netns;
         assert!(outcome(netns, "forwarded_peer") > 0 && outcome(netns, "forwarded_local") > 0, "{what}");
@@ -127,10 +127,9 @@ fn a_node_is_a_client_like_any_other_whatever_way_the_nodes_serve() {
             for (address, seen) in
                 cluster.addresses(number + 1).into_iter().zip([asking.v4().into(), IpAddr::from(asking.v6())])
             {
-                let answers = requests(&asking.netns, address, 10);
+                let answers = in_turns(5, || requests(&asking.netns, address, 10));
                 let what = format!("{own} asks {} in {theirs}: {answers:?}", node.name);
                 assert!(answers.iter().all(|answer| answer.ends_with(&format!(" saw {seen}"))), "{what}");
-                assert!(tally(&answers).len() == 5 && tally(&answers).values().all(|n| *n == 2), "{what}");
             }
         }
         for node in &cluster.nodes {

@@ -1,7 +1,7 @@
 //! The agent against a real Docker Swarm. This kernel may have no IPVS, so that what answers on a published port is ours.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     io::Read as _,
     net::{IpAddr, SocketAddr, TcpStream},
     path::Path,
@@ -15,7 +15,7 @@ use lb_tests::{
     netns::{succeeds, within},
     service::{by_task, create, offered, rotates, serves},
     swarm::{CLIENT6, Node, PATIENCE, Public, Swarm, packaging},
-    traffic::{Load, losses, syns_repeated},
+    traffic::{Load, in_turns, losses, syns_repeated},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
@@ -80,17 +80,12 @@ fn clients_come_by_a_network_that_is_not_the_swarm_s() {
     create(&swarm.nodes[0], "web", 5, "80:8080", &[], &[]);
     serves(&swarm, "web", 5);
     for node in &swarm.nodes {
-        let answers = public.ask(node, 80, 10);
-        let of = |answer: &String| {
-            answer.split_once(" saw ").map(|(task, seen)| (task.to_owned(), seen.to_owned()))
-        };
-        let mut tasks: BTreeMap<String, usize> = BTreeMap::new();
-        for (task, seen) in answers.iter().filter_map(of) {
+        let answers = in_turns(5, || public.ask(node, 80, 10));
+        for answer in &answers {
+            let (_, seen) = answer.split_once(" saw ").unwrap_or_else(|| panic!("an answer: {answer:?}"));
             let seen: IpAddr = seen.trim_matches(['[', ']']).parse().expect("an address");
             assert_eq!(seen.to_canonical(), IpAddr::from(Public::CLIENT), "{answers:?}");
-            *tasks.entry(task).or_default() += 1;
         }
-        assert!(tasks.len() == 5 && tasks.values().all(|count| *count == 2), "{}: {answers:?}", node.name);
         let nodes = json(&node.netns, &["node", "ls"])["nodes"].clone();
         let others = nodes.as_array().expect("nodes").iter().filter(|node| node["this"] == false);
         let by: Vec<&str> = others.filter_map(|node| node["reached_by"].as_str()).collect();
@@ -482,10 +477,8 @@ fn clients_with_ipv6_are_served_where_the_gateway_bridge_has_it() {
     serves(&swarm, "web", 4);
     for node in &swarm.nodes {
         rotates(&swarm, node, 80, 4);
-        let answers = swarm.ask_at(node.address6(), 80, 8);
+        let answers = in_turns(4, || swarm.ask_at(node.address6(), 80, 8));
         assert!(answers.iter().all(|answer| answer.contains(&CLIENT6.to_string())), "{answers:?}");
-        let counts = by_task(&answers);
-        assert!(counts.len() == 4 && counts.values().all(|count| *count == 2), "{}: {counts:?}", node.name);
     }
 }
 
