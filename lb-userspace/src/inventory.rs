@@ -282,12 +282,6 @@ impl Inventory {
         shares
     }
 
-    /// Whether new connections to a service, by its number, find a task; `None` if it listens nowhere.
-    pub fn takes_connections(&self, service: u32) -> Option<bool> {
-        let of = self.tables.listeners.values().filter(|listener| listener.service == service);
-        of.map(|listener| listener.slot_count > 0).reduce(|one, other| one || other)
-    }
-
     /// The services, by name.
     pub fn services(&self) -> Vec<Service> {
         let mut ports: BTreeMap<u32, Vec<Port>> = BTreeMap::new();
@@ -299,10 +293,7 @@ impl Inventory {
             let of = tasks.entry(entry.backend.service).or_default();
             of.entry(&entry.label.task).or_default().push(*number);
         }
-        let mut takers: BTreeMap<u32, bool> = BTreeMap::new();
-        for listener in self.tables.listeners.values() {
-            *takers.entry(listener.service).or_default() |= listener.slot_count > 0;
-        }
+        let takers = self.tables.takers();
         let mut services: Vec<Service> = self
             .tables
             .services

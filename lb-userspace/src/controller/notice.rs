@@ -84,9 +84,9 @@ impl Notice {
                 _ => {}
             }
         }
-        let takers = takers(tables);
+        let takers = tables.takers();
         for (service, takes) in &mut notice.services {
-            *takes = takers.contains(service);
+            *takes = takers.get(service) == Some(&true);
         }
         let tasks = tasks(tables, &notice.services);
         notice.before =
@@ -157,11 +157,11 @@ impl Notice {
             let name = tables.services.get(service).map(|label| label.name.clone());
             said.push(Event { service: name, ..event });
         }
-        let (takers, closed) = (takers(tables), closed(tables));
+        let (takers, closed) = (tables.takers(), closed(tables));
         for service in services {
             let Some(label) = tables.services.get(&service) else { continue };
             let name = &label.name;
-            let (kind, text) = match (self.services[&service], takers.contains(&service)) {
+            let (kind, text) = match (self.services[&service], takers.get(&service) == Some(&true)) {
                 (true, false) => (
                     Kind::ServiceWithoutTask,
                     format!(
@@ -222,12 +222,6 @@ fn change(before: Option<Shown>, is: Shown, label: &BackendLabel) -> Option<(Kin
 fn closed(tables: &Tables) -> BTreeSet<u32> {
     let closed = tables.listeners.values().filter(|listener| listener.flags & CLOSED != 0);
     closed.map(|listener| listener.service).collect()
-}
-
-/// The services to which new connections find a task.
-fn takers(tables: &Tables) -> BTreeSet<u32> {
-    let taking = tables.listeners.values().filter(|listener| listener.slot_count > 0);
-    taking.map(|listener| listener.service).collect()
 }
 
 /// What happened to many at once in one event a kind.

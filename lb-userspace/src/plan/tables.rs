@@ -293,6 +293,15 @@ impl Tables {
         })
     }
 
+    /// The services that listen, by their numbers, and whether new connections to each find a task.
+    pub fn takers(&self) -> BTreeMap<u32, bool> {
+        let mut takers: BTreeMap<u32, bool> = BTreeMap::new();
+        for listener in self.listeners.values() {
+            *takers.entry(listener.service).or_default() |= listener.slot_count > 0;
+        }
+        takers
+    }
+
     /// What contradicts itself, in words: a listener that leads to a slot or backend that is not valid.
     pub fn contradictions(&self) -> Vec<String> {
         let mut found = Vec::new();

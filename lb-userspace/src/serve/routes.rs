@@ -169,7 +169,7 @@ async fn ready(State(shared): State<Shared>) -> Answer {
 async fn service_ready(State(shared): State<Shared>, Path(name): Path<String>) -> Answer {
     let further = |inventory: &Inventory| match inventory.service(&name) {
         None => Some(format!("there is no service {name:?}")),
-        Some(number) => match inventory.takes_connections(number) {
+        Some(number) => match inventory.tables.takers().get(&number) {
             Some(true) => None,
             Some(false) => Some("no task gets new connections here".to_owned()),
             None => Some("it is not served here".to_owned()),

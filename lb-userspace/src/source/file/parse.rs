@@ -165,7 +165,7 @@ pub(super) fn nodes<'a>(raw: &'a RawCluster, names: &mut Names<'a>) -> Result<Ve
             .get_ref()
             .zone
             .as_ref()
-            .map(|zone| text::clean(zone.get_ref()).into_owned())
+            .map(|zone| text::name(zone.get_ref(), Node::LONGEST_ZONE))
             .unwrap_or_default(),
         ..Node::default()
     });
