@@ -9,7 +9,8 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use lists::{DoctorArgs, DrainArgs, EventArgs, ListArgs, MetricsArgs, UndrainArgs};
-use time::{Time, count};
+pub use time::Time;
+use time::count;
 
 use crate::{
     logging::{Level, LogFormat},

@@ -6,14 +6,18 @@ use std::{
     net::IpAddr,
     str::FromStr,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::conntrack::{Phase, Timers};
 use serde::{Deserialize, Serialize};
 
-use crate::tunnel_key::{NodeKey, SharedKey};
+use crate::{
+    check::{Check, Finding},
+    cli::Time,
+    tunnel_key::{NodeKey, SharedKey},
+};
 
 /// Everything a source knows at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +33,9 @@ pub struct ClusterState {
     pub this: Option<String>,
     /// When the cluster changed to this, where the source knows.
     pub changed: Option<SystemTime>,
+    /// Whether who tells this knows of checks of our own, and heeds what nodes find by them.
+    #[serde(default)]
+    pub checks: bool,
     /// The tunnel's key that all nodes know, where the source has one. It is told to nobody.
     #[serde(skip)]
     pub shared_key: Option<SharedKey>,
@@ -319,6 +326,13 @@ pub struct Service {
     /// What becomes of its established TCP connections that have ended so.
     #[serde(default)]
     pub idle: Idle,
+    /// How its tasks are asked whether they take connections, beside what Docker says. Agents that know none do not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Check>,
+    /// Time in which a task that comes gets its whole share of new connections by and by; zero is at once. Agents that know none
+    /// give it at once.
+    #[serde(default, skip_serializing_if = "Duration::is_zero")]
+    pub slow_start: Duration,
 }
 
 /// Timers as they travel between nodes.
@@ -354,6 +368,16 @@ pub enum TimerError {
     /// It is out of range.
     #[error("timer {0} is in seconds, from {least} to {most}", least = Timers::LEAST, most = Timers::MOST)]
     Range(String),
+}
+
+/// The time of a gentle start from text.
+///
+/// # Errors
+/// It is none, or out of range.
+pub fn slow_start(text: &str) -> Result<Duration, String> {
+    let time: Option<Duration> = text.parse::<Time>().ok().map(Into::into);
+    let time = time.filter(|time| (Duration::from_secs(1)..=Duration::from_secs(3_600)).contains(time));
+    time.ok_or_else(|| format!("{text:?} is no time from 1s to 1h"))
 }
 
 /// Sets one of a service's timers by its name.
@@ -551,6 +575,9 @@ pub struct Task {
     pub weight: u16,
     /// How it is reached from another node.
     pub via: Via,
+    /// What its node's agent found by a check of our own, where the service has one. Agents that know none do not heed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finding: Option<Finding>,
 }
 
 impl Task {

@@ -474,7 +474,7 @@ impl Inventory {
     }
 
     /// Whether clients may connect to a service, by ranges of their addresses; none if everybody may.
-    fn ranges(&self, index: u32) -> impl Iterator<Item = (IpNet, bool)> {
+    pub(crate) fn ranges(&self, index: u32) -> impl Iterator<Item = (IpNet, bool)> {
         let first = (index, IpNet::V4(Ipv4Net::default()));
         let of = self.tables.access.range(first..).take_while(move |((service, _), _)| *service == index);
         of.map(|((_, range), allowed)| (*range, *allowed))
@@ -505,7 +505,7 @@ impl Inventory {
             if flags & lb_common::endpoint::CONSISTENT != 0 { "consistent" } else { "round-robin" };
         let affinity = if flags & lb_common::endpoint::AFFINE != 0 { "client" } else { "none" };
         serde_json::json!({
-            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "timers": timers, "idle": idle,
+            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
             "access": access
         })
     }
@@ -515,7 +515,7 @@ impl Inventory {
 type Numbered<'a> = Vec<(u32, &'a BackendEntry)>;
 
 /// The interface by which a peer is reached.
-fn interface_to(peer: &Peer) -> Option<String> {
+pub(crate) fn interface_to(peer: &Peer) -> Option<String> {
     let there = (peer.reachable != 0).then_some(peer.ifindex)?;
     nix::net::if_::if_indextoname(there).ok()?.into_string().ok()
 }

@@ -6,6 +6,7 @@
 //!
 //! [`controller`] joins them; [`cmd`] holds the verbs.
 
+pub mod check;
 pub mod cli;
 pub mod cluster;
 pub mod cmd;

@@ -245,6 +245,8 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
         problem: String::new(),
         timers: Timers::DEFAULT,
         idle: Idle::Forget,
+        health: None,
+        slow_start: std::time::Duration::ZERO,
     }
 }
 
@@ -252,7 +254,16 @@ pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
 pub fn task(name: &str, here: bool, via: Via, addresses: &[&str]) -> Task {
     let node = if here { "node1" } else { "node2" }.to_owned();
     let addresses = addresses.iter().map(|text| ip(text)).collect();
-    Task { name: name.into(), node, addresses, overlay: None, state: TaskState::Running, weight: 1, via }
+    Task {
+        name: name.into(),
+        node,
+        addresses,
+        overlay: None,
+        state: TaskState::Running,
+        weight: 1,
+        via,
+        finding: None,
+    }
 }
 
 /// Runs a test on a bench of its own.

@@ -12,6 +12,7 @@ use tokio::{
 
 use super::uplinks::{self, Uplinks};
 use crate::{
+    check::runner::Checks,
     cli::{Attach, Cli, Command, ModeArg, OnExit, ReturnArg, SourceKind},
     cluster::{Return, Tunnel},
     controller::{Controller, Settings, counted},
@@ -170,9 +171,11 @@ async fn start(
     reloads: &watch::Receiver<u64>,
     controllers: &mut Vec<Controller>,
 ) -> Result<()> {
-    let secret = secret(&arguments.iface)?;
-    for (interface, updates) in arguments.iface.iter().zip(sources(arguments, secret.public(), reloads)?) {
-        let settings = controller_settings(arguments, interface, secret, events.clone(), reloads.clone());
+    let (secret, checks) = (secret(&arguments.iface)?, Checks::default());
+    let sources = sources(arguments, (secret.public(), checks.clone()), reloads)?;
+    for (interface, updates) in arguments.iface.iter().zip(sources) {
+        let shared = (events.clone(), checks.clone());
+        let settings = controller_settings(arguments, interface, secret, shared, reloads.clone());
         controllers.push(Controller::start(settings, updates).await?);
     }
     Ok(())
@@ -274,7 +277,7 @@ fn controller_settings(
     arguments: &Attach,
     interface: &str,
     secret: Secret,
-    events: Arc<Recorder>,
+    (events, checks): (Arc<Recorder>, Checks),
     reload: watch::Receiver<u64>,
 ) -> Settings {
     Settings {
@@ -296,6 +299,7 @@ fn controller_settings(
         flood_rate: arguments.flood_rate,
         stale_after: arguments.stale_after,
         replace_state: arguments.replace_state,
+        checks,
         events,
         reload,
         changed: Changed::default(),
@@ -318,7 +322,7 @@ fn sizes(arguments: &Attach) -> Sizes {
 /// What is said to each of the interfaces' controllers.
 fn sources(
     arguments: &Attach,
-    key: PublicKey,
+    (key, checks): (PublicKey, Checks),
     reloads: &watch::Receiver<u64>,
 ) -> Result<Vec<mpsc::Receiver<Update>>> {
     agree(arguments)?;
@@ -345,6 +349,7 @@ fn sources(
                 tunnel: Tunnel { port: arguments.tunnel_port, returns },
                 adopts: arguments.iface.iter().any(|name| is_attached(name)),
                 key,
+                checks,
                 why: asked.into(),
                 reload: reloads.clone(),
             };

@@ -4,6 +4,7 @@
 mod attach;
 mod connections;
 mod notice;
+mod offers;
 mod peers;
 mod refusals;
 
@@ -22,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    check::runner::Checks,
     cluster::{ClusterState, TaskState},
     datapath::{self, ConnectionLog, Datapath, DatapathError, Sizes, TcHook},
     events::{Event, Kind, Recorder},
@@ -36,6 +38,7 @@ use crate::{
     tunnel_key::{Keyring, Secret},
 };
 use notice::Notice;
+use offers::Offers;
 use peers::outgoing;
 use refusals::Refusals;
 
@@ -68,6 +71,8 @@ pub struct Settings {
     pub stale_after: Option<Duration>,
     /// Whether what is pinned and does not fit is removed.
     pub replace_state: bool,
+    /// Asks this node's tasks, where services have checks of our own.
+    pub checks: Checks,
     /// Takes what happens.
     pub events: Arc<Recorder>,
     /// Changes when everything is to be looked at again.
@@ -95,6 +100,10 @@ pub struct Controller {
     cluster: Option<ClusterState>,
     /// What somebody drains, by its version.
     drains: (u64, Vec<Drain>),
+    /// What this node makes of the cluster for itself.
+    offers: Offers,
+    /// What it made of it last, if that is not the same and the cluster has not changed.
+    offered: Option<ClusterState>,
     /// By what other nodes' packets are known.
     keyring: Keyring,
     /// Ask other nodes' datapaths whether they are there, by the index of the interface that leads to them; none before the tunnel's
@@ -168,6 +177,7 @@ impl Controller {
         };
         datapath.set_secret(&settings.secret)?;
         let keyring = Keyring::new(settings.secret);
+        let offers = Offers::new(&settings.interface, settings.checks.clone());
         let mut report = datapath.report().unwrap_or_default();
         let cluster = match (first(&mut updates, &mut report).await, datapath.adopted()) {
             (Ok(cluster), _) => cluster,
@@ -195,6 +205,8 @@ impl Controller {
             told: cluster,
             cluster: None,
             drains: (0, Vec::new()),
+            offers,
+            offered: None,
             keyring,
             probers: BTreeMap::new(),
             peers_changed: mpsc::channel(1),
@@ -255,6 +267,11 @@ impl Controller {
         self.settings.events.record(Event::now(&self.settings.interface, kind, text));
     }
 
+    /// Takes the cluster as it is told by now, less what somebody drains.
+    fn renew(&mut self) {
+        (self.cluster, self.offered) = (self.drained(), None);
+    }
+
     /// The cluster, less what somebody drains.
     fn drained(&self) -> Option<ClusterState> {
         let mut cluster = self.told.clone()?;
@@ -311,7 +328,7 @@ impl Controller {
         if let Some(told) = &mut self.told {
             told.changed = None;
         }
-        self.cluster = self.drained();
+        self.renew();
         true
     }
 
@@ -323,6 +340,7 @@ impl Controller {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut findings = self.settings.checks.news();
         loop {
             let pause = if self.pending() { RETRY } else { RESYNC };
             tokio::select! {
@@ -335,6 +353,7 @@ impl Controller {
                 },
                 Some(()) = self.changes.recv() => self.network = None,
                 Some(()) = self.peers_changed.1.recv() => {}
+                Ok(()) = findings.changed() => {}
                 _ = looks.tick(), if !self.probers.is_empty() => {
                     self.look_at_tunnel_errors();
                     continue;
@@ -345,7 +364,7 @@ impl Controller {
                         log::debug!("{}: {error}", self.settings.interface);
                     }
                     self.look_at_log_level();
-                    if !self.look_at_drains() {
+                    if !self.look_at_drains() && !self.offers.is_due() {
                         continue;
                     }
                 }
@@ -390,7 +409,7 @@ impl Controller {
         match update {
             Some(Update::State(cluster)) => {
                 self.told = Some(cluster);
-                self.cluster = self.drained();
+                self.renew();
                 if self.report.problem.take().is_some() {
                     self.record(Kind::SourceBack, format!("the source is back: {}", self.report.kind));
                 }
@@ -399,7 +418,7 @@ impl Controller {
             }
             Some(Update::Stale(cluster, reason)) => {
                 self.told = Some(cluster);
-                self.cluster = self.drained();
+                self.renew();
                 self.fail(&reason, format!("the source failed, what stands may be out of date: {reason}"));
                 return true;
             }
@@ -543,7 +562,9 @@ impl Controller {
     /// The network: as it was looked at last, if that tells the way to all that the cluster asks for, else as it is. What
     /// has just come may not have been there.
     async fn look(&mut self) -> Result<Arc<Snapshot>> {
-        if let (Some(network), Some(cluster)) = (self.network.clone(), &self.cluster) {
+        if let (Some(network), Some(cluster)) =
+            (self.network.clone(), self.offered.as_ref().or(self.cluster.as_ref()))
+        {
             let node = self.node(cluster, &network, &mut BTreeSet::new());
             let wanted = self.planner.destinations(cluster, &node);
             if self.ways.found(&wanted).is_some() {
@@ -563,6 +584,9 @@ impl Controller {
         complaints: &mut BTreeSet<String>,
     ) -> Result<bool> {
         let node = self.node(cluster, snapshot, complaints);
+        let offered = self.offers.of(cluster, &node, self.datapath.tables());
+        self.offered = offered.clone();
+        let cluster = offered.as_ref().unwrap_or(cluster);
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
         let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;

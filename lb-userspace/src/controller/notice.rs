@@ -211,6 +211,9 @@ fn change(before: Option<Shown>, is: Shown, label: &BackendLabel) -> Option<(Kin
         (_, Shown::Offered) => (Kind::TaskOffered, "takes new connections again".to_owned()),
         (None, Shown::Starting) => (Kind::TaskAdded, "is starting".to_owned()),
         (_, Shown::Starting) => return None,
+        (_, Shown::Draining) if !problem.is_empty() => {
+            (Kind::TaskUnreachable, format!("gets no new connections: {problem}"))
+        }
         (_, Shown::Draining) => {
             (Kind::TaskDraining, "drains: no new connections, open ones go on".to_owned())
         }

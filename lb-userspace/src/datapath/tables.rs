@@ -18,6 +18,7 @@ use lb_common::{
     backend::{Backend, State},
     conntrack::{Phase, Timers},
     endpoint::{Endpoint, Listener, TaskEndpoint},
+    filter::{Side, position},
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
     stats::{BackendStats, ServiceStats, TableStats},
@@ -166,6 +167,30 @@ impl TableSet {
             }
         }
         Ok(())
+    }
+
+    /// The name by which other nodes ask for a task of this node, by the number of its backend; none of a task that they do not
+    /// reach.
+    ///
+    /// # Errors
+    /// The kernel refuses a read.
+    pub fn task_name(&self, backend: u32) -> Result<Option<TaskKey>, DatapathError> {
+        for item in self.tasks.iter() {
+            let (key, index) = item.map_err(|e| DatapathError::map("read", e))?;
+            if index == backend {
+                return Ok(Some(key));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the port filter has packets to this port looked at.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn looks_at(&self, protocol: Protocol, port: u16) -> Result<bool, DatapathError> {
+        let (word, bit) = position(Side::Destination, protocol.number(), Be16::new(port));
+        self.filter.get(&word, 0).map(|bits| bits & bit != 0).map_err(|e| DatapathError::map("read", e))
     }
 
     /// The flood guard, and how many connections it has placed.
@@ -496,7 +521,7 @@ impl TableSet {
         self.set_label(
             LABEL_SERVICE,
             index,
-            &fitted(label, &[|label| &mut label.problem, |label| &mut label.left]),
+            &fitted(label, &[|label| &mut label.problem, |label| &mut label.left, |label| &mut label.health]),
         )
     }
 

@@ -14,6 +14,7 @@ use lb_common::{
 
 use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
 use crate::{
+    check::judge,
     cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
     tunnel_key::Cookies,
 };
@@ -141,6 +142,8 @@ pub struct DesiredBackend {
     pub weight: u16,
     /// Whether it comes first.
     pub preferred: bool,
+    /// Whether no way leads to it that should.
+    pub unreached: bool,
 }
 
 /// One published port.
@@ -224,6 +227,8 @@ impl<'a> Scene<'a> {
                 timers: service.timers.seconds,
                 idle: service.idle,
                 prefer: service.prefer,
+                health: service.health.as_ref().map(ToString::to_string),
+                slow_start: u32::try_from(service.slow_start.as_secs()).unwrap_or(u32::MAX),
             },
             backends: self.backends(service),
             ports: ports(self.view, service),
@@ -238,8 +243,16 @@ impl<'a> Scene<'a> {
         let targets: BTreeSet<_> = service.ports.iter().map(|port| (port.protocol, port.target)).collect();
         let mut backends = Vec::new();
         let direct = service.returns.unwrap_or(self.view.cluster.tunnel.returns) == Return::Direct;
-        for task in &service.tasks {
+        let usable = |task: &Task| {
             let reach = self.reaching.of(task);
+            let ways = task.addresses.iter().map(|address| self.way(task, (*address, reach)));
+            task.weight > 0 && ways.flatten().any(|way| way.silent.is_none())
+        };
+        for (task, judged) in service.tasks.iter().zip(judge(&service.tasks, usable)) {
+            let reach = self.reaching.of(task);
+            // Another node may think otherwise of one that has not passed yet, and this one did before: what it has goes on.
+            let held = task.state == TaskState::Running && judged.state == TaskState::Starting;
+            let state = if held { TaskState::Draining } else { judged.state };
             let preferred = match service.prefer {
                 Prefer::Any => true,
                 Prefer::Local | Prefer::LocalOnly => reach == Reach::Local,
@@ -248,21 +261,29 @@ impl<'a> Scene<'a> {
             for address in &task.addresses {
                 let way = self.way(task, (*address, reach));
                 for (protocol, target) in &targets {
-                    let (mut backend, problem) = backend(task, (*address, reach), *target, &way);
+                    let (mut backend, problem) = backend((task, state), (*address, reach), *target, &way);
                     if reach == Reach::Peer && direct {
                         backend.flags |= RETURN_DIRECT;
                     }
+                    let unreached = problem.is_some();
+                    let problem = problem.or_else(|| judged.problem.clone());
                     let label = BackendLabel {
                         task: task.name.clone(),
                         node: task.node.clone(),
-                        state: task.state,
+                        state: judged.state,
                         protocol: *protocol,
                         target: *target,
                         address: *address,
                         overlay: task.cluster_address().filter(|overlay| overlay != address),
                         problem,
                     };
-                    backends.push(DesiredBackend { label, backend, weight: task.weight, preferred });
+                    backends.push(DesiredBackend {
+                        label,
+                        backend,
+                        weight: task.weight,
+                        preferred,
+                        unreached,
+                    });
                 }
             }
         }
@@ -389,12 +410,12 @@ fn peer(address: IpAddr, way: &Way) -> Peer {
 }
 
 fn backend(
-    task: &Task,
+    (task, state): (&Task, TaskState),
     (address, reach): (IpAddr, Reach),
     target: u16,
     known: &Result<&Way, String>,
 ) -> (Backend, Option<String>) {
-    let state = match (known, task.state) {
+    let state = match (known, state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
         // Its connections go on: if it is the probes alone that get lost, nothing else is.
         (Ok(Way { silent: Some(_), .. }), _) | (Ok(_), TaskState::Draining) => State::Draining,

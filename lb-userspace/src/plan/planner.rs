@@ -266,7 +266,7 @@ impl Planner {
         match builder.add(&wanted, before) {
             Ok(in_tables) => {
                 (entry.in_tables, entry.refused, entry.crowded) = (in_tables, closed, closed);
-                entry.unreached = wanted.backends.iter().filter(|b| b.label.problem.is_some()).count();
+                entry.unreached = wanted.backends.iter().filter(|backend| backend.unreached).count();
             }
             Err(Refusal::Taken(owner, _)) if !complete && owner.as_str() > name => return Err(Unordered),
             Err(Refusal::Full(_)) if !complete => return Err(Unordered),

@@ -54,6 +54,17 @@ pub struct ServiceLabel {
     /// Whose tasks come first.
     #[serde(default, skip_serializing_if = "Prefer::is_any")]
     pub prefer: Prefer,
+    /// How its tasks are asked whether they take connections, in words, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<String>,
+    /// Seconds in which a task that comes gets its whole share of new connections; zero is at once.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub slow_start: u32,
+}
+
+/// Whether a number is none.
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// What a cursor stands for: a published port.

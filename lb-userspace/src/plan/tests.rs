@@ -93,7 +93,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         }
         let node = if here { "node1" } else { "node2" }.to_owned();
         let name = format!("s{number}.{slot}");
-        seen.insert(slot, Task { name, node, addresses, overlay: None, state, weight, via });
+        seen.insert(slot, Task { name, node, addresses, overlay: None, state, weight, via, finding: None });
     }
     let ports: BTreeMap<_, _> =
         ports.into_iter().map(|(offset, protocol, target)| ((offset, protocol), target)).collect();
@@ -118,6 +118,8 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         problem: String::new(),
         timers: lb_common::conntrack::Timers::DEFAULT,
         idle: Idle::Forget,
+        health: None,
+        slow_start: std::time::Duration::ZERO,
     }
 }
 
@@ -660,6 +662,7 @@ fn nodes(numbers: &[u8]) -> ClusterState {
         state: TaskState::Running,
         weight: 1,
         via: Via::Peer,
+        finding: None,
     };
     let mut service = build(1, vec![], vec![(0, Protocol::Tcp, 0)]);
     service.tasks = numbers.iter().map(task).collect();

@@ -9,6 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    check::Finding,
     cluster::{ClusterState, Service, TaskState},
     tunnel_key::PublicKey,
 };
@@ -32,6 +33,9 @@ pub struct NodeFacts {
     /// What its packets in the tunnel are known by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<PublicKey>,
+    /// Whether it asks tasks by checks of its own, so that those of which nothing is found have not passed. Older agents do not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub checks: bool,
 }
 
 /// Why what an agent says is not taken.
@@ -69,6 +73,9 @@ pub struct TaskFacts {
     /// Whether it should get no new connections: its health check fails, or it is paused. The protocol has another name for it.
     #[serde(rename = "ailing")]
     pub unhealthy: bool,
+    /// What was found by a check of our own.
+    #[serde(flatten)]
+    pub finding: Finding,
 }
 
 /// What an agent said, and whether it still says so.
@@ -152,6 +159,16 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, NodeReport>) -> Arc
             None => !(report.now && report.facts.complete) || task.state == TaskState::Starting,
         }
     });
+    if service.health.is_some() {
+        for task in &mut Arc::make_mut(&mut service).tasks {
+            let report = facts.get(&task.node).filter(|report| report.facts.checks);
+            let known = report.and_then(|report| Some((report.now, report.facts.tasks.get(&task.name)?)));
+            // Of one whose agent is not heard it stands that it failed.
+            let found = known.filter(|(now, known)| *now || known.finding.passes == Some(false));
+            // What was told before is by another agent's word.
+            task.finding = found.map(|(_, known)| known.finding.clone().checked()).or(task.finding.take());
+        }
+    }
     service
 }
 
@@ -168,6 +185,7 @@ pub fn task_name(docker: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::CheckSpec;
     use crate::cluster::{Node, Service, Task, Via};
 
     fn task(name: &str, state: TaskState) -> Task {
@@ -179,6 +197,7 @@ mod tests {
             state,
             weight: 1,
             via: Via::Peer,
+            finding: None,
         }
     }
 
@@ -207,12 +226,18 @@ mod tests {
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
+            health: None,
+            slow_start: std::time::Duration::ZERO,
         };
         ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }
     }
 
     fn reports(tasks: &[(&str, bool)], complete: bool, now: bool) -> BTreeMap<String, NodeReport> {
-        let known = |unhealthy| TaskFacts { addresses: vec!["172.18.0.3".parse().unwrap()], unhealthy };
+        let known = |unhealthy| TaskFacts {
+            addresses: vec!["172.18.0.3".parse().unwrap()],
+            unhealthy,
+            finding: Finding::default(),
+        };
         let tasks = tasks.iter().map(|(name, unhealthy)| ((*name).to_owned(), known(*unhealthy))).collect();
         let facts = Arc::new(NodeFacts { tasks, complete, ..NodeFacts::default() });
         BTreeMap::from([("node1".to_owned(), NodeReport { facts, now })])
@@ -245,6 +270,34 @@ mod tests {
         assert_eq!(states(cluster(tasks()), &reports(&[("a", true)], true, false)), all);
         let left = vec![("a".to_owned(), Draining), ("c".to_owned(), Starting)];
         assert_eq!(states(cluster(tasks()), &reports(&[("a", true)], true, true)), left);
+    }
+
+    #[test]
+    fn what_a_node_finds_of_its_tasks_is_told_where_its_agent_asks_them() {
+        let found = |asks: bool, now: bool, findings: &[(&str, Option<bool>)]| {
+            let mut state = cluster(vec![task("a", TaskState::Running), task("b", TaskState::Running)]);
+            state.service_mut(0).health =
+                CheckSpec { kind: "tcp".into(), port: Some(80), ..CheckSpec::default() }.check(&[]).unwrap();
+            let mut reports = reports(&[("a", false), ("b", false)], true, now);
+            let report = reports.get_mut("node1").unwrap();
+            let facts = Arc::make_mut(&mut report.facts);
+            facts.checks = asks;
+            for (name, passes) in findings {
+                facts.tasks.get_mut(*name).unwrap().finding.passes = *passes;
+            }
+            // As it is told.
+            let told = serde_json::to_string(report.facts.as_ref()).unwrap();
+            report.facts = Arc::new(serde_json::from_str(&told).unwrap());
+            Completion::default().complete(&mut state, reports);
+            let tasks = state.services[0].tasks.iter();
+            tasks.map(|task| task.finding.as_ref().map(|finding| finding.passes)).collect::<Vec<_>>()
+        };
+        let all = [("a", Some(true)), ("b", Some(false))];
+        assert_eq!(found(true, true, &all), [Some(Some(true)), Some(Some(false))]);
+        assert_eq!(found(true, true, &[("a", Some(true))]), [Some(Some(true)), Some(None)]);
+        // An older agent asks nobody, and of one that is not heard only that a task failed stands.
+        assert_eq!(found(false, true, &[]), [None, None]);
+        assert_eq!(found(true, false, &all), [None, Some(Some(false))]);
     }
 
     /// What is remembered changes nothing, and what nobody spoke of is not made anew.

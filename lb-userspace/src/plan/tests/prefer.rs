@@ -13,6 +13,7 @@ fn five() -> ClusterState {
         state: TaskState::Running,
         weight: 1,
         via: Via::Peer,
+        finding: None,
     };
     cluster.service_mut(0).tasks = [(1, 1), (2, 1), (3, 2), (5, 2), (6, 3)].map(task).into();
     cluster

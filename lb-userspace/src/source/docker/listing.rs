@@ -4,15 +4,16 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use lb_common::conntrack::Timers;
 
 use super::model;
 use crate::{
+    check::{Check, CheckSpec},
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Return, Service,
+        self, Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Return, Service,
         TIMERS, Task, TaskState, TimerError, Tunnel, Via, address_range, served_address, set_timer,
     },
     datapath::Hint,
@@ -43,6 +44,13 @@ pub const ADDRESSES_LABEL: &str = "lb.addresses";
 pub const ALLOW_LABEL: &str = "lb.allow";
 /// Service label: who may not connect, likewise.
 pub const DENY_LABEL: &str = "lb.deny";
+
+/// Service label: how its tasks are asked whether they take connections, `docker`, `tcp` or `http`; with what is said of that after
+/// it, as in `lb.health.path`.
+pub const HEALTH_LABEL: &str = "lb.health";
+
+/// Service label: the time in which a task that comes gets its whole share of new connections.
+pub const SLOW_START_LABEL: &str = "lb.slow-start";
 
 /// Host names are cut to so many bytes.
 const LONGEST_HOST: usize = 64;
@@ -134,6 +142,8 @@ impl Listing {
             let (affinity, prefer) = (affinity(service, &mut problems), prefer(service, &mut problems));
             let (timers, idle) = (timers(service, &mut problems), idle(service, &mut problems));
             let (addresses, access) = (addresses(service, &mut problems), access(service, &mut problems));
+            let health = health(service, &ports, &mut problems);
+            let slow_start = slow_start(service, &mut problems);
             let name = service.spec.name.clone();
             services.push(Arc::new(Service {
                 name,
@@ -147,12 +157,14 @@ impl Listing {
                 access,
                 timers,
                 idle,
+                health,
+                slow_start,
                 left,
                 problem: problems.join("; "),
             }));
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
-        let cluster = ClusterState { nodes, services, tunnel, ..ClusterState::default() };
+        let cluster = ClusterState { nodes, services, tunnel, checks: true, ..ClusterState::default() };
         ManagerView { cluster, members, notes }
     }
 
@@ -248,6 +260,7 @@ fn task(raw: &model::Task, service: &str) -> Option<Task> {
         state,
         weight: 1,
         via: Via::Peer,
+        finding: None,
     })
 }
 
@@ -299,7 +312,8 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 8] = [
+    const KNOWN: [&str; 9] = [
+        SLOW_START_LABEL,
         RETURN_LABEL,
         PLACEMENT_LABEL,
         AFFINITY_LABEL,
@@ -310,7 +324,9 @@ fn unknown_labels(service: &model::Service) -> Vec<String> {
         DENY_LABEL,
     ];
     let timers: Vec<String> = TIMERS.iter().map(|(name, _)| format!("{TIMER_LABEL}{name}")).collect();
-    let known: Vec<&str> = KNOWN.into_iter().chain(timers.iter().map(String::as_str)).collect();
+    let health: Vec<String> = HEALTH_PARTS.iter().map(|part| format!("{HEALTH_LABEL}{part}")).collect();
+    let named = timers.iter().chain(&health).map(String::as_str);
+    let known: Vec<&str> = KNOWN.into_iter().chain(named).collect();
     // A timer that there is not says so itself.
     strange(service.spec.labels.keys().filter(|label| !label.starts_with(TIMER_LABEL)), &known)
 }
@@ -322,6 +338,51 @@ fn strange<'a>(labels: impl Iterator<Item = &'a String>, known: &[&str]) -> Vec<
     labels
         .map(|label| format!("label {label} is unknown{}", Hint::nearest(label, known.iter().copied())))
         .collect()
+}
+
+fn slow_start(service: &model::Service, problems: &mut Vec<String>) -> Duration {
+    let Some(label) = service.spec.labels.get(SLOW_START_LABEL) else {
+        return Duration::ZERO;
+    };
+    cluster::slow_start(label).unwrap_or_else(|error| {
+        problems.push(format!("label {SLOW_START_LABEL}: {error}"));
+        Duration::ZERO
+    })
+}
+
+/// What may stand after the label of health.
+const HEALTH_PARTS: [&str; 6] = ["", ".port", ".path", ".interval", ".rise", ".fall"];
+
+/// How its tasks are asked. Where that is described wrongly they are not: Docker's word stands.
+fn health(service: &model::Service, ports: &[Port], problems: &mut Vec<String>) -> Option<Check> {
+    let labels = &service.spec.labels;
+    let of = |part: &str| labels.get(&format!("{HEALTH_LABEL}{part}"));
+    let Some(kind) = of("") else {
+        if let Some(part) = HEALTH_PARTS[1..].iter().find(|part| of(part).is_some()) {
+            problems
+                .push(format!("label {HEALTH_LABEL}{part} has no effect without {HEALTH_LABEL}=tcp or http"));
+        }
+        return None;
+    };
+    let number = |part: &str| match of(part) {
+        None => Ok(None),
+        Some(text) => text.parse::<u16>().map(Some).map_err(|_| {
+            format!(
+                "label {HEALTH_LABEL}{part}={text} is no number from 0 to {}; its tasks are not asked",
+                u16::MAX
+            )
+        }),
+    };
+    let numbers = number(".port").and_then(|port| Ok([port, number(".rise")?, number(".fall")?]));
+    let check = numbers.and_then(|[port, rise, fall]| {
+        let (path, interval) = (of(".path").cloned(), of(".interval").cloned());
+        let spec = CheckSpec { kind: kind.clone(), port, path, interval, rise, fall };
+        spec.check(ports).map_err(|error| format!("label {HEALTH_LABEL}: {error}; its tasks are not asked"))
+    });
+    check.unwrap_or_else(|problem| {
+        problems.push(problem);
+        None
+    })
 }
 
 /// What a label that chooses says; `None` where there is none, or it is none of the choices, which is noted.
@@ -457,6 +518,50 @@ mod tests {
             services: serde_json::from_str(services).unwrap(),
             tasks: tasks.iter().map(|text| serde_json::from_str(text).unwrap()).collect(),
             nodes: serde_json::from_str(nodes).unwrap(),
+        }
+    }
+
+    #[test]
+    fn how_tasks_are_asked_is_said_by_labels() {
+        let health = |labels: &[(&str, &str)]| {
+            let mut listing = listing();
+            let service = &mut listing.services[0];
+            service.spec.labels =
+                labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            let web = listing.view(Tunnel::default()).cluster.services[1].clone();
+            (web.health.as_ref().map(ToString::to_string), web.problem.clone())
+        };
+        let is = |text: &str| (Some(text.to_owned()), String::new());
+        let wrong = |text: &str| (None, text.to_owned());
+        assert_eq!(health(&[]), (None, String::new()));
+        assert_eq!(health(&[("lb.health", "docker")]), (None, String::new()));
+        assert_eq!(health(&[("lb.health", "tcp")]), is("tcp :8080 every 2000 ms, rise 2, fall 3"));
+        let all = [
+            ("lb.health", "http"),
+            ("lb.health.port", "9000"),
+            ("lb.health.path", "/up"),
+            ("lb.health.interval", "500ms"),
+            ("lb.health.rise", "1"),
+            ("lb.health.fall", "9"),
+        ];
+        assert_eq!(health(&all), is("http :9000/up every 500 ms, rise 1, fall 9"));
+        for (labels, said) in [
+            (
+                &[("lb.health", "icmp")][..],
+                "label lb.health: health \"icmp\" is none of docker, tcp, http; its tasks are not asked",
+            ),
+            (
+                &[("lb.health", "tcp"), ("lb.health.port", "x")],
+                "label lb.health.port=x is no number from 0 to 65535; its tasks are not asked",
+            ),
+            (
+                &[("lb.health.path", "/up")],
+                "label lb.health.path has no effect without lb.health=tcp or http",
+            ),
+            (&[("lb.slow-start", "soon")], "label lb.slow-start: \"soon\" is no time from 1s to 1h"),
+            (&[("lb.healthy", "tcp")], "label lb.healthy is unknown; did you mean lb.health?"),
+        ] {
+            assert_eq!(health(labels), wrong(said), "{labels:?}");
         }
     }
 

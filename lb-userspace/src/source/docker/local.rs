@@ -14,6 +14,7 @@ use super::{
     model,
 };
 use crate::{
+    check::runner::Checks,
     net::{Net, Snapshot, newest},
     source::facts::{NodeFacts, TaskFacts, task_name},
     tunnel_key::PublicKey,
@@ -39,10 +40,19 @@ pub async fn follow(
     engine: Engine,
     interfaces: Vec<String>,
     key: PublicKey,
+    checks: Checks,
     out: watch::Sender<Option<NodeFacts>>,
 ) {
-    let mut local =
-        Local { engine, interfaces, ingress: Ingress::default(), events: None, told: None, listed: false };
+    let mut news = checks.news();
+    let mut local = Local {
+        engine,
+        interfaces,
+        checks,
+        ingress: Ingress::default(),
+        events: None,
+        told: None,
+        listed: false,
+    };
     let (net, mut changes) = match Net::connect() {
         Ok(connected) => connected,
         Err(error) => {
@@ -67,6 +77,11 @@ pub async fn follow(
                 RETRY
             }
         };
+        // Whether Docker answers or not.
+        facts.checks = local.checks.has_begun();
+        for (name, task) in &mut facts.tasks {
+            task.finding = local.checks.finding(name).unwrap_or_default();
+        }
         out.send_if_modified(|told| {
             let facts = Some(facts);
             let news = *told != facts;
@@ -76,13 +91,14 @@ pub async fn follow(
         if out.is_closed() {
             return;
         }
-        local.wait(pause, &mut changes).await;
+        local.wait(pause, &mut changes, &mut news).await;
     }
 }
 
 struct Local {
     engine: Engine,
     interfaces: Vec<String>,
+    checks: Checks,
     ingress: Ingress,
     events: Option<Events>,
     told: Option<String>,
@@ -129,7 +145,7 @@ impl Local {
                 }
                 found &= !addresses.is_empty();
             }
-            tasks.insert(name, TaskFacts { addresses, unhealthy });
+            tasks.insert(name, TaskFacts { addresses, unhealthy, ..TaskFacts::default() });
         }
         (facts.tasks, facts.complete) = (tasks, true);
         if self.told.take().is_some() {
@@ -159,7 +175,12 @@ impl Local {
         }
     }
 
-    async fn wait(&mut self, pause: Duration, changes: &mut crate::net::Changes) {
+    async fn wait(
+        &mut self,
+        pause: Duration,
+        changes: &mut crate::net::Changes,
+        news: &mut watch::Receiver<u64>,
+    ) {
         let events = &mut self.events;
         let heard = async {
             match events {
@@ -175,6 +196,7 @@ impl Local {
             }
             // Neighbours come and go all the time, containers hardly ever.
             Some(()) = changes.recv() => tokio::time::sleep(SOON).await,
+            Ok(()) = news.changed() => {}
             () = tokio::time::sleep(pause) => return,
         }
         tokio::time::sleep(SETTLE).await;

@@ -42,7 +42,7 @@ use super::{
     Update,
     peer::{self, tls::Keeper},
 };
-use crate::{cluster::Tunnel, tunnel_key::PublicKey};
+use crate::{check::runner::Checks, cluster::Tunnel, tunnel_key::PublicKey};
 
 /// What the source is asked to do.
 #[derive(Clone, Debug)]
@@ -55,6 +55,8 @@ pub struct Settings {
     pub adopts: bool,
     /// What other nodes are told of this one's key for the tunnel.
     pub key: PublicKey,
+    /// What is found of this node's tasks by checks of our own.
+    pub checks: Checks,
     /// Why this source was chosen, for `status`.
     pub why: String,
     /// Changes when everything is to be looked at again.
@@ -193,8 +195,8 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
     let mut reload = settings.reload.clone();
     let (own_sender, own) = watch::channel(None);
     let mut own_changed = own.clone();
-    let _local =
-        Job::start(local::follow(engine.clone(), settings.interfaces.clone(), settings.key, own_sender));
+    let (interfaces, checks) = (settings.interfaces.clone(), settings.checks.clone());
+    let _local = Job::start(local::follow(engine.clone(), interfaces, settings.key, checks, own_sender));
     let mut memberships = membership::follow(engine.clone());
     let (list_sender, mut lists) = mpsc::channel(1);
     let (agent_sender, mut agents) = mpsc::channel(64);

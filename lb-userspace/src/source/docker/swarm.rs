@@ -534,6 +534,7 @@ mod tests {
             state: Running,
             weight: 1,
             via: Via::Peer,
+            finding: None,
         };
         let service = Service {
             name: "web".into(),
@@ -549,6 +550,8 @@ mod tests {
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
+            health: None,
+            slow_start: Duration::ZERO,
         };
         let mut state = ClusterState {
             nodes: vec![node(1), node(2), node(3)],

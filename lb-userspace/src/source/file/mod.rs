@@ -457,6 +457,24 @@ weight = 3
     }
 
     #[test]
+    fn how_tasks_are_asked_is_said_by_a_service() {
+        let with = |health: &str| GOOD.replace("ports =", &format!("health = {health}\nports ="));
+        let health = |text: &str| parse(text).ok().map(|state| state.services[0].health.clone());
+        assert_eq!(health(GOOD), Some(None));
+        assert_eq!(health(&with("{ kind = \"docker\" }")), Some(None));
+        let all = "{ kind = \"http\", port = 9000, path = \"/up\", interval = \"1s\", rise = 1, fall = 2 }";
+        let said = health(&with(all)).flatten().map(|check| check.to_string());
+        assert_eq!(said.as_deref(), Some("http :9000/up every 1000 ms, rise 1, fall 2"));
+        let gentle = |time: &str| GOOD.replace("ports =", &format!("slow-start = \"{time}\"\nports ="));
+        let time = |text: &str| parse(text).ok().map(|state| state.services[0].slow_start.as_secs());
+        assert_eq!((time(GOOD), time(&gentle("2m"))), (Some(0), Some(120)));
+        fails(&gentle("2h"), 8, "\"2h\" is no time from 1s to 1h");
+        fails(&with("{ kind = \"icmp\" }"), 8, "health \"icmp\" is none of docker, tcp, http");
+        fails(&with("{ kind = \"tcp\", path = \"/\" }"), 8, "a path is of use to http alone");
+        fails(&with("{ kind = \"tcp\", timeout = 9 }"), 8, "unknown field `timeout`");
+    }
+
+    #[test]
     fn idle_connections_are_forgotten_unless_they_are_to_be_reset() {
         let with = |idle: &str| GOOD.replace("ports =", &format!("idle = \"{idle}\"\nports ="));
         let idle = |text: &str| parse(text).ok().map(|state| state.services[0].idle);

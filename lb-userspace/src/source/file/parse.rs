@@ -5,6 +5,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -13,9 +14,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
+    check::CheckSpec,
     cluster::{
         Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Return, Service, Task,
-        TaskState, Tunnel, Via, address_range, set_timer,
+        TaskState, Tunnel, Via, address_range, set_timer, slow_start,
     },
     text,
     tunnel_key::NodeKey,
@@ -74,6 +76,9 @@ pub(super) struct RawService {
     deny: Vec<Spanned<String>>,
     #[serde(default)]
     idle: Idle,
+    health: Option<Spanned<CheckSpec>>,
+    #[serde(rename = "slow-start")]
+    slow_start: Option<Spanned<String>>,
     #[serde(default)]
     timers: BTreeMap<Spanned<String>, u32>,
     #[serde(default)]
@@ -194,6 +199,14 @@ pub(super) fn service<'a>(
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
     }
     let access = Access { allow: raw.allow.as_deref().map(ranges).transpose()?, deny: ranges(&raw.deny)? };
+    let health = match &raw.health {
+        None => None,
+        Some(spec) => spec.get_ref().check(&ports).map_err(|error| Wrong::at(spec, error.to_string()))?,
+    };
+    let slow_start = match &raw.slow_start {
+        None => Duration::ZERO,
+        Some(text) => slow_start(text.get_ref()).map_err(|error| Wrong::at(text, error))?,
+    };
     let (left, problem) = (String::new(), String::new());
     Ok(Service {
         name,
@@ -207,6 +220,8 @@ pub(super) fn service<'a>(
         access,
         timers,
         idle,
+        health,
+        slow_start,
         left,
         problem,
     })
@@ -309,5 +324,6 @@ fn task(raw: &RawTask, nodes: &HashSet<String>) -> Result<Task, Wrong> {
         state: raw.state,
         weight,
         via: raw.via,
+        finding: None,
     })
 }

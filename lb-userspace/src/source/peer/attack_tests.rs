@@ -157,7 +157,7 @@ impl Talk {
 }
 
 fn facts(tasks: usize, unhealthy: bool) -> NodeFacts {
-    let task = |number| (format!("web.{number}"), TaskFacts { addresses: vec![], unhealthy });
+    let task = |number| (format!("web.{number}"), TaskFacts { unhealthy, ..TaskFacts::default() });
     NodeFacts { tasks: (0..tasks).map(task).collect(), ..NodeFacts::default() }
 }
 

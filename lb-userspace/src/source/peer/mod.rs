@@ -179,6 +179,8 @@ struct Changes {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     more: bool,
     changed: Option<SystemTime>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    checks: bool,
     tunnel: Tunnel,
     /// All of them, if any changed.
     nodes: Option<Vec<Node>>,
@@ -214,6 +216,7 @@ impl Changes {
             whole: before.is_none(),
             more: false,
             changed: after.changed,
+            checks: after.checks,
             tunnel: after.tunnel,
             nodes: before.is_none_or(|before| before.nodes != after.nodes).then(|| after.nodes.clone()),
             services: new
@@ -253,6 +256,7 @@ impl Changes {
             *state = ClusterState::default();
         }
         (state.this, state.changed, state.tunnel) = (self.this, self.changed, self.tunnel);
+        state.checks = self.checks;
         if let Some(nodes) = self.nodes {
             state.nodes = nodes;
         }
@@ -298,6 +302,8 @@ mod tests {
             problem: String::new(),
             timers: lb_common::conntrack::Timers::DEFAULT,
             idle: crate::cluster::Idle::Forget,
+            health: None,
+            slow_start: Duration::ZERO,
         };
         let node = |name: &&str| Node {
             name: (*name).into(),
@@ -349,6 +355,7 @@ mod tests {
             state: crate::cluster::TaskState::Running,
             weight: 1,
             via: crate::cluster::Via::Peer,
+            finding: None,
         };
         let mut state = cluster(&[("a", "80:80"), ("b", "81:81"), ("c", "82:82")], &["node1"]);
         for index in 0..3 {
