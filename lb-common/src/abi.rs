@@ -112,6 +112,25 @@ pub mod table {
         TABLE_STATS,
         LABELS,
     ];
+
+    /// Those that the programs of an uplink's ingress write: who runs one to see what it would do gives it others.
+    pub const WRITTEN: [&str; 15] = [
+        CONFIG,
+        CURSORS,
+        CONNECTIONS4,
+        CONNECTIONS6,
+        GUARD,
+        RATES,
+        ERROR_BUDGETS,
+        FRAGMENTS4,
+        FRAGMENTS6,
+        EARLY_FRAGMENTS,
+        PEER_KEYS,
+        OUTCOMES,
+        BACKEND_STATS,
+        SERVICE_STATS,
+        TABLE_STATS,
+    ];
 }
 
 /// What a range of addresses is to this node; the narrowest one that has an address counts.

@@ -3,30 +3,110 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _},
     ptr::NonNull,
 };
 
-use aya::{
-    maps::MapData,
-    programs::{TestRun as _, TestRunOptions, Xdp},
-};
+use aya::{maps::MapData, programs::Xdp};
 use lb_common::{
-    abi::{Removal, remove, size, table},
+    abi::{Config, Removal, remove, size, table},
     backend::{Backend, State},
     conntrack::{
         Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
         is_within,
-        line::{ALIAS, ESTABLISHED, RESET, UDP, WAYS, set_of, slot, way_of},
+        line::{ALIAS, DIRECT, ESTABLISHED, RESET, UDP, WAYS, set_of, slot, way_of},
         table::SPILLED,
     },
     fragment::{FRAGMENT_SECONDS, FragmentKey, Ports},
     net::{Address, V4, V6},
 };
 
-use super::{DatapathError, PinDir, TableSet, access::AccessLists, batch::Batches, idle};
-use crate::{cluster::Idle, limits::Fill, net::Reset, plan::Tables};
+use super::{DatapathError, PinDir, TableSet, Tools, access::AccessLists, batch::Batches, idle, tools};
+use crate::{
+    cluster::{Idle, Protocol},
+    limits::Fill,
+    net::Reset,
+    plan::Tables,
+};
+
+/// A connection as its line said when it was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Which of its service's timers runs.
+    pub phase: Phase,
+    /// The client.
+    pub client: SocketAddr,
+    /// Where the client sends to.
+    pub listener: SocketAddr,
+    /// Number of the task's backend; none if that task is gone.
+    pub backend: Option<u32>,
+    /// Number of the node by which the client's packets come; [`SELF`](lb_common::tunnel::SELF) for this one.
+    pub peer: u32,
+    /// Whether the task's replies go straight to the client, though its packets come by another node.
+    pub direct: bool,
+    /// The client's port as the task sees it.
+    pub port: u16,
+    /// Seconds since its last packet.
+    pub idle: u32,
+    /// The sequence number that the task expects of the client next; of TCP.
+    pub client_next: u32,
+    /// And the client of the task.
+    pub task_next: u32,
+    /// What takes the line away as it is.
+    removal: Removal,
+}
+
+/// What a line says, of a connection.
+pub(super) fn seen<A: Address>(at: u32, control: Control, line: &Line<A>, clock: &Clock<'_>) -> Option<Seen> {
+    if control.has(ALIAS) {
+        return None;
+    }
+    let tuple = &line.tuple;
+    Some(Seen {
+        protocol: if control.has(UDP) { Protocol::Udp } else { Protocol::Tcp },
+        phase: Phase::try_from(Phase::number_of(control)).ok()?,
+        client: SocketAddr::new(tuple.source.to_ip(), tuple.source_port.get()),
+        listener: SocketAddr::new(tuple.destination.to_ip(), tuple.destination_port.get()),
+        backend: clock.backend(line).map(|_| line.backend),
+        peer: line.peer.into(),
+        direct: line.link & DIRECT != 0,
+        port: line.port.get(),
+        idle: elapsed(line.seen, clock.now) / clock.jiffies_per_second.max(1),
+        client_next: line.client_next,
+        task_next: line.task_next,
+        removal: Removal { control: control.0, slot: at, seen: line.seen, what: 0, done: 0 },
+    })
+}
+
+/// Lines that are looked at by one reading of the clock.
+const SAME_TIME: u32 = 8_192;
+
+/// Goes once over a table's connections.
+fn each<A: Address, E>(
+    mapping: &Mapping<A>,
+    mut clock: Clock<'_>,
+    tools: &Tools,
+    visit: &mut impl FnMut(&Seen, &dyn Fn() -> Vec<Reset>) -> Result<(), E>,
+) -> Result<(), E>
+where
+    E: From<DatapathError>,
+{
+    for at in 0..mapping.lines() {
+        // Who reads what is said may take his time.
+        if at % SAME_TIME == 0 {
+            clock.now = tools.now()?;
+        }
+        let Some((control, line)) = mapping.live(at) else { continue };
+        if let Some(seen) = seen(at, control, &line, &clock) {
+            visit(&seen, &|| clock.farewell(control, &line))?;
+        }
+    }
+    Ok(())
+}
 
 /// A connection table, mapped into this process.
 pub(super) struct Mapping<A> {
@@ -244,7 +324,7 @@ fn collect<A: Address>(
             done.denied += 1;
             // At once: its ends are told the numbers that they are at now.
             let denied = Ended { removal: removal(denied), resets: clock.farewell(control, &line) };
-            if remove_batch(program, std::slice::from_ref(&denied))? == [true] {
+            if tools::remove(program, &[denied.removal])? == [true] {
                 done.removed += 1;
                 done.resets += denied.resets.len() as u64;
                 resets.extend(denied.resets);
@@ -272,7 +352,8 @@ fn collect<A: Address>(
     });
     let ended: Vec<Ended> = ended.into_iter().chain(marks).collect();
     for batch in ended.chunks(Removal::BATCH) {
-        for (ended, removed) in batch.iter().zip(remove_batch(program, batch)?) {
+        let removals: Vec<Removal> = batch.iter().map(|ended| ended.removal).collect();
+        for (ended, removed) in batch.iter().zip(tools::remove(program, &removals)?) {
             if removed && ended.removal.what == lines {
                 done.removed += 1;
                 done.resets += ended.resets.len() as u64;
@@ -297,23 +378,6 @@ fn is_orphan<A: Address>(mapping: &Mapping<A>, control: Control, alias: &Line<A>
         return elapsed(alias.seen, clock.now) > clock.jiffies_per_second;
     }
     mapping.live(at).is_none_or(|(control, _)| control.version() != version)
-}
-
-/// Has the program remove a batch; which were.
-fn remove_batch(program: &Xdp, batch: &[Ended]) -> Result<Vec<bool>, DatapathError> {
-    let mut frame = Vec::with_capacity(batch.len() * size_of::<Removal>());
-    for Ended { removal: Removal { control, slot, seen, what, done }, .. } in batch {
-        frame.extend(control.to_ne_bytes());
-        for word in [slot, seen, what, done] {
-            frame.extend(word.to_ne_bytes());
-        }
-    }
-    let mut out = vec![0; frame.len()];
-    let options =
-        TestRunOptions { data_in: Some(&frame), data_out: Some(&mut out), ..TestRunOptions::default() };
-    program.test_run(options).map_err(DatapathError::Program)?;
-    let done = |removal: &[u8]| removal[size_of::<Removal>() - 4..] != [0; 4];
-    Ok(out.chunks_exact(size_of::<Removal>()).map(done).collect())
 }
 
 impl TableSet {
@@ -363,6 +427,44 @@ impl TableSet {
         count(&Mapping::<V4>::open(self.pins(), table::CONNECTIONS4)?, tables, &mut open);
         count(&Mapping::<V6>::open(self.pins(), table::CONNECTIONS6)?, tables, &mut open);
         Ok(open)
+    }
+
+    /// Goes once over all connections, in no order; with what makes the resets for the ends of each that are next to this node.
+    /// Nothing is held but the one that is looked at.
+    ///
+    /// # Errors
+    /// A table cannot be mapped, or those of the visit.
+    pub fn each_connection<E: From<DatapathError>>(
+        &self,
+        tables: &Tables,
+        tools: &Tools,
+        mut visit: impl FnMut(&Seen, &dyn Fn() -> Vec<Reset>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Config { jiffies_per_second, hash_keys, .. } = self.config()?;
+        let clock = Clock { tables, access: None, now: 0, jiffies_per_second, hash_keys: &hash_keys };
+        each(&Mapping::<V4>::open(self.pins(), table::CONNECTIONS4)?, clock, tools, &mut visit)?;
+        each(&Mapping::<V6>::open(self.pins(), table::CONNECTIONS6)?, clock, tools, &mut visit)
+    }
+
+    /// Takes connections out of the table; which were, in order. One that has got into another state since it was read stays, and
+    /// with `idle` one of which a packet was seen since.
+    ///
+    /// # Errors
+    /// The kernel does not run the program that does it.
+    pub fn end_connections<'a>(
+        &self,
+        tools: &Tools,
+        doomed: impl IntoIterator<Item = &'a Seen>,
+        idle: bool,
+    ) -> Result<Vec<bool>, DatapathError> {
+        let what = |seen: &Seen| match (seen.client.is_ipv4(), idle) {
+            (true, true) => remove::CONNECTION4,
+            (true, false) => remove::DENIED4,
+            (false, true) => remove::CONNECTION6,
+            (false, false) => remove::DENIED6,
+        };
+        let removal = |seen: &Seen| Removal { what: what(seen), ..seen.removal };
+        tools.remove(&doomed.into_iter().map(removal).collect::<Vec<_>>())
     }
 
     /// All lines of a family as they are now, by their numbers.

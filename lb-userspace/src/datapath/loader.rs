@@ -88,13 +88,78 @@ pub fn would_adopt(interface: &str, sizes: &Sizes) -> Result<(), DatapathError> 
     if pinned.is_cut_short(&pins) { Ok(()) } else { pinned.fits(&pins, sizes) }
 }
 
-/// Loads the programs, on the pinned tables or on new ones of their own; `all` of them, or those that every datapath needs.
+/// On which tables programs are loaded.
+#[derive(Clone, Copy)]
+pub(super) enum On<'a> {
+    /// New ones, which go with them.
+    Own,
+    /// Those that are pinned, or new ones that are.
+    Pinned(&'a PinDir),
+    /// Those that are pinned, all of them.
+    There(&'a PinDir),
+    /// The same; but of those that programs write new ones, which go with them: for connections of one family as large, and of those
+    /// for others no larger than need be.
+    Beside(&'a PinDir, Family),
+}
+
+/// Of the tables that one packet hardly needs, so many entries are enough.
+const FEW: u32 = 64;
+
+/// A family of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Entries of a table of its own for one packet of the family, where that is not as large as the one that is pinned.
+    fn entries(self, name: &str) -> Option<u32> {
+        const HARDLY: [&str; 5] = [
+            table::BACKEND_STATS,
+            table::SERVICE_STATS,
+            table::FRAGMENTS4,
+            table::FRAGMENTS6,
+            table::EARLY_FRAGMENTS,
+        ];
+        let other = if self == Self::V4 { table::CONNECTIONS6 } else { table::CONNECTIONS4 };
+        (name == other || HARDLY.contains(&name)).then_some(FEW)
+    }
+}
+
+impl<'a> On<'a> {
+    /// Where the tables are that there may be already.
+    fn pins(self) -> Option<&'a PinDir> {
+        match self {
+            Self::Own => None,
+            Self::Pinned(pins) | Self::There(pins) | Self::Beside(pins, _) => Some(pins),
+        }
+    }
+
+    /// Where this table is pinned, if it is not one of their own.
+    fn pin(self, name: &str) -> Option<std::path::PathBuf> {
+        match self {
+            Self::Own => None,
+            Self::Beside(..) if table::WRITTEN.contains(&name) => None,
+            Self::Pinned(pins) | Self::There(pins) | Self::Beside(pins, _) => Some(pins.table(name)),
+        }
+    }
+
+    /// Refuses tables that have gone: they would be made anew, and be nobody's.
+    fn check(self) -> Result<(), DatapathError> {
+        let (Self::There(pins) | Self::Beside(pins, _)) = self else { return Ok(()) };
+        let there = table::ALL.iter().all(|name| pins.table(name).exists());
+        if there { Ok(()) } else { Err(DatapathError::NotAttached(None)) }
+    }
+}
+
+/// Loads programs on tables: those of these names.
 pub(super) fn load(
-    pins: Option<&PinDir>,
+    on: On<'_>,
     sizes: &Sizes,
     log: ConnectionLog,
     features: Features,
-    all: bool,
+    names: &[&'static str],
 ) -> Result<Programs, DatapathError> {
     let mut loader = EbpfLoader::new();
     // Frozen when it is loaded: what is off costs nothing, the verifier cuts it out.
@@ -102,7 +167,7 @@ pub(super) fn load(
     loader.override_global(aya_log::LEVEL, &level, true);
     let frags = u8::from(features.frags);
     loader.override_global(FRAGS, &frags, true);
-    let sets = sets(pins, sizes)?;
+    let sets = sets(on.pins(), sizes)?;
     loader.override_global(SETS, &sets, true);
     for name in [table::CONNECTIONS4, table::CONNECTIONS6] {
         loader.map_max_entries(name, sets);
@@ -113,36 +178,51 @@ pub(super) fn load(
         }
     }
     for name in table::ALL {
-        if let Some(pins) = pins {
-            loader.map_pin_path(name, pins.table(name));
+        if let Some(pin) = on.pin(name) {
+            loader.map_pin_path(name, pin);
+        } else if let On::Beside(pins, family) = on {
+            loader.map_max_entries(name, family.entries(name).map_or_else(|| entries(pins, name), Ok)?);
         }
     }
     fault::point("make the tables").map_err(DatapathError::Fault)?;
+    on.check()?;
     let mut ebpf = loader.load(&object::bytes(features.frags)).map_err(DatapathError::Load)?;
     fault::point("load the programs").map_err(DatapathError::Fault)?;
-    verify(&mut ebpf, all)?;
+    verify(&mut ebpf, names)?;
     Ok(Programs(ebpf))
+}
+
+/// Entries that a pinned table has room for.
+fn entries(pins: &PinDir, name: &str) -> Result<u32, DatapathError> {
+    let pinned = MapData::from_pin(pins.table(name)).map_err(|e| DatapathError::map("open", e))?;
+    Ok(pinned.info().map_err(|e| DatapathError::map("inspect", e))?.max_entries())
 }
 
 /// Sets of the connection tables: those that are pinned, or those that are asked for.
 fn sets(pins: Option<&PinDir>, sizes: &Sizes) -> Result<u32, DatapathError> {
-    if let Some(path) = pins.map(|pins| pins.table(table::CONNECTIONS4)).filter(|path| path.exists()) {
-        let pinned = MapData::from_pin(path).map_err(|e| DatapathError::map("open", e))?;
-        return Ok(pinned.info().map_err(|e| DatapathError::map("inspect", e))?.max_entries());
+    match pins.filter(|pins| pins.table(table::CONNECTIONS4).exists()) {
+        Some(pins) => entries(pins, table::CONNECTIONS4),
+        None => Ok(sizes.connections.map_or(size::SETS as u32, size::sets)),
     }
-    Ok(sizes.connections.map_or(size::SETS as u32, size::sets))
 }
 
-/// The programs that a datapath may never need: the kernel takes them before they are attached first. To verify one costs it
-/// a quarter of what all the others cost.
-const ON_DEMAND: [&str; 1] = [program::PEER_TC];
+/// The programs that every datapath needs. The kernel takes the others before they are attached first: to verify one costs it
+/// a quarter of what all these cost.
+pub(super) const NEEDED: [&str; 6] = [
+    program::UPLINK_XDP,
+    program::UPLINK_TC,
+    program::UPLINK_EGRESS,
+    program::TASK_TC,
+    program::CLOCK,
+    program::GC,
+];
 
-/// Has the kernel verify the programs and take them. That takes it seconds: each has a thread of its own.
-fn verify(ebpf: &mut Ebpf, all: bool) -> Result<(), DatapathError> {
+/// Has the kernel verify programs and take them. That takes it seconds: each has a thread of its own.
+fn verify(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<(), DatapathError> {
     let mut programs: HashMap<&str, &mut Program> = ebpf.programs_mut().collect();
     thread::scope(|scope| {
         let mut verified = Vec::new();
-        for name in program::ALL.into_iter().filter(|name| all || !ON_DEMAND.contains(name)) {
+        for name in names.iter().copied() {
             let program = programs.remove(name).ok_or(DatapathError::NoProgram(name))?;
             verified.push(scope.spawn(move || load_program(name, program)));
         }

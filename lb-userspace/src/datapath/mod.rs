@@ -7,6 +7,7 @@ mod access;
 mod batch;
 mod connections;
 mod counters;
+mod dry_run;
 mod error;
 mod fault;
 mod features;
@@ -22,6 +23,7 @@ mod object;
 mod pin;
 mod sys;
 mod tables;
+mod tools;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,11 +34,12 @@ use std::{
 use access::AccessLists;
 use aya::{
     Ebpf,
-    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{Program, ProgramError, SchedClassifier},
 };
 use connections::Clock;
-pub use connections::Collection;
+pub use connections::{Collection, Seen};
 pub use counters::{Counters, OutcomeCount};
+pub use dry_run::{DryRun, Ran, Verdict};
 pub use error::{DatapathError, Hint};
 pub use features::{Features, release};
 pub use foreign::{Loaded, loaded, own};
@@ -56,11 +59,13 @@ use lb_common::{
     stats::BackendStats,
 };
 pub use links::{AttachProblem, TcHook};
+use loader::On;
 pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
 pub use tables::{Drains, TableSet, Vlans, kept_secret};
+pub use tools::Tools;
 
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -192,7 +197,8 @@ impl Datapath {
         // Those that other nodes' packets come by are swapped with the rest, or nothing is.
         // Where programs are attached by filters nobody knows by which interfaces they come.
         let all = adopted && (!features.tcx || !pins.links_beside(Role::Peers).is_empty());
-        let programs = loader::load(Some(pins), sizes, log, features, all)?;
+        let names = if all { &program::ALL[..] } else { &loader::NEEDED };
+        let programs = loader::load(On::Pinned(pins), sizes, log, features, names)?;
         let mut set = TableSet::open(pins)?;
         if !adopted {
             fault::point("say that the tables are whole").map_err(DatapathError::Fault)?;
@@ -250,7 +256,8 @@ impl Datapath {
     /// # Errors
     /// The kernel refuses them.
     pub fn load_programs(&self, log: ConnectionLog) -> Result<Programs, DatapathError> {
-        loader::load(Some(&self.pins), &Sizes::default(), log, self.features, false)
+        let on = On::Pinned(&self.pins);
+        loader::load(on, &Sizes::default(), log, self.features, &loader::NEEDED)
     }
 
     /// Takes other programs in hand, and gives back those that were. What runs is swapped where it is attached next.
@@ -634,13 +641,7 @@ impl Datapath {
     /// # Errors
     /// The kernel does not run the program that tells it.
     pub fn now(&self) -> Result<u32, DatapathError> {
-        let program = self.ebpf.program(program::CLOCK).ok_or(DatapathError::NoProgram(program::CLOCK))?;
-        let Program::Xdp(clock) = program else {
-            return Err(DatapathError::NoProgram(program::CLOCK));
-        };
-        // Any frame will do; there is none shorter.
-        let options = TestRunOptions { data_in: Some(&[0; 14]), ..TestRunOptions::default() };
-        clock.test_run(options).map(|result| result.return_value).map_err(DatapathError::Program)
+        tools::now(&self.ebpf)
     }
 
     /// Removes all connections that have ended, and those whose client may no longer connect. The numbers of backends that none
@@ -656,10 +657,7 @@ impl Datapath {
         let access =
             (self.access_looks > 0).then(|| AccessLists::of(tables)).filter(|lists| !lists.is_empty());
         let clock = Clock { tables, access: access.as_ref(), now, jiffies_per_second, hash_keys };
-        let Some(Program::Xdp(program)) = self.ebpf.program(program::GC) else {
-            return Err(DatapathError::NoProgram(program::GC));
-        };
-        let done = self.set.collect(clock, program, resets)?;
+        let done = self.set.collect(clock, tools::gc(&self.ebpf)?, resets)?;
         self.access_looks = if done.denied > 0 { ACCESS_LOOKS } else { self.access_looks.saturating_sub(1) };
         for index in resting.difference(&done.named) {
             self.tables.resting.remove(index);
@@ -746,7 +744,7 @@ pub fn remove(pins: &PinDir, interfaces: &[String]) {
 pub fn replace(interface: &str, sizes: &Sizes, interfaces: &[String]) -> Result<(), DatapathError> {
     let pins = PinDir::of(interface)?;
     let _lock = pins.hold()?;
-    drop(loader::load(None, sizes, ConnectionLog::Off, Features::find()?, true)?);
+    drop(loader::load(On::Own, sizes, ConnectionLog::Off, Features::find()?, &program::ALL)?);
     remove(&pins, interfaces);
     Ok(())
 }
