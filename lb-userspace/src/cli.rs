@@ -8,7 +8,10 @@ mod time;
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-pub use lists::{DoctorArgs, DrainArgs, EventArgs, ListArgs, MetricsArgs, UndrainArgs};
+pub use lists::{
+    ConnectionArgs, DoctorArgs, DrainArgs, EventArgs, ExplainArgs, ListArgs, MetricsArgs, UndrainArgs,
+};
+pub use lists::{client, listener, protocol};
 pub use time::Time;
 use time::count;
 
@@ -99,6 +102,18 @@ pub enum Command {
         #[command(subcommand)]
         command: NodeCommand,
     },
+    /// List connections, count or end them
+    ///
+    /// STATE is the timer that runs (half_open, established, closing; one_way and answered of UDP), EXPIRES when it ends if nothing
+    /// more is heard. Each line is written as it is read: a million need no more memory than one.
+    #[command(visible_alias = "conns", after_help = CONNECTIONS_EXAMPLES)]
+    Connections(ConnectionArgs),
+    /// Say what would become of a packet here, and why
+    ///
+    /// The datapath's own program is run on the packet, with copies of the tables that it writes: no turn is taken, and nothing is
+    /// sent, counted or kept. Of a connection that is open the next segment is asked about, else a SYN.
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(ExplainArgs),
     /// Watch services, tasks, nodes and packets, with rates
     #[command(
         after_help = "Example:\n  sudo lb-userspace top\n\nKeys: Tab another pane, Enter a service's tasks, / filter, s sort, ? all keys, q quit"
@@ -185,6 +200,31 @@ Examples:
 
   # New connections that no task could be given
   lb-userspace stats -o json | jq '.interfaces[].services[] | {name, refused_connections}'";
+
+const CONNECTIONS_EXAMPLES: &str = "\
+Examples:
+  # Who talks to a task
+  sudo lb-userspace connections --filter task=web.1
+
+  # How many connections one network has open
+  sudo lb-userspace connections --filter client=198.51.100.0/24 --filter state=established --count
+
+  # The ten clients with most of them
+  sudo lb-userspace connections --format '{{.Client}}' | sed 's/:[0-9]*$//' | sort | uniq -c | sort -rn | head
+
+  # End those that were silent for an hour
+  sudo lb-userspace connections --filter idle=1h --kill";
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  # Where a client's next connection goes
+  sudo lb-userspace explain tcp 198.51.100.7 192.0.2.1:80
+
+  # What happens to one that is open
+  sudo lb-userspace explain tcp 198.51.100.7:40312 192.0.2.1:80
+
+  # On the task's node: what becomes of it when it comes out of the tunnel
+  sudo lb-userspace explain tcp 198.51.100.7 192.0.2.1:80 --through node1 --task web.3";
 
 const METRICS_EXAMPLES: &str = "\
 Examples:

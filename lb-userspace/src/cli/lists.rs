@@ -1,11 +1,19 @@
 //! Options of the verbs that print lists, as Docker's own have them.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use clap::Args;
 
 use super::{Output, Read, time::Time};
-use crate::serve::Listen;
+use crate::{
+    cluster::Protocol,
+    connection::Filter,
+    explain::{CLIENT_PORT, Question},
+    serve::Listen,
+};
 
 /// Options of the verbs that list.
 #[derive(Clone, Debug, Args)]
@@ -29,6 +37,105 @@ pub struct ListArgs {
     /// Show again every second; with -o json a document a line
     #[arg(short, long)]
     pub watch: bool,
+}
+
+/// Options of `connections`.
+#[derive(Clone, Debug, Args)]
+pub struct ConnectionArgs {
+    /// Where and how; JSON is an object a line
+    #[command(flatten)]
+    pub read: Read,
+    /// Only connections with this: service=, task=, node= (of the task), from= (the node by which the client comes), client= and
+    /// listener= (an address, range, :PORT or both), state=, protocol=, idle= (for at least this time); != for all others; may be
+    /// given more than once
+    #[arg(short, long, value_name = "FIELD=VALUE")]
+    pub filter: Vec<Filter>,
+    /// Print each by a template, as in '{{.Client}}\t{{.Task}}'; the fields are those of -o json
+    #[arg(long, value_name = "TEMPLATE")]
+    pub format: Option<String>,
+    /// Print only how many there are
+    #[arg(short, long, conflicts_with = "format")]
+    pub count: bool,
+    /// Show again every second
+    #[arg(short, long)]
+    pub watch: bool,
+    /// End them: forget them, and reset TCP's ends that are next to this node
+    #[arg(long, conflicts_with_all = ["format", "count", "watch"])]
+    pub kill: bool,
+    /// Do not ask before
+    #[arg(long, requires = "kill")]
+    pub force: bool,
+}
+
+/// Options of `explain`.
+#[derive(Clone, Debug, Args)]
+pub struct ExplainArgs {
+    /// tcp or udp
+    #[arg(value_name = "PROTOCOL", value_parser = protocol)]
+    pub protocol: Protocol,
+    /// Who sends it: an address, with a port or any
+    #[arg(value_name = "CLIENT[:PORT]", value_parser = client)]
+    pub client: SocketAddr,
+    /// Where to
+    #[arg(value_name = "ADDRESS:PORT", value_parser = listener)]
+    pub listener: SocketAddr,
+    /// Where and how
+    #[command(flatten)]
+    pub read: Read,
+    /// Ask about a segment of an open connection, also if none is known here
+    #[arg(long)]
+    pub established: bool,
+    /// The node through whose tunnel it comes
+    #[arg(long, value_name = "NODE", requires = "task")]
+    pub through: Option<String>,
+    /// The task of this node that the other one has chosen
+    #[arg(long, value_name = "TASK", requires = "through")]
+    pub task: Option<String>,
+}
+
+impl ExplainArgs {
+    /// What is asked.
+    pub fn question(&self) -> Question {
+        let through = self.through.clone().zip(self.task.clone());
+        Question {
+            protocol: self.protocol,
+            client: self.client,
+            listener: self.listener,
+            established: self.established,
+            through: through.map(Into::into),
+        }
+    }
+}
+
+/// A protocol from text.
+///
+/// # Errors
+/// It is none.
+pub fn protocol(text: &str) -> Result<Protocol, String> {
+    match text.to_lowercase().as_str() {
+        "tcp" => Ok(Protocol::Tcp),
+        "udp" => Ok(Protocol::Udp),
+        _ => Err("it may be tcp or udp".to_owned()),
+    }
+}
+
+/// A client from text, with a port or any.
+///
+/// # Errors
+/// It is none.
+pub fn client(text: &str) -> Result<SocketAddr, String> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let address = || bare.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, CLIENT_PORT));
+    let error = "write it like 198.51.100.7, 198.51.100.7:40312, 2001:db8::7 or [2001:db8::7]:40312";
+    text.parse().ok().or_else(address).ok_or_else(|| error.to_owned())
+}
+
+/// An address and port from text.
+///
+/// # Errors
+/// It is none.
+pub fn listener(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "write it like 192.0.2.1:80 or [2001:db8::1]:80".to_owned())
 }
 
 /// Options of `events`.

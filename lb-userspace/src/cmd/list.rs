@@ -173,7 +173,10 @@ pub fn chooses(row: &Value, filters: &[String]) -> Result<bool> {
 }
 
 /// A template, its fields filled in.
-fn fill(template: &str, row: &Value) -> Result<String> {
+///
+/// # Errors
+/// It names a field that there is not, or does not end one.
+pub fn fill(template: &str, row: &Value) -> Result<String> {
     let template = template.replace("\\t", "\t").replace("\\n", "\n");
     let mut filled = String::new();
     let mut rest = template.as_str();

@@ -1,10 +1,12 @@
 //! The verbs, a file each: arguments in, text out.
 
 pub mod attach;
+pub mod connections;
 pub mod detach;
 pub mod doctor;
 pub mod drain;
 pub mod events;
+pub mod explain;
 pub mod generate;
 pub mod keygen;
 mod list;

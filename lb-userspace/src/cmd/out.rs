@@ -19,6 +19,34 @@ pub fn line(text: impl AsRef<str>) -> Result<()> {
     written.and_then(|()| out.flush()).context("write to standard output")
 }
 
+/// Many lines, written in blocks.
+pub struct Lines(io::BufWriter<io::StdoutLock<'static>>);
+
+impl Lines {
+    /// None yet.
+    pub fn new() -> Self {
+        Self(io::BufWriter::with_capacity(1 << 16, io::stdout().lock()))
+    }
+
+    /// Writes a line.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn line(&mut self, text: &str) -> Result<()> {
+        let text = crate::text::clean_lines(text);
+        let written = self.0.write_all(text.as_bytes()).and_then(|()| self.0.write_all(b"\n"));
+        written.context("write to standard output")
+    }
+
+    /// Writes what is left.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn end(mut self) -> Result<()> {
+        self.0.flush().context("write to standard output")
+    }
+}
+
 /// Writes a document with its schema version: for people to read, or in one line where others follow.
 ///
 /// # Errors
