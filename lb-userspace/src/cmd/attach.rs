@@ -232,7 +232,7 @@ fn serve(arguments: &Attach, controllers: &[Controller], events: &Arc<Recorder>)
         Source::new(&settings.interface, Some(settings.changed.clone()))
     };
     let sources = Arc::new(controllers.iter().map(source).collect());
-    let shared = Shared { sources, events: Some(events.clone()) };
+    let shared = Shared { sources, events: Some(events.clone()), explains: Arc::default() };
     let asked = !arguments.listen.is_empty();
     let addresses = if asked { arguments.listen.clone() } else { vec![Listen::default()] };
     for at in &addresses {

@@ -29,7 +29,7 @@ pub async fn run(arguments: &MetricsArgs) -> Result<()> {
         let text = metrics::text(exposed?, BTreeMap::new()).context("write the metrics")?;
         return out::line(text.trim_end());
     }
-    let shared = Shared { sources: Arc::new(sources), events: None };
+    let shared = Shared { sources: Arc::new(sources), events: None, explains: Arc::default() };
     let addresses =
         if arguments.listen.is_empty() { vec![Listen::default()] } else { arguments.listen.clone() };
     for at in &addresses {

@@ -67,6 +67,11 @@ impl Source {
         Self { interface: interface.to_owned(), changed, known: Mutex::new(None) }
     }
 
+    /// Its name.
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
+
     fn known(&self) -> MutexGuard<'_, Option<Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,6 +110,8 @@ pub struct Shared {
     pub sources: Arc<Vec<Source>>,
     /// What happened; none where no controller runs in this process.
     pub events: Option<Arc<Recorder>>,
+    /// Who explains a packet holds it.
+    pub explains: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Shared {

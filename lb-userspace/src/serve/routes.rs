@@ -4,7 +4,7 @@ use axum::{
     Json, Router,
     extract::{Path, Query, Request, State},
     http::{
-        HeaderValue, StatusCode,
+        HeaderMap, HeaderValue, StatusCode,
         header::{self, HeaderName},
     },
     middleware::{self, Next},
@@ -15,11 +15,14 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Shared,
+    Shared, Source,
     metrics::{self, Exposed},
 };
 use crate::{
+    cli,
+    datapath::TableSet,
     events::KEPT,
+    explain::{self, Question},
     health::Verdict,
     inventory::Inventory,
     report::{Drained, now},
@@ -53,6 +56,7 @@ pub fn router(shared: Shared, local: bool) -> Router {
         .route("/-/ready/{service}", get(service_ready))
         .route("/api/v1/overview", get(overview))
         .route("/api/v1/events", get(events))
+        .route("/api/v1/explain", get(move |state, query, head| explained(local, state, query, head)))
         .with_state(shared)
         .layer(middleware::from_fn(move |request: Request, next: Next| guard(local, request, next)))
 }
@@ -229,6 +233,60 @@ async fn events(State(shared): State<Shared>, Query(asked): Query<Last>) -> Answ
     let last = asked.last.unwrap_or(KEPT);
     let events = shared.events.as_ref().map(|events| events.last(last)).unwrap_or_default();
     Ok(Json(json!({ "schema": crate::report::SCHEMA, "events": events })).into_response())
+}
+
+#[derive(Deserialize)]
+struct Packet {
+    protocol: String,
+    client: String,
+    listener: String,
+}
+
+/// What would become of a packet, by [`explain`]. The kernel verifies a program for it: it is answered to this machine alone, to no
+/// page elsewhere that leads a browser here, and to one at a time.
+async fn explained(
+    local: bool,
+    State(shared): State<Shared>,
+    Query(packet): Query<Packet>,
+    headers: HeaderMap,
+) -> Answer {
+    let from = headers.get("sec-fetch-site").and_then(|site| site.to_str().ok());
+    if !local || from.is_some_and(|site| !matches!(site, "same-origin" | "none")) {
+        let text = "packets are explained on the node itself: `lb-userspace explain`, or the page at an address of its loopback\n";
+        return Ok((StatusCode::FORBIDDEN, text).into_response());
+    }
+    let question = match question(&packet) {
+        Ok(question) => question,
+        Err(reason) => return Ok((StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response()),
+    };
+    let Ok(turn) = shared.explains.clone().try_lock_owned() else {
+        let text = "another packet is being explained: ask again in a second\n";
+        return Ok((StatusCode::TOO_MANY_REQUESTS, text).into_response());
+    };
+    let asked = tokio::task::spawn_blocking(move || {
+        // Whoever asked may go; the work does not end with him.
+        let _turn = turn;
+        let names = shared.sources.iter().map(Source::interface);
+        let read = names.map(|name| {
+            let set = TableSet::of(name)?;
+            anyhow::Ok((Inventory::read(name, &set)?, set))
+        });
+        explain::document(&read.collect::<Result<Vec<_>, _>>()?, &question)
+    });
+    match asked.await? {
+        Ok(document) => Ok(Json(document).into_response()),
+        Err(error) => Ok((StatusCode::UNPROCESSABLE_ENTITY, format!("{error:#}\n")).into_response()),
+    }
+}
+
+fn question(packet: &Packet) -> Result<Question, String> {
+    Ok(Question {
+        protocol: cli::protocol(&packet.protocol)?,
+        client: cli::client(&packet.client).map_err(|error| format!("the client: {error}"))?,
+        listener: cli::listener(&packet.listener).map_err(|error| format!("where to: {error}"))?,
+        established: false,
+        through: None,
+    })
 }
 
 #[cfg(test)]

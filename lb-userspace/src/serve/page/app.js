@@ -240,6 +240,41 @@ async function look() {
   }
 }
 
+const ENDS = { forwarded: "✓ forwarded", passed: "→ passed to the host", dropped: "✗ dropped" };
+
+/** Draws the path of a packet, step by step. */
+function path(one) {
+  const said = byId("explain-verdict");
+  said.className = one.verdict;
+  said.textContent = `${ENDS[one.verdict]}${one.outcome ? ` (${one.outcome}: ${one.meaning})` : ""}${one.next ? ` Next: ${one.next}` : ""}`;
+  byId("explain-steps").replaceChildren(...one.steps.map((told) => element("li", { class: told.step === "end" ? `end ${one.verdict}` : null },
+    element("span", { class: "step" }, told.step),
+    element("span", { class: "text" }, told.text))));
+}
+
+async function explain(event) {
+  event.preventDefault();
+  const button = event.target.querySelector("button");
+  const said = byId("explain-verdict");
+  const asked = new URLSearchParams({
+    protocol: byId("explain-protocol").value,
+    client: byId("explain-client").value.trim(),
+    listener: byId("explain-listener").value.trim(),
+  });
+  button.disabled = true;
+  said.className = "";
+  said.textContent = "The kernel verifies the program…";
+  byId("explain-steps").replaceChildren();
+  try {
+    path((await ask(`api/v1/explain?${asked}`)).explanation);
+  } catch (error) {
+    said.className = "dropped";
+    said.textContent = String(error.message || error).replace(/^api[^:]*: \d+ /, "");
+  } finally {
+    button.disabled = false;
+  }
+}
+
 /** Asks again while somebody looks. */
 function plan() {
   clearTimeout(timer);
@@ -257,4 +292,5 @@ byId("interface").addEventListener("change", (event) => {
   chart.length = 0;
   look();
 });
+byId("explain").addEventListener("submit", explain);
 look().then(plan);
