@@ -41,6 +41,8 @@ pub struct Task {
     /// IPv6 address.
     pub v6: Ipv6Addr,
     processes: Vec<Running>,
+    /// What its server says at `/up`, if it has one.
+    up: Option<PathBuf>,
 }
 
 /// The whole.
@@ -278,16 +280,25 @@ impl Cluster {
         netns.ip(&format!("addr add {v4}/24 dev eth0"));
         netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
         netns.ip("link set eth0 up");
-        let task = Task { netns, name: name.to_owned(), node, v4, v6, processes: Vec::new() };
+        let name = name.to_owned();
+        let task = Task { netns, name, node, v4, v6, processes: Vec::new(), up: None };
         task.add_routes();
         self.tasks.push(task);
         self.tasks.len() - 1
     }
 
     /// Adds a task with nginx on port 8080: `/` says who answered and which client it saw, `/big` is a file of
-    /// 100 MB.
+    /// 100 MB; at `/up` it is there as [`Self::set_up`] says, first it is.
     pub fn add_nginx(&mut self, name: &str, node: usize) -> usize {
         let task = self.add_task(name, node);
+        self.start_nginx(task);
+        task
+    }
+
+    /// Starts nginx in a task that has no server yet.
+    pub fn start_nginx(&mut self, task: usize) {
+        let name = self.tasks[task].name.clone();
+        self.made += 1;
         let folder = self.folder().join(format!("nginx-{}", self.made));
         fs::create_dir(&folder).expect("make a folder");
         let folder_text = folder.display();
@@ -302,6 +313,7 @@ impl Cluster {
              fastcgi_temp_path {folder_text}/f; uwsgi_temp_path {folder_text}/u; scgi_temp_path {folder_text}/s;\n\
              server {{ listen 8080 backlog=4096; listen [::]:8080 ipv6only=on backlog=4096;\n\
              location = / {{ return 200 \"{name} saw $remote_addr\\n\"; }}\n\
+             location = /up {{ root {folder_text}; }}\n\
              location = /big {{ root {}; }} }} }}\n",
             self.folder().display()
         );
@@ -310,8 +322,15 @@ impl Cluster {
         let nginx =
             self.tasks[task].netns.command("nginx").args(["-c"]).arg(&path).args(["-e", "/dev/null"]).start();
         self.tasks[task].processes.push(nginx);
+        self.tasks[task].up = Some(folder.join("up"));
+        self.set_up(task, true);
         self.wait_for_port(task, 8080);
-        task
+    }
+
+    /// Whether a task's nginx answers with 200 at `/up`, or with 404.
+    pub fn set_up(&self, task: usize, up: bool) {
+        let path = self.tasks[task].up.as_ref().expect("a task with nginx");
+        if up { fs::write(path, "up\n") } else { fs::remove_file(path) }.expect("say whether it is up");
     }
 
     /// Starts a command in a task's namespace; it is stopped with the task.
