@@ -11,13 +11,13 @@ use aya::{
 };
 use lb_common::{
     abi::{Config, PARTIAL_CHECKSUMS, Removal, XDP_TRANSMITS, XdpMetadata, program, remove, table},
-    conntrack::{Control, FiveTuple, Line, Set, Timers},
+    conntrack::{Control, FiveTuple, Line, Set},
     net::{Be16, V4, V6},
     outcome::Outcome,
     tunnel::DEFAULT_PORT,
 };
 use lb_userspace::{
-    cluster::{ClusterState, Idle, Node, Service, Task, TaskState, Via},
+    cluster::{ClusterState, Node, Service, Task, TaskState, Via},
     datapath::{Collection, ConnectionLog, Counters, Datapath, InnerRanges, PinDir, Sizes, TableSet},
     net::Reset,
     plan::{Planner, Reach, View, Way},
@@ -231,23 +231,7 @@ pub fn ip(text: &str) -> IpAddr {
 /// A service of the bench.
 pub fn service(name: &str, ports: &[&str], tasks: Vec<Task>) -> Service {
     let ports = ports.iter().map(|port| port.parse().expect("a port")).collect();
-    Service {
-        name: name.into(),
-        addresses: vec![],
-        ports,
-        tasks,
-        returns: None,
-        placement: lb_userspace::cluster::Placement::default(),
-        affinity: lb_userspace::cluster::Affinity::None,
-        prefer: lb_userspace::cluster::Prefer::Any,
-        access: lb_userspace::cluster::Access::default(),
-        left: String::new(),
-        problem: String::new(),
-        timers: Timers::DEFAULT,
-        idle: Idle::Forget,
-        health: None,
-        slow_start: std::time::Duration::ZERO,
-    }
+    Service { name: name.into(), ports, tasks, ..Service::default() }
 }
 
 /// A task of the bench; `here` is local, else it is reached as `via` says.

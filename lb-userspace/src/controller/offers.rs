@@ -195,20 +195,9 @@ mod tests {
         };
         let service = Service {
             name: "web".into(),
-            addresses: vec![],
-            ports: vec![],
             tasks: tasks.iter().map(task).collect(),
-            returns: None,
-            placement: crate::cluster::Placement::default(),
-            affinity: crate::cluster::Affinity::None,
-            prefer: crate::cluster::Prefer::Any,
-            access: crate::cluster::Access::default(),
-            left: String::new(),
-            problem: String::new(),
-            timers: lb_common::conntrack::Timers::DEFAULT,
-            idle: crate::cluster::Idle::Forget,
-            health: None,
             slow_start: Duration::from_secs(slow_start),
+            ..Service::default()
         };
         ClusterState { services: vec![service.into()], ..ClusterState::default() }
     }

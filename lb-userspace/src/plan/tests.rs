@@ -99,7 +99,6 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
         ports.into_iter().map(|(offset, protocol, target)| ((offset, protocol), target)).collect();
     Service {
         name: format!("s{number}"),
-        addresses: vec![],
         ports: ports
             .into_iter()
             .map(|((offset, protocol), target)| Port {
@@ -109,17 +108,7 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
             })
             .collect(),
         tasks: seen.into_values().collect(),
-        returns: None,
-        placement: Placement::default(),
-        affinity: Affinity::None,
-        prefer: Prefer::Any,
-        access: Access::default(),
-        left: String::new(),
-        problem: String::new(),
-        timers: lb_common::conntrack::Timers::DEFAULT,
-        idle: Idle::Forget,
-        health: None,
-        slow_start: std::time::Duration::ZERO,
+        ..Service::default()
     }
 }
 

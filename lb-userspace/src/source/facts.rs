@@ -212,23 +212,7 @@ mod tests {
             key: crate::tunnel_key::NodeKey::Unknown,
             ..Node::default()
         };
-        let service = Service {
-            name: "web".into(),
-            addresses: vec![],
-            ports: vec![],
-            tasks,
-            returns: None,
-            placement: crate::cluster::Placement::default(),
-            affinity: crate::cluster::Affinity::None,
-            prefer: crate::cluster::Prefer::Any,
-            access: crate::cluster::Access::default(),
-            left: String::new(),
-            problem: String::new(),
-            timers: lb_common::conntrack::Timers::DEFAULT,
-            idle: crate::cluster::Idle::Forget,
-            health: None,
-            slow_start: std::time::Duration::ZERO,
-        };
+        let service = Service { name: "web".into(), tasks, ..Service::default() };
         ClusterState { nodes: vec![node], services: vec![service.into()], ..ClusterState::default() }
     }
 

@@ -538,20 +538,8 @@ mod tests {
         };
         let service = Service {
             name: "web".into(),
-            addresses: vec![],
-            ports: vec![],
             tasks: vec![task("1.a", 1), task("2.b", 2), task("3.c", 2), task("4.d", 3)],
-            returns: None,
-            placement: crate::cluster::Placement::default(),
-            affinity: crate::cluster::Affinity::None,
-            prefer: crate::cluster::Prefer::Any,
-            access: crate::cluster::Access::default(),
-            left: String::new(),
-            problem: String::new(),
-            timers: lb_common::conntrack::Timers::DEFAULT,
-            idle: crate::cluster::Idle::Forget,
-            health: None,
-            slow_start: Duration::ZERO,
+            ..Service::default()
         };
         let mut state = ClusterState {
             nodes: vec![node(1), node(2), node(3)],

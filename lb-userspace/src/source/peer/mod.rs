@@ -290,20 +290,8 @@ mod tests {
     fn cluster(services: &[(&str, &str)], nodes: &[&str]) -> ClusterState {
         let service = |(name, port): &(&str, &str)| Service {
             name: (*name).into(),
-            addresses: vec![],
             ports: vec![port.parse().unwrap()],
-            tasks: vec![],
-            returns: None,
-            placement: crate::cluster::Placement::default(),
-            affinity: crate::cluster::Affinity::None,
-            prefer: crate::cluster::Prefer::Any,
-            access: crate::cluster::Access::default(),
-            left: String::new(),
-            problem: String::new(),
-            timers: lb_common::conntrack::Timers::DEFAULT,
-            idle: crate::cluster::Idle::Forget,
-            health: None,
-            slow_start: Duration::ZERO,
+            ..Service::default()
         };
         let node = |name: &&str| Node {
             name: (*name).into(),
