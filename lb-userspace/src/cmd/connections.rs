@@ -11,7 +11,7 @@ use lb_common::abi::Removal;
 
 use super::{inventories, list, out};
 use crate::{
-    cli::{ConnectionArgs, Output, Read},
+    cli::{ConnectionArgs, Output},
     cluster::Protocol,
     connection::{Connection, Filter, Names},
     datapath::{Seen, TableSet, Tools},
@@ -57,9 +57,10 @@ struct Datapath {
 }
 
 impl Datapath {
-    fn all(read: &Read) -> Result<Vec<Self>> {
-        let of = |(inventory, set)| Ok(Self { tools: Tools::of(&set)?, inventory, set });
-        inventories(read)?.into_iter().map(of).collect()
+    fn all(arguments: &ConnectionArgs) -> Result<Vec<Self>> {
+        let tools = if arguments.kill { Tools::of } else { Tools::clock };
+        let of = |(inventory, set)| Ok(Self { tools: tools(&set)?, inventory, set });
+        inventories(&arguments.read)?.into_iter().map(of).collect()
     }
 
     /// Visits the connections that are asked for.
@@ -87,7 +88,7 @@ impl Datapath {
 }
 
 fn show(arguments: &ConnectionArgs) -> Result<()> {
-    let datapaths = Datapath::all(&arguments.read)?;
+    let datapaths = Datapath::all(arguments)?;
     if arguments.count {
         let counts = datapaths.iter().map(|datapath| datapath.count(arguments));
         let total: u64 = counts.sum::<Result<u64>>()?;
@@ -192,7 +193,7 @@ fn age(seconds: u32) -> String {
 
 /// Ends connections: their lines are taken away, and their ends next to this node are told by resets.
 fn kill(arguments: &ConnectionArgs) -> Result<()> {
-    let datapaths = Datapath::all(&arguments.read)?;
+    let datapaths = Datapath::all(arguments)?;
     let wanted = datapaths.iter().map(|datapath| datapath.count(arguments)).sum::<Result<u64>>()?;
     if wanted == 0 {
         return out::line("no connection is such a one");

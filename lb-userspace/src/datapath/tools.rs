@@ -20,9 +20,20 @@ impl Tools {
     /// # Errors
     /// It refuses.
     pub fn of(set: &TableSet) -> Result<Self, DatapathError> {
-        let names = [program::CLOCK, program::GC];
+        Self::load(set, &[program::CLOCK, program::GC])
+    }
+
+    /// Has it take the clock alone, which is all that is needed to look: the other one it verifies for a tenth of a second.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn clock(set: &TableSet) -> Result<Self, DatapathError> {
+        Self::load(set, &[program::CLOCK])
+    }
+
+    fn load(set: &TableSet, names: &[&'static str]) -> Result<Self, DatapathError> {
         let (on, off) = (On::There(set.pins()), ConnectionLog::Off);
-        loader::load(on, &Sizes::default(), off, Features::find()?, &names).map(Self)
+        loader::load(on, &Sizes::default(), off, Features::find()?, names).map(Self)
     }
 
     /// The clock of connections: jiffies, low 32 bits.
