@@ -43,6 +43,20 @@ pub fn requests(netns: &Netns, to: IpAddr, count: usize) -> Vec<String> {
     })
 }
 
+/// A request and its answer, on a connection that stays open.
+///
+/// # Errors
+/// The connection has ended, or nothing comes in time.
+pub fn request_over(stream: &mut TcpStream) -> std::io::Result<String> {
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
+    let mut answer = [0; 4096];
+    match stream.read(&mut answer)? {
+        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        length => Ok(String::from_utf8_lossy(&answer[..length]).into_owned()),
+    }
+}
+
 /// Answers in whole turns of so many tasks, each of which gives as many.
 ///
 /// A task that knows the client's port through another node, or did in the last minute, is passed over, which happens to a connection

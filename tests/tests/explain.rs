@@ -2,9 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{ErrorKind, Read as _, Write as _},
+    io::ErrorKind,
     net::{IpAddr, SocketAddr, TcpStream},
-    time::Duration,
 };
 
 use aya::maps::{Array, Map, MapData};
@@ -22,7 +21,7 @@ use lb_tests::{
     netns::{Netns, eventually},
     packet::{ACK, Packet, SYN, SYN_ACK, Transport},
     talk::{CLIENT, FIRST, LISTENER, TASK_FIRST, answer, establish, request, segment, services, slot},
-    traffic::requests,
+    traffic::{request_over, requests},
 };
 use lb_userspace::{
     cluster::{Access, Prefer, Protocol, Via},
@@ -301,20 +300,9 @@ fn the_next_client_gets_the_task_that_was_named_and_each_node_says_its_part() {
 fn hold(client: &Netns, to: SocketAddr) -> TcpStream {
     client.enter(|| {
         let mut stream = TcpStream::connect(to).expect("connect");
-        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("set a time limit");
-        exchange(&mut stream).expect("an answer");
+        request_over(&mut stream).expect("an answer");
         stream
     })
-}
-
-/// A request and its answer, on a connection that stays open.
-fn exchange(stream: &mut TcpStream) -> std::io::Result<String> {
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
-    let mut answer = [0; 4096];
-    match stream.read(&mut answer)? {
-        0 => Err(ErrorKind::UnexpectedEof.into()),
-        length => Ok(String::from_utf8_lossy(&answer[..length]).into_owned()),
-    }
 }
 
 /// The connections of a node that some filters choose.
@@ -385,7 +373,7 @@ fn connections_are_listed_counted_and_ended_and_no_others() {
     assert!(said.contains("do the same on node2"), "{said}");
     for stream in &mut streams {
         let ended = doomed.contains(&of(stream));
-        match exchange(stream) {
+        match request_over(stream) {
             Ok(answer) => assert!(!ended && answer.contains("web.2"), "{answer}"),
             Err(error) => {
                 let reset = matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);

@@ -3,10 +3,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use lb_tests::{
@@ -15,7 +13,7 @@ use lb_tests::{
     netns::{Netns, succeeds, within},
     service::{create, serves},
     swarm::{Node, PATIENCE, Swarm},
-    traffic::{Load, requests},
+    traffic::{Load, request_over, requests},
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -84,25 +82,14 @@ fn held(cluster: &Cluster, name: &str) -> TcpStream {
     succeeds(PATIENCE, "a connection to the task", || {
         let mut stream =
             cluster.client.enter(|| TcpStream::connect(to)).map_err(|error| error.to_string())?;
-        stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| error.to_string())?;
-        let answer = exchange(&mut stream).map_err(|error| error.to_string())?;
+        let answer = request_over(&mut stream).map_err(|error| error.to_string())?;
         if answer.contains(&format!("{name} saw ")) { Ok(stream) } else { Err(answer) }
     })
 }
 
-/// A request and its answer, on a connection that stays open.
-fn exchange(stream: &mut TcpStream) -> std::io::Result<String> {
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
-    let mut answer = [0; 4096];
-    match stream.read(&mut answer)? {
-        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
-        length => Ok(String::from_utf8_lossy(&answer[..length]).into_owned()),
-    }
-}
-
 /// Asserts that a task has a connection yet.
 fn goes_on(stream: &mut TcpStream, name: &str) {
-    let answer = exchange(stream).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let answer = request_over(stream).unwrap_or_else(|error| panic!("{name}: {error}"));
     assert!(answer.contains(&format!("{name} saw ")), "{answer}");
 }
 
