@@ -1,7 +1,7 @@
 //! Everything at once, for a while: tasks come and go, controllers are killed and change their mode, the cluster file is
 //! written anew, while clients ask through every node. No request may fail.
 //!
-//! `LB_SOAK_SECONDS` says how long (two minutes), `LB_SOAK_SEED` plays a run again.
+//! `LB_SOAK_SECONDS` says how long (two minutes; less of it shortens other long tests too), `LB_SOAK_SEED` plays a run again.
 
 use std::{
     env, process,
