@@ -141,6 +141,20 @@ impl Drop for Agent<'_> {
     }
 }
 
+/// Puts another XDP program on a namespace's `eth1`, which goes with what is given back. Any will do: our own object, in other hands.
+pub fn other_xdp(netns: &Netns) -> aya::Ebpf {
+    netns.enter(|| {
+        let object = std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object");
+        let object = fs::read(object).expect("the object");
+        let mut object = aya::Ebpf::load(&object).expect("load the object");
+        let program: &mut aya::programs::Xdp =
+            object.program_mut("uplink_xdp").expect("a program").try_into().expect("an XDP program");
+        program.load().expect("load the program");
+        program.attach("eth1", aya::programs::XdpMode::Driver).expect("attach");
+        object
+    })
+}
+
 /// Runs a verb of the agent in a namespace.
 pub fn verb(netns: &Netns, arguments: &[&str]) -> Output {
     netns.command(program()).args(arguments).output().expect("start the agent")

@@ -3,7 +3,7 @@
 use std::{fs, io, path::Path, process::Command, time::Duration};
 
 use lb_tests::{
-    agent::{Agent, json, program, text, verb},
+    agent::{Agent, json, other_xdp, program, text, verb},
     cluster::Cluster,
     netns::{Netns, Running, eventually, run, within},
     swarm::{PATIENCE, Swarm},
@@ -204,16 +204,7 @@ fn faults_of_a_node_are_told_apart() {
     node.ip("addr del 172.18.1.200/16 dev eth2");
     drop(agent);
     // 10. Another XDP program sits there.
-    let other = node.enter(|| {
-        let object =
-            fs::read(std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object")).expect("the object");
-        let mut object = aya::Ebpf::load(&object).expect("load the object");
-        let program: &mut aya::programs::Xdp =
-            object.program_mut("uplink_xdp").expect("a program").try_into().expect("an XDP program");
-        program.load().expect("load the program");
-        program.attach("eth1", aya::programs::XdpMode::Driver).expect("attach");
-        object
-    });
+    let other = other_xdp(node);
     let agent = attach(&cluster, 0);
     let (_, findings) = doctor(node, &[]);
     found(&findings, "mode", "another XDP program holds eth1: id ", "xdp off");

@@ -10,7 +10,7 @@ use std::{
 };
 
 use lb_tests::{
-    agent::{Agent, active_tasks, json, outcome, text, verb},
+    agent::{Agent, active_tasks, json, other_xdp, outcome, text, verb},
     cluster::{CLIENT4, CLIENT6, Cluster, Task},
     netns::eventually,
     traffic::{
@@ -575,17 +575,7 @@ fn mistakes_are_said_with_the_next_step() {
 #[test]
 fn another_xdp_program_on_the_uplink_makes_way_for_tc() {
     let cluster = five_tasks();
-    let other = cluster.nodes[0].netns.enter(|| {
-        // Any XDP program will do: our own object, in other hands.
-        let object =
-            fs::read(std::env::var_os("LB_OBJECT").expect("LB_OBJECT names the object")).expect("the object");
-        let mut object = aya::Ebpf::load(&object).expect("load the object");
-        let program: &mut aya::programs::Xdp =
-            object.program_mut("uplink_xdp").expect("a program").try_into().expect("an XDP program");
-        program.load().expect("load the program");
-        program.attach("eth1", aya::programs::XdpMode::Driver).expect("attach");
-        object
-    });
+    let other = other_xdp(&cluster.nodes[0].netns);
     let agent = attach(&cluster, 0, &[]);
     assert!(agent.log().contains("served by TC alone"), "{}", agent.log());
     assert!(agent.log().contains("another XDP program holds the interface"), "{}", agent.log());
