@@ -387,7 +387,7 @@ fn connections_are_listed_counted_and_ended_and_no_others() {
     eventually("nothing of them is left", || listed(second, &["state=established"]).is_empty());
     assert_eq!(
         text(first, &["connections", "--filter", "task=web.9", "--kill"]),
-        "no connection is such a one\n"
+        "no connection matches the filters\n"
     );
 }
 

@@ -14,6 +14,7 @@ use crate::{
     cli::{ConnectionArgs, Output},
     cluster::Protocol,
     connection::{Connection, Filter, Names},
+    controller::counted,
     datapath::{Seen, TableSet, Tools},
     inventory::Inventory,
     net::{Reset, Resetter},
@@ -196,7 +197,7 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
     let datapaths = Datapath::all(arguments)?;
     let wanted = datapaths.iter().map(|datapath| datapath.count(arguments)).sum::<Result<u64>>()?;
     if wanted == 0 {
-        return out::line("no connection is such a one");
+        return out::line("no connection matches the filters");
     }
     if !arguments.force && !agreed(wanted)? {
         return out::line("none was ended");
@@ -220,7 +221,11 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
             left = Some(end.stay);
         }
     }
-    out::line(format!("{} ended, {} told by resets", connections(done.ended), ends_of(done.told)))?;
+    out::line(format!(
+        "{} ended, {} told by resets",
+        counted(done.ended, "connection"),
+        counted(done.told, "end")
+    ))?;
     if !done.others.is_empty() {
         let others: Vec<String> = done.others.into_iter().collect();
         out::line(format!(
@@ -241,7 +246,7 @@ fn ends(seen: &Seen) -> Ends {
 /// What was ended.
 #[derive(Default)]
 struct Done {
-    ended: u64,
+    ended: usize,
     told: usize,
     /// Nodes that know the other ends.
     others: BTreeSet<String>,
@@ -293,17 +298,9 @@ impl Killing<'_> {
     }
 }
 
-fn connections(count: u64) -> String {
-    if count == 1 { "1 connection".to_owned() } else { format!("{count} connections") }
-}
-
-fn ends_of(count: usize) -> String {
-    if count == 1 { "1 end".to_owned() } else { format!("{count} ends") }
-}
-
 /// Asks the person at the terminal.
 fn agreed(wanted: u64) -> Result<bool> {
-    let wanted = connections(wanted);
+    let wanted = counted(wanted as usize, "connection");
     if !io::stdin().is_terminal() {
         bail!("{wanted} would be ended; add --force to end them where nobody can be asked");
     }
