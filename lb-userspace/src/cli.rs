@@ -3,7 +3,6 @@
 mod lists;
 #[cfg(test)]
 mod texts;
-mod time;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -12,12 +11,11 @@ pub use lists::{
     ConnectionArgs, DoctorArgs, DrainArgs, EventArgs, ExplainArgs, ListArgs, MetricsArgs, UndrainArgs,
 };
 pub use lists::{client, listener, protocol};
-pub use time::Time;
-use time::count;
 
 use crate::{
     logging::{Level, LogFormat},
     serve::Listen,
+    units::{Time, count},
 };
 
 /// The ingress of a Docker Swarm: every published port answers on this node, and the task sees the client.

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     check::{Check, Finding},
-    cli::Time,
     tunnel_key::{NodeKey, SharedKey},
+    units::Time,
 };
 
 /// Everything a source knows at one moment.
@@ -481,6 +481,11 @@ impl Port {
             published: published.0 + ahead,
             target: target.0 + ahead,
         }))
+    }
+
+    /// The first port of TCP that tasks listen on, if there is one.
+    pub fn first_tcp(ports: &[Self]) -> Option<u16> {
+        ports.iter().find(|port| port.protocol == Protocol::Tcp).map(|port| port.target)
     }
 
     /// Ports as users read them: those that follow each other are one range, as `docker service ls` has it.

@@ -11,10 +11,10 @@ use lb_common::{backend::Kind, conntrack::Phase, tunnel::SELF};
 use serde::Serialize;
 
 use crate::{
-    cli::Time,
     cluster::{Protocol, TIMERS},
     datapath::Seen,
     inventory::{Inventory, via},
+    units::Time,
 };
 
 /// A connection with names.

@@ -34,3 +34,4 @@ pub mod testing;
 pub mod text;
 pub mod top;
 pub mod tunnel_key;
+pub mod units;

@@ -1,6 +1,6 @@
 //! Health checks of our own, for images without one: the agent of a task's node asks the task itself, whether it takes connections.
 //!
-//! [`runner`] asks; what it finds comes to other nodes as facts, and [`judge`] says what follows for new connections.
+//! [`runner`] asks; what it finds comes to other nodes as facts, and the planner judges what follows for new connections.
 
 pub mod runner;
 
@@ -9,11 +9,7 @@ use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
 use hyper::http::uri::PathAndQuery;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    cli::Time,
-    cluster::{Port, Protocol, Task, TaskState},
-    text,
-};
+use crate::{text, units::Time};
 
 /// How the tasks of a service are asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,18 +97,17 @@ pub enum CheckError {
 }
 
 impl CheckSpec {
-    /// The check of a service with these ports; none where Docker's word is enough.
+    /// The check of a service whose tasks have this first port of TCP, if any; none where Docker's word is enough.
     ///
     /// # Errors
     /// It is described wrongly.
-    pub fn check(&self, ports: &[Port]) -> Result<Option<Check>, CheckError> {
+    pub fn check(&self, first: Option<u16>) -> Result<Option<Check>, CheckError> {
         let kind = KINDS.iter().find(|(name, _)| *name == self.kind).map(|(_, kind)| *kind);
         let Some(kind) = kind.ok_or_else(|| CheckError::Kind(self.kind.clone()))? else {
             let nothing = Self { kind: self.kind.clone(), ..Self::default() };
             return if *self == nothing { Ok(None) } else { Err(CheckError::NothingAsked) };
         };
-        let first = || ports.iter().find(|port| port.protocol == Protocol::Tcp).map(|port| port.target);
-        let port = self.port.or_else(first).ok_or(CheckError::NoPort)?;
+        let port = self.port.or(first).ok_or(CheckError::NoPort)?;
         if port == 0 {
             return Err(CheckError::Port);
         }
@@ -178,57 +173,9 @@ impl Finding {
     }
 }
 
-/// What becomes of a task by what was found of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Judged {
-    /// What it is to do.
-    pub state: TaskState,
-    /// Why it should take new connections and does not, or does so all the same.
-    pub problem: Option<String>,
-}
-
-/// What the tasks of a service are to do, one for each: of those that run, one that fails drains, and one that has never passed has
-/// not started. Where nobody would be left of those that are `usable`, all of them run as if there were no check: a client is
-/// refused by nobody who could serve him.
-pub fn judge(tasks: &[Task], usable: impl Fn(&Task) -> bool) -> Vec<Judged> {
-    let by_itself = |task: &Task| {
-        let finding = task.finding.as_ref().filter(|_| task.state == TaskState::Running);
-        let why = |finding: &Finding| {
-            if finding.why.is_empty() { String::new() } else { format!(": {}", finding.why) }
-        };
-        let (state, problem) = match finding {
-            Some(finding) if finding.passes == Some(false) => {
-                (TaskState::Draining, format!("fails its health check{}", why(finding)))
-            }
-            Some(finding) if finding.passes.is_none() => {
-                (TaskState::Starting, format!("has not passed its health check yet{}", why(finding)))
-            }
-            _ => return Judged { state: task.state, problem: None },
-        };
-        Judged { state, problem: Some(problem) }
-    };
-    let mut judged: Vec<Judged> = tasks.iter().map(by_itself).collect();
-    let all = || tasks.iter().zip(&judged);
-    let is_left = |(task, judged): (&Task, &Judged)| judged.state == TaskState::Running && usable(task);
-    if all().any(|(_, judged)| judged.problem.is_some()) && !all().any(is_left) {
-        for judged in &mut judged {
-            if let Some(problem) = &mut judged.problem {
-                judged.state = TaskState::Running;
-                *problem += "; offered all the same, for no task passes";
-            }
-        }
-    }
-    judged
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::Via;
-
-    fn port(text: &str) -> Port {
-        text.parse().unwrap()
-    }
 
     fn spec(kind: &str) -> CheckSpec {
         CheckSpec { kind: kind.into(), ..CheckSpec::default() }
@@ -236,9 +183,9 @@ mod tests {
 
     #[test]
     fn what_is_not_said_is_by_default() {
-        let ports = [port("53:5353/udp"), port("80:8080")];
-        assert_eq!(spec("docker").check(&ports), Ok(None));
-        let tcp = spec("tcp").check(&ports).unwrap().unwrap();
+        let first = Some(8080);
+        assert_eq!(spec("docker").check(first), Ok(None));
+        let tcp = spec("tcp").check(first).unwrap().unwrap();
         assert_eq!(tcp.to_string(), "tcp :8080 every 2000 ms, rise 2, fall 3");
         let all = CheckSpec {
             port: Some(9000),
@@ -248,18 +195,17 @@ mod tests {
             fall: Some(5),
             ..spec("http")
         };
-        let all = all.check(&[]).unwrap().unwrap();
+        let all = all.check(None).unwrap().unwrap();
         assert_eq!(all.to_string(), "http :9000/healthz?full=1 every 500 ms, rise 1, fall 5");
-        assert_eq!(spec("http").check(&ports).unwrap().unwrap().path, "/");
+        assert_eq!(spec("http").check(first).unwrap().unwrap().path, "/");
     }
 
     #[test]
     fn nonsense_is_refused() {
-        let ports = [port("80:8080")];
-        let wrong = |spec: CheckSpec| spec.check(&ports).unwrap_err();
+        let wrong = |spec: CheckSpec| spec.check(Some(8080)).unwrap_err();
         assert_eq!(wrong(spec("icmp")), CheckError::Kind("icmp".into()));
         assert_eq!(wrong(spec("")), CheckError::Kind(String::new()));
-        assert_eq!(spec("tcp").check(&[port("53:53/udp")]), Err(CheckError::NoPort));
+        assert_eq!(spec("tcp").check(None), Err(CheckError::NoPort));
         assert_eq!(wrong(CheckSpec { port: Some(0), ..spec("tcp") }), CheckError::Port);
         assert_eq!(wrong(CheckSpec { path: Some("/".into()), ..spec("tcp") }), CheckError::PathOfTcp);
         let docker = CheckSpec { rise: Some(1), ..spec("docker") };
@@ -279,58 +225,8 @@ mod tests {
         }
     }
 
-    fn tasks(states: &[TaskState], findings: &[Option<Option<bool>>]) -> Vec<Task> {
-        let task = |(index, (state, passes)): (usize, (&TaskState, &Option<Option<bool>>))| Task {
-            name: format!("web.{index}"),
-            node: "node1".into(),
-            addresses: vec![],
-            overlay: None,
-            state: *state,
-            weight: 1,
-            via: Via::Peer,
-            finding: passes.map(|passes| Finding { passes, why: String::new() }),
-        };
-        states.iter().zip(findings).enumerate().map(task).collect()
-    }
-
     #[test]
-    fn who_does_not_pass_gets_no_new_connections_unless_nobody_does() {
-        use TaskState::{Draining, Running, Starting};
-        let (passes, fails, new, unknown) = (Some(Some(true)), Some(Some(false)), Some(None), None);
-        for (states, findings, wanted) in [
-            (vec![Running; 3], vec![passes, fails, new], vec![Running, Draining, Starting]),
-            // Another node's agent tells nothing of its tasks: it may be older.
-            (vec![Running; 2], vec![unknown, fails], vec![Running, Draining]),
-            (vec![Running; 2], vec![new, fails], vec![Running, Running]),
-            (vec![Running], vec![new], vec![Running]),
-            // Those that Docker is ending, or starting, are not called back.
-            (vec![Draining, Running], vec![passes, new], vec![Draining, Running]),
-            (vec![Starting, Running], vec![passes, fails], vec![Starting, Running]),
-            (vec![Draining, Starting], vec![fails, new], vec![Draining, Starting]),
-            (vec![], vec![], vec![]),
-        ] {
-            let judged = judge(&tasks(&states, &findings), |_| true);
-            let found: Vec<TaskState> = judged.into_iter().map(|judged| judged.state).collect();
-            assert_eq!(found, wanted, "{states:?} {findings:?}");
-        }
-        // One that passes and cannot be reached serves nobody.
-        let tasks = tasks(&[Running; 3], &[passes, fails, new]);
-        let judged = judge(&tasks, |task| task.name != "web.0");
-        assert!(judged.iter().all(|judged| judged.state == Running), "{judged:?}");
-    }
-
-    #[test]
-    fn why_is_said() {
-        let mut tasks = tasks(&[TaskState::Running; 2], &[Some(Some(true)), None]);
-        let why = Finding::why("172.18.0.3:8080".parse().unwrap(), "Connection refused");
-        tasks[1].finding = Some(Finding { passes: None, why });
-        let said = "has not passed its health check yet: 172.18.0.3:8080: Connection refused";
-        let problems = |usable| -> Vec<Option<String>> {
-            judge(&tasks, |_| usable).into_iter().map(|judged| judged.problem).collect()
-        };
-        assert_eq!(problems(true), [None, Some(said.to_owned())]);
-        let all_the_same = format!("{said}; offered all the same, for no task passes");
-        assert_eq!(problems(false), [None, Some(all_the_same)]);
+    fn a_reason_is_short_and_only_shows() {
         let long = Finding { passes: Some(false), why: "é\u{202e}".repeat(200) }.checked();
         assert!(long.why.len() <= LONGEST_REASON && !long.why.contains('\u{202e}'), "{long:?}");
     }

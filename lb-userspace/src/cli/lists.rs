@@ -7,12 +7,13 @@ use std::{
 
 use clap::Args;
 
-use super::{Output, Read, time::Time};
+use super::{Output, Read};
 use crate::{
     cluster::Protocol,
     connection::Filter,
     explain::{CLIENT_PORT, Question},
     serve::Listen,
+    units::Time,
 };
 
 /// Options of the verbs that list.

@@ -3,6 +3,7 @@
 
 mod attach;
 mod connections;
+mod drains;
 mod notice;
 mod offers;
 mod peers;
@@ -24,14 +25,14 @@ use tokio::{
 
 use crate::{
     check::runner::Checks,
-    cluster::{ClusterState, TaskState},
+    cluster::ClusterState,
     datapath::{self, ConnectionLog, Datapath, DatapathError, Sizes, TcHook},
     events::{Event, Kind, Recorder},
     limits::Watch,
     logging,
     net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
     plan::{MapOp, Planner, Reach, Role, View},
-    report::{self, Drain, Drained, SourceReport},
+    report::{self, Drain, SourceReport},
     serve::Changed,
     source::{Origin, Update},
     supervisor::Pulse,
@@ -223,7 +224,7 @@ impl Controller {
             log_level: None,
         };
         controller.datapath.forget_log_level()?;
-        controller.drains = drains(&controller.datapath);
+        controller.drains = drains::kept(&controller.datapath);
         controller.cluster = controller.drained();
         controller.refusals.adopt(controller.datapath.troubles()?);
         controller.report.failing = None;
@@ -267,30 +268,6 @@ impl Controller {
         self.settings.events.record(Event::now(&self.settings.interface, kind, text));
     }
 
-    /// Takes the cluster as it is told by now, less what somebody drains.
-    fn renew(&mut self) {
-        (self.cluster, self.offered) = (self.drained(), None);
-    }
-
-    /// The cluster, less what somebody drains.
-    fn drained(&self) -> Option<ClusterState> {
-        let mut cluster = self.told.clone()?;
-        for drain in &self.drains.1 {
-            let its = |task: &crate::cluster::Task| match drain.what {
-                Drained::Task => task.name == drain.name,
-                Drained::Node => task.node == drain.name,
-            };
-            for service in cluster.services.iter_mut().filter(|service| service.tasks.iter().any(its)) {
-                for task in Arc::make_mut(service).tasks.iter_mut().filter(|task| its(task)) {
-                    if task.state == TaskState::Running {
-                        task.state = TaskState::Draining;
-                    }
-                }
-            }
-        }
-        Some(cluster)
-    }
-
     /// Logs what somebody asked for meanwhile.
     fn look_at_log_level(&mut self) {
         let asked = self.datapath.log_level();
@@ -305,31 +282,6 @@ impl Controller {
             }
         }
         self.log_level = asked;
-    }
-
-    /// Looks whether somebody drains something else now; whether the tables may have to change.
-    fn look_at_drains(&mut self) -> bool {
-        if self.datapath.drain_version() == self.drains.0 {
-            return false;
-        }
-        let before = std::mem::replace(&mut self.drains, drains(&self.datapath)).1;
-        let name = |drain: &Drain| match drain.what {
-            Drained::Task => format!("task {}", drain.name),
-            Drained::Node => format!("node {}", self.datapath.tables().node_shown(&drain.name)),
-        };
-        let same = |one: &Drain, other: &Drain| (one.what, &one.name) == (other.what, &other.name);
-        for drain in self.drains.1.iter().filter(|drain| !before.iter().any(|other| same(drain, other))) {
-            self.record(Kind::Drained, format!("{} is drained by hand: no new connections", name(drain)));
-        }
-        for drain in before.iter().filter(|drain| !self.drains.1.iter().any(|other| same(drain, other))) {
-            self.record(Kind::Undrained, format!("{} is no longer drained by hand", name(drain)));
-        }
-        // How long ago the cluster changed says nothing of how long this takes.
-        if let Some(told) = &mut self.told {
-            told.changed = None;
-        }
-        self.renew();
-        true
     }
 
     /// Follows source and network until `stop` resolves.
@@ -750,11 +702,6 @@ fn known_node(name: &str, cluster: &ClusterState) -> Result<()> {
         datapath::Hint::nearest(name, names.iter().copied()),
         names.join(", ")
     )
-}
-
-fn drains(datapath: &Datapath) -> (u64, Vec<Drain>) {
-    let drains = datapath.drains();
-    (drains.version, drains.all())
 }
 
 /// A number and what it counts.

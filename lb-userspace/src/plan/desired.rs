@@ -12,9 +12,11 @@ use lb_common::{
     tunnel::{Peer, mapped},
 };
 
-use super::tables::{BackendLabel, NodeLabel, ServiceLabel};
+use super::{
+    judge::judge,
+    tables::{BackendLabel, NodeLabel, ServiceLabel},
+};
 use crate::{
-    check::judge,
     cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
     tunnel_key::Cookies,
 };

@@ -6,6 +6,7 @@
 
 mod allocation_index;
 mod desired;
+mod judge;
 mod numbers;
 mod planner;
 mod table_builder;

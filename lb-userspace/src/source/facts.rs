@@ -261,7 +261,7 @@ mod tests {
         let found = |asks: bool, now: bool, findings: &[(&str, Option<bool>)]| {
             let mut state = cluster(vec![task("a", TaskState::Running), task("b", TaskState::Running)]);
             state.service_mut(0).health =
-                CheckSpec { kind: "tcp".into(), port: Some(80), ..CheckSpec::default() }.check(&[]).unwrap();
+                CheckSpec { kind: "tcp".into(), port: Some(80), ..CheckSpec::default() }.check(None).unwrap();
             let mut reports = reports(&[("a", false), ("b", false)], true, now);
             let report = reports.get_mut("node1").unwrap();
             let facts = Arc::make_mut(&mut report.facts);

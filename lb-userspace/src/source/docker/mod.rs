@@ -13,6 +13,7 @@ mod agents;
 pub mod engine;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod labels;
 pub mod listing;
 mod local;
 mod manager;

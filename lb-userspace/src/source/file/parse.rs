@@ -201,7 +201,10 @@ pub(super) fn service<'a>(
     let access = Access { allow: raw.allow.as_deref().map(ranges).transpose()?, deny: ranges(&raw.deny)? };
     let health = match &raw.health {
         None => None,
-        Some(spec) => spec.get_ref().check(&ports).map_err(|error| Wrong::at(spec, error.to_string()))?,
+        Some(spec) => spec
+            .get_ref()
+            .check(Port::first_tcp(&ports))
+            .map_err(|error| Wrong::at(spec, error.to_string()))?,
     };
     let slow_start = match &raw.slow_start {
         None => Duration::ZERO,
