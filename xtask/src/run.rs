@@ -2,8 +2,12 @@
 
 use std::{
     env,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -25,6 +29,42 @@ pub fn target() -> PathBuf {
 pub fn exec(command: &mut Command) -> Result<()> {
     let shown = show(command);
     let status = command.status().with_context(|| format!("run {shown}"))?;
+    if !status.success() {
+        bail!("{shown}: {status}");
+    }
+    Ok(())
+}
+
+/// After the end of a program what it has said is there within this time.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The same, beside others: what it says is shown when it has ended, in one piece.
+///
+/// # Errors
+/// As of [`exec`].
+pub fn exec_whole(command: &mut Command) -> Result<()> {
+    let shown = show(command);
+    let (mut said, writer) = std::io::pipe().context("make a pipe")?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone().context("share a pipe")?).stderr(writer);
+    let mut child = command.spawn().with_context(|| format!("run {shown}"))?;
+    // The command has the ends that it writes to; they are to close with the child.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let (pieces, text) = mpsc::channel();
+    thread::spawn(move || {
+        let mut piece = [0; 4_096];
+        while let Ok(length @ 1..) = said.read(&mut piece) {
+            if pieces.send(piece[..length].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    let status = child.wait().with_context(|| format!("wait for {shown}"))?;
+    // What it has left behind may hold the other end for ever.
+    let mut whole = Vec::new();
+    while let Ok(piece) = text.recv_timeout(LAST_WORDS) {
+        whole.extend(piece);
+    }
+    std::io::stdout().lock().write_all(&whole).context("show it")?;
     if !status.success() {
         bail!("{shown}: {status}");
     }

@@ -51,6 +51,8 @@ pub struct Suite {
     pub docker: bool,
     /// Whether it needs the agent of an earlier commit.
     pub before: bool,
+    /// Whether it counts what a busy machine loses, and has the machine to itself.
+    pub alone: bool,
     /// The first sentence of its header.
     pub about: String,
     /// Its tests.
@@ -154,7 +156,8 @@ fn suite(name: String, text: &str) -> Suite {
             _ => marked |= line == "#[test]",
         }
     }
-    Suite { name, tier, docker: uses("swarm"), before: uses("before"), about, tests }
+    let alone = imports.contains("syns_repeated");
+    Suite { name, tier, docker: uses("swarm"), before: uses("before"), alone, about, tests }
 }
 
 #[cfg(test)]
@@ -175,6 +178,13 @@ mod tests {
             suite("x".into(), "use lb_tests::{\n    cluster::Cluster,\n    swarm::{Node},\n};").tier,
             Tier::Swarm
         );
+    }
+
+    #[test]
+    fn who_counts_what_is_lost_has_the_machine_to_himself() {
+        let alone =
+            |name: &str| suite("x".into(), &format!("use lb_tests::traffic::{{{name}, tally}};")).alone;
+        assert!(alone("syns_repeated") && !alone("requests"));
     }
 
     #[test]

@@ -1,13 +1,19 @@
 //! `test`: the tests that need root.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
     docker, ebpf,
     kernel::{self, Tests, Wanted},
-    run::{as_root, cargo, exec, output},
+    run::{as_root, cargo, exec, exec_whole, output},
     steps::seconds,
     suites::{self, Choice, Suite, Tier},
     toolchain,
@@ -101,8 +107,7 @@ fn run_suites(suites: &[Suite], filter: Option<&str>, beside: &Beside) -> Result
     let agent = ebpf::build_agent()?;
     let object = ebpf::object();
     let programs = programs(suites)?;
-    let (mut failed, mut times) = (Vec::new(), Vec::new());
-    for program in &programs {
+    let command = |program: &Path| {
         let mut command = as_root("env", "run the tests");
         command.arg(format!("LB_AGENT={}", agent.display())).arg(format!("LB_OBJECT={}", object.display()));
         if let Some(before) = &beside.before {
@@ -112,21 +117,76 @@ fn run_suites(suites: &[Suite], filter: Option<&str>, beside: &Beside) -> Result
             let path = std::env::var("PATH").unwrap_or_default();
             command.arg(format!("PATH={}:{path}:/usr/sbin:/sbin", engine.display()));
         }
-        // Two cores run a namespace's stacks and its clients; more tests at once only wait for each other.
         command.arg(program).arg("--test-threads=2").args(filter);
-        let start = Instant::now();
-        // The others are run all the same.
-        if let Err(error) = exec(&mut command) {
-            failed.push(error.to_string());
+        command
+    };
+    let start = Instant::now();
+    let ended = match programs.as_slice() {
+        [only] => vec![ended(only, |program| exec(&mut command(program)))?],
+        several => {
+            let alone = |program: &&PathBuf| is_alone(program, suites);
+            let (alone, beside): (Vec<_>, Vec<_>) = several.iter().partition(alone);
+            let mut done = Vec::new();
+            for program in alone {
+                done.push(ended(program, |program| exec(&mut command(program)))?);
+            }
+            done.extend(in_lanes(&beside, |program| exec_whole(&mut command(program)))?);
+            done
         }
-        times.push((kernel::test_name(program)?, start.elapsed()));
-    }
+    };
     println!("\ntime by suite:");
-    for (name, time) in &times {
+    for Ended { name, time, .. } in &ended {
         println!("  {name:<14} {:>12}", seconds(*time));
     }
-    println!("  {:<14} {:>12}", "all", seconds(times.iter().map(|(_, time)| *time).sum()));
+    println!("  {:<14} {:>12}", "all", seconds(start.elapsed()));
+    let failed: Vec<String> = ended
+        .into_iter()
+        .filter_map(|Ended { failure, .. }| failure)
+        .map(|error| error.to_string())
+        .collect();
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n")) }
+}
+
+/// Suites that run at once: most of a test is waiting, for a timer, a server or the kernel.
+const LANES: usize = 2;
+
+/// What became of a suite.
+struct Ended {
+    name: String,
+    time: Duration,
+    failure: Option<anyhow::Error>,
+}
+
+fn ended(program: &Path, run: impl Fn(&Path) -> Result<()>) -> Result<Ended> {
+    let (name, start) = (kernel::test_name(program)?, Instant::now());
+    let failure = run(program).err();
+    Ok(Ended { name, time: start.elapsed(), failure })
+}
+
+/// Whether a suite's program has the machine to itself.
+fn is_alone(program: &Path, suites: &[Suite]) -> bool {
+    let name = kernel::test_name(program).unwrap_or_default();
+    suites.iter().any(|suite| suite.alone && suite.name == name)
+}
+
+/// Runs each suite in the first lane that is free. After one that fails the others are run all the same.
+fn in_lanes(programs: &[&PathBuf], run: impl Fn(&Path) -> Result<()> + Sync) -> Result<Vec<Ended>> {
+    let next = AtomicUsize::new(0);
+    let lane = || {
+        let mut done = Vec::new();
+        while let Some(program) = programs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            done.push(ended(program, &run)?);
+        }
+        Ok(done)
+    };
+    let lanes = thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
+        let joined = lanes.into_iter().map(|lane| lane.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        joined.collect::<Result<Vec<_>>>()
+    })?;
+    let mut done: Vec<Ended> = lanes.into_iter().flatten().collect();
+    done.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(done)
 }
 
 /// Builds everything, then runs tests on other kernels.
