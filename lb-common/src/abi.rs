@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 11;
+pub const ABI_VERSION: u32 = 12;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -66,6 +66,10 @@ pub mod table {
     pub const ACCESS: &str = "ACCESS";
     /// Bits of the VLANs that this node has on the uplink, by their ids.
     pub const VLANS: &str = "VLANS";
+    /// [`crate::translation::PoolEntry`] by number of the address in the pool.
+    pub const POOL: &str = "POOL";
+    /// Number of the address that a client of IPv6 has in the pool.
+    pub const POOL_CLIENTS: &str = "POOL_CLIENTS";
     /// Counter of each [`crate::outcome::Outcome`].
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
@@ -78,7 +82,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 32] = [
+    pub const ALL: [&str; 34] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -106,6 +110,8 @@ pub mod table {
         INNER_RANGES,
         ACCESS,
         VLANS,
+        POOL,
+        POOL_CLIENTS,
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
@@ -156,6 +162,9 @@ pub mod program {
     /// TC ingress where tasks' replies arrive: host-side veths and other interfaces that lead to backends.
     pub const TASK_TC: &str = "task_tc";
 
+    /// TC egress on the host-side veths of tasks that have IPv4 alone: makes what IPv6 clients have for them IPv4.
+    pub const TASK_EGRESS: &str = "task_egress";
+
     /// Never attached: run by user space (BPF_PROG_TEST_RUN) it returns the clock of connections, jiffies, low 32 bits.
     pub const CLOCK: &str = "clock";
 
@@ -163,7 +172,8 @@ pub mod program {
     pub const GC: &str = "gc";
 
     /// All of them.
-    pub const ALL: [&str; 7] = [UPLINK_XDP, UPLINK_TC, UPLINK_EGRESS, PEER_TC, TASK_TC, CLOCK, GC];
+    pub const ALL: [&str; 8] =
+        [UPLINK_XDP, UPLINK_TC, UPLINK_EGRESS, PEER_TC, TASK_TC, TASK_EGRESS, CLOCK, GC];
 }
 
 /// No XDP program decides, though one may be attached for a moment: TC on the uplink does all.
@@ -228,6 +238,10 @@ pub struct Config {
     pub longest: Longest,
     /// Of the connection table.
     pub hash_keys: HashKeys,
+    /// First address of the pool of IPv4 addresses by which tasks know clients of IPv6, network order.
+    pub pool: u32,
+    /// How many addresses it has, as a power of two; zero if there is none.
+    pub pool_bits: u32,
 }
 
 /// How an uplink is served.
@@ -410,6 +424,8 @@ pub mod size {
     pub const fn access(services: usize) -> usize {
         RANGES + 2 * services + 1
     }
+    /// Addresses of the pool by which tasks know clients of IPv6.
+    pub const POOL: usize = 1 << crate::translation::MOST_BITS;
     /// Budgets of errors; a power of two.
     pub const ERROR_BUDGETS: usize = 1_024;
     /// Datagrams in fragments that are followed at once, of each family.
@@ -421,7 +437,7 @@ pub mod size {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 152 && size_of::<XdpMetadata>() == 12 && size_of::<Removal>() == 24);
+    assert!(size_of::<Config>() == 160 && size_of::<XdpMetadata>() == 12 && size_of::<Removal>() == 24);
     assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
 };
 

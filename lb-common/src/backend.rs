@@ -73,6 +73,10 @@ pub const SINGLE: u8 = 8;
 /// [`Backend::source`] is the name that other nodes have for the task (local).
 pub const NAMED: u8 = 32;
 
+/// The task has IPv4 alone: its address here is [`crate::translation::embed`]ded, and packets for it are translated where they leave
+/// the host's side of its veth (local).
+pub const TRANSLATED: u8 = 64;
+
 /// One entry of the backend array: what of a backend may change while connections name it.
 ///
 /// One cache line. User space replaces an entry in place; each field that changes alone (a hardware address,
@@ -106,7 +110,7 @@ pub struct Backend {
     pub state: u8,
     /// 4 or 6.
     pub family: u8,
-    /// [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`NAMED`].
+    /// [`VIA_TC`], [`RETURN_DIRECT`], [`SINGLE`], [`NAMED`], [`TRANSLATED`].
     pub flags: u8,
 }
 

@@ -21,6 +21,7 @@ pub mod net;
 pub mod outcome;
 pub mod stats;
 pub mod tags;
+pub mod translation;
 pub mod tunnel;
 pub mod verifier;
 

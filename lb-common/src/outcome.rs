@@ -119,6 +119,11 @@ outcomes! {
     /// A probe by which nodes learn that each other's datapath is there, and how long a packet the way lets pass: sent back, or
     /// passed to the controller that waits for it; or an ICMP error about one.
     TunnelProbe = "tunnel_probe",
+    /// Between an IPv6 client and a task that has IPv4 alone, and there is no way to say it in the other family: an ICMP error
+    /// without a counterpart, a datagram without a checksum, or from a task to nobody.
+    Untranslatable = "untranslatable",
+    /// From an IPv6 client for a task that has IPv4 alone, and each IPv4 address that the client could be known by is another's.
+    PoolExhausted = "v6_pool_exhausted",
     /// Decided in XDP, but the task was gone when TC came to deliver it (counted beside forwarded_local). Or a fragment that was held
     /// or cut, and whose first one did not get through.
     DeliveryLost = "delivery_lost",
@@ -153,6 +158,8 @@ impl Outcome {
                 | Self::TunnelForged
                 | Self::TunnelNoTask
                 | Self::TunnelMalformed
+                | Self::Untranslatable
+                | Self::PoolExhausted
         )
     }
 }

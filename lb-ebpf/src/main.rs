@@ -25,6 +25,7 @@ mod conntrack;
 mod forward;
 mod io;
 mod parse;
+mod translate;
 mod wire;
 
 use aya_ebpf::{
@@ -38,6 +39,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use lb_common::{
     abi::{Config, META_TC_DECIDES, META_TC_SENDS_REPLY, Removal, TC_ALONE, XDP_GENERIC, XDP_IS_NEW, remove},
+    filter::Side,
     net::{Be16, UDP, V4, V6},
     outcome::Outcome,
     tunnel::{PROBE, SELF, TO_TASK},
@@ -51,10 +53,11 @@ use crate::{
         family::Family,
         frame::{Frame, Skb, XdpFrame},
         maps,
-        packet::{Packet, Scratch, TunnelMeta},
+        packet::{LATER, Packet, Scratch, TunnelMeta},
         verifier,
     },
     parse::{IS_IPV4, IS_IPV6, IS_OUTCOME},
+    translate::{to_v4, to_v6},
 };
 
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
@@ -619,18 +622,83 @@ pub fn task_tc(context: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     frame.pull_headers();
-    let parsed = parse::frame(&frame, scratch);
+    let mut parsed = parse::frame(&frame, scratch);
+    let mut made = to_v6::NOT_OURS;
+    // What a task begins itself it sends from another port than those that services lead to, and it goes where it always went.
+    if parsed == IS_IPV4 && may_be_reply(&scratch.v4) {
+        made = to_v6::apply(&mut frame, &scratch.v4);
+        if made != to_v6::NOT_OURS {
+            parsed = translated(&mut frame, scratch, made);
+        }
+    }
+    scratch.v6.may_be_cut = (made == to_v6::MAY_BE_CUT) as u8;
+    // What was made IPv6 and what came so go the same way from here on.
+    let known = verifier::forget(&mut scratch.metadata, (made as u64) << 32 | parsed as u64);
+    let (made, parsed) = ((known >> 32) as u32, known as u32);
     let done = match parsed {
         IS_IPV4 => from_task(&mut frame, &mut scratch.v4),
         IS_IPV6 => from_task(&mut frame, &mut scratch.v6),
+        other if made != to_v6::NOT_OURS => refused(other - IS_OUTCOME),
         _ => return TC_ACT_UNSPEC,
     };
     match unpack(done) {
         // A reply of ours that cannot go its way now: by the host's it would show the task's address.
         Err(outcome) if is_dropped(outcome) => end_in_tc(&frame, outcome),
+        // The host knows nobody of the pool, and nobody out there a task by that address.
+        Err(_) if made != to_v6::NOT_OURS || parsed == IS_IPV6 && is_embedded(&scratch.v6) => {
+            drop_in_tc(&frame, Outcome::Untranslatable as u32)
+        }
         Err(_) => TC_ACT_UNSPEC,
-        Ok(action) => cut_in_tc(&mut frame, scratch, parsed, action),
+        Ok(action) => {
+            if made != to_v6::NOT_OURS {
+                to_v6::note(&scratch.v4);
+            }
+            cut_in_tc(&mut frame, scratch, parsed, action)
+        }
     }
+}
+
+/// Whether a task's packet may be of a connection to it.
+#[inline(always)]
+fn may_be_reply(packet: &Packet<V4>) -> bool {
+    let key = &packet.key;
+    packet.kind == LATER || conntrack::may_be_ours(Side::Source, key.protocol, key.source_port)
+}
+
+/// Whether a packet says to come from the address that a task with IPv4 alone has within its node.
+#[inline(always)]
+fn is_embedded(packet: &Packet<V6>) -> bool {
+    lb_common::translation::embedded(&packet.key.source).is_some()
+}
+
+/// Parses what has been made a packet of IPv6.
+#[inline(always)]
+fn translated(frame: &mut Skb, scratch: &mut Scratch, made: u32) -> u32 {
+    if made == to_v6::REFUSED {
+        return IS_OUTCOME + Outcome::Untranslatable as u32;
+    }
+    frame.pull_inner_headers();
+    parse::frame(frame, scratch)
+}
+
+/// TC egress on the host-side veth of a task that has IPv4 alone: what this datapath sends there for the task's embedded address
+/// becomes IPv4. Everything else is left alone.
+#[classifier]
+#[inline(always)]
+pub fn task_egress(context: TcContext) -> i32 {
+    let mut frame = Skb::new(context, false);
+    let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(4)) else {
+        return TC_ACT_UNSPEC;
+    };
+    if config.pool_bits == 0 || !frame.is_signed(config.nonce) || !to_v4::may_be_for(&frame) {
+        return TC_ACT_UNSPEC;
+    }
+    frame.pull_headers();
+    let done = match parse::frame(&frame, scratch) {
+        IS_IPV6 => to_v4::apply(&mut frame, &scratch.v6, config),
+        _ => Err(Outcome::Untranslatable),
+    };
+    done.map_or_else(|outcome| drop_in_tc(&frame, outcome as u32), |()| TC_ACT_UNSPEC)
 }
 
 #[inline(always)]

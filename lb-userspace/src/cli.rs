@@ -15,6 +15,7 @@ pub use lists::{client, listener, protocol};
 use crate::{
     logging::{Level, LogFormat},
     serve::Listen,
+    translation::{self, Pool},
     units::{Time, count},
 };
 
@@ -106,6 +107,21 @@ pub enum Command {
     /// more is heard. Each line is written as it is read: a million need no more memory than one.
     #[command(visible_alias = "conns", after_help = CONNECTIONS_EXAMPLES)]
     Connections(ConnectionArgs),
+    /// List the IPv6 clients whom this node's tasks know by an IPv4 address of --v6-pool, or say who it is
+    ///
+    /// A task that has IPv4 alone, as on Docker's own bridge, sees such a client as an address of the pool, the same one as long as he
+    /// has connections here and for ten minutes after. GET /api/v1/client?address= at --listen says the same to programs.
+    #[command(
+        after_help = "Examples:\n  # Who is 198.19.37.4 in the access log of a task of this node, and since when?\n  sudo lb-userspace clients 198.19.37.4\n  sudo lb-userspace clients | grep -w 198.19.37.4\n\n  # Everybody\n  sudo lb-userspace clients -o json | jq -r '.interfaces[].clients[] | [.address, .client] | @tsv'"
+    )]
+    Clients {
+        /// Addresses that a task saw [default: all]
+        #[arg(value_name = "ADDRESS")]
+        addresses: Vec<std::net::Ipv4Addr>,
+        /// Where and how
+        #[command(flatten)]
+        read: Read,
+    },
     /// Say what would become of a packet here, and why
     ///
     /// The datapath's own program is run on the packet, with copies of the tables that it writes: no turn is taken, and nothing is
@@ -320,6 +336,10 @@ pub struct Attach {
     /// Source ports for tasks reached by snat, outside the host's own ephemeral ports
     #[arg(long, value_name = "LOW-HIGH", default_value = "16384-32767", value_parser = ports)]
     pub snat_ports: [u16; 2],
+    /// IPv4 addresses by which tasks that have IPv4 alone know IPv6 clients, who are translated then; a range that nothing on this
+    /// node or in its containers uses, or off
+    #[arg(long, value_name = "RANGE", default_value = translation::DEFAULT)]
+    pub v6_pool: Pool,
     /// Log each new connection, from the kernel; costly under load
     #[arg(long)]
     pub log_connections: bool,

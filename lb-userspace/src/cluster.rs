@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     check::{Check, Finding},
+    translation::embedded,
     tunnel_key::{NodeKey, SharedKey},
     units::Time,
 };
@@ -148,6 +149,49 @@ impl Prefer {
             Self::Zone => "zone",
             Self::LocalOnly => "local-only",
         }
+    }
+}
+
+/// How clients are served whose family a task does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// IPv6 clients of a task that has IPv4 alone are translated where it runs.
+    #[default]
+    Auto,
+    /// They go to other tasks, or are not served.
+    Same,
+    /// All IPv6 clients are translated, those of tasks that have IPv6 too.
+    Translate,
+}
+
+impl Family {
+    /// Whether it is what stands where nothing is set.
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+
+    /// As users write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Same => "same",
+            Self::Translate => "translate",
+        }
+    }
+
+    /// Where a task is reached, by at most one address of each family, of those that its node says.
+    pub fn choose(self, told: &[IpAddr]) -> Vec<IpAddr> {
+        let of = |wanted: fn(&IpAddr) -> bool| told.iter().copied().find(wanted);
+        let v4 = of(IpAddr::is_ipv4);
+        let own = of(|address| address.is_ipv6() && embedded(*address).is_none());
+        let translated = of(|address| embedded(*address).is_some());
+        let v6 = match self {
+            Self::Auto => own.or(translated),
+            Self::Same => own,
+            Self::Translate => translated.or(own),
+        };
+        v4.into_iter().chain(v6).collect()
     }
 }
 
@@ -312,6 +356,9 @@ pub struct Service {
     /// Whose tasks come first. Agents that know nothing of it take all for equal.
     #[serde(default, skip_serializing_if = "Prefer::is_any")]
     pub prefer: Prefer,
+    /// How clients are served whose family a task does not have.
+    #[serde(default, skip_serializing_if = "Family::is_auto")]
+    pub family: Family,
     /// Who may connect. Agents that know none let everybody.
     #[serde(default, skip_serializing_if = "Access::is_open")]
     pub access: Access,

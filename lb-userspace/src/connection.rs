@@ -1,19 +1,24 @@
 //! A connection as operators see it: names in the place of numbers, and which of them somebody asks for.
 
 use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
 };
 
 use ipnet::IpNet;
-use lb_common::{backend::Kind, conntrack::Phase, tunnel::SELF};
+use lb_common::{
+    backend::{Kind, TRANSLATED},
+    conntrack::Phase,
+    tunnel::SELF,
+};
 use serde::Serialize;
 
 use crate::{
     cluster::{Protocol, TIMERS},
-    datapath::Seen,
+    datapath::{Alias, Seen, by_client},
     inventory::{Inventory, via},
+    translation::embedded,
     units::Time,
 };
 
@@ -48,6 +53,9 @@ pub struct Connection<'a> {
     pub from: Option<&'a str>,
     /// The client's port as the task sees it.
     pub client_port_at_task: u16,
+    /// The client's address as the task sees it, where the task has IPv4 alone and is on this node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_at_task: Option<Ipv4Addr>,
     /// Whether the task's replies go straight to the client, though its packets come by another node.
     pub direct: bool,
 }
@@ -56,12 +64,14 @@ pub struct Connection<'a> {
 pub struct Names<'a> {
     inventory: &'a Inventory,
     nodes: BTreeMap<&'a str, String>,
+    /// IPv6 clients as this node's tasks know them.
+    aliases: HashMap<IpAddr, Ipv4Addr>,
 }
 
 impl<'a> Names<'a> {
     /// Of what was read.
-    pub fn of(inventory: &'a Inventory) -> Self {
-        Self { inventory, nodes: inventory.node_names() }
+    pub fn of(inventory: &'a Inventory, aliases: &[Alias]) -> Self {
+        Self { inventory, nodes: inventory.node_names(), aliases: by_client(aliases) }
     }
 
     /// What users know a node by that is named in the cluster so.
@@ -90,11 +100,17 @@ impl<'a> Names<'a> {
             listener: seen.listener,
             service: service.map(|service| service.name.as_str()),
             task: entry.map(|entry| entry.label.task.as_str()),
-            task_address: entry.map(|entry| SocketAddr::new(entry.label.address, entry.label.target)),
+            task_address: entry.map(|entry| {
+                let address = entry.label.address;
+                SocketAddr::new(embedded(address).unwrap_or(address), entry.label.target)
+            }),
             node: entry.map(|entry| self.node(&entry.label.node)),
             via: entry.and_then(|entry| Kind::try_from(entry.backend.kind).ok()).map(via),
             from: if seen.peer == SELF { None } else { Some(self.peer(seen.peer).unwrap_or("?")) },
             client_port_at_task: seen.port,
+            client_at_task: entry
+                .filter(|entry| entry.backend.flags & TRANSLATED != 0)
+                .and_then(|_| self.aliases.get(&seen.client.ip()).copied()),
             direct: seen.direct,
         }
     }
@@ -211,7 +227,11 @@ impl Filter {
             What::Task(name) => connection.task == Some(name),
             What::Node(name) => connection.node == Some(name),
             What::From(name) => connection.from == Some(name),
-            What::Client(place) => place.has(connection.client),
+            What::Client(place) => {
+                let port = connection.client_port_at_task;
+                let as_seen = connection.client_at_task.map(|address| SocketAddr::new(address.into(), port));
+                place.has(connection.client) || as_seen.is_some_and(|seen| place.has(seen))
+            }
             What::Listener(place) => place.has(connection.listener),
             What::State(state) => connection.state == *state,
             What::Protocol(protocol) => connection.protocol == *protocol,
@@ -241,6 +261,7 @@ mod tests {
             via: Some("local"),
             from: None,
             client_port_at_task: 40_000,
+            client_at_task: None,
             direct: false,
         }
     }
@@ -280,6 +301,14 @@ mod tests {
             "idle=91",
         ] {
             assert!(!chooses(filter), "{filter}");
+        }
+        let translated = Connection {
+            client: "[2001:db8::7]:40000".parse().unwrap(),
+            client_at_task: "198.19.3.4".parse().ok(),
+            ..connection()
+        };
+        for filter in ["client=2001:db8::7", "client=198.19.3.4", "client=198.19.3.4:40000"] {
+            assert!(filter.parse::<Filter>().unwrap().chooses(&translated), "{filter}");
         }
         let gone = Connection { service: None, task: None, node: None, ..connection() };
         assert!(!"service=web".parse::<Filter>().unwrap().chooses(&gone));

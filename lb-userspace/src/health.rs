@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use lb_common::abi::{Config, Mode};
+use lb_common::abi::{Config, Mode, table};
 use serde::Serialize;
 
 use crate::{
     datapath::{DatapathError, PinDir, TableSet},
     inventory::{Agent, Inventory},
-    limits::setting_of,
+    limits::{setting_of, wider},
     report::moment,
 };
 
@@ -107,11 +107,13 @@ pub fn assess(inventory: &Inventory, around: &AgentState) -> Health {
     }
     for (table, [entries, room]) in &around.fills {
         if entries * 100 >= room * NEARLY_FULL {
-            problems.push(format!(
-                "the table {table} is {} % full: attach with --replace-state and a higher {}",
-                entries * 100 / (*room).max(1),
-                setting_of(table)
-            ));
+            let percent = entries * 100 / (*room).max(1);
+            problems.push(if table == table::POOL {
+                format!("{percent} % of the addresses for IPv6 clients are in use: {}", wider(*room))
+            } else {
+                let setting = setting_of(table);
+                format!("the table {table} is {percent} % full: attach with --replace-state and a higher {setting}")
+            });
         }
     }
     if inventory.report.flooded {

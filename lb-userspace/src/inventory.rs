@@ -20,6 +20,7 @@ use crate::{
     datapath::{Counters, DatapathError, TableSet},
     plan::{BackendEntry, NodeLabel, PortLabel, Tables},
     report::{Drain, Drained, SourceReport, Trouble, moment},
+    translation::real,
 };
 
 /// Everything that is read at one moment.
@@ -390,7 +391,9 @@ impl Inventory {
         let stats = counted.fold(BackendStats::default(), |total, stats| total.plus(*stats));
         let addresses: BTreeSet<String> = backends
             .iter()
-            .map(|(_, entry)| std::net::SocketAddr::new(entry.label.address, entry.label.target).to_string())
+            .map(|(_, entry)| {
+                std::net::SocketAddr::new(real(entry.label.address), entry.label.target).to_string()
+            })
             .collect();
         let trouble =
             backends.iter().filter_map(|(number, _)| self.troubles.get(number)).max_by_key(|t| t.last);
@@ -505,7 +508,7 @@ impl Inventory {
             if flags & lb_common::endpoint::CONSISTENT != 0 { "consistent" } else { "round-robin" };
         let affinity = if flags & lb_common::endpoint::AFFINE != 0 { "client" } else { "none" };
         serde_json::json!({
-            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
+            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
             "access": access
         })
     }

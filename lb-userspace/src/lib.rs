@@ -33,5 +33,6 @@ pub mod supervisor;
 pub mod testing;
 pub mod text;
 pub mod top;
+pub mod translation;
 pub mod tunnel_key;
 pub mod units;

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lb_common::{abi::table, outcome::Outcome};
+use lb_common::{
+    abi::{size, table},
+    outcome::Outcome,
+};
 
 /// How full a table of the datapath is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +21,7 @@ pub struct Fill {
 }
 
 /// What packets run into, by the outcome that counts them.
-const COUNTED: [(Outcome, &str); 6] = [
+const COUNTED: [(Outcome, &str); 7] = [
     (
         Outcome::SnatPortsExhausted,
         "no port is free under which a task could tell a new connection from others: of a task that is reached by snat, attach \
@@ -46,6 +49,11 @@ const COUNTED: [(Outcome, &str); 6] = [
         "packets come through the tunnel from addresses of other nodes, but without those nodes' keys: they are dropped; \
          `lb-userspace node ls` says under whose address. A node that has just begun anew sends some before its new key is known \
          here; if it goes on, somebody forges them",
+    ),
+    (
+        Outcome::PoolExhausted,
+        "IPv6 clients of tasks that have IPv4 alone are dropped: each IPv4 address that a task could know them by is another's; \
+         attach again with a wider --v6-pool if it is not of the greatest width, or give the tasks IPv6",
     ),
     (
         Outcome::ForeignVlan,
@@ -102,10 +110,24 @@ impl Watch {
             return None;
         }
         let (what, setting) = setting(table);
+        if table == table::POOL {
+            return Some(format!(
+                "tasks know {entries} IPv6 clients by the {room} addresses of the pool; {}",
+                wider(room)
+            ));
+        }
         Some(format!(
             "the table of {what} ({table}) has {entries} of the {room} that it is made for; attach again with \
              --replace-state and a higher {setting}"
         ))
+    }
+}
+
+/// What helps where a pool of so many addresses for IPv6 clients is full.
+pub fn wider(room: u64) -> &'static str {
+    match room < size::POOL as u64 {
+        true => "attach again with a wider --v6-pool, or give the tasks IPv6",
+        false => "give the tasks IPv6: no pool is wider",
     }
 }
 
@@ -129,6 +151,7 @@ pub fn setting_of(table: &str) -> &'static str {
 /// What a table holds, and the setting that says how much.
 fn setting(name: &str) -> (&'static str, &'static str) {
     match name {
+        table::POOL | table::POOL_CLIENTS => ("IPv6 clients", "--v6-pool"),
         table::FRAGMENTS4 | table::FRAGMENTS6 => ("fragmented datagrams", "--max-fragments"),
         _ => ("connections", "--max-connections"),
     }

@@ -59,6 +59,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Task { command } => cmd::task::run(&command).await.map(|()| done),
         Command::Node { command } => cmd::node::run(&command).await.map(|()| done),
         Command::Events(arguments) => cmd::events::run(&arguments).await.map(|()| done),
+        Command::Clients { addresses, read } => cmd::clients::run(&addresses, &read).map(|()| done),
         Command::Connections(arguments) => cmd::connections::run(&arguments).await.map(|()| done),
         Command::Explain(arguments) => cmd::explain::run(&arguments).map(|()| done),
         Command::Metrics(arguments) => cmd::metrics::run(&arguments).await.map(|()| done),

@@ -102,12 +102,13 @@ const FRAGMENT6: usize = size_of::<Ipv6>() + size_of::<Fragment>();
 impl Cut for V6 {
     const HEADERS: usize = FRAGMENT6;
 
-    // No router cuts IPv6. But what a sender need not make shorter the tunnel may have no room for.
+    // No router cuts IPv6. But what a sender need not make shorter the tunnel may have no room for, and who sends IPv4 may leave
+    // cutting to others.
     #[inline(always)]
     fn may_be_cut<F: Frame>(frame: &F, packet: &Packet<Self>, limit: u32) -> bool {
         let headers = packet.transport().wrapping_sub(packet.network());
-        limit < ipv6::LEAST_MTU
-            && packet.bytes as u32 <= ipv6::LEAST_MTU
+        let must_pass = limit < ipv6::LEAST_MTU && packet.bytes as u32 <= ipv6::LEAST_MTU;
+        (must_pass || packet.may_be_cut != 0)
             && frame.read::<Ipv6>(packet.network()).is_some_and(|header| match header.next {
                 UDP => headers == size_of::<Ipv6>(),
                 ipv6::FRAGMENT => headers == FRAGMENT6,
@@ -143,9 +144,18 @@ impl Cut for V6 {
     }
 }
 
-/// What the way of a datagram lets pass, in bytes, if the datagram is longer and may be cut.
+/// Stands for no limit but that of the way.
+pub const ANY: u32 = u32::MAX;
+
+/// What the way of a datagram lets pass, in bytes, if the datagram is longer and may be cut; no more than `most`.
 #[inline(always)]
-pub fn limit<A: Cut>(frame: &Skb, packet: &Packet<A>, found: &Classified, config: &Config) -> Option<u32> {
+pub fn limit<A: Cut>(
+    frame: &Skb,
+    packet: &Packet<A>,
+    found: &Classified,
+    config: &Config,
+    most: u32,
+) -> Option<u32> {
     if packet.key.protocol != UDP || frame.segment_bytes() != 0 {
         return None;
     }
@@ -160,9 +170,12 @@ pub fn limit<A: Cut>(frame: &Skb, packet: &Packet<A>, found: &Classified, config
     };
     let limit = if peer != 0 {
         encap::inner_mtu(encap::peer(peer).ok()?)
+    } else if packet.bytes as u32 > most {
+        mtu::of_interface(frame, interface)
     } else {
         mtu::exceeded(frame, packet, interface)?
     };
+    let limit = if limit < most { limit } else { most };
     (packet.bytes as u32 > limit && can_be_cut(frame, packet, limit)).then_some(limit)
 }
 

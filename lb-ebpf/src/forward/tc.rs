@@ -8,7 +8,7 @@ use aya_ebpf::helpers::generated::{
 };
 use lb_common::{
     abi::Config,
-    backend::Kind,
+    backend::{Backend, Kind, TRANSLATED},
     conntrack::line::DIRECT,
     net::Be16,
     outcome::Outcome,
@@ -36,7 +36,10 @@ use crate::{
         maps::{self, BACKENDS},
         packet::{Packet, TunnelMeta},
     },
-    wire::ethernet::{Ethernet, LINK, words},
+    wire::{
+        ethernet::{Ethernet, LINK, words},
+        ipv6,
+    },
 };
 
 /// On the uplink, where XDP has not decided.
@@ -50,7 +53,7 @@ pub fn from_uplink<A: Back>(
     let (backend, packets) = (found.backend, frame.packets());
     let outcome = outcome(found)?;
     let headless = packet.network() == 0;
-    if let Some(limit) = fragmentation::limit(frame, packet, found, config) {
+    if let Some(limit) = fragmentation::limit(frame, packet, found, config, fragmentation::ANY) {
         return Ok(Action::cut(limit));
     }
     give_link_header(frame, packet)?;
@@ -69,7 +72,7 @@ pub fn from_uplink<A: Back>(
     }
     tally(packet, found, packets, bytes(frame, packet));
     counters::outcome(outcome as u32, packets);
-    Ok(if local { into_task(backend.ifindex) } else { out_of(frame, backend.ifindex) })
+    Ok(if local { into_task(frame, backend) } else { out_of(frame, backend.ifindex) })
 }
 
 /// Puts a request into the tunnel to its task's node, or turns it into the answer that it is too big.
@@ -131,7 +134,7 @@ pub fn deliver<A: Family>(
         let uplink = maps::config().ok_or(Outcome::DeliveryLost)?.uplink;
         clamp_to(frame, packet, uplink)?;
     }
-    Ok(into_task(backend.ifindex))
+    Ok(into_task(frame, backend))
 }
 
 /// What a peer sent to a task of this node: delivered.
@@ -184,7 +187,9 @@ pub fn from_task<A: Back>(
     found: &Classified,
 ) -> Result<Action, Outcome> {
     let config = maps::config().ok_or(Outcome::NotOurs)?;
-    if let Some(limit) = fragmentation::limit(frame, packet, found, config) {
+    // No router cuts what was made IPv6: whoever lets IPv4 be cut may hear of no path (RFC 7915, 4).
+    let most = if packet.may_be_cut != 0 { ipv6::LEAST_MTU } else { fragmentation::ANY };
+    if let Some(limit) = fragmentation::limit(frame, packet, found, config, most) {
         return Ok(Action::cut(limit));
     }
     to_client(frame, packet, found, config)
@@ -330,10 +335,14 @@ fn out_of(frame: &mut Skb, interface: u32) -> Action {
     Action::sent(unsafe { bpf_redirect(interface, 0) } as u32)
 }
 
+/// Into a task's namespace; by the host's side of its veth if it is translated there.
 #[inline(always)]
-fn into_task(interface: u32) -> Action {
+fn into_task(frame: &mut Skb, backend: &Backend) -> Action {
+    if backend.flags & TRANSLATED != 0 {
+        return out_of(frame, backend.ifindex);
+    }
     // SAFETY: the helper has no preconditions.
-    Action::sent(unsafe { bpf_redirect_peer(interface, 0) } as u32)
+    Action::sent(unsafe { bpf_redirect_peer(backend.ifindex, 0) } as u32)
 }
 
 #[inline(always)]

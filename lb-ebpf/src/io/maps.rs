@@ -21,6 +21,7 @@ use lb_common::{
     outcome::OUTCOMES as OUTCOME_COUNT,
     stats::{BackendStats, ServiceStats, TableStats},
     tags::Tags,
+    translation::PoolEntry,
     tunnel::{Peer, PeerKey, SELF, TaskKey},
 };
 
@@ -143,6 +144,12 @@ pub static BACKEND_STATS: PerCpuArray<BackendStats, { size::BACKENDS }> = PerCpu
 #[btf_map]
 pub static SERVICE_STATS: PerCpuArray<ServiceStats, { size::SERVICES }> = PerCpuArray::new();
 
+#[btf_map]
+pub static POOL: Array<PoolEntry, { size::POOL }, ALIGNED> = Array::new();
+
+#[btf_map]
+pub static POOL_CLIENTS: HashMap<V6, u32, { 2 * size::POOL }, ON_DEMAND> = HashMap::new();
+
 /// Of IPv4, of IPv6.
 #[btf_map]
 pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
@@ -150,7 +157,7 @@ pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();
 /// What each program is working on, see [`super::packet::Packet`]: one entry a program. Not pinned: whoever
 /// loads the programs gets one of its own.
 #[btf_map]
-pub static SCRATCH: PerCpuArray<Scratch, 4> = PerCpuArray::new();
+pub static SCRATCH: PerCpuArray<Scratch, 5> = PerCpuArray::new();
 
 /// Room for a packet that is being cut, see [`Cutting`]. Not pinned either.
 #[btf_map]

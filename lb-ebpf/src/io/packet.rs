@@ -95,6 +95,8 @@ pub struct Packet<A> {
     pub kind: u8,
     /// Type of service or traffic class.
     pub tos: u8,
+    /// Whether its sender sent it as IPv4 that may be cut on its way. Of what comes as it is, the parser leaves it zero.
+    pub may_be_cut: u8,
     /// Of TCP: sequence number, host order.
     pub sequence: u32,
     /// Of TCP: what it acknowledges, host order.

@@ -21,6 +21,7 @@ pub struct Extension {
 
 /// The fragment header (RFC 8200, 4.5); multi-byte fields in network order.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Fragment {
     pub next: u8,
     pub reserved: u8,

@@ -19,11 +19,12 @@ use crate::{
     datapath::{self, ConnectionLog, PinDir, Sizes},
     descriptors,
     events::{Kind, Recorder},
-    net::Choice,
+    net::{Choice, Net},
     serve::{self, Changed, Listen, Shared, Source},
     settings,
     source::{Origin, Update, docker, file},
     supervisor, testing,
+    translation::{self, Pool},
     tunnel_key::{PublicKey, Secret},
 };
 
@@ -69,6 +70,7 @@ pub async fn run(mut arguments: Attach) -> Result<End> {
             }
         });
     }
+    arguments.v6_pool = pool(arguments.v6_pool).await?;
     // One that was chosen is left when another one is; one that was named is the operator's.
     let is_chosen = found.choice.is_some();
     arguments.iface = found.names;
@@ -253,6 +255,7 @@ fn serve(arguments: &Attach, controllers: &[Controller], events: &Arc<Recorder>)
 async fn check(mut arguments: Attach) -> Result<()> {
     arguments.iface = Uplinks::find(&arguments).await?.names;
     agree(&arguments)?;
+    pool(arguments.v6_pool).await?;
     if !arguments.replace_state {
         let sizes = sizes(&arguments);
         arguments.iface.iter().try_for_each(|interface| datapath::would_adopt(interface, &sizes))?;
@@ -261,6 +264,21 @@ async fn check(mut arguments: Attach) -> Result<()> {
         serve::could_listen(at).with_context(|| format!("listen on {at}"))?;
     }
     Ok(())
+}
+
+/// The pool for IPv6 clients, unless something of this node has some of its addresses already: then what was asked for is refused,
+/// and what was not is done without.
+async fn pool(wanted: Pool) -> Result<Pool> {
+    let Some(range) = wanted.0 else { return Ok(wanted) };
+    let (net, _) = Net::connect().context("start watching the network")?;
+    let snapshot = net.snapshot().await?;
+    let Some((owner, its)) = snapshot.owner_of(&range.into()) else { return Ok(wanted) };
+    let what = format!("{owner} has {its}, of which tasks would know IPv6 clients by {range}");
+    if wanted.to_string() != translation::DEFAULT {
+        bail!("--v6-pool {range}: {what}; take a range that nothing on this node uses, or off");
+    }
+    log::warn!("{what}: clients of IPv6 reach only tasks that have IPv6; --v6-pool names another range");
+    Ok(Pool(None))
 }
 
 /// Refuses a cluster file that nobody would read.
@@ -280,6 +298,7 @@ fn controller_settings(
     (events, checks): (Arc<Recorder>, Checks),
     reload: watch::Receiver<u64>,
 ) -> Settings {
+    let index = arguments.iface.iter().position(|other| other == interface).unwrap_or_default();
     Settings {
         interface: interface.to_owned(),
         others: arguments.iface.iter().filter(|other| *other != interface).cloned().collect(),
@@ -293,6 +312,7 @@ fn controller_settings(
         sizes: sizes(arguments),
         addresses: arguments.address.clone(),
         snat_ports: arguments.snat_ports,
+        v6_pool: arguments.v6_pool.part(index, arguments.iface.len()),
         connection_log: if arguments.log_connections { ConnectionLog::On } else { ConnectionLog::Off },
         secret,
         peer_timeout: arguments.peer_timeout,
@@ -349,6 +369,7 @@ fn sources(
                 tunnel: Tunnel { port: arguments.tunnel_port, returns },
                 adopts: arguments.iface.iter().any(|name| is_attached(name)),
                 key,
+                translates: arguments.v6_pool.0.is_some(),
                 checks,
                 why: asked.into(),
                 reload: reloads.clone(),

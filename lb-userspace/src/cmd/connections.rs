@@ -15,7 +15,7 @@ use crate::{
     cluster::Protocol,
     connection::{Connection, Filter, Names},
     controller::counted,
-    datapath::{Seen, TableSet, Tools},
+    datapath::{Seen, TableSet, Tools, as_tasks_know, by_client},
     inventory::Inventory,
     net::{Reset, Resetter},
     text,
@@ -70,7 +70,7 @@ impl Datapath {
         arguments: &ConnectionArgs,
         mut visit: impl FnMut(&Seen, &Connection<'_>, &dyn Fn() -> Vec<Reset>) -> Result<()>,
     ) -> Result<()> {
-        let names = Names::of(&self.inventory);
+        let names = Names::of(&self.inventory, &self.set.aliases(self.tools.now()?)?);
         self.set.each_connection(&self.inventory.tables, &self.tools, |seen, resets| {
             let connection = names.connection(seen);
             let chosen = arguments.filter.iter().all(|filter| filter.chooses(&connection));
@@ -168,7 +168,10 @@ fn cells(connection: &Connection<'_>) -> [String; COLUMNS] {
         connection.state.to_owned(),
         age(connection.idle_seconds),
         connection.expires_seconds.map(age).unwrap_or_default(),
-        connection.client.to_string(),
+        match connection.client_at_task {
+            Some(address) => format!("{} as {address}", connection.client),
+            None => connection.client.to_string(),
+        },
         connection.listener.to_string(),
         connection.task.unwrap_or("(gone)").to_owned(),
         node,
@@ -208,11 +211,17 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
         // One that got into another state meanwhile is looked at again; a new one of the same client is another connection.
         let mut left: Option<HashSet<Ends>> = None;
         for _ in 0..TRIES {
+            let known = by_client(&datapath.set.aliases(datapath.tools.now()?)?);
             let mut end =
                 Killing { datapath, arguments, resetter: &resetter, batch: Vec::new(), stay: HashSet::new() };
             datapath.each(arguments, |seen, connection, resets| {
                 let is_due = left.as_ref().is_none_or(|left| left.contains(&ends(seen)));
-                if is_due { end.add(seen, connection, resets(), &mut done) } else { Ok(()) }
+                if !is_due {
+                    return Ok(());
+                }
+                let mut resets = resets();
+                as_tasks_know(&known, &mut resets);
+                end.add(seen, connection, resets, &mut done)
             })?;
             end.end(&mut done)?;
             if end.stay.is_empty() {

@@ -1,6 +1,7 @@
 //! The verbs, a file each: arguments in, text out.
 
 pub mod attach;
+pub mod clients;
 pub mod connections;
 pub mod detach;
 pub mod doctor;

@@ -10,12 +10,12 @@ use lb_common::{
 };
 use tokio::time::Instant;
 
-use super::{Controller, beside, role};
+use super::{Controller, beside, roles};
 use crate::{
     datapath::{DatapathError, TcHook},
     events::Kind,
     net::{self, Found, Link, Snapshot},
-    plan::Role,
+    plan::{Role, Way},
 };
 
 /// From the device's driver to TC no frame takes as long: between the two are queues of one CPU's network code.
@@ -73,6 +73,8 @@ impl Controller {
                 None => default_rate(self.datapath.lines()?),
             },
             uplink_mac: uplink.mac,
+            pool: self.settings.v6_pool.first(),
+            pool_bits: self.settings.v6_pool.bits(),
             stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
             ..Config::default()
         };
@@ -82,6 +84,7 @@ impl Controller {
             Mode::Generic => XDP_GENERIC,
             Mode::Tc => TC_ALONE,
         };
+        self.datapath.take_pool(self.settings.v6_pool)?;
         // Until XDP is there, and its features are known, TC does all of it: no packet of a connection that runs finds
         // nobody at work. A generic XDP that goes hides link headers until it has gone.
         self.datapath.beat()?;
@@ -158,7 +161,8 @@ impl Controller {
                 continue;
             }
             for ((_, reach), way) in ways.iter_mut() {
-                if role(*reach) == kind && way.as_ref().is_ok_and(|way| way.ifindex == index) {
+                let its = |way: &Way| way.ifindex == index && roles(*reach, way).any(|role| role == kind);
+                if way.as_ref().is_ok_and(its) {
                     *way = Err(format!("attach to {name}: {problem}"));
                 }
             }

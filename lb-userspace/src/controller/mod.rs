@@ -11,13 +11,16 @@ mod refusals;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use lb_common::abi::{Config, Mode, size};
+use lb_common::{
+    abi::{Config, Mode, inner, size},
+    backend::TRANSLATED,
+};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, timeout_at},
@@ -31,11 +34,12 @@ use crate::{
     limits::Watch,
     logging,
     net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
-    plan::{MapOp, Planner, Reach, Role, View},
+    plan::{MapOp, Planner, Reach, Role, View, Way},
     report::{self, Drain, SourceReport},
     serve::Changed,
     source::{Origin, Update},
     supervisor::Pulse,
+    translation::{Pool, embed},
     tunnel_key::{Keyring, Secret},
 };
 use notice::Notice;
@@ -60,6 +64,8 @@ pub struct Settings {
     pub addresses: Vec<IpAddr>,
     /// Source ports for snat, inclusive.
     pub snat_ports: [u16; 2],
+    /// By what addresses tasks that have IPv4 alone know IPv6 clients.
+    pub v6_pool: Pool,
     /// Whether each new connection is logged.
     pub connection_log: ConnectionLog,
     /// This node's key for the tunnel.
@@ -194,13 +200,14 @@ impl Controller {
         let adopted = datapath.adopted();
         report.started = report::now();
         let watch = Watch::new(|outcome| datapath.outcome(outcome).ok());
+        let ways = Ways::new(settings.v6_pool.0.is_some());
         let mut controller = Self {
             settings,
             datapath,
             net,
             changes,
             updates,
-            ways: Ways::default(),
+            ways,
             network: None,
             planner: Planner::default(),
             told: cluster,
@@ -448,6 +455,10 @@ impl Controller {
     /// Has the datapath refuse clients that say to be where this node itself or its containers are.
     fn sync_inner_ranges(&mut self, snapshot: &Snapshot) -> Result<BTreeSet<String>> {
         let mut wanted = snapshot.inner_ranges();
+        // By these tasks know IPv6 clients, and IPv6 them.
+        let pool = self.settings.v6_pool.0.map(|range| (range.network().into(), range.prefix_len()));
+        let translated = pool.map(|_| (embed(Ipv4Addr::UNSPECIFIED), 96));
+        wanted.extend(pool.into_iter().chain(translated).map(|range| (range, inner::BRIDGE)));
         let many = wanted.len();
         let mut complaints = BTreeSet::new();
         while wanted.len() > size::INNER_RANGES {
@@ -744,8 +755,15 @@ async fn first(
 
 /// The interfaces beside the uplink, and what for.
 fn beside(ways: &Found, uplink: u32) -> BTreeSet<(Role, u32)> {
-    let there = ways.iter().filter_map(|((_, reach), way)| Some((role(*reach), way.as_ref().ok()?.ifindex)));
+    let known = ways.iter().filter_map(|((_, reach), way)| Some((*reach, way.as_ref().ok()?)));
+    let there = known.flat_map(|(reach, way)| roles(reach, way).map(|role| (role, way.ifindex)));
     there.filter(|(_, index)| *index != uplink).collect()
+}
+
+/// What the interface of a way is there for.
+fn roles(reach: Reach, way: &Way) -> impl Iterator<Item = Role> + use<> {
+    let translated = way.flags & TRANSLATED != 0;
+    [role(reach)].into_iter().chain(translated.then_some(Role::Translated))
 }
 
 /// What an interface is there for by which this is reached.

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _},
     ptr::NonNull,
 };
@@ -11,7 +11,7 @@ use std::{
 use aya::{maps::MapData, programs::Xdp};
 use lb_common::{
     abi::{Config, Removal, remove, size, table},
-    backend::{Backend, State},
+    backend::{Backend, State, TRANSLATED},
     conntrack::{
         Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
@@ -172,6 +172,14 @@ impl<A: Address> Mapping<A> {
     }
 }
 
+impl<A: Address> Mapping<A> {
+    /// The clients of all connections, each as often as he has some.
+    pub(super) fn clients(&self) -> impl Iterator<Item = A> + '_ {
+        let live = (0..self.lines()).filter_map(|at| self.live(at));
+        live.filter(|(control, _)| !control.has(ALIAS)).map(|(_, line)| line.tuple.source)
+    }
+}
+
 impl<A> Drop for Mapping<A> {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own, of this length.
@@ -268,6 +276,8 @@ pub struct Collection {
     pub named: BTreeSet<u32>,
     /// How full the tables are.
     pub fills: Vec<Fill>,
+    /// IPv6 clients of tasks that are translated here who have an established connection of TCP: they exist.
+    pub translated: HashSet<IpAddr>,
 }
 
 /// What is to be removed, and what is told of it if it is.
@@ -343,6 +353,14 @@ fn collect<A: Address>(
         left += u64::from(!(control.has(ALIAS) && control.has(RESET)));
         if !control.has(ALIAS) {
             done.named.insert(line.backend);
+            let is_translated = |backend: &Backend| backend.flags & TRANSLATED != 0;
+            if !A::IS_V4
+                && control.has(ESTABLISHED)
+                && !control.has(UDP)
+                && clock.backend(&line).is_some_and(is_translated)
+            {
+                done.translated.insert(line.tuple.source.to_ip());
+            }
         }
     }
     let empty = marked.into_iter().filter(|(at, _)| !away.contains(at));

@@ -22,7 +22,10 @@ pub(super) struct Place {
 impl Place {
     /// On which side of the interface the program sees frames.
     pub(super) fn side(&self) -> TcAttachType {
-        if self.program == program::UPLINK_EGRESS { TcAttachType::Egress } else { TcAttachType::Ingress }
+        match self.program {
+            program::UPLINK_EGRESS | program::TASK_EGRESS => TcAttachType::Egress,
+            _ => TcAttachType::Ingress,
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use lb_common::{
     net::{V4, V6, Wide},
     outcome::OUTCOMES,
     stats::{BackendStats, ServiceStats, TableStats},
+    translation::PoolEntry,
     tunnel::{Peer, PeerKey, TaskKey},
 };
 
@@ -100,6 +101,8 @@ impl MapSpec {
                 sizes.services.map(|services| size::access(services as usize) as u32),
             ),
             spec::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
+            spec::<u32, PoolEntry>(table::POOL, Array, Some(size::POOL as u32)),
+            spec::<V6, u32>(table::POOL_CLIENTS, Hash, Some(2 * size::POOL as u32)),
             spec::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             spec::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             spec::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),

@@ -21,6 +21,7 @@ mod map_spec;
 mod memory;
 mod object;
 mod pin;
+mod pool;
 mod sys;
 mod tables;
 mod tools;
@@ -64,6 +65,7 @@ pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
+pub use pool::{Alias, as_tasks_know, by_client};
 pub use tables::{Drains, TableSet, Vlans, kept_secret};
 pub use tools::Tools;
 
@@ -74,6 +76,7 @@ use crate::{
     net::Reset,
     plan::{Limits, MapOp, Role, Tables},
     report::{SourceReport, Trouble},
+    translation::Pool,
     tunnel_key::Secret,
 };
 
@@ -99,6 +102,7 @@ impl Role {
         let link = self.link(ifindex);
         match self {
             Self::Tasks => vec![place(program::TASK_TC, link)],
+            Self::Translated => vec![place(program::TASK_EGRESS, link)],
             Self::Peers => vec![
                 place(program::UPLINK_EGRESS, format!("{}{ifindex}", pin::PEER_EGRESS)),
                 place(program::PEER_TC, link),
@@ -196,7 +200,9 @@ impl Datapath {
     ) -> Result<(Programs, TableSet, Tables, Config), DatapathError> {
         // Those that other nodes' packets come by are swapped with the rest, or nothing is.
         // Where programs are attached by filters nobody knows by which interfaces they come.
-        let all = adopted && (!features.tcx || !pins.links_beside(Role::Peers).is_empty());
+        let demanded = [Role::Peers, Role::Translated];
+        let all = adopted
+            && (!features.tcx || demanded.into_iter().any(|role| !pins.links_beside(role).is_empty()));
         let names = if all { &program::ALL[..] } else { &loader::NEEDED };
         let programs = loader::load(On::Pinned(pins), sizes, log, features, names)?;
         let mut set = TableSet::open(pins)?;
@@ -325,6 +331,19 @@ impl Datapath {
         let config = Config { abi_version: ABI_VERSION, flags, nonce, hash_keys, longest, ..config };
         self.set.set_config(config)?;
         self.config = config;
+        Ok(())
+    }
+
+    /// Has tasks that have IPv4 alone know IPv6 clients by addresses of this pool; those of another one are nobody's any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn take_pool(&mut self, pool: Pool) -> Result<(), DatapathError> {
+        if Pool::of(&self.config) != pool {
+            // Nobody is given one meanwhile.
+            self.set_config(Config { pool: 0, pool_bits: 0, ..self.config })?;
+            self.set.clear_aliases()?;
+        }
         Ok(())
     }
 
@@ -657,7 +676,11 @@ impl Datapath {
         let access =
             (self.access_looks > 0).then(|| AccessLists::of(tables)).filter(|lists| !lists.is_empty());
         let clock = Clock { tables, access: access.as_ref(), now, jiffies_per_second, hash_keys };
-        let done = self.set.collect(clock, tools::gc(&self.ebpf)?, resets)?;
+        let collected = self.set.collect(clock, tools::gc(&self.ebpf)?, resets);
+        // Who was idle so long has his address until here.
+        self.set.send_as_tasks_know(now, resets);
+        let mut done = collected?;
+        done.fills.extend(self.set.collect_aliases(now, &done.translated)?);
         self.access_looks = if done.denied > 0 { ACCESS_LOOKS } else { self.access_looks.saturating_sub(1) };
         for index in resting.difference(&done.named) {
             self.tables.resting.remove(index);

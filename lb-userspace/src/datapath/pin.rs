@@ -45,6 +45,7 @@ impl Role {
         match self {
             Self::Tasks => "task-",
             Self::Peers => "peer-",
+            Self::Translated => "task-egress-",
         }
     }
 

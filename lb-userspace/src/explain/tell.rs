@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::{
     abi::{Config, Mode, TC_ALONE},
-    backend::{Kind, RETURN_DIRECT, State},
+    backend::{Kind, RETURN_DIRECT, State, TRANSLATED},
     endpoint::{AFFINE, CLOSED, CONSISTENT, Listener, RESTRICTED},
     outcome::Outcome,
     tunnel::{Peer, overhead},
@@ -23,6 +23,7 @@ use crate::{
     datapath::{DatapathError, PinDir, Ran, TableSet, Verdict},
     inventory::{Inventory, Service, interface_to},
     plan::{At, BackendEntry, ServiceLabel, Tables},
+    translation::{embedded, shown},
 };
 
 /// Other addresses of a published port are told up to so many.
@@ -268,6 +269,9 @@ impl<'a> Teller<'a> {
         let backend = &entry.backend;
         let by = name_of(backend.ifindex);
         let text = match Kind::try_from(backend.kind) {
+            Ok(Kind::Local) if backend.flags & TRANSLATED != 0 => {
+                format!("to the task's veth, {by}, where IPv6 becomes IPv4")
+            }
             Ok(Kind::Local) => format!("into the task's network namespace, by {by}"),
             Ok(Kind::Routed) => format!("by a next hop on {by}; replies come back through this node"),
             Ok(Kind::Snat) => format!("by a next hop on {by}, from an address of this node"),
@@ -317,7 +321,12 @@ impl<'a> Teller<'a> {
         let Question { client, listener, .. } = self.question;
         let mut said = Vec::new();
         if to != *listener {
-            said.push(format!("destination {listener} becomes {to}"));
+            said.push(format!("destination {listener} becomes {}", shown(to)));
+        }
+        if embedded(to.ip()).is_some() {
+            said.push(format!(
+                "source {client} becomes an address of the pool: `lb-userspace clients` says which, once it has one"
+            ));
         }
         if from != *client {
             // A free one is tried at random.

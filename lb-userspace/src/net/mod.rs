@@ -24,6 +24,7 @@ use container_netns::ContainerNetnsCache;
 pub use container_netns::{ContainerNetns, newest};
 pub use device::{Device, device};
 use futures::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
 use lb_common::abi::inner;
 pub use netdev::xdp_features;
 use netlink_packet_core::NetlinkPayload;
@@ -145,6 +146,17 @@ impl Snapshot {
         self.links.get(&index).is_some_and(|link| link.kind == "bridge" && link.up)
             && ports.peek().is_some()
             && ports.all(|port| port.kind == "veth")
+    }
+
+    /// The interface of this node that has addresses of a range, or lies in it, and which.
+    pub fn owner_of(&self, range: &IpNet) -> Option<(&str, IpNet)> {
+        let own = self.addresses.iter().map(|(index, own)| (*index, IpNet::from(*own)));
+        let behind = self.ranges.iter();
+        let behind = behind.filter_map(|its| Some((its.interface, IpNet::new(its.first, its.prefix).ok()?)));
+        let mut theirs = behind.chain(own).filter(|(_, its)| its.contains(range) || range.contains(its));
+        // Who has all addresses behind him has none in particular.
+        let (index, its) = theirs.find(|(_, its)| its.prefix_len() > 0)?;
+        Some((self.links.get(&index).map_or("an interface", |link| &link.name), its))
     }
 
     /// What the ranges behind this node's interfaces are to it, by their first address and prefix; as the kernel routes, the

@@ -5,10 +5,16 @@ use std::{
     net::IpAddr,
 };
 
-use lb_common::{backend::VIA_TC, tunnel::overhead};
+use lb_common::{
+    backend::{TRANSLATED, VIA_TC},
+    tunnel::overhead,
+};
 
 use super::{Link, Net, Route, Snapshot, newest};
-use crate::plan::{Reach, Way};
+use crate::{
+    plan::{Reach, Way},
+    translation::embedded,
+};
 
 /// What is remembered from one search to the next.
 #[derive(Default)]
@@ -19,6 +25,8 @@ pub struct Ways {
     managed: BTreeSet<(u32, IpAddr)>,
     /// Neighbours that the ways of the last search lead by.
     wanted: BTreeSet<(u32, IpAddr)>,
+    /// Whether IPv6 clients of tasks that have IPv4 alone are translated here.
+    translates: bool,
     /// What the last search has found.
     found: Found,
     /// The interfaces by which the routes to nodes lead, whether there is a way or not.
@@ -29,6 +37,11 @@ pub struct Ways {
 pub type Found = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
 
 impl Ways {
+    /// Of a node that translates IPv6 clients of tasks that have IPv4 alone, or does not.
+    pub fn new(translates: bool) -> Self {
+        Self { translates, ..Self::default() }
+    }
+
     /// The way to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
     /// their answer is a change that calls for another search. `others` are the uplinks of this machine's other datapaths.
     pub async fn find(
@@ -41,6 +54,19 @@ impl Ways {
         let mut ways = BTreeMap::new();
         self.by.clear();
         for (address, reach) in destinations {
+            if let Some(task) = embedded(*address) {
+                let way = match reach {
+                    Reach::Local if !self.translates => {
+                        Err("IPv6 clients are not translated here: --v6-pool is off".to_owned())
+                    }
+                    Reach::Local => self.translated(net, snapshot, uplink, task).await,
+                    _ => {
+                        Err("IPv6 clients are translated by an agent on its node, which has none".to_owned())
+                    }
+                };
+                ways.insert((*address, *reach), way);
+                continue;
+            }
             let route = net.route(*address).await;
             if let (Ok(route), Reach::Peer) = (&route, reach) {
                 self.by.insert(*address, route.interface);
@@ -136,6 +162,24 @@ impl Ways {
             flags: VIA_TC,
             silent: None,
         })
+    }
+
+    /// The way to a task of this node that has IPv4 alone, for what is translated there: by its veth's own queue, so that it must
+    /// be known whom the frame is for.
+    async fn translated(
+        &mut self,
+        net: &Net,
+        snapshot: &Snapshot,
+        uplink: u32,
+        task: IpAddr,
+    ) -> Result<Way, String> {
+        let route = net.route(task).await?;
+        let way = self.local(net, snapshot, uplink, task, &route).await?;
+        if way.mac == [0; 6] {
+            return Err(format!("the hardware address of {task} is not known yet"));
+        }
+        // Its own address on the task's network is one of the other family.
+        Ok(Way { flags: way.flags | TRANSLATED, source: None, ..way })
     }
 
     /// The way to another node's agent: by whatever interface leads there, but one that leads to containers alone. Of several

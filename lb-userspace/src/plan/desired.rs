@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
+    translation::embedded,
     tunnel_key::Cookies,
 };
 
@@ -187,8 +188,14 @@ impl<'a> Reaching<'a> {
         let wanted = tasks.iter().map(|task| (task, self.of(task)));
         // Those of peers are reached by their nodes.
         let wanted = wanted.filter(|(_, reach)| *reach != Reach::Peer);
-        wanted.flat_map(|(task, reach)| task.addresses.iter().map(move |address| (*address, reach))).collect()
+        wanted.flat_map(|(task, reach)| reached(task, reach).map(move |address| (address, reach))).collect()
     }
+}
+
+/// The addresses at which a task is reached so: that by which it is translated is known to its node's agent alone.
+fn reached(task: &Task, reach: Reach) -> impl Iterator<Item = IpAddr> + '_ {
+    let by_agent = matches!(reach, Reach::Local | Reach::Peer);
+    task.addresses.iter().copied().filter(move |address| by_agent || embedded(*address).is_none())
 }
 
 /// Whether there is anything to serve or to show of a service.
@@ -229,6 +236,7 @@ impl<'a> Scene<'a> {
                 timers: service.timers.seconds,
                 idle: service.idle,
                 prefer: service.prefer,
+                family: service.family,
                 health: service.health.as_ref().map(ToString::to_string),
                 slow_start: u32::try_from(service.slow_start.as_secs()).unwrap_or(u32::MAX),
             },
@@ -247,7 +255,7 @@ impl<'a> Scene<'a> {
         let direct = service.returns.unwrap_or(self.view.cluster.tunnel.returns) == Return::Direct;
         let usable = |task: &Task| {
             let reach = self.reaching.of(task);
-            let ways = task.addresses.iter().map(|address| self.way(task, (*address, reach)));
+            let ways = reached(task, reach).map(|address| self.way(task, (address, reach)));
             task.weight > 0 && ways.flatten().any(|way| way.silent.is_none())
         };
         for (task, judged) in service.tasks.iter().zip(judge(&service.tasks, usable)) {
@@ -260,7 +268,7 @@ impl<'a> Scene<'a> {
                 Prefer::Local | Prefer::LocalOnly => reach == Reach::Local,
                 Prefer::Zone => self.nodes.get(task.node.as_str()).is_some_and(|node| node.near),
             };
-            for address in &task.addresses {
+            for address in &Vec::from_iter(reached(task, reach)) {
                 let way = self.way(task, (*address, reach));
                 for (protocol, target) in &targets {
                     let (mut backend, problem) = backend((task, state), (*address, reach), *target, &way);

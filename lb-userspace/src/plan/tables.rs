@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
-    backend::{Backend, Kind, State},
+    backend::{Backend, Kind, State, TRANSLATED},
     endpoint::{Listener, RESTRICTED},
     net::{Address as _, V4, V6},
     tunnel::{Peer, SELF, TaskKey},
@@ -15,7 +15,7 @@ use lb_common::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    cluster::{Idle, Prefer, Protocol, TaskState},
+    cluster::{Family, Idle, Prefer, Protocol, TaskState},
     tunnel_key::Cookies,
 };
 
@@ -54,6 +54,9 @@ pub struct ServiceLabel {
     /// Whose tasks come first.
     #[serde(default, skip_serializing_if = "Prefer::is_any")]
     pub prefer: Prefer,
+    /// How clients are served whose family a task does not have.
+    #[serde(default, skip_serializing_if = "Family::is_auto")]
+    pub family: Family,
     /// How its tasks are asked whether they take connections, in words, if they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health: Option<String>,
@@ -154,18 +157,20 @@ pub struct TaskListener {
     pub listener: Option<(IpAddr, u16)>,
 }
 
-/// What an interface beside the uplink is there for; one may have both roles.
+/// What an interface beside the uplink is there for; one may have several roles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Tasks answer by it.
     Tasks,
     /// Other nodes are reached by it.
     Peers,
+    /// What IPv6 clients have for its tasks becomes IPv4 there.
+    Translated,
 }
 
 impl Role {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Tasks, Self::Peers];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tasks, Self::Peers, Self::Translated];
 }
 
 /// All tables that user space writes.
@@ -281,6 +286,10 @@ impl Tables {
                 backends.any(|backend| backend.kind != Kind::Peer as u8 && backend.ifindex == ifindex)
             }
             Role::Peers => self.peers.values().any(|peer| peer.ifindex == ifindex),
+            Role::Translated => {
+                let mut backends = self.backends.values().map(|entry| &entry.backend);
+                backends.any(|backend| backend.flags & TRANSLATED != 0 && backend.ifindex == ifindex)
+            }
         }
     }
 

@@ -56,6 +56,7 @@ pub fn router(shared: Shared, local: bool) -> Router {
         .route("/-/ready/{service}", get(service_ready))
         .route("/api/v1/overview", get(overview))
         .route("/api/v1/events", get(events))
+        .route("/api/v1/client", get(client))
         .route("/api/v1/explain", get(move |state, query, head| explained(local, state, query, head)))
         .with_state(shared)
         .layer(middleware::from_fn(move |request: Request, next: Next| guard(local, request, next)))
@@ -233,6 +234,40 @@ async fn events(State(shared): State<Shared>, Query(asked): Query<Last>) -> Answ
     let last = asked.last.unwrap_or(KEPT);
     let events = shared.events.as_ref().map(|events| events.last(last)).unwrap_or_default();
     Ok(Json(json!({ "schema": crate::report::SCHEMA, "events": events })).into_response())
+}
+
+#[derive(Deserialize)]
+struct Known {
+    address: String,
+}
+
+/// Who it is that a task of this node saw as an address of the pool.
+async fn client(State(shared): State<Shared>, Query(asked): Query<Known>) -> Answer {
+    let Ok(address) = asked.address.parse::<std::net::Ipv4Addr>() else {
+        let text = format!("{:?} is no IPv4 address; ask for the one that a task saw\n", asked.address);
+        return Ok((StatusCode::BAD_REQUEST, text).into_response());
+    };
+    let found = tokio::task::spawn_blocking(move || {
+        // One that cannot be read does not hide what another one knows.
+        let mut failed = None;
+        for source in shared.sources.iter() {
+            match TableSet::of(source.interface()).and_then(|set| set.alias(address)) {
+                Ok(Some(client)) => return Ok(Some((source.interface().to_owned(), client))),
+                Ok(None) => {}
+                Err(error) => failed = Some(error),
+            }
+        }
+        failed.map_or(Ok(None), |error| Err(anyhow::Error::from(error)))
+    });
+    match found.await?? {
+        Some((interface, client)) => {
+            let document = json!({ "interface": interface, "address": address, "client": client });
+            Ok(Json(document).into_response())
+        }
+        None => {
+            Ok((StatusCode::NOT_FOUND, format!("no client is known by {address} here now\n")).into_response())
+        }
+    }
 }
 
 #[derive(Deserialize)]

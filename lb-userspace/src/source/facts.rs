@@ -139,6 +139,7 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, NodeReport>) -> Arc
     if service.tasks.iter().all(|task| !facts.contains_key(&task.node)) {
         return service;
     }
+    let family = service.family;
     Arc::make_mut(&mut service).tasks.retain_mut(|task| {
         let Some(report) = facts.get(&task.node) else {
             return true;
@@ -146,8 +147,7 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, NodeReport>) -> Arc
         match report.facts.tasks.get(&task.name) {
             Some(known) => {
                 // One of each family: each is a share of the connections.
-                let of = |v4: bool| known.addresses.iter().find(move |address| address.is_ipv4() == v4);
-                let told: Vec<IpAddr> = [of(true), of(false)].into_iter().flatten().copied().collect();
+                let told = family.choose(&known.addresses);
                 if !told.is_empty() {
                     task.addresses = told;
                 }

@@ -7,11 +7,12 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4,
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
-        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+        BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
     },
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
-        bpf_skb_load_bytes, bpf_skb_pull_data,
+        bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -175,6 +176,43 @@ impl Skb {
             );
             (done == 0).then(|| value.assume_init())
         }
+    }
+
+    /// Writes a value anywhere into the frame. What a device has summed up follows.
+    #[inline(always)]
+    pub fn store<T>(&mut self, offset: u32, value: &T) -> bool {
+        let from = (&raw const *value).cast_mut().cast();
+        let flags = BPF_F_RECOMPUTE_CSUM as u64;
+        // SAFETY: the context is the program's own; the helper reads the value alone, and checks the offset.
+        unsafe { bpf_skb_store_bytes(self.raw(), offset, from, size_of::<T>() as u32, flags) == 0 }
+    }
+
+    /// Makes the transport checksum one over addresses of the other family.
+    #[inline(always)]
+    pub fn update_sum(&mut self, offsets: &Offsets, addresses: Delta) -> Option<()> {
+        let mangled = if offsets.protocol == UDP { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        let flags = mangled | BPF_F_PSEUDO_HDR as u64;
+        // SAFETY: as above; an unfinished sum takes the addresses alone.
+        let done = unsafe {
+            bpf_l4_csum_replace(self.raw(), offsets.checksum() as u32, 0, addresses.raw() as u64, flags)
+        };
+        (done == 0).then_some(())
+    }
+
+    /// Makes the frame one of the other family's: its network header becomes as long as that one's without options, and is to be
+    /// written, as is the link header's type. What is merged stays so (Linux 5.14).
+    #[inline(always)]
+    pub fn change_family(&mut self, ether_type: u16) -> bool {
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_skb_change_proto(self.raw(), ether_type, 0) == 0 }
+    }
+
+    /// Makes room behind the network header without options, to be written, or takes bytes away there.
+    #[inline(always)]
+    pub fn shift_behind_network(&mut self, bytes: i32) -> bool {
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+        // SAFETY: as above.
+        unsafe { bpf_skb_adjust_room(self.raw(), bytes, BPF_ADJ_ROOM_NET, flags) == 0 }
     }
 
     /// Whether a frame without tags is TCP, without options or extension headers before it.

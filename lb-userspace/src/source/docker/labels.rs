@@ -8,8 +8,8 @@ use super::model;
 use crate::{
     check::{Check, CheckSpec},
     cluster::{
-        self, Access, Affinity, Idle, Node, Placement, Port, Prefer, Return, Service, TIMERS, TimerError,
-        address_range, served_address, set_timer,
+        self, Access, Affinity, Family, Idle, Node, Placement, Port, Prefer, Return, Service, TIMERS,
+        TimerError, address_range, served_address, set_timer,
     },
     datapath::Hint,
     text,
@@ -33,6 +33,8 @@ pub const TIMER_LABEL: &str = "lb.timers.";
 pub const IDLE_LABEL: &str = "lb.idle";
 /// Service label: the addresses on which it is served, between commas; every one of the node otherwise.
 pub const ADDRESSES_LABEL: &str = "lb.addresses";
+/// Service label: how clients are served whose family a task does not have, `auto`, `same` or `translate`.
+pub const FAMILY_LABEL: &str = "lb.family";
 /// Service label: who may connect, addresses and ranges of them between commas; nobody else may.
 pub const ALLOW_LABEL: &str = "lb.allow";
 /// Service label: who may not connect, likewise.
@@ -58,6 +60,7 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
         placement: placement(service, &mut problems),
         affinity: affinity(service, &mut problems),
         prefer: prefer(service, &mut problems),
+        family: family(service, &mut problems),
         timers: timers(service, &mut problems),
         idle: idle(service, &mut problems),
         addresses: addresses(service, &mut problems),
@@ -96,7 +99,8 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 9] = [
+    const KNOWN: [&str; 10] = [
+        FAMILY_LABEL,
         SLOW_START_LABEL,
         RETURN_LABEL,
         PLACEMENT_LABEL,
@@ -207,6 +211,12 @@ fn affinity(service: &model::Service, problems: &mut Vec<String>) -> Affinity {
 fn prefer(service: &model::Service, problems: &mut Vec<String>) -> Prefer {
     let choices = [Prefer::Any, Prefer::Local, Prefer::Zone, Prefer::LocalOnly];
     choice(service, PREFER_LABEL, &choices.map(|prefer| (prefer.name(), prefer)), problems)
+        .unwrap_or_default()
+}
+
+fn family(service: &model::Service, problems: &mut Vec<String>) -> Family {
+    let choices = [Family::Auto, Family::Same, Family::Translate];
+    choice(service, FAMILY_LABEL, &choices.map(|family| (family.name(), family)), problems)
         .unwrap_or_default()
 }
 

@@ -17,6 +17,7 @@ use crate::{
     check::runner::Checks,
     net::{Net, Snapshot, newest},
     source::facts::{NodeFacts, TaskFacts, task_name},
+    translation::embed,
     tunnel_key::PublicKey,
 };
 
@@ -35,18 +36,23 @@ const EVENTS: &str =
     r#"{"type":["container"],"event":["start","die","pause","unpause","health_status","destroy"]}"#;
 const TASKS: &str = r#"{"is-task":["true"]}"#;
 
+/// What an agent says of itself.
+pub struct ThisNode {
+    /// Its uplinks.
+    pub interfaces: Vec<String>,
+    /// What its packets in the tunnel are known by.
+    pub key: PublicKey,
+    /// Whether IPv6 clients of tasks that have IPv4 alone are translated here.
+    pub translates: bool,
+}
+
 /// Follows until the receiver is gone.
-pub async fn follow(
-    engine: Engine,
-    interfaces: Vec<String>,
-    key: PublicKey,
-    checks: Checks,
-    out: watch::Sender<Option<NodeFacts>>,
-) {
+pub async fn follow(engine: Engine, node: ThisNode, checks: Checks, out: watch::Sender<Option<NodeFacts>>) {
     let mut news = checks.news();
     let mut local = Local {
         engine,
-        interfaces,
+        interfaces: node.interfaces,
+        translates: node.translates,
         checks,
         ingress: Ingress::default(),
         events: None,
@@ -63,7 +69,7 @@ pub async fn follow(
     let mut waiting = Instant::now();
     loop {
         let mut facts = out.borrow().clone().unwrap_or_default();
-        facts.key = Some(key);
+        facts.key = Some(node.key);
         let pause = match local.read(&net, &mut facts).await {
             Ok(true) => {
                 waiting = Instant::now();
@@ -98,6 +104,7 @@ pub async fn follow(
 struct Local {
     engine: Engine,
     interfaces: Vec<String>,
+    translates: bool,
     checks: Checks,
     ingress: Ingress,
     events: Option<Events>,
@@ -142,6 +149,9 @@ impl Local {
                 let now = behind(&snapshot, overlay);
                 if !now.is_empty() {
                     addresses = now;
+                    if self.translates {
+                        reach_by_both(&mut addresses);
+                    }
                 }
                 found &= !addresses.is_empty();
             }
@@ -201,6 +211,16 @@ impl Local {
         }
         tokio::time::sleep(SETTLE).await;
     }
+}
+
+/// Adds the address at which a task is reached by IPv6 clients through translation, after those of its own: of one that has IPv6
+/// others take that.
+fn reach_by_both(addresses: &mut Vec<IpAddr>) {
+    let v4 = addresses.iter().find_map(|address| match address {
+        IpAddr::V4(v4) => Some(*v4),
+        IpAddr::V6(_) => None,
+    });
+    addresses.extend(v4.map(embed));
 }
 
 /// Where a container is reached on this node, found by its address on the cluster's network: both are in one namespace.

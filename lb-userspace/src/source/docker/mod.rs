@@ -56,6 +56,8 @@ pub struct Settings {
     pub adopts: bool,
     /// What other nodes are told of this one's key for the tunnel.
     pub key: PublicKey,
+    /// Whether IPv6 clients of tasks that have IPv4 alone are translated here.
+    pub translates: bool,
     /// What is found of this node's tasks by checks of our own.
     pub checks: Checks,
     /// Why this source was chosen, for `status`.
@@ -196,8 +198,13 @@ async fn run(engine: Engine, settings: Settings, outputs: Vec<mpsc::Sender<Updat
     let mut reload = settings.reload.clone();
     let (own_sender, own) = watch::channel(None);
     let mut own_changed = own.clone();
-    let (interfaces, checks) = (settings.interfaces.clone(), settings.checks.clone());
-    let _local = Job::start(local::follow(engine.clone(), interfaces, settings.key, checks, own_sender));
+    let node = local::ThisNode {
+        interfaces: settings.interfaces.clone(),
+        key: settings.key,
+        translates: settings.translates,
+    };
+    let checks = settings.checks.clone();
+    let _local = Job::start(local::follow(engine.clone(), node, checks, own_sender));
     let mut memberships = membership::follow(engine.clone());
     let (list_sender, mut lists) = mpsc::channel(1);
     let (agent_sender, mut agents) = mpsc::channel(64);

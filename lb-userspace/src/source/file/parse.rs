@@ -16,10 +16,11 @@ use toml::Spanned;
 use crate::{
     check::CheckSpec,
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Return, Service, Task,
+        Access, Affinity, ClusterState, Family, Idle, Node, Placement, Port, Prefer, Return, Service, Task,
         TaskState, Tunnel, Via, address_range, set_timer, slow_start,
     },
     text,
+    translation::embed,
     tunnel_key::NodeKey,
 };
 
@@ -71,6 +72,7 @@ pub(super) struct RawService {
     affinity: Affinity,
     #[serde(default)]
     prefer: Prefer,
+    family: Option<Family>,
     allow: Option<Vec<Spanned<String>>>,
     #[serde(default)]
     deny: Vec<Spanned<String>>,
@@ -194,6 +196,9 @@ pub(super) fn service<'a>(
     let name = raw.name.get_ref().clone();
     let (addresses, returns) = (raw.addresses.clone(), raw.returns);
     let (placement, affinity, prefer, idle) = (raw.placement, raw.affinity, raw.prefer, raw.idle);
+    // Who reads the file cannot know whether each node's agent translates.
+    let family = raw.family.unwrap_or(Family::Same);
+    tasks.iter_mut().filter(|task| task.via == Via::Peer).for_each(|task| translated(task, family));
     let mut timers = Timers::DEFAULT;
     for (name, seconds) in &raw.timers {
         set_timer(&mut timers, name.get_ref(), *seconds).map_err(|e| Wrong::at(name, e.to_string()))?;
@@ -220,6 +225,7 @@ pub(super) fn service<'a>(
         placement,
         affinity,
         prefer,
+        family,
         access,
         timers,
         idle,
@@ -228,6 +234,19 @@ pub(super) fn service<'a>(
         left,
         problem,
     })
+}
+
+/// Has a task be reached by both families, as its service wants it.
+fn translated(task: &mut Task, family: Family) {
+    if family == Family::Same {
+        return;
+    }
+    let v4 = task.addresses.iter().find_map(|address| match address {
+        IpAddr::V4(v4) => Some(*v4),
+        IpAddr::V6(_) => None,
+    });
+    task.addresses.extend(v4.map(embed));
+    task.addresses = family.choose(&task.addresses);
 }
 
 /// Ranges of clients' addresses.
