@@ -87,6 +87,14 @@ pub struct Reach {
     pub outer_v6: bool,
     /// Whether the nodes' addresses are those of a network of their own ([`crate::private`]).
     pub private: bool,
+    /// Whether tasks have IPv4 alone, as on Docker's own bridge, and IPv6 clients are translated.
+    pub translated: bool,
+}
+
+impl Reach {
+    /// Through the tunnel to the agents of all nodes, and back the same way.
+    pub const PEERS: Self =
+        Self { peers: true, direct: false, outer_v6: false, private: false, translated: false };
 }
 
 /// The name of the file with the key of the tunnel, beside the cluster file.
@@ -114,7 +122,9 @@ impl Task {
     pub fn add_routes(&self) {
         let number = self.node + 1;
         self.netns.ip(&format!("route replace default via 172.18.{number}.1"));
-        self.netns.ip(&format!("route replace default via fd18:{number}::1"));
+        if !self.netns.output("ip", &["-6", "address", "show", "dev", "eth0"]).is_empty() {
+            self.netns.ip(&format!("route replace default via fd18:{number}::1"));
+        }
     }
 }
 
@@ -280,6 +290,9 @@ impl Cluster {
         netns.ip(&format!("addr add {v4}/24 dev eth0"));
         netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
         netns.ip("link set eth0 up");
+        if self.reach.translated {
+            run(netns.command("sysctl").args(["-qw", "net.ipv6.conf.all.disable_ipv6=1"]));
+        }
         let name = name.to_owned();
         let task = Task { netns, name, node, v4, v6, processes: Vec::new(), up: None };
         task.add_routes();
@@ -395,12 +408,14 @@ impl Cluster {
                 node.name, self.reach.peers
             );
         }
-        let _ = writeln!(text, "[[service]]\nname = \"web\"\nports = [{ports}]\n");
+        let _ = writeln!(text, "[[service]]\nname = \"web\"\nports = [{ports}]");
+        let _ = writeln!(text, "{}", if self.reach.translated { "family = \"auto\"\n" } else { "" });
         for (task, state) in tasks {
+            let v6 = if self.reach.translated { String::new() } else { format!(", \"{}\"", task.v6) };
             let _ = writeln!(
                 text,
-                "[[service.task]]\nname = \"{}\"\nnode = \"{}\"\naddresses = [\"{}\", \"{}\"]\nstate = \"{state}\"\n",
-                task.name, self.nodes[task.node].name, task.v4, task.v6
+                "[[service.task]]\nname = \"{}\"\nnode = \"{}\"\naddresses = [\"{}\"{v6}]\nstate = \"{state}\"\n",
+                task.name, self.nodes[task.node].name, task.v4
             );
         }
         text

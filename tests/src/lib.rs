@@ -23,3 +23,4 @@ pub mod stack;
 pub mod swarm;
 pub mod talk;
 pub mod traffic;
+pub mod wire;

@@ -17,6 +17,10 @@ use lb_tests::{
     private::Private,
     traffic::{Direction, stop_echo, transfer},
 };
+use nix::{
+    sched::{CpuSet, sched_getcpu, sched_setaffinity},
+    unistd::Pid,
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
 const PORT: u16 = 5353;
@@ -161,9 +165,9 @@ impl Drop for Echo {
     }
 }
 
-const PEERS: Reach = Reach { peers: true, outer_v6: false, direct: false, private: false };
-const DIRECT: Reach = Reach { peers: true, outer_v6: false, direct: true, private: false };
-const OVER_V6: Reach = Reach { peers: true, outer_v6: true, direct: false, private: false };
+const PEERS: Reach = Reach::PEERS;
+const DIRECT: Reach = Reach { direct: true, ..Reach::PEERS };
+const OVER_V6: Reach = Reach { outer_v6: true, ..Reach::PEERS };
 const MODES: [&str; 3] = ["native", "generic", "tc"];
 
 #[test]
@@ -370,6 +374,11 @@ fn in_fragments(socket: &UdpSocket, to: SocketAddr, number: u16, order: &[usize]
         .with(|packet| packet.payload.clone_from(&sent));
     let fragments = packet.cut(&[1_200, 2_400, 3_600]);
     let domain = Domain::for_address(to);
+    // Of a thread that goes from one CPU to another what it sent later may come first.
+    let here = sched_getcpu().expect("a CPU");
+    let mut one = CpuSet::new();
+    one.set(here).expect("a CPU");
+    sched_setaffinity(Pid::from_raw(0), &one).expect("stay on it");
     // With the network header (`raw(7)`).
     let raw = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW))).expect("a socket");
     let destination = SocketAddr::new(to.ip(), 0).into();

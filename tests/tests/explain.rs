@@ -233,7 +233,7 @@ fn each_step_says_what_decides_there_and_what_to_do() {
 /// Two nodes that reach each other through the tunnel, two tasks on the first, one on the second.
 fn three_tasks() -> Cluster {
     let mut cluster = Cluster::new(2);
-    cluster.reach = Reach { peers: true, outer_v6: false, direct: false, private: false };
+    cluster.reach = Reach::PEERS;
     cluster.receive_xdp();
     for (name, node) in [("web.1", 0), ("web.2", 0), ("web.3", 1)] {
         cluster.add_nginx(name, node);
@@ -401,7 +401,7 @@ fn what_a_line_says_is_what_is_listed() {
         lab.delivered_to(&request(Transport::Udp, 40_003, 53));
         let set = TableSet::of("eth1").expect("the tables");
         let inventory = Inventory::read("eth1", &set).expect("the inventory");
-        let names = lb_userspace::connection::Names::of(&inventory);
+        let names = lb_userspace::connection::Names::of(&inventory, &[]);
         let mut states = BTreeMap::new();
         let tools = Tools::of(&set).expect("the programs");
         set.each_connection(&inventory.tables, &tools, |seen, _| {

@@ -25,7 +25,7 @@ use lb_userspace::{
 };
 use nix::sys::signal::Signal;
 
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
+const PEERS: Reach = Reach::PEERS;
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -21,7 +21,7 @@ use serde_json::Value;
 /// Nodes that reach each other through the tunnel, and tasks on them.
 fn cluster_of(nodes: u8, tasks: &[(&str, usize)]) -> Cluster {
     let mut cluster = Cluster::new(nodes);
-    cluster.reach = Reach { peers: true, outer_v6: false, direct: false, private: false };
+    cluster.reach = Reach::PEERS;
     cluster.receive_xdp();
     for (name, node) in tasks {
         cluster.add_nginx(name, *node);

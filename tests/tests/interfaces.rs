@@ -24,7 +24,7 @@ use nix::sys::signal::Signal;
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-const PRIVATE: Reach = Reach { peers: true, direct: false, outer_v6: false, private: true };
+const PRIVATE: Reach = Reach { private: true, ..Reach::PEERS };
 /// What other nodes' datapaths send and are sent.
 const TUNNEL: &str = "udp port 6081";
 /// What would say that a packet was lost.

@@ -141,9 +141,9 @@ fn a_node_is_a_client_like_any_other_whatever_way_the_nodes_serve() {
     }
 }
 
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
-const DIRECT: Reach = Reach { peers: true, direct: true, outer_v6: false, private: false };
-const OVER_V6: Reach = Reach { peers: true, direct: false, outer_v6: true, private: false };
+const PEERS: Reach = Reach::PEERS;
+const DIRECT: Reach = Reach { direct: true, ..Reach::PEERS };
+const OVER_V6: Reach = Reach { outer_v6: true, ..Reach::PEERS };
 
 /// Two nodes, and one task without a server on the second.
 fn one_far_task(reach: Reach) -> Cluster {

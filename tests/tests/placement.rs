@@ -101,7 +101,7 @@ impl Connection {
 }
 
 /// How the nodes reach each other's tasks.
-const PEERS: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
+const PEERS: Reach = Reach::PEERS;
 const DIRECT: Reach = Reach { direct: true, ..PEERS };
 
 /// Two nodes with two tasks each behind a service with consistent placement.

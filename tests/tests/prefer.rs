@@ -22,7 +22,7 @@ use lb_tests::{
 use lb_userspace::cluster::{Prefer, TaskState, Via};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const PEERS: Reach = Reach { peers: true, outer_v6: false, direct: false, private: false };
+const PEERS: Reach = Reach::PEERS;
 
 /// Two tasks on the first node, one on the second.
 fn three_tasks() -> Cluster {

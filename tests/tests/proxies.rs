@@ -23,8 +23,8 @@ const KEPT: usize = 3_000;
 /// Connections for one request through all nodes together.
 const SHORT: usize = 11_000;
 
-const TUNNEL: Reach = Reach { peers: true, direct: false, outer_v6: false, private: false };
-const DIRECT: Reach = Reach { peers: true, direct: true, outer_v6: false, private: false };
+const TUNNEL: Reach = Reach::PEERS;
+const DIRECT: Reach = Reach { direct: true, ..Reach::PEERS };
 
 /// Three nodes with so many tasks, spread over them.
 fn cluster(reach: Reach, tasks: usize) -> Cluster {

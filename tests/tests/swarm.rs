@@ -474,6 +474,42 @@ fn clients_with_ipv6_are_served_where_the_gateway_bridge_has_it() {
     }
 }
 
+/// Docker's own bridge has no IPv6, and nobody made another: tasks know IPv6 clients by addresses of their nodes' pools.
+#[test]
+fn clients_with_ipv6_are_served_by_a_swarm_that_has_none() {
+    let swarm = Swarm::new(3);
+    let manager = &swarm.nodes[0];
+    let _agents = swarm.attach();
+    create(manager, "web", 5, "80:8080", &[&HEALTH[..], &["--update-order", "start-first"]].concat(), &[]);
+    serves(&swarm, "web", 5);
+    for node in &swarm.nodes {
+        let answers = in_turns(5, || swarm.ask_at(node.address6(), 80, 10));
+        let seen = |answer: &String| {
+            let (_, seen) = answer.split_once(" saw ").unwrap_or_else(|| panic!("an answer: {answer:?}"));
+            seen.trim_matches(['[', ']']).parse::<IpAddr>().expect("an address").to_canonical()
+        };
+        let aliases: Vec<String> = answers.iter().map(|answer| seen(answer).to_string()).collect();
+        assert!(aliases.iter().all(|alias| alias.starts_with("198.19.")), "{answers:?}");
+        // The task's own node knows who that is.
+        let known: Vec<_> =
+            swarm.nodes.iter().map(|node| json(&node.netns, &["clients"])["clients"].clone()).collect();
+        let known: Vec<_> = known.iter().flat_map(|clients| clients.as_array().expect("a list")).collect();
+        for alias in &aliases {
+            let its =
+                known.iter().find(|client| client["address"] == **alias).expect("an address that is known");
+            assert_eq!(its["client"], CLIENT6.to_string(), "{alias}");
+        }
+        rotates(&swarm, node, 80, 5);
+    }
+    let loads: Vec<Load> = (swarm.crowd.iter().zip(&swarm.nodes))
+        .map(|(client, node)| Load::start(client, node.address6(), 1, u64::MAX))
+        .collect();
+    update(manager, "web", &["--force"]);
+    within(PATIENCE, "the load has made its requests", || loads.iter().all(|load| load.done() >= 1_000));
+    let failed: Vec<String> = loads.into_iter().flat_map(Load::stop).collect();
+    assert_eq!(failed, Vec::<String>::new());
+}
+
 /// An authority, and a certificate and key by it for an engine and its clients, in a folder as `docker` wants them.
 fn certificates(folder: &Path) {
     let mut params = CertificateParams::default();
