@@ -12,3 +12,4 @@ pub mod packets;
 mod paths;
 mod rivals;
 pub mod tcp;
+pub mod translation;

@@ -12,7 +12,7 @@ use lb_tests::bench::{
     figure::{PATIENCE, Report},
     forward,
     packets::{self, Options},
-    tcp,
+    tcp, translation,
 };
 
 /// Measures, side by side.
@@ -47,6 +47,8 @@ enum Part {
     Forward,
     /// TCP through namespaces, beside nftables, HAProxy and nginx
     Tcp,
+    /// IPv6 clients of a task that has IPv4 alone, beside one that has both families
+    Translation,
     /// Loading clusters of three sizes, one change of them, memory, garbage collection over a million connections
     Control,
 }
@@ -79,6 +81,9 @@ fn main() {
     }
     if wanted(Part::Tcp) {
         tcp::measure(&mut report, if arguments.quick { tcp::Effort::QUICK } else { tcp::Effort::FULL });
+    }
+    if wanted(Part::Translation) {
+        translation::measure(&mut report, arguments.quick);
     }
     if wanted(Part::Control) {
         control::run(&mut report, &control::Options { quick: arguments.quick });
