@@ -1,5 +1,6 @@
 //! One address before several nodes, as of a proxy, a NAT or a CDN: one client port reaches one task in several ways. The
 //! ports are few, so that each is used through all nodes, and what nginx closes first stays in TIME_WAIT at the task.
+//! Runs alone: it counts SYNs, which a busy machine has sent again.
 
 use std::{
     collections::BTreeMap,

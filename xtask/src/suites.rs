@@ -68,6 +68,9 @@ pub struct Choice<'a> {
     pub tier: Option<Tier>,
 }
 
+/// What the header of a suite says that has the machine to itself.
+const ALONE: &str = "Runs alone:";
+
 /// Reads the suites of the project.
 ///
 /// # Errors
@@ -156,7 +159,7 @@ fn suite(name: String, text: &str) -> Suite {
             _ => marked |= line == "#[test]",
         }
     }
-    let alone = imports.contains("syns_repeated");
+    let alone = header.contains(ALONE);
     Suite { name, tier, docker: uses("swarm"), before: uses("before"), alone, about, tests }
 }
 
@@ -182,9 +185,8 @@ mod tests {
 
     #[test]
     fn who_counts_what_is_lost_has_the_machine_to_himself() {
-        let alone =
-            |name: &str| suite("x".into(), &format!("use lb_tests::traffic::{{{name}, tally}};")).alone;
-        assert!(alone("syns_repeated") && !alone("requests"));
+        let alone = |header: &str| suite("x".into(), header).alone;
+        assert!(alone("//! Proxies. Runs\n//! alone: it counts.\n") && !alone("//! Proxies.\n"));
     }
 
     #[test]

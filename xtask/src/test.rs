@@ -175,6 +175,8 @@ fn in_lanes(programs: &[&PathBuf], run: impl Fn(&Path) -> Result<()> + Sync) -> 
     let lane = || {
         let mut done = Vec::new();
         while let Some(program) = programs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // What it says comes when it has ended.
+            eprintln!("{} runs", kernel::test_name(program)?);
             done.push(ended(program, &run)?);
         }
         Ok(done)
