@@ -1,4 +1,5 @@
 //! Tasks on other nodes, reached through the tunnel: an agent on every node, the kernel's own stacks on every side.
+//! Runs alone: what it waits for are answers within fractions of a second.
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,5 @@
 //! The agent against a real Docker Swarm. This kernel may have no IPVS, so that what answers on a published port is ours.
+//! Runs alone: three engines and the load fill it.
 
 use std::{
     collections::BTreeSet,
