@@ -103,6 +103,43 @@ fn what_is_sent_arrives_as_it_was() {
     }
 }
 
+/// What `family` says of a service with two tasks, one with both families and one with IPv4 alone; and that IPv4 clients are served by
+/// both, whatever it says.
+#[test]
+fn who_is_translated_is_a_service_s_choice() {
+    let mut cluster = cluster(Reach::PEERS);
+    let both = cluster.add_nginx("both.1", 0);
+    let four = cluster.add_nginx("four.2", 0);
+    let disable = ["-qw", "net.ipv6.conf.all.disable_ipv6=1"];
+    run(cluster.tasks[four].netns.command("sysctl").args(disable));
+    let tasks = [both, four].map(|task| (&cluster.tasks[task], "running"));
+    let text = cluster.file("\"80:8080\"", &tasks);
+    let text = text.replace(&format!(", \"{}\"", cluster.tasks[four].v6), "");
+    let (node, [at_v4, at_v6]) = (&cluster.nodes[0].netns, cluster.addresses(0));
+    for (family, pool, expected) in [
+        ("same", None, ["both.1 saw 2001:db8:1::10", ""]),
+        ("auto", None, ["both.1 saw 2001:db8:1::10", "four.2 saw 198.19."]),
+        ("translate", None, ["both.1 saw 198.19.", "four.2 saw 198.19."]),
+        // Who has no pool translates nobody.
+        ("auto", Some("off"), ["both.1 saw 2001:db8:1::10", ""]),
+    ] {
+        let ports = "ports = [\"80:8080\"]";
+        let path = cluster.write(&text.replace(ports, &format!("{ports}\nfamily = \"{family}\"")));
+        let options: Vec<&str> = pool.map_or(vec![], |pool| vec!["--v6-pool", pool]);
+        let agent = Agent::attach(node, cluster.folder(), &path, &options);
+        eventually("both are offered", || active_tasks(node, "web") == 2);
+        let wanted: Vec<&str> = expected.into_iter().filter(|answer| !answer.is_empty()).collect();
+        let answers = in_turns(wanted.len(), || requests(&cluster.client, at_v6, 8));
+        let told = |answer: &&str| answers.iter().any(|one| one.starts_with(answer));
+        assert!(wanted.iter().all(told), "{family}, {pool:?}: {answers:?}");
+        let known = |answer: &String| wanted.iter().any(|one| answer.starts_with(one));
+        assert!(answers.iter().all(known), "{family}, {pool:?}: {answers:?}");
+        let answers = in_turns(2, || requests(&cluster.client, at_v4, 8));
+        assert!(answers.iter().all(|answer| seen(answer) == "192.0.2.10"), "{family}: {answers:?}");
+        drop(agent);
+    }
+}
+
 /// Datagrams, and the error where nobody listens.
 #[test]
 fn datagrams_and_errors_are_translated() {
