@@ -127,7 +127,8 @@ fn the_environment_says_everything() {
     command.env("LB_ON_EXIT", "detach").env("LB_PEER_TIMEOUT", "");
     let mut running = Running::start(&mut command);
     eventually("both are offered", || active_tasks(netns, "web") == 2);
-    assert_eq!(mode(netns), "TC alone");
+    // The tables are full before the programs are attached.
+    eventually("the programs are attached", || mode(netns) == "TC alone");
     assert_eq!(requests(&cluster.client, cluster.nodes[0].v4().into(), 4).len(), 4);
     running.stop(Signal::SIGTERM);
     let status = netns.command(program()).arg("status").output().expect("start the agent");
