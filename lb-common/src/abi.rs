@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 12;
+pub const ABI_VERSION: u32 = 13;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -70,6 +70,9 @@ pub mod table {
     pub const POOL: &str = "POOL";
     /// Number of the address that a client of IPv6 has in the pool.
     pub const POOL_CLIENTS: &str = "POOL_CLIENTS";
+    /// The IPv6 address of each task that has IPv6 alone by its stand-in, and the reverse, mapped
+    /// ([`crate::translation::is_stand_in`]).
+    pub const STAND_INS: &str = "STAND_INS";
     /// Counter of each [`crate::outcome::Outcome`].
     pub const OUTCOMES: &str = "OUTCOMES";
     /// [`crate::stats::BackendStats`] by backend.
@@ -82,7 +85,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 34] = [
+    pub const ALL: [&str; 35] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -112,6 +115,7 @@ pub mod table {
         VLANS,
         POOL,
         POOL_CLIENTS,
+        STAND_INS,
         OUTCOMES,
         BACKEND_STATS,
         SERVICE_STATS,
@@ -242,6 +246,11 @@ pub struct Config {
     pub pool: u32,
     /// How many addresses it has, as a power of two; zero if there is none.
     pub pool_bits: u32,
+    /// Third word of the prefix behind which tasks know IPv4 clients ([`crate::translation::embed_in`]), network order: each of several
+    /// datapaths of a node has its own, so that what a task sends is for one of them.
+    pub client_prefix: u32,
+    /// Zero.
+    pub _pad3: u32,
 }
 
 /// How an uplink is served.
@@ -371,7 +380,7 @@ pub const LABEL_DRAIN: u32 = 7;
 pub const LABEL_KEY: u32 = 8;
 
 /// Room for a label's text in bytes.
-pub const LABEL_BYTES: usize = 380;
+pub const LABEL_BYTES: usize = 444;
 
 /// What user space calls a number, as JSON; the datapath never reads it.
 #[repr(C)]
@@ -424,6 +433,13 @@ pub mod size {
     pub const fn access(services: usize) -> usize {
         RANGES + 2 * services + 1
     }
+    /// Tasks of a node that have IPv6 alone, each by its address and by its stand-in: few, for a bridge has 1,024 ports at most.
+    pub const STAND_INS: usize = stand_ins(BACKENDS);
+
+    /// The same where there is room for so many backends.
+    pub const fn stand_ins(backends: usize) -> usize {
+        if backends < 1_024 { 64 } else { backends / 16 }
+    }
     /// Addresses of the pool by which tasks know clients of IPv6.
     pub const POOL: usize = 1 << crate::translation::MOST_BITS;
     /// Budgets of errors; a power of two.
@@ -437,8 +453,8 @@ pub mod size {
 }
 
 const _: () = {
-    assert!(size_of::<Config>() == 160 && size_of::<XdpMetadata>() == 12 && size_of::<Removal>() == 24);
-    assert!(size_of::<Label>() == 384 && size_of::<LabelKey>() == 8);
+    assert!(size_of::<Config>() == 168 && size_of::<XdpMetadata>() == 12 && size_of::<Removal>() == 24);
+    assert!(size_of::<Label>() == 448 && size_of::<LabelKey>() == 8);
 };
 
 pod!(Config, XdpMetadata, Removal, LabelKey, Label);

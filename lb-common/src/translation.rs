@@ -1,8 +1,11 @@
-//! IPv6 clients of tasks that have IPv4 alone: what the two sides of a translator (RFC 7915) know each other by.
+//! Clients of tasks that have the other family alone: what the two sides of a translator (RFC 7915) know each other by.
 //!
-//! Within a node such a task has an IPv6 address too, its IPv4 address behind a prefix ([`PREFIX`], RFC 6052); no packet with it
-//! leaves the node. So connections, tunnel and replies know IPv6 alone, and only where the task is attached are packets translated.
-//! The task sees each client as an address of a pool, [`PoolEntry`].
+//! Within a node a task has an address of the family that it does not have itself; no packet with it leaves the node. So
+//! connections, tunnel and replies know the client's family alone, and only where the task is attached are packets translated.
+//!
+//! - A task that has IPv4 alone has its address behind a prefix ([`PREFIX`], RFC 6052), and sees each IPv6 client as an address of a
+//!   pool, [`PoolEntry`].
+//! - A task that has IPv6 alone has a stand-in ([`is_stand_in`]), and sees each IPv4 client as his address behind the prefix.
 
 use crate::{
     conntrack::elapsed,
@@ -10,21 +13,45 @@ use crate::{
     pod,
 };
 
-/// The first 96 bits of the address that a task with IPv4 alone has in IPv6: 64:ff9b:1:6c62::/96, of the range that RFC 8215 leaves
-/// to translators.
+/// The first 96 bits of what an IPv4 address is in IPv6: 64:ff9b:1:6c62::/96, of the range that RFC 8215 leaves to translators. Clients'
+/// may have another third word.
 pub const PREFIX: [u32; 3] = [0x0064_ff9b_u32.to_be(), 0x0001_6c62_u32.to_be(), 0];
 
-/// The IPv6 address of a task that has this IPv4 address.
+/// What an IPv4 address is in IPv6.
 #[inline(always)]
-pub const fn embed(task: V4) -> V6 {
-    V6([PREFIX[0], PREFIX[1], PREFIX[2], task.0])
+pub const fn embed(address: V4) -> V6 {
+    embed_in(PREFIX[2], address)
+}
+
+/// The same behind the prefix with this third word, network order.
+#[inline(always)]
+pub const fn embed_in(third: u32, address: V4) -> V6 {
+    V6([PREFIX[0], PREFIX[1], third, address.0])
 }
 
 /// The reverse of [`embed`]; `None` of any other address.
 #[inline(always)]
 pub const fn embedded(address: &V6) -> Option<V4> {
-    let [first, second, third, task] = address.0;
-    if first == PREFIX[0] && second == PREFIX[1] && third == PREFIX[2] { Some(V4(task)) } else { None }
+    embedded_in(PREFIX[2], address)
+}
+
+/// The reverse of [`embed_in`].
+#[inline(always)]
+pub const fn embedded_in(third: u32, address: &V6) -> Option<V4> {
+    let [first, second, its, last] = address.0;
+    if first == PREFIX[0] && second == PREFIX[1] && its == third { Some(V4(last)) } else { None }
+}
+
+/// The first of the addresses that stand in for tasks which have IPv6 alone, in host order: 240.0.0.0/4, which nobody has (RFC 1112,
+/// 4).
+pub const STAND_INS: u32 = 0xf000_0000;
+/// Bits by which stand-ins differ.
+pub const STAND_IN_BITS: u32 = 28;
+
+/// Whether an address is one that a task with IPv6 alone has within its node.
+#[inline(always)]
+pub const fn is_stand_in(address: V4) -> bool {
+    u32::from_be(address.0) >> STAND_IN_BITS == STAND_INS >> STAND_IN_BITS
 }
 
 /// Bytes by which IPv6's header is longer than IPv4's.

@@ -57,7 +57,7 @@ use crate::{
         verifier,
     },
     parse::{IS_IPV4, IS_IPV6, IS_OUTCOME},
-    translate::{to_v4, to_v6},
+    translate::{MAY_BE_CUT, NOT_OURS, stand_in, to_v4, to_v6},
 };
 
 /// XDP on the uplink: decides for every packet, and sends on what leaves by an uplink again.
@@ -360,7 +360,7 @@ pub fn uplink_tc(context: TcContext) -> i32 {
     };
     match (unpack(done), task) {
         (Ok(Action::RELEASE), _) => release_in_tc(&mut frame, scratch, parsed),
-        (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action),
+        (Ok(action), _) => cut_in_tc(&mut frame, scratch, parsed, action, false),
         // It was held, and passed on then, or cut from a datagram: the first one has not got through.
         (Err(FRAGMENT), Task::Decide(_)) if is_seen(&frame) => {
             drop_in_tc(&frame, Outcome::DeliveryLost as u32)
@@ -460,14 +460,14 @@ fn release_in_tc(frame: &mut Skb, scratch: &mut Scratch, parsed: u32) -> i32 {
 
 /// An action in TC's terms. What is to be cut is cut here, where one state of the program is left to be verified.
 #[inline(always)]
-fn cut_in_tc(frame: &mut Skb, scratch: &mut Scratch, parsed: u32, action: Action) -> i32 {
+fn cut_in_tc(frame: &mut Skb, scratch: &mut Scratch, parsed: u32, action: Action, goes_out: bool) -> i32 {
     let Some(limit) = action.limit() else {
         return in_tc_terms(pack(Ok(action)));
     };
     let begun = if parsed == IS_IPV4 {
-        forward::tc::begin_cut(frame, &mut scratch.v4, limit)
+        forward::tc::begin_cut(frame, &mut scratch.v4, limit, goes_out)
     } else {
-        forward::tc::begin_cut(frame, &mut scratch.v6, limit)
+        forward::tc::begin_cut(frame, &mut scratch.v6, limit, goes_out)
     };
     let ended = unpack(begun).and_then(|_| unpack(forward::tc::cut(frame)));
     ended.map_or_else(|outcome| drop_in_tc(frame, outcome), |_| TC_ACT_SHOT)
@@ -623,66 +623,71 @@ pub fn task_tc(context: TcContext) -> i32 {
     }
     frame.pull_headers();
     let mut parsed = parse::frame(&frame, scratch);
-    let mut made = to_v6::NOT_OURS;
     // What a task begins itself it sends from another port than those that services lead to, and it goes where it always went.
-    if parsed == IS_IPV4 && may_be_reply(&scratch.v4) {
-        made = to_v6::apply(&mut frame, &scratch.v4);
-        if made != to_v6::NOT_OURS {
-            parsed = translated(&mut frame, scratch, made);
-        }
+    let made = match parsed {
+        IS_IPV4 if may_be_reply(&scratch.v4) => to_v6::from_task(&mut frame, &scratch.v4),
+        IS_IPV6 if may_be_reply(&scratch.v6) => to_v4::from_task(&mut frame, &scratch.v6, config),
+        _ => NOT_OURS,
+    };
+    if made != NOT_OURS {
+        parsed = translated(&mut frame, scratch, made);
     }
-    scratch.v6.may_be_cut = (made == to_v6::MAY_BE_CUT) as u8;
-    // What was made IPv6 and what came so go the same way from here on.
+    scratch.v6.may_be_cut = (made == MAY_BE_CUT) as u8;
+    // What was translated and what came so go the same way from here on.
     let known = verifier::forget(&mut scratch.metadata, (made as u64) << 32 | parsed as u64);
     let (made, parsed) = ((known >> 32) as u32, known as u32);
     let done = match parsed {
         IS_IPV4 => from_task(&mut frame, &mut scratch.v4),
         IS_IPV6 => from_task(&mut frame, &mut scratch.v6),
-        other if made != to_v6::NOT_OURS => refused(other - IS_OUTCOME),
+        other if made != NOT_OURS => refused(other - IS_OUTCOME),
         _ => return TC_ACT_UNSPEC,
     };
     match unpack(done) {
         // A reply of ours that cannot go its way now: by the host's it would show the task's address.
         Err(outcome) if is_dropped(outcome) => end_in_tc(&frame, outcome),
         // The host knows nobody of the pool, and nobody out there a task by that address.
-        Err(_) if made != to_v6::NOT_OURS || parsed == IS_IPV6 && is_embedded(&scratch.v6) => {
+        Err(_) if made != NOT_OURS || is_made_up(parsed, scratch) => {
             drop_in_tc(&frame, Outcome::Untranslatable as u32)
         }
         Err(_) => TC_ACT_UNSPEC,
         Ok(action) => {
-            if made != to_v6::NOT_OURS {
+            if made != NOT_OURS && parsed == IS_IPV6 {
                 to_v6::note(&scratch.v4);
             }
-            cut_in_tc(&mut frame, scratch, parsed, action)
+            cut_in_tc(&mut frame, scratch, parsed, action, false)
         }
     }
 }
 
 /// Whether a task's packet may be of a connection to it.
 #[inline(always)]
-fn may_be_reply(packet: &Packet<V4>) -> bool {
+fn may_be_reply<A: Family>(packet: &Packet<A>) -> bool {
     let key = &packet.key;
     packet.kind == LATER || conntrack::may_be_ours(Side::Source, key.protocol, key.source_port)
 }
 
-/// Whether a packet says to come from the address that a task with IPv4 alone has within its node.
+/// Whether a packet says to come from an address that a task has within its node alone.
 #[inline(always)]
-fn is_embedded(packet: &Packet<V6>) -> bool {
-    lb_common::translation::embedded(&packet.key.source).is_some()
+fn is_made_up(parsed: u32, scratch: &Scratch) -> bool {
+    match parsed {
+        IS_IPV4 => stand_in::is_one(scratch.v4.key.source),
+        IS_IPV6 => lb_common::translation::embedded(&scratch.v6.key.source).is_some(),
+        _ => false,
+    }
 }
 
-/// Parses what has been made a packet of IPv6.
+/// Parses what has been made a packet of the other family.
 #[inline(always)]
 fn translated(frame: &mut Skb, scratch: &mut Scratch, made: u32) -> u32 {
-    if made == to_v6::REFUSED {
+    if made == translate::REFUSED {
         return IS_OUTCOME + Outcome::Untranslatable as u32;
     }
     frame.pull_inner_headers();
     parse::frame(frame, scratch)
 }
 
-/// TC egress on the host-side veth of a task that has IPv4 alone: what this datapath sends there for the task's embedded address
-/// becomes IPv4. Everything else is left alone.
+/// TC egress on the host-side veth of a task that has one family alone: what this datapath sends there for the address that the task
+/// has in the other one becomes a packet of its own. Everything else is left alone.
 #[classifier]
 #[inline(always)]
 pub fn task_egress(context: TcContext) -> i32 {
@@ -690,13 +695,26 @@ pub fn task_egress(context: TcContext) -> i32 {
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(4)) else {
         return TC_ACT_UNSPEC;
     };
-    if config.pool_bits == 0 || !frame.is_signed(config.nonce) || !to_v4::may_be_for(&frame) {
+    let is_for_task = config.pool_bits != 0 && to_v4::may_be_for(&frame) || to_v6::may_be_for(&frame);
+    if !frame.is_signed(config.nonce) || !is_for_task {
         return TC_ACT_UNSPEC;
     }
     frame.pull_headers();
-    let done = match parse::frame(&frame, scratch) {
-        IS_IPV6 => to_v4::apply(&mut frame, &scratch.v6, config),
-        _ => Err(Outcome::Untranslatable),
+    let parsed = parse::frame(&frame, scratch);
+    let fits = match parsed {
+        IS_IPV4 => forward::tc::to_other_family(&mut frame, &scratch.v4),
+        IS_IPV6 => forward::tc::to_other_family(&mut frame, &scratch.v6),
+        _ => pack(Err(Outcome::Untranslatable)),
+    };
+    match unpack(fits) {
+        Ok(Action::PASS) => {}
+        Ok(action) => return cut_in_tc(&mut frame, scratch, parsed, action, true),
+        Err(outcome) => return drop_in_tc(&frame, outcome),
+    }
+    let done = if parsed == IS_IPV4 {
+        to_v6::to_task(&mut frame, &scratch.v4, config)
+    } else {
+        to_v4::to_task(&mut frame, &scratch.v6, config)
     };
     done.map_or_else(|outcome| drop_in_tc(&frame, outcome as u32), |()| TC_ACT_UNSPEC)
 }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     check::{Check, Finding},
-    translation::embedded,
+    translation::is_made_up,
     tunnel_key::{NodeKey, SharedKey},
     units::Time,
 };
@@ -156,7 +156,7 @@ impl Prefer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
-    /// IPv6 clients of a task that has IPv4 alone are translated where it runs.
+    /// Clients of a task that has the other family alone are translated where it runs.
     #[default]
     Auto,
     /// They go to other tasks, or are not served.
@@ -182,14 +182,15 @@ impl Family {
 
     /// Where a task is reached, by at most one address of each family, of those that its node says.
     pub fn choose(self, told: &[IpAddr]) -> Vec<IpAddr> {
-        let of = |wanted: fn(&IpAddr) -> bool| told.iter().copied().find(wanted);
-        let v4 = of(IpAddr::is_ipv4);
-        let own = of(|address| address.is_ipv6() && embedded(*address).is_none());
-        let translated = of(|address| embedded(*address).is_some());
-        let v6 = match self {
-            Self::Auto => own.or(translated),
-            Self::Same => own,
-            Self::Translate => translated.or(own),
+        let of = |v4, made_up| {
+            let mut wanted = told.iter().filter(|one| one.is_ipv4() == v4 && is_made_up(**one) == made_up);
+            wanted.next().copied()
+        };
+        let (v4, v6) = (of(true, false), of(false, false));
+        let (v4, v6) = match self {
+            Self::Auto => (v4.or(of(true, true)), v6.or(of(false, true))),
+            Self::Same => (v4, v6),
+            Self::Translate => (v4.or(of(true, true)), of(false, true).or(v6)),
         };
         v4.into_iter().chain(v6).collect()
     }
@@ -635,7 +636,8 @@ pub struct Task {
 impl Task {
     /// The address by which nodes name it to each other.
     pub fn cluster_address(&self) -> Option<IpAddr> {
-        self.overlay.or_else(|| self.addresses.first().copied())
+        let own = || self.addresses.iter().find(|address| !is_made_up(**address)).or(self.addresses.first());
+        self.overlay.or_else(|| own().copied())
     }
 }
 
@@ -720,5 +722,33 @@ mod tests {
             ]
         );
         assert_eq!(Port::fold([]), [""; 0]);
+    }
+
+    #[test]
+    fn a_family_chooses_among_what_a_task_has_and_what_it_is_reached_by() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let (v4, v6, embedded, instead) =
+            (ip("172.18.0.3"), ip("fd18::3"), ip("64:ff9b:1:6c62::ac12:3"), ip("240.0.0.3"));
+        let (auto, same, translate) = (Family::Auto, Family::Same, Family::Translate);
+        let has_v4 = [v4, embedded];
+        assert_eq!(
+            [auto, same, translate].map(|family| family.choose(&has_v4)),
+            [vec![v4, embedded], vec![v4], vec![v4, embedded]]
+        );
+        let has_v6 = [v6, instead];
+        assert_eq!(
+            [auto, same, translate].map(|family| family.choose(&has_v6)),
+            [vec![instead, v6], vec![v6], vec![instead, v6]]
+        );
+        let has_both = [v4, v6, embedded];
+        assert_eq!(
+            [auto, same, translate].map(|family| family.choose(&has_both)),
+            [vec![v4, v6], vec![v4, v6], vec![v4, embedded]]
+        );
+        // Nodes name it to each other by what it has itself.
+        let (name, node, addresses) = ("web.1".to_owned(), "node1".to_owned(), vec![instead, v6]);
+        let (state, via) = (TaskState::Running, Via::Peer);
+        let task = Task { name, node, addresses, overlay: None, state, weight: 1, via, finding: None };
+        assert_eq!(task.cluster_address(), Some(v6));
     }
 }

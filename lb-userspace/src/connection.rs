@@ -1,13 +1,14 @@
 //! A connection as operators see it: names in the place of numbers, and which of them somebody asks for.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     str::FromStr,
 };
 
 use ipnet::IpNet;
 use lb_common::{
+    abi::Config,
     backend::{Kind, TRANSLATED},
     conntrack::Phase,
     tunnel::SELF,
@@ -16,9 +17,9 @@ use serde::Serialize;
 
 use crate::{
     cluster::{Protocol, TIMERS},
-    datapath::{Alias, Seen, by_client},
+    datapath::{Alias, Known, Seen},
     inventory::{Inventory, via},
-    translation::embedded,
+    translation::client_in_six,
     units::Time,
 };
 
@@ -53,9 +54,9 @@ pub struct Connection<'a> {
     pub from: Option<&'a str>,
     /// The client's port as the task sees it.
     pub client_port_at_task: u16,
-    /// The client's address as the task sees it, where the task has IPv4 alone and is on this node.
+    /// The client's address as the task sees it, where the task has another family alone and is on this node.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub client_at_task: Option<Ipv4Addr>,
+    pub client_at_task: Option<IpAddr>,
     /// Whether the task's replies go straight to the client, though its packets come by another node.
     pub direct: bool,
 }
@@ -64,14 +65,21 @@ pub struct Connection<'a> {
 pub struct Names<'a> {
     inventory: &'a Inventory,
     nodes: BTreeMap<&'a str, String>,
-    /// IPv6 clients as this node's tasks know them.
-    aliases: HashMap<IpAddr, Ipv4Addr>,
+    config: Config,
+    /// Clients as this node's tasks know them.
+    known: Known,
 }
 
 impl<'a> Names<'a> {
     /// Of what was read.
-    pub fn of(inventory: &'a Inventory, aliases: &[Alias]) -> Self {
-        Self { inventory, nodes: inventory.node_names(), aliases: by_client(aliases) }
+    pub fn of(inventory: &'a Inventory, config: Config, aliases: &[Alias]) -> Self {
+        let known = Known::new(config, aliases, &inventory.tables);
+        Self { inventory, nodes: inventory.node_names(), config, known }
+    }
+
+    /// The address by which tasks that have IPv6 alone know an IPv4 client.
+    pub fn client_in_six(&self, client: Ipv4Addr) -> IpAddr {
+        client_in_six(client, &self.config)
     }
 
     /// What users know a node by that is named in the cluster so.
@@ -100,17 +108,14 @@ impl<'a> Names<'a> {
             listener: seen.listener,
             service: service.map(|service| service.name.as_str()),
             task: entry.map(|entry| entry.label.task.as_str()),
-            task_address: entry.map(|entry| {
-                let address = entry.label.address;
-                SocketAddr::new(embedded(address).unwrap_or(address), entry.label.target)
-            }),
+            task_address: entry.map(|entry| SocketAddr::new(entry.label.own(), entry.label.target)),
             node: entry.map(|entry| self.node(&entry.label.node)),
             via: entry.and_then(|entry| Kind::try_from(entry.backend.kind).ok()).map(via),
             from: if seen.peer == SELF { None } else { Some(self.peer(seen.peer).unwrap_or("?")) },
             client_port_at_task: seen.port,
             client_at_task: entry
                 .filter(|entry| entry.backend.flags & TRANSLATED != 0)
-                .and_then(|_| self.aliases.get(&seen.client.ip()).copied()),
+                .and_then(|_| self.known.client(seen.client.ip())),
             direct: seen.direct,
         }
     }
@@ -229,7 +234,7 @@ impl Filter {
             What::From(name) => connection.from == Some(name),
             What::Client(place) => {
                 let port = connection.client_port_at_task;
-                let as_seen = connection.client_at_task.map(|address| SocketAddr::new(address.into(), port));
+                let as_seen = connection.client_at_task.map(|address| SocketAddr::new(address, port));
                 place.has(connection.client) || as_seen.is_some_and(|seen| place.has(seen))
             }
             What::Listener(place) => place.has(connection.listener),

@@ -20,7 +20,6 @@ use crate::{
     datapath::{Counters, DatapathError, TableSet},
     plan::{BackendEntry, NodeLabel, PortLabel, Tables},
     report::{Drain, Drained, SourceReport, Trouble, moment},
-    translation::real,
 };
 
 /// Everything that is read at one moment.
@@ -391,9 +390,7 @@ impl Inventory {
         let stats = counted.fold(BackendStats::default(), |total, stats| total.plus(*stats));
         let addresses: BTreeSet<String> = backends
             .iter()
-            .map(|(_, entry)| {
-                std::net::SocketAddr::new(real(entry.label.address), entry.label.target).to_string()
-            })
+            .map(|(_, entry)| std::net::SocketAddr::new(entry.label.own(), entry.label.target).to_string())
             .collect();
         let trouble =
             backends.iter().filter_map(|(number, _)| self.troubles.get(number)).max_by_key(|t| t.last);

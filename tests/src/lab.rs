@@ -397,7 +397,7 @@ impl Lab {
     fn way(&self, address: IpAddr, reach: Reach) -> Way {
         let source = Some(if address.is_ipv4() { ip("192.0.2.1") } else { ip("2001:db8::1") });
         let (ifindex, mac, source_mac) = match reach {
-            Reach::Local => (self.veth, TASK_MAC, BRIDGE_MAC),
+            Reach::Local | Reach::Translated => (self.veth, TASK_MAC, BRIDGE_MAC),
             Reach::Snat | Reach::Routed | Reach::Peer => (self.uplink, HOP_MAC, NODE_MAC),
         };
         Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags, silent: None }

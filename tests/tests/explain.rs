@@ -401,7 +401,7 @@ fn what_a_line_says_is_what_is_listed() {
         lab.delivered_to(&request(Transport::Udp, 40_003, 53));
         let set = TableSet::of("eth1").expect("the tables");
         let inventory = Inventory::read("eth1", &set).expect("the inventory");
-        let names = lb_userspace::connection::Names::of(&inventory, &[]);
+        let names = lb_userspace::connection::Names::of(&inventory, Config::default(), &[]);
         let mut states = BTreeMap::new();
         let tools = Tools::of(&set).expect("the programs");
         set.each_connection(&inventory.tables, &tools, |seen, _| {

@@ -143,6 +143,14 @@ pub fn send_in_again(frame: &mut Skb) -> bool {
     unsafe { bpf_clone_redirect(frame.raw(), interface, BPF_F_INGRESS as u64) == 0 }
 }
 
+/// Has a copy of the frame leave by its interface once more, as who sends it has signed it.
+#[inline(always)]
+pub fn send_out_again(frame: &mut Skb) -> bool {
+    let interface = frame.ifindex();
+    // SAFETY: as above.
+    unsafe { bpf_clone_redirect(frame.raw(), interface, 0) == 0 }
+}
+
 /// The number, of which the verifier sees that it is neither zero nor more than an entry has room for.
 #[inline(always)]
 fn one_to_most(bytes: u32) -> u32 {

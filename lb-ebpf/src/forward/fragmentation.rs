@@ -4,24 +4,25 @@
 //! Nothing of the datagram has been rewritten yet: its fragments come in once more by the interface that it came by, and go the
 //! way of all fragments. So no stage has to know of them.
 
-use core::ptr::null_mut;
-
 use aya_ebpf::{
     bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_NET,
     helpers::generated::{
-        bpf_csum_diff, bpf_get_prandom_u32, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+        bpf_get_prandom_u32, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
         bpf_skb_store_bytes,
     },
 };
 use lb_common::{
     abi::Config,
     backend::Kind,
-    checksum::{Delta, fold, pseudo_header},
+    checksum::{Delta, pseudo_header},
     conntrack::line::DIRECT,
     net::{UDP, V4, V6},
 };
 
-use super::{early::send_in_again, encap, mtu};
+use super::{
+    early::{send_in_again, send_out_again},
+    encap, mtu,
+};
 use crate::{
     conntrack::{Classified, Direction},
     io::{
@@ -29,6 +30,7 @@ use crate::{
         frame::{Frame, Skb},
         maps,
         packet::{Cutting, LATER, LONGEST_PIECE, NOBODY, OFFSETS, Packet, Place, WHOLE},
+        sum::{self, LONGEST},
         verifier::opaque,
     },
     wire::{
@@ -38,16 +40,12 @@ use crate::{
     },
 };
 
-/// Bytes of a datagram's payload that can be cut, at most: more than a jumbo frame has.
-const LONGEST: u32 = 9_216;
 /// Bytes behind the network header of the longest datagram that IPv4 knows (RFC 791, 3.1); IPv6's is hardly longer.
 const LONGEST_DATAGRAM: u32 = 0xffff - size_of::<Ipv4>() as u32;
 /// Bytes of a fragment's payload, at least: what IPv4 lets pass everywhere (RFC 791, 3.1), less the tunnel's headers.
 const SHORTEST_PIECE: u32 = 480;
 /// Bytes that hold the link and network headers and the transport checksum.
 const HEADERS: u32 = 72;
-/// Bytes that the kernel sums up at once before 6.15.
-const BLOCK: u32 = 512;
 
 /// A family's fragments.
 pub trait Cut: Family {
@@ -183,23 +181,29 @@ pub fn limit<A: Cut>(
 /// would not find where their first one went. Nor can one whose second tag lies in its bytes: the kernel makes no room in it.
 #[inline(always)]
 pub fn can_be_cut<F: Frame, A: Cut>(frame: &F, packet: &Packet<A>, limit: u32) -> bool {
+    packet.line.slot != NOBODY && has_pieces(frame, packet, limit)
+}
+
+/// The same of one that need not be found again.
+#[inline(always)]
+pub fn has_pieces<F: Frame, A: Cut>(frame: &F, packet: &Packet<A>, limit: u32) -> bool {
     packet.key.protocol == UDP
         && packet.kind <= LATER
-        && packet.line.slot != NOBODY
         && !packet.tags.inner.is_some()
         && packet.transport_bytes as u32 <= LONGEST
         && limit >= A::HEADERS as u32 + SHORTEST_PIECE
         && A::may_be_cut(frame, packet, limit)
 }
 
-/// Reads a packet that is to be sent in once more as fragments of at most so many bytes. `None` if it cannot be cut.
+/// Reads a packet that is to be sent in, or out, once more as fragments of at most so many bytes. `None` if it cannot be cut.
 #[inline(always)]
-pub fn begin<A: Cut>(frame: &Skb, packet: &Packet<A>, limit: u32) -> Option<()> {
+pub fn begin<A: Cut>(frame: &Skb, packet: &Packet<A>, limit: u32, goes_out: bool) -> Option<()> {
     let cutting = maps::cutting()?;
+    cutting.goes_out = goes_out as u32;
     (read(frame, packet, cutting, limit) == DONE).then_some(())
 }
 
-/// Sends what was read in once more, fragment by fragment. `None` if the kernel has no room for one; some may have been sent then.
+/// Sends what was read once more, fragment by fragment. `None` if the kernel has no room for one; some may have been sent then.
 #[inline(always)]
 pub fn send(frame: &mut Skb) -> Option<()> {
     let cutting = maps::cutting()?;
@@ -259,33 +263,9 @@ fn finish_sum<A: Family>(packet: &Packet<A>, cutting: &mut Cutting) -> u32 {
     if packet.kind != WHOLE || found != pseudo {
         return DONE;
     }
-    let bytes = opaque(cutting.bytes as u64) as u32 & OFFSETS;
-    // The sum is one of words of four bytes; what lies behind the last one's first is of another datagram.
-    for byte in 0..3 {
-        cutting.payload[bytes as usize + byte] = 0;
-    }
-    let mut sum = 0;
-    for block in 0..LONGEST / BLOCK {
-        sum = sum_up(cutting, block * BLOCK, sum as u32);
-    }
-    // Zero says that there is no sum (RFC 768).
-    let sum = match !fold((sum as u32 & 0xffff) + (sum as u32 >> 16)) {
-        0 => u16::MAX,
-        sum => sum,
-    };
+    let sum = sum::of(cutting, 0) as u16;
     [cutting.payload[field], cutting.payload[field + 1]] = sum.to_ne_bytes();
     DONE
-}
-
-/// Adds a block of the packet's bytes to their sum.
-#[inline(never)]
-fn sum_up(cutting: &Cutting, from: u32, sum: u32) -> u64 {
-    let rest = (cutting.bytes.saturating_sub(from)).next_multiple_of(4);
-    let length = opaque(if rest < BLOCK { rest } else { BLOCK } as u64) as u32 & (2 * BLOCK - 4);
-    // SAFETY: the block lies in the entry.
-    let block = unsafe { cutting.payload.as_ptr().add(from as usize & OFFSETS as usize) };
-    // SAFETY: the helper reads the block alone.
-    unsafe { bpf_csum_diff(null_mut(), 0, block.cast_mut().cast(), length, sum) as u32 as u64 }
 }
 
 /// Has the kernel forget what it knows of sums. That one is to be finished it forgets when the bytes at which that begins are taken
@@ -339,7 +319,8 @@ fn send_next(frame: &mut Skb, cutting: &mut Cutting) -> u32 {
     if written.is_none() {
         return FAILED;
     }
-    if !send_in_again(frame) {
+    let sent = if cutting.goes_out != 0 { send_out_again(frame) } else { send_in_again(frame) };
+    if !sent {
         return FAILED;
     }
     cutting.sent = cutting.sent.wrapping_add(length);

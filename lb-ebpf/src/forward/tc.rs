@@ -2,9 +2,12 @@
 
 use core::ptr::null_mut;
 
-use aya_ebpf::helpers::generated::{
-    bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_vlan_pop,
-    bpf_skb_vlan_push,
+use aya_ebpf::{
+    bindings::BPF_F_INGRESS,
+    helpers::generated::{
+        bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_head, bpf_skb_vlan_pop,
+        bpf_skb_vlan_push,
+    },
 };
 use lb_common::{
     abi::Config,
@@ -13,6 +16,7 @@ use lb_common::{
     net::Be16,
     outcome::Outcome,
     tags::Tags,
+    translation::LONGER,
     tunnel::{TO_CLIENT, TO_TASK},
 };
 
@@ -34,11 +38,11 @@ use crate::{
         family::Family,
         frame::{Frame, Skb},
         maps::{self, BACKENDS},
-        packet::{Packet, TunnelMeta},
+        packet::{ERROR, Packet, TunnelMeta, WHOLE},
     },
     wire::{
         ethernet::{Ethernet, LINK, words},
-        ipv6,
+        ipv6::{self, Ipv6},
     },
 };
 
@@ -195,11 +199,52 @@ pub fn from_task<A: Back>(
     to_client(frame, packet, found, config)
 }
 
-/// Reads a packet that is to come in once more as fragments of at most so many bytes.
+/// What is to become of a packet that is about to be one of the other family, at its task's interface: it is passed on if that lets it
+/// pass then, else cut, or its sender is told what fits. The error comes in as if the task had sent it, and goes the way of those.
 #[inline(never)]
-pub fn begin_cut<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, limit: u32) -> u64 {
+pub fn to_other_family<A: Back>(frame: &mut Skb, packet: &Packet<A>) -> u64 {
+    super::pack(fit(frame, packet))
+}
+
+#[inline(always)]
+fn fit<A: Back>(frame: &mut Skb, packet: &Packet<A>) -> Result<Action, Outcome> {
+    /// By so much a packet grows at most: the longer header, and an error by that of what it quotes too.
+    const GROWTH: u32 = 2 * LONGER;
+    const FRAGMENT: u32 = size_of::<ipv6::Fragment>() as u32;
+    let longest = frame.longest_cut(packet);
+    if longest <= ipv6::LEAST_MTU - GROWTH {
+        return Ok(Action::PASS);
+    }
+    let interface = frame.ifindex();
+    let mtu = mtu::of_interface(frame, interface);
+    let grows = A::HEADER < size_of::<Ipv6>();
+    let whole = if grows { mtu.saturating_sub(LONGER) } else { mtu.saturating_add(LONGER) };
+    let piece = if grows { whole.saturating_sub(FRAGMENT) } else { whole };
+    let limit = match packet.kind {
+        WHOLE => whole,
+        ERROR if grows => whole.saturating_sub(LONGER),
+        _ => piece,
+    };
+    if longest <= limit {
+        return Ok(Action::PASS);
+    }
+    if frame.segment_bytes() == 0 && fragmentation::has_pieces(frame, packet, piece) {
+        return Ok(Action::cut(piece));
+    }
+    // Of merged segments, which were made to fit, the sum is not finished: an error that quotes one could not leave.
+    if frame.segment_bytes() != 0 {
+        return Err(Outcome::TooBig);
+    }
+    too_big_for_client(frame, packet, limit)?;
+    // SAFETY: the helper has no preconditions.
+    Ok(Action::sent(unsafe { bpf_redirect(interface, BPF_F_INGRESS as u64) } as u32))
+}
+
+/// Reads a packet that is to come in, or to leave, once more as fragments of at most so many bytes.
+#[inline(never)]
+pub fn begin_cut<A: Back>(frame: &mut Skb, packet: &mut Packet<A>, limit: u32, goes_out: bool) -> u64 {
     let begun = give_link_header(frame, packet)
-        .and_then(|()| fragmentation::begin(frame, packet, limit).ok_or(Outcome::TooBig));
+        .and_then(|()| fragmentation::begin(frame, packet, limit, goes_out).ok_or(Outcome::TooBig));
     super::pack(begun.map(|()| Action::DROP))
 }
 

@@ -150,6 +150,9 @@ pub static POOL: Array<PoolEntry, { size::POOL }, ALIGNED> = Array::new();
 #[btf_map]
 pub static POOL_CLIENTS: HashMap<V6, u32, { 2 * size::POOL }, ON_DEMAND> = HashMap::new();
 
+#[btf_map]
+pub static STAND_INS: HashMap<V6, V6, { size::STAND_INS }, ON_DEMAND> = HashMap::new();
+
 /// Of IPv4, of IPv6.
 #[btf_map]
 pub static TABLE_STATS: PerCpuArray<TableStats, 2> = PerCpuArray::new();

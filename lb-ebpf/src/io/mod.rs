@@ -1,4 +1,4 @@
-//! What the stages work with: the frame, the packet, the tables, the counters, the clock. Imports `wire` alone.
+//! What the stages work with: the frame, the packet, the tables, the counters, the clock, sums. Imports `wire` alone.
 
 pub mod atomic;
 pub mod clock;
@@ -7,4 +7,5 @@ pub mod family;
 pub mod frame;
 pub mod maps;
 pub mod packet;
+pub mod sum;
 pub mod verifier;

@@ -377,6 +377,8 @@ pub struct Cutting {
     pub length: u32,
     /// Whether it is the packet's last.
     pub is_last: u32,
+    /// Whether fragments leave by the packet's interface once more, and do not come in.
+    pub goes_out: u32,
     /// Where in its datagram it lies.
     pub place: Place,
 }

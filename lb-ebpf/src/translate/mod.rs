@@ -1,10 +1,14 @@
-//! Between IPv6 clients and tasks that have IPv4 alone, where such a task is attached: what leads there is IPv6 for the task's
-//! embedded address ([`lb_common::translation::PREFIX`]) until it leaves the host's side of its veth ([`to_v4`]), and what comes from
-//! it is IPv6 again before anything else is made of it ([`to_v6`]). No other stage knows of it.
+//! Between clients and tasks that have the other family alone, where such a task is attached: what leads there is of the client's
+//! family, for an address that the task has within its node ([`lb_common::translation`]), until it leaves the host's side of its
+//! veth, and what comes from it is of the client's family again before anything else is made of it. No other stage knows of it.
+//!
+//! Each way the address of whom the packet is from or for is looked up on the side of the family that has fewer addresses
+//! ([`pool`], [`stand_in`]), and the other one stands behind the prefix. So [`to_v4`] and [`to_v6`] are the same for both.
 //!
 //! Headers, fragments and errors are those of RFC 7915. Beside `forward`: imports `wire`, `io` and `parse`.
 
 pub mod pool;
+pub mod stand_in;
 pub mod to_v4;
 pub mod to_v6;
 
@@ -27,6 +31,16 @@ use crate::{
         transport::checksum_at,
     },
 };
+
+// What became of a packet that a task sent.
+/// It is for no client of the other family.
+pub const NOT_OURS: u32 = 0;
+/// It is one of the client's family now, and nobody may cut it by what IPv6 says.
+pub const WHOLE_ONLY: u32 = 1;
+/// It is one of IPv6 now, whose sender let it be cut.
+pub const MAY_BE_CUT: u32 = 2;
+/// It is for a client of the other family, and there is no way to say it in that.
+pub const REFUSED: u32 = 3;
 
 /// Bytes of a fragment header.
 const FRAGMENT_BYTES: usize = size_of::<Fragment>();

@@ -1,4 +1,5 @@
-//! IPv6 to IPv4 (RFC 7915, 5): what a client, or a router about what he sent or got, has for a task.
+//! IPv6 to IPv4 (RFC 7915, 5): what a client, or a router about what he sent or got, has for a task that has IPv4 alone; and what a
+//! task that has IPv6 alone sends to an IPv4 client.
 
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_get_prandom_u32};
 use core::ptr::null_mut;
@@ -7,10 +8,13 @@ use lb_common::{
     checksum::{Delta, fold},
     net::{Address as _, ICMP, ICMP6, V4, V6},
     outcome::Outcome,
-    translation::{MAY_BE_CUT, embedded},
+    translation::{MAY_BE_CUT, embedded, embedded_in},
 };
 
-use super::{Error4, FRAGMENT_BYTES, halves, header4, pool, requote, saying, sum_of_said, to_v4_delta};
+use super::{
+    Error4, FRAGMENT_BYTES, NOT_OURS, REFUSED, WHOLE_ONLY, halves, header4, pool, requote, saying, stand_in,
+    sum_of_said, to_v4_delta,
+};
 use crate::{
     io::{
         family::Family as _,
@@ -34,7 +38,7 @@ pub fn may_be_for(frame: &Skb) -> bool {
 
 /// Makes an IPv6 packet for a task's embedded address one of IPv4 for the task.
 #[inline(always)]
-pub fn apply(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> Result<(), Outcome> {
+pub fn to_task(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> Result<(), Outcome> {
     let task = embedded(&packet.key.destination).ok_or(Outcome::Untranslatable)?;
     let is_error = packet.kind == ERROR;
     let number = if is_error { pool::find(&packet.key.source) } else { pool::take(&packet.key.source) };
@@ -50,10 +54,27 @@ pub fn apply(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> Result<()
     verifier::unpack(done).map(|_| ())
 }
 
+/// Makes what a task that has IPv6 alone sends to an IPv4 client a packet of IPv4, from the task's stand-in.
+#[inline(always)]
+pub fn from_task(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> u32 {
+    let Some(client) = embedded_in(config.client_prefix, &packet.key.destination) else {
+        return NOT_OURS;
+    };
+    let Some(task) = stand_in::of(&packet.key.source) else {
+        return REFUSED;
+    };
+    let done = if packet.kind == ERROR {
+        error(frame, packet, task.0, client.0, task.0)
+    } else {
+        datagram(frame, packet, task.0, client.0)
+    };
+    verifier::unpack_raw(done).map_or(REFUSED, |_| WHOLE_ONLY)
+}
+
 /// A TCP or UDP packet, or a fragment of one.
 #[inline(never)]
-fn datagram(frame: &mut Skb, packet: &Packet<V6>, client: u32, task: u32) -> u64 {
-    verifier::pack(try_datagram(frame, packet, (V4(client), V4(task))).map(|()| 0))
+fn datagram(frame: &mut Skb, packet: &Packet<V6>, source: u32, destination: u32) -> u64 {
+    verifier::pack(try_datagram(frame, packet, (V4(source), V4(destination))).map(|()| 0))
 }
 
 #[inline(always)]
@@ -78,7 +99,12 @@ fn try_datagram(frame: &mut Skb, packet: &Packet<V6>, to: (V4, V4)) -> Result<()
 #[inline(always)]
 fn place(frame: &Skb, packet: &Packet<V6>, bytes: u32) -> Result<(u16, u16), Outcome> {
     if packet.kind != FIRST && packet.kind != LATER {
-        return Ok(match bytes > MAY_BE_CUT {
+        // Of a frame that the kernel will cut each segment is a packet.
+        let one = match frame.segment_bytes() {
+            0 => bytes,
+            segment => size_of::<Ipv4>() as u32 + packet.header_bytes as u32 + segment,
+        };
+        return Ok(match one > MAY_BE_CUT {
             true => (0, ipv4::DONT_FRAGMENT),
             // SAFETY: the helper has no preconditions.
             false => (unsafe { bpf_get_prandom_u32() } as u16, 0),
@@ -106,21 +132,27 @@ fn become_v4(frame: &mut Skb, behind: usize) -> Result<(), Outcome> {
     Ok(())
 }
 
-/// An ICMPv6 error about a packet that the task sent. A sender who is no client has no address in the pool.
+/// An ICMPv6 error about a packet from its destination to its source. A sender who is neither, a router, has no address of IPv4.
 #[inline(never)]
-fn error(frame: &mut Skb, packet: &Packet<V6>, client: u32, task: u32, router: u32) -> u64 {
-    verifier::pack(try_error(frame, packet, V4(client), V4(task), V4(router)).map(|()| 0))
+fn error(frame: &mut Skb, packet: &Packet<V6>, source: u32, destination: u32, router: u32) -> u64 {
+    verifier::pack(try_error(frame, packet, V4(source), V4(destination), V4(router)).map(|()| 0))
 }
 
 #[inline(always)]
-fn try_error(frame: &mut Skb, packet: &Packet<V6>, client: V4, task: V4, router: V4) -> Result<(), Outcome> {
+fn try_error(
+    frame: &mut Skb,
+    packet: &Packet<V6>,
+    source: V4,
+    destination: V4,
+    router: V4,
+) -> Result<(), Outcome> {
     let key = &packet.key;
     let behind = packet.quoted_transport() - packet.quoted() - size_of::<Ipv6>();
     if packet.network() != LINK || packet.transport() != LINK + size_of::<Ipv6>() {
         return Err(Outcome::Untranslatable);
     }
     let sender = V6::source(frame, LINK).ok_or(Outcome::Untranslatable)?;
-    let from = if sender == key.source { client } else { router };
+    let from = if sender == key.source { source } else { router };
     let (said, checksum) = super::said(frame, packet.transport()).ok_or(Outcome::Untranslatable)?;
     let says = said.to_v4().ok_or(Outcome::Untranslatable)?;
 
@@ -144,14 +176,14 @@ fn try_error(frame: &mut Skb, packet: &Packet<V6>, client: V4, task: V4, router:
         .wrapping_sub(behind as u16)
         .wrapping_add(size_of::<Ipv4>() as u16);
     let tos = (u32::from_be(quoted.version_and_flow) >> 20) as u8;
-    let quote = header4((task, client), key.protocol, quoted.hop_limit, tos, inner, place);
+    let quote = header4((destination, source), key.protocol, quoted.hop_limit, tos, inner, place);
     // A header's own sum, its checksum with it, is zero.
     let new = sum_of_said(&says);
-    let addresses = to_v4_delta((&key.destination, &key.source), (task, client));
+    let addresses = to_v4_delta((&key.destination, &key.source), (destination, source));
     let change = Delta::of_word(fold(old), fold(new)).and(requote(frame, packet, addresses)?);
     let bytes = packet.transport_bytes.wrapping_sub(behind as u16);
     let headers = Error4 {
-        outer: header4((from, task), ICMP, packet.ttl, packet.tos, bytes, (0, 0)),
+        outer: header4((from, destination), ICMP, packet.ttl, packet.tos, bytes, (0, 0)),
         icmp: saying(&says, change.apply(checksum)),
         quoted: quote,
     };

@@ -1,40 +1,60 @@
-//! IPv4 to IPv6 (RFC 7915, 4): what a task sends to a client whom it knows by an address of the pool.
+//! IPv4 to IPv6 (RFC 7915, 4): what a task sends to a client whom it knows by an address of the pool; and what an IPv4 client, or a
+//! router, has for a task that has IPv6 alone.
 
+use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use lb_common::{
-    checksum::{Delta, fold},
+    abi::Config,
+    checksum::{Delta, fold, pseudo_header},
     net::{Address as _, ICMP6, UDP, V4, V6},
     outcome::Outcome,
-    translation::{LONGER, embed},
+    translation::{LONGER, PREFIX, embed_in},
 };
 
-use super::{Error6, FRAGMENT_BYTES, halves, pool, requote, saying, sum_of_said, to_v4_delta};
+use super::{
+    Error6, FRAGMENT_BYTES, MAY_BE_CUT, NOT_OURS, REFUSED, WHOLE_ONLY, halves, pool, requote, saying,
+    stand_in, sum_of_said, to_v4_delta,
+};
 use crate::{
     io::{
         family::Family as _,
         frame::{Frame as _, Skb},
         maps,
-        packet::{ERROR, FIRST, LATER, Offsets, Packet},
-        verifier,
+        packet::{ERROR, FIRST, LATER, OFFSETS, Offsets, Packet, WHOLE},
+        sum,
+        verifier::{self, opaque},
     },
     wire::{
-        ethernet::{Ethernet, IPV6, LINK},
+        ethernet::{Ethernet, IPV4, IPV6, LINK},
         ipv4::{self, Ipv4},
         ipv6::{self, Ipv6},
     },
 };
 
-/// It is not for an address of the pool by which a client is known.
-pub const NOT_OURS: u32 = 0;
-/// It is one of IPv6 now, and nobody may cut it.
-pub const WHOLE_ONLY: u32 = 1;
-/// It is one of IPv6 now, whose sender let it be cut.
-pub const MAY_BE_CUT: u32 = 2;
-/// It is for an address of the pool, and there is no way to say it in IPv6.
-pub const REFUSED: u32 = 3;
+/// Whether a frame without tags is IPv4 for a task's stand-in.
+#[inline(always)]
+pub fn may_be_for(frame: &Skb) -> bool {
+    frame.read::<Ethernet>(0).is_some_and(|header| header.kind == IPV4)
+        && frame.read::<Ipv4>(LINK).is_some_and(|header| stand_in::is_one(V4(header.destination)))
+}
+
+/// Makes an IPv4 packet for a task's stand-in one of IPv6 for the task.
+#[inline(always)]
+pub fn to_task(frame: &mut Skb, packet: &Packet<V4>, config: &Config) -> Result<(), Outcome> {
+    let task = stand_in::own(packet.key.destination).ok_or(Outcome::Untranslatable)?;
+    if packet.network() != LINK || give_sum(frame, packet) == NO_SUM {
+        return Err(Outcome::Untranslatable);
+    }
+    let done = if packet.kind == ERROR {
+        error(frame, packet, task, config.client_prefix)
+    } else {
+        datagram(frame, packet, task, config.client_prefix)
+    };
+    verifier::unpack(done).map(|_| ())
+}
 
 /// Makes an IPv4 packet for an address of the pool one of IPv6 for the client.
 #[inline(always)]
-pub fn apply(frame: &mut Skb, packet: &Packet<V4>) -> u32 {
+pub fn from_task(frame: &mut Skb, packet: &Packet<V4>) -> u32 {
     let number = maps::config().and_then(|config| pool::number(config, packet.key.destination));
     match number {
         Some(number) => translate(frame, packet, number),
@@ -57,18 +77,57 @@ fn translate(frame: &mut Skb, packet: &Packet<V4>, number: u32) -> u32 {
         // A later fragment does not say whose it is.
         return if packet.kind == LATER { NOT_OURS } else { REFUSED };
     };
-    if packet.network() != LINK {
+    if packet.network() != LINK || give_sum(frame, packet) == NO_SUM {
         return REFUSED;
     }
     let may_be_cut =
         frame.read::<Ipv4>(packet.network()).is_some_and(|header| header.fragment & ipv4::DONT_FRAGMENT == 0);
-    let done =
-        if packet.kind == ERROR { error(frame, packet, client) } else { datagram(frame, packet, client) };
+    let done = if packet.kind == ERROR {
+        error(frame, packet, client, PREFIX[2])
+    } else {
+        datagram(frame, packet, client, PREFIX[2])
+    };
     match verifier::unpack_raw(done) {
         Ok(_) if may_be_cut => MAY_BE_CUT,
         Ok(_) => WHOLE_ONLY,
         Err(_) => REFUSED,
     }
+}
+
+/// It has no sum, and can be given none.
+const NO_SUM: u32 = 1;
+
+/// Gives a datagram that has no sum one, of IPv4: IPv6 knows none without (RFC 8200, 8.1; RFC 7915, 4.5). Over a fragment none can
+/// be made.
+#[inline(never)]
+fn give_sum(frame: &mut Skb, packet: &Packet<V4>) -> u32 {
+    let key = &packet.key;
+    if key.protocol != UDP || packet.kind == LATER || packet.kind == ERROR {
+        return 0;
+    }
+    let at = Offsets::of(packet).checksum() as u32;
+    let Some(sum) = frame.load::<u16>(at) else {
+        return NO_SUM;
+    };
+    if sum != 0 {
+        return 0;
+    }
+    let (whole, bytes) = (packet.transport_bytes, opaque(packet.transport_bytes as u64) as u32 & OFFSETS);
+    let Some(cutting) = maps::cutting() else {
+        return NO_SUM;
+    };
+    if packet.kind != WHOLE || whole as u32 > sum::LONGEST || bytes < 8 || frame.segment_bytes() != 0 {
+        return NO_SUM;
+    }
+    cutting.bytes = whole as u32;
+    let to = cutting.payload.as_mut_ptr().cast();
+    // SAFETY: the context is the program's own, and the entry longer than what is read into it.
+    if unsafe { bpf_skb_load_bytes(frame.raw().cast(), packet.transport() as u32, to, bytes) } != 0 {
+        return NO_SUM;
+    }
+    let pseudo = pseudo_header(key.source, key.destination, UDP, whole);
+    let sum = sum::of(cutting, pseudo as u32) as u16;
+    if frame.store(at, &sum) { 0 } else { NO_SUM }
 }
 
 /// An IPv6 header.
@@ -91,23 +150,19 @@ fn to_v6_delta(from: (V4, V4), to: (&V6, &V6)) -> Delta {
 }
 
 #[inline(never)]
-fn datagram(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> u64 {
-    verifier::pack(try_datagram(frame, packet, client).map(|()| 0))
+fn datagram(frame: &mut Skb, packet: &Packet<V4>, destination: &V6, third: u32) -> u64 {
+    verifier::pack(try_datagram(frame, packet, destination, third).map(|()| 0))
 }
 
 #[inline(always)]
-fn try_datagram(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> Result<(), Outcome> {
+fn try_datagram(frame: &mut Skb, packet: &Packet<V4>, destination: &V6, third: u32) -> Result<(), Outcome> {
     let key = &packet.key;
-    let task = embed(key.source);
+    let source = embed_in(third, key.source);
     let options = packet.transport() - packet.network() - size_of::<Ipv4>();
     let is_fragment = packet.kind == FIRST || packet.kind == LATER;
     if packet.kind != LATER {
         let offsets = Offsets::of(packet);
-        // A datagram without a sum: IPv6 knows none (RFC 8200, 8.1), and over a fragment none can be made.
-        if key.protocol == UDP && frame.read::<u16>(offsets.checksum()).is_none_or(|sum| *sum == 0) {
-            return Err(Outcome::Untranslatable);
-        }
-        let delta = to_v6_delta((key.source, key.destination), (&task, client));
+        let delta = to_v6_delta((key.source, key.destination), (&source, destination));
         frame.update_sum(&offsets, delta).ok_or(Outcome::Untranslatable)?;
     }
     let field = frame.read::<Ipv4>(packet.network()).ok_or(Outcome::Untranslatable)?.fragment;
@@ -115,7 +170,7 @@ fn try_datagram(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> Result<(),
     become_v6(frame, options, behind)?;
     let next = if is_fragment { ipv6::FRAGMENT } else { key.protocol };
     let payload = packet.transport_bytes.wrapping_add(behind as u16);
-    if !frame.store(LINK as u32, &header6(task, client, next, packet.ttl, packet.tos, payload)) {
+    if !frame.store(LINK as u32, &header6(source, destination, next, packet.ttl, packet.tos, payload)) {
         return Err(Outcome::Untranslatable);
     }
     if is_fragment {
@@ -142,19 +197,19 @@ fn become_v6(frame: &mut Skb, options: usize, behind: usize) -> Result<(), Outco
     if !done {
         return Err(Outcome::Untranslatable);
     }
-    // A task's packets come without a device's sum over all of them.
     frame.at::<Ethernet>(0).ok_or(Outcome::Untranslatable)?.kind = IPV6;
+    frame.adjust_sum(Delta::of_word(IPV4, IPV6));
     Ok(())
 }
 
-/// An ICMP error about a packet that the client sent.
+/// An ICMP error about a packet from its destination to its source.
 #[inline(never)]
-fn error(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> u64 {
-    verifier::pack(try_error(frame, packet, client).map(|()| 0))
+fn error(frame: &mut Skb, packet: &Packet<V4>, destination: &V6, third: u32) -> u64 {
+    verifier::pack(try_error(frame, packet, destination, third).map(|()| 0))
 }
 
 #[inline(always)]
-fn try_error(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> Result<(), Outcome> {
+fn try_error(frame: &mut Skb, packet: &Packet<V4>, destination: &V6, third: u32) -> Result<(), Outcome> {
     let key = &packet.key;
     let plain = packet.transport() == LINK + size_of::<Ipv4>()
         && packet.quoted_transport() == packet.quoted() + size_of::<Ipv4>();
@@ -166,11 +221,11 @@ fn try_error(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> Result<(), Ou
     let quoted = frame.read::<Ipv4>(packet.quoted()).ok_or(Outcome::Untranslatable)?;
     let inner = u16::from_be(quoted.total_length);
     let says = said.to_v6(inner).ok_or(Outcome::Untranslatable)?;
-    let (from, task) = (embed(sender), embed(key.source));
+    let (from, source) = (embed_in(third, sender), embed_in(third, key.source));
     let bytes = packet.transport_bytes.wrapping_add(LONGER as u16);
     let header = header6(
-        *client,
-        &task,
+        *destination,
+        &source,
         key.protocol,
         quoted.ttl,
         quoted.tos,
@@ -179,14 +234,14 @@ fn try_error(frame: &mut Skb, packet: &Packet<V4>, client: &V6) -> Result<(), Ou
 
     // What the sum was over, but for the quoted header, whose own is zero; and what it is over now.
     let old = sum_of_said(&said) + sum_of(quoted);
-    let mut new = from.sum() + client.sum() + (ICMP6 as u16).to_be() as u32 + bytes.to_be() as u32;
+    let mut new = from.sum() + destination.sum() + (ICMP6 as u16).to_be() as u32 + bytes.to_be() as u32;
     new += sum_of_said(&says);
     new = fold(new) as u32 + halves(header.version_and_flow) + header.payload_length as u32;
-    new += u16::from_ne_bytes([header.next, header.hop_limit]) as u32 + client.sum() + task.sum();
-    let addresses = to_v6_delta((key.destination, key.source), (client, &task));
+    new += u16::from_ne_bytes([header.next, header.hop_limit]) as u32 + destination.sum() + source.sum();
+    let addresses = to_v6_delta((key.destination, key.source), (destination, &source));
     let change = Delta::of_word(fold(old), fold(new)).and(requote(frame, packet, addresses)?);
     let headers = Error6 {
-        outer: header6(from, client, ICMP6, packet.ttl, packet.tos, bytes),
+        outer: header6(from, destination, ICMP6, packet.ttl, packet.tos, bytes),
         icmp: saying(&says, change.apply(checksum)),
         quoted: header,
     };

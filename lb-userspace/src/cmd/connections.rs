@@ -15,7 +15,7 @@ use crate::{
     cluster::Protocol,
     connection::{Connection, Filter, Names},
     controller::counted,
-    datapath::{Seen, TableSet, Tools, as_tasks_know, by_client},
+    datapath::{Known, Seen, TableSet, Tools},
     inventory::Inventory,
     net::{Reset, Resetter},
     text,
@@ -70,7 +70,7 @@ impl Datapath {
         arguments: &ConnectionArgs,
         mut visit: impl FnMut(&Seen, &Connection<'_>, &dyn Fn() -> Vec<Reset>) -> Result<()>,
     ) -> Result<()> {
-        let names = Names::of(&self.inventory, &self.set.aliases(self.tools.now()?)?);
+        let names = Names::of(&self.inventory, self.set.config()?, &self.set.aliases(self.tools.now()?)?);
         self.set.each_connection(&self.inventory.tables, &self.tools, |seen, resets| {
             let connection = names.connection(seen);
             let chosen = arguments.filter.iter().all(|filter| filter.chooses(&connection));
@@ -211,7 +211,8 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
         // One that got into another state meanwhile is looked at again; a new one of the same client is another connection.
         let mut left: Option<HashSet<Ends>> = None;
         for _ in 0..TRIES {
-            let known = by_client(&datapath.set.aliases(datapath.tools.now()?)?);
+            let aliases = datapath.set.aliases(datapath.tools.now()?)?;
+            let known = Known::new(datapath.set.config()?, &aliases, &datapath.inventory.tables);
             let mut end =
                 Killing { datapath, arguments, resetter: &resetter, batch: Vec::new(), stay: HashSet::new() };
             datapath.each(arguments, |seen, connection, resets| {
@@ -220,7 +221,7 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
                     return Ok(());
                 }
                 let mut resets = resets();
-                as_tasks_know(&known, &mut resets);
+                known.address(&mut resets);
                 end.add(seen, connection, resets, &mut done)
             })?;
             end.end(&mut done)?;

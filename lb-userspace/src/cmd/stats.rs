@@ -10,7 +10,6 @@ use super::{
     list::{PERIOD, table, table_out},
     out,
 };
-use crate::translation::{embedded, real};
 use crate::{
     cli::{Output, Read},
     datapath::{Counters, TableSet},
@@ -114,7 +113,7 @@ fn document(interface: &str, tables: &Tables, counters: &Counters) -> serde_json
             json!({
                 "service": tables.services.get(&entry.backend.service).map(|service| &service.name),
                 "task": entry.label.task, "protocol": entry.label.protocol, "target": entry.label.target,
-                "address": real(entry.label.address), "translated": embedded(entry.label.address).is_some(), "connections": stats.connections, "failovers": stats.failovers,
+                "address": entry.label.own(), "translated": entry.label.own.is_some(), "connections": stats.connections, "failovers": stats.failovers,
                 "request_packets": stats.request_packets, "request_bytes": stats.request_bytes,
                 "reply_packets": stats.reply_packets, "reply_bytes": stats.reply_bytes,
             })

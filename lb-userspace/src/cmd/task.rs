@@ -4,7 +4,6 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::{Found, drain, inspect, inventories, list, list::Rows, service};
-use crate::translation::{embedded, real};
 use crate::{cli::TaskCommand, report::Drained};
 
 /// Runs a task verb.
@@ -41,8 +40,8 @@ pub async fn run(command: &TaskCommand) -> Result<()> {
                     total += open;
                     json!({
                         "backend": number, "generation": entry.backend.generation,
-                        "address": real(entry.label.address), "target": entry.label.target,
-                        "translated": embedded(entry.label.address).is_some(),
+                        "address": entry.label.own(), "target": entry.label.target,
+                        "translated": entry.label.own.is_some(),
                         "protocol": entry.label.protocol, "overlay": entry.label.overlay,
                         "connections": stats.connections, "open_connections": open, "failovers": stats.failovers,
                     })

@@ -39,7 +39,7 @@ use crate::{
     serve::Changed,
     source::{Origin, Update},
     supervisor::Pulse,
-    translation::{Pool, embed},
+    translation::{Pool, prefixes},
     tunnel_key::{Keyring, Secret},
 };
 use notice::Notice;
@@ -66,6 +66,8 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// By what addresses tasks that have IPv4 alone know IPv6 clients.
     pub v6_pool: Pool,
+    /// [`lb_common::abi::Config::client_prefix`].
+    pub client_prefix: u32,
     /// Whether each new connection is logged.
     pub connection_log: ConnectionLog,
     /// This node's key for the tunnel.
@@ -455,10 +457,9 @@ impl Controller {
     /// Has the datapath refuse clients that say to be where this node itself or its containers are.
     fn sync_inner_ranges(&mut self, snapshot: &Snapshot) -> Result<BTreeSet<String>> {
         let mut wanted = snapshot.inner_ranges();
-        // By these tasks know IPv6 clients, and IPv6 them.
+        // By these tasks know clients of the other family, and are known to them.
         let pool = self.settings.v6_pool.0.map(|range| (range.network().into(), range.prefix_len()));
-        let translated = pool.map(|_| (embed(Ipv4Addr::UNSPECIFIED), 96));
-        wanted.extend(pool.into_iter().chain(translated).map(|range| (range, inner::BRIDGE)));
+        wanted.extend(pool.into_iter().chain([prefixes()]).map(|range| (range, inner::BRIDGE)));
         let many = wanted.len();
         let mut complaints = BTreeSet::new();
         while wanted.len() > size::INNER_RANGES {
@@ -770,6 +771,6 @@ fn roles(reach: Reach, way: &Way) -> impl Iterator<Item = Role> + use<> {
 const fn role(reach: Reach) -> Role {
     match reach {
         Reach::Peer => Role::Peers,
-        Reach::Local | Reach::Snat | Reach::Routed => Role::Tasks,
+        Reach::Local | Reach::Translated | Reach::Snat | Reach::Routed => Role::Tasks,
     }
 }

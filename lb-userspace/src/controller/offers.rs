@@ -14,6 +14,7 @@ use crate::{
     check::runner::{Asked, Checks},
     cluster::{ClusterState, Service, Task, TaskState},
     plan::Tables,
+    translation::own,
 };
 
 /// A task that has just come gets a tenth of its share, then two, up to the whole.
@@ -103,7 +104,8 @@ impl Offers {
                 let is_here = |address: &&IpAddr| cluster.this.is_none() || Some(**address) != task.overlay;
                 let address = task.addresses.iter().find(is_here);
                 let address = address.filter(|_| task.state != TaskState::Starting);
-                let at = address.map(|address| SocketAddr::new(*address, check.port));
+                let own = |address: IpAddr| own(address, &task.addresses).unwrap_or(address);
+                let at = address.map(|address| SocketAddr::new(own(*address), check.port));
                 wanted.insert(task.name.clone(), Asked { at, check: check.clone() });
             }
         }

@@ -103,6 +103,11 @@ impl MapSpec {
             spec::<u32, u64>(table::VLANS, Array, Some(size::VLAN_WORDS as u32)),
             spec::<u32, PoolEntry>(table::POOL, Array, Some(size::POOL as u32)),
             spec::<V6, u32>(table::POOL_CLIENTS, Hash, Some(2 * size::POOL as u32)),
+            spec::<V6, V6>(
+                table::STAND_INS,
+                Hash,
+                sizes.backends.map(|backends| size::stand_ins(backends as usize) as u32),
+            ),
             spec::<u32, u64>(table::OUTCOMES, PerCpuArray, Some(OUTCOMES as u32)),
             spec::<u32, BackendStats>(table::BACKEND_STATS, PerCpuArray, sizes.backends),
             spec::<u32, ServiceStats>(table::SERVICE_STATS, PerCpuArray, sizes.services),

@@ -65,7 +65,7 @@ pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
-pub use pool::{Alias, as_tasks_know, by_client};
+pub use pool::{Alias, Known};
 pub use tables::{Drains, TableSet, Vlans, kept_secret};
 pub use tools::Tools;
 
@@ -678,7 +678,7 @@ impl Datapath {
         let clock = Clock { tables, access: access.as_ref(), now, jiffies_per_second, hash_keys };
         let collected = self.set.collect(clock, tools::gc(&self.ebpf)?, resets);
         // Who was idle so long has his address until here.
-        self.set.send_as_tasks_know(now, resets);
+        self.set.send_as_tasks_know((&self.config, &self.tables), now, resets);
         let mut done = collected?;
         done.fills.extend(self.set.collect_aliases(now, &done.translated)?);
         self.access_looks = if done.denied > 0 { ACCESS_LOOKS } else { self.access_looks.saturating_sub(1) };

@@ -11,7 +11,7 @@ use std::{
 
 use aya::maps::{self, Map, MapData};
 use lb_common::{
-    abi::table,
+    abi::{Config, table},
     conntrack::elapsed,
     net::{Address as _, V6},
     translation::{ANSWERED, BUSY, CONFIRMED, FREE, PoolEntry, is_held, seen, state, word as word_of},
@@ -23,7 +23,8 @@ use super::{DatapathError, PinDir, TableSet, connections::Mapping};
 use crate::{
     limits::Fill,
     net::Reset,
-    translation::{Pool, embedded},
+    plan::Tables,
+    translation::{Pool, client_in_six, is_made_up},
 };
 
 /// A client keeps his address for so many seconds after his last packet, and as long as he has connections.
@@ -147,21 +148,41 @@ fn take(
     taken
 }
 
-/// Has resets for tasks that are reached by translation go to them as they know the client; who is known by no address any more has
-/// nothing open there.
-pub fn as_tasks_know(known: &HashMap<IpAddr, Ipv4Addr>, resets: &mut Vec<Reset>) {
-    resets.retain_mut(|reset| {
-        let Some(task) = embedded(reset.to.ip()) else { return true };
-        let Some(address) = known.get(&reset.from.ip()) else { return false };
-        reset.to.set_ip(task);
-        reset.from.set_ip((*address).into());
-        true
-    });
+/// How clients and tasks of different families know each other.
+pub struct Known {
+    config: Config,
+    /// By what address tasks know an IPv6 client.
+    clients: HashMap<IpAddr, Ipv4Addr>,
+    /// [`Tables::own_addresses`].
+    tasks: HashMap<IpAddr, IpAddr>,
 }
 
-/// By what address tasks know a client.
-pub fn by_client(aliases: &[Alias]) -> HashMap<IpAddr, Ipv4Addr> {
-    aliases.iter().map(|alias| (alias.client, alias.address)).collect()
+impl Known {
+    /// Of these aliases and tasks.
+    pub fn new(config: Config, aliases: &[Alias], tables: &Tables) -> Self {
+        let clients = aliases.iter().map(|alias| (alias.client, alias.address)).collect();
+        Self { config, clients, tasks: tables.own_addresses() }
+    }
+
+    /// The address by which tasks of the other family know a client.
+    pub fn client(&self, client: IpAddr) -> Option<IpAddr> {
+        match client {
+            IpAddr::V4(client) => Some(client_in_six(client, &self.config)),
+            IpAddr::V6(_) => self.clients.get(&client).map(|address| (*address).into()),
+        }
+    }
+
+    /// Has resets for tasks that are reached by translation go to them as they know the client; who is known by no address any more
+    /// has nothing open there, nor has a task that is gone.
+    pub fn address(&self, resets: &mut Vec<Reset>) {
+        resets.retain_mut(|reset| {
+            let Some(task) = self.tasks.get(&reset.to.ip()) else { return !is_made_up(reset.to.ip()) };
+            let Some(from) = self.client(reset.from.ip()) else { return false };
+            reset.to.set_ip(*task);
+            reset.from.set_ip(from);
+            true
+        });
+    }
 }
 
 impl TableSet {
@@ -203,16 +224,21 @@ impl TableSet {
         Ok(held.map(|(_, client)| client.to_ip()))
     }
 
-    /// [`as_tasks_know`] of those for whom it matters.
-    pub(super) fn send_as_tasks_know(&self, now: u32, resets: &mut Vec<Reset>) {
-        if resets.iter().all(|reset| embedded(reset.to.ip()).is_none()) {
+    /// [`Known::address`] of resets for whom it matters.
+    pub(super) fn send_as_tasks_know(
+        &self,
+        (config, tables): (&Config, &Tables),
+        now: u32,
+        resets: &mut Vec<Reset>,
+    ) {
+        if resets.iter().all(|reset| !is_made_up(reset.to.ip())) {
             return;
         }
         let known = self.aliases(now).unwrap_or_else(|error| {
             log::debug!("who tasks know IPv6 clients as: {error}");
             Vec::new()
         });
-        as_tasks_know(&by_client(&known), resets);
+        Known::new(*config, &known, tables).address(resets);
     }
 
     /// Frees the addresses of clients who were silent for long and have no connection; how many are held. Where more than half are,

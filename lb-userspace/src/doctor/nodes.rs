@@ -17,7 +17,6 @@ use crate::{
     datapath::attached_interfaces,
     inventory::{Agent, Key, Node, via},
     net::{Asked, Net, Route, Snapshot, ask_once},
-    translation::embedded,
 };
 
 /// An answer comes within this time, or not at all.
@@ -214,7 +213,7 @@ pub async fn probe(findings: &mut Findings, one: &Attached) {
         let local =
             lb_common::backend::Kind::try_from(entry.backend.kind).is_ok_and(|kind| via(kind) == "local");
         // What is translated is asked at its own address.
-        if !local || entry.label.protocol != Protocol::Tcp || embedded(entry.label.address).is_some() {
+        if !local || entry.label.protocol != Protocol::Tcp || entry.label.own.is_some() {
             continue;
         }
         let at = SocketAddr::new(entry.label.address, entry.label.target);

@@ -132,8 +132,8 @@ pub fn explain(
     if client.is_ipv4() != listener.is_ipv4() {
         return Err(ExplainError::Families(client.ip(), listener.ip()));
     }
-    let names = Names::of(inventory, &[]);
     let config = set.config()?;
+    let names = Names::of(inventory, config, &[]);
     let run = DryRun::new(set, &inventory.tables, question.protocol, (client, listener))?;
     let known = run.connection()?;
     let frame = match &question.through {

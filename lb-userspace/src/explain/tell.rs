@@ -23,7 +23,7 @@ use crate::{
     datapath::{DatapathError, PinDir, Ran, TableSet, Verdict},
     inventory::{Inventory, Service, interface_to},
     plan::{At, BackendEntry, ServiceLabel, Tables},
-    translation::{embedded, shown},
+    translation::shown,
 };
 
 /// Other addresses of a published port are told up to so many.
@@ -270,7 +270,9 @@ impl<'a> Teller<'a> {
         let by = name_of(backend.ifindex);
         let text = match Kind::try_from(backend.kind) {
             Ok(Kind::Local) if backend.flags & TRANSLATED != 0 => {
-                format!("to the task's veth, {by}, where IPv6 becomes IPv4")
+                let (from, to) =
+                    if entry.label.address.is_ipv6() { ("IPv6", "IPv4") } else { ("IPv4", "IPv6") };
+                format!("to the task's veth, {by}, where {from} becomes {to}")
             }
             Ok(Kind::Local) => format!("into the task's network namespace, by {by}"),
             Ok(Kind::Routed) => format!("by a next hop on {by}; replies come back through this node"),
@@ -320,10 +322,14 @@ impl<'a> Teller<'a> {
         let Made { tunnel, ends: [from, to], .. } = *made;
         let Question { client, listener, .. } = self.question;
         let mut said = Vec::new();
+        let own =
+            self.entry().filter(|entry| entry.label.address == to.ip()).and_then(|entry| entry.label.own);
         if to != *listener {
-            said.push(format!("destination {listener} becomes {}", shown(to)));
+            said.push(format!("destination {listener} becomes {}", shown(to, own)));
         }
-        if embedded(to.ip()).is_some() {
+        if let (Some(IpAddr::V6(_)), IpAddr::V4(client)) = (own, client.ip()) {
+            said.push(format!("source {client} becomes {}", self.names.client_in_six(client)));
+        } else if own.is_some() {
             said.push(format!(
                 "source {client} becomes an address of the pool: `lb-userspace clients` says which, once it has one"
             ));

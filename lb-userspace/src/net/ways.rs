@@ -11,10 +11,7 @@ use lb_common::{
 };
 
 use super::{Link, Net, Route, Snapshot, newest};
-use crate::{
-    plan::{Reach, Way},
-    translation::embedded,
-};
+use crate::plan::{Reach, Way};
 
 /// What is remembered from one search to the next.
 #[derive(Default)]
@@ -54,19 +51,6 @@ impl Ways {
         let mut ways = BTreeMap::new();
         self.by.clear();
         for (address, reach) in destinations {
-            if let Some(task) = embedded(*address) {
-                let way = match reach {
-                    Reach::Local if !self.translates => {
-                        Err("IPv6 clients are not translated here: --v6-pool is off".to_owned())
-                    }
-                    Reach::Local => self.translated(net, snapshot, uplink, task).await,
-                    _ => {
-                        Err("IPv6 clients are translated by an agent on its node, which has none".to_owned())
-                    }
-                };
-                ways.insert((*address, *reach), way);
-                continue;
-            }
             let route = net.route(*address).await;
             if let (Ok(route), Reach::Peer) = (&route, reach) {
                 self.by.insert(*address, route.interface);
@@ -75,13 +59,15 @@ impl Ways {
                 Err(reason) => Err(reason),
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
+                    Reach::Translated => self.translated(net, snapshot, uplink, *address, &route).await,
                     Reach::Snat | Reach::Routed => self.remote(net, snapshot, uplink, *address, &route).await,
                     Reach::Peer => self.peer(net, snapshot, (uplink, others), *address, &route).await,
                 },
             };
             ways.insert((*address, *reach), way);
         }
-        self.ports.retain(|address, _| destinations.contains(&(*address, Reach::Local)));
+        let is_here = |address: &IpAddr| [Reach::Local, Reach::Translated].map(|reach| (*address, reach));
+        self.ports.retain(|address, _| is_here(address).iter().any(|to| destinations.contains(to)));
         self.release(net, false).await;
         self.found.clone_from(&ways);
         ways
@@ -164,17 +150,20 @@ impl Ways {
         })
     }
 
-    /// The way to a task of this node that has IPv4 alone, for what is translated there: by its veth's own queue, so that it must
-    /// be known whom the frame is for.
+    /// The way to a task of this node for what is translated there: by its veth's own queue, so that it must be known whom the frame
+    /// is for.
     async fn translated(
         &mut self,
         net: &Net,
         snapshot: &Snapshot,
         uplink: u32,
         task: IpAddr,
+        route: &Route,
     ) -> Result<Way, String> {
-        let route = net.route(task).await?;
-        let way = self.local(net, snapshot, uplink, task, &route).await?;
+        if task.is_ipv4() && !self.translates {
+            return Err("IPv6 clients are not translated here: --v6-pool is off".to_owned());
+        }
+        let way = self.local(net, snapshot, uplink, task, route).await?;
         if way.mac == [0; 6] {
             return Err(format!("the hardware address of {task} is not known yet"));
         }

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
-    translation::embedded,
+    translation::{is_made_up, own},
     tunnel_key::Cookies,
 };
 
@@ -71,6 +71,8 @@ impl View<'_> {
 pub enum Reach {
     /// It is a task of this node.
     Local,
+    /// It is one, for clients of the family that it does not have.
+    Translated,
     /// It is a task of another node, and sees this node's address.
     Snat,
     /// It is a task of another node, and sees the client's address.
@@ -83,7 +85,7 @@ impl Reach {
     /// The backend kind that does so.
     pub const fn kind(self) -> Kind {
         match self {
-            Self::Local => Kind::Local,
+            Self::Local | Self::Translated => Kind::Local,
             Self::Snat => Kind::Snat,
             Self::Routed => Kind::Routed,
             Self::Peer => Kind::Peer,
@@ -188,14 +190,21 @@ impl<'a> Reaching<'a> {
         let wanted = tasks.iter().map(|task| (task, self.of(task)));
         // Those of peers are reached by their nodes.
         let wanted = wanted.filter(|(_, reach)| *reach != Reach::Peer);
-        wanted.flat_map(|(task, reach)| reached(task, reach).map(move |address| (address, reach))).collect()
+        wanted
+            .flat_map(|(task, reach)| reached(task, reach).map(move |address| to(task, address, reach)))
+            .collect()
     }
 }
 
-/// The addresses at which a task is reached so: that by which it is translated is known to its node's agent alone.
+/// What a way is asked for to reach a task at one of its addresses.
+fn to(task: &Task, address: IpAddr, reach: Reach) -> (IpAddr, Reach) {
+    own(address, &task.addresses).map_or((address, reach), |own| (own, Reach::Translated))
+}
+
+/// The addresses at which a task is reached so: one that it has within its node alone only that node's agent knows.
 fn reached(task: &Task, reach: Reach) -> impl Iterator<Item = IpAddr> + '_ {
     let by_agent = matches!(reach, Reach::Local | Reach::Peer);
-    task.addresses.iter().copied().filter(move |address| by_agent || embedded(*address).is_none())
+    task.addresses.iter().copied().filter(move |address| by_agent || !is_made_up(*address))
 }
 
 /// Whether there is anything to serve or to show of a service.
@@ -284,6 +293,7 @@ impl<'a> Scene<'a> {
                         protocol: *protocol,
                         target: *target,
                         address: *address,
+                        own: own(*address, &task.addresses),
                         overlay: task.cluster_address().filter(|overlay| overlay != address),
                         problem,
                     };
@@ -307,7 +317,7 @@ impl<'a> Scene<'a> {
             let way = way.ok_or_else(|| format!("there is no node {}", task.node))?;
             return way.as_ref().map(|(_, way)| way).map_err(Clone::clone);
         }
-        let way = match self.view.ways.get(&(address, reach)) {
+        let way = match self.view.ways.get(&to(task, address, reach)) {
             Some(way) => way.as_ref().map_err(Clone::clone),
             None => Err("the way to it is not known yet".to_owned()),
         };

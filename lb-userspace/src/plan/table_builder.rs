@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
 use lb_common::{
-    abi::size::NODE_ADDRESSES,
+    abi::size::{self, NODE_ADDRESSES},
     backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
     net::{Be16, Wide},
@@ -99,6 +99,8 @@ pub(super) struct TableBuilder<'a> {
     nodes: HashMap<String, u32>,
     /// Whether there are other nodes with agents.
     peers: bool,
+    /// What stands in for whom, before and after.
+    stand_ins: BTreeMap<Ipv4Addr, Ipv6Addr>,
 }
 
 impl<'a> TableBuilder<'a> {
@@ -117,6 +119,7 @@ impl<'a> TableBuilder<'a> {
             backends: Numbers::new(&actual.backends, limits.backends, rested, Some(&actual.resting)),
             nodes: actual.nodes.iter().map(|(number, label)| (label.name.clone(), *number)).collect(),
             peers: !actual.peers.is_empty(),
+            stand_ins: actual.stand_ins.clone(),
         }
     }
 
@@ -299,6 +302,21 @@ impl<'a> TableBuilder<'a> {
                 );
                 return Err(self.taken(owner.backend.service, reason));
             }
+            if let Some((address, own)) = stand_in(entry) {
+                let room = size::stand_ins(self.limits.backends as usize) / 2;
+                match self.stand_ins.get(&address) {
+                    Some(known) if *known == own => {}
+                    Some(other) => {
+                        let reason = format!(
+                            "{address} stands in for both {own} of task {} and {other}; give the task another address",
+                            entry.label.task
+                        );
+                        return Err(Refusal::Taken(String::new(), reason));
+                    }
+                    None if self.stand_ins.len() >= room => return Err(full("backends")),
+                    None => {}
+                }
+            }
             // Peers could not say which of the two they mean.
             let named = self.next.tasks.get(&task_key(entry)).and_then(|index| self.next.backends.get(index));
             if entry.backend.kind == Kind::Local as u8
@@ -467,6 +485,7 @@ impl<'a> TableBuilder<'a> {
             if local {
                 entry.backend.source = cluster_address(&entry.label);
                 entry.backend.flags |= backend::NAMED;
+                self.stand_ins.extend(stand_in(&entry));
             }
             if answers_here(&entry) && !sources.is_empty() {
                 if sources.len() == 1 {
@@ -522,6 +541,10 @@ impl<'a> TableBuilder<'a> {
             self.allocations.listeners[family(at)] -= 1;
         }
         self.allocations.access -= self.next.access.gone().count();
+        if !self.stand_ins.is_empty() {
+            let tasks = self.next.backends.iter().filter_map(|(_, entry)| stand_in(entry)).collect();
+            self.next.stand_ins.replace(tasks);
+        }
         (self.next, self.allocations)
     }
 }
@@ -545,6 +568,16 @@ fn full(what: &str) -> Refusal {
 /// Whether a backend's answers come to this node by themselves, from its own address.
 fn answers_here(entry: &BackendEntry) -> bool {
     entry.backend.kind == Kind::Local as u8 || entry.backend.kind == Kind::Routed as u8
+}
+
+/// What stands in for a task of this node that has IPv6 alone, and its own address.
+fn stand_in(entry: &BackendEntry) -> Option<(Ipv4Addr, Ipv6Addr)> {
+    match (entry.label.address, entry.label.own) {
+        (IpAddr::V4(address), Some(IpAddr::V6(own))) if entry.backend.kind == Kind::Local as u8 => {
+            Some((address, own))
+        }
+        _ => None,
+    }
 }
 
 /// Where a backend's answers come from.

@@ -54,6 +54,12 @@ impl<'a, K: Ord + Clone, V: PartialEq> TableDiff<'a, K, V> {
         }
     }
 
+    /// All entries as they are to be; those that do not change first.
+    pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        let stay = self.base.iter().filter(|(key, _)| !self.changes.contains_key(key));
+        stay.chain(self.changes.iter().filter_map(|(key, change)| Some((key, change.as_ref()?))))
+    }
+
     /// Keys of the entries that go.
     pub fn gone(&self) -> impl Iterator<Item = &K> {
         self.changes.iter().filter(|(_, change)| change.is_none()).map(|(key, _)| key)
@@ -87,6 +93,7 @@ mod tests {
         table.set(5, 'e');
         assert_eq!([1, 2, 3, 5].map(|key| table.get(&key).copied()), [Some('a'), None, Some('c'), Some('e')]);
         assert_eq!(table.gone().copied().collect::<Vec<_>>(), [2]);
+        assert_eq!(table.iter().map(|(key, _)| *key).collect::<Vec<_>>(), [1, 3, 5]);
         table.replace(BTreeMap::from([(1, 'a'), (5, 'f')]));
         assert_eq!(table.split(), (vec![(5, 'f')], vec![2, 3]));
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -96,14 +96,24 @@ pub struct BackendLabel {
     pub protocol: Protocol,
     /// The port it listens on.
     pub target: u16,
-    /// Its address.
+    /// Its address, as the tables have it.
     pub address: IpAddr,
+    /// Its own address, if that is one that it has within its node alone: packets are translated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own: Option<IpAddr>,
     /// Its address in the cluster, if that is another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<IpAddr>,
     /// Why it is not offered, if it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+impl BackendLabel {
+    /// The address that the task has itself.
+    pub fn own(&self) -> IpAddr {
+        self.own.unwrap_or(self.address)
+    }
 }
 
 /// A machine of the cluster.
@@ -164,7 +174,7 @@ pub enum Role {
     Tasks,
     /// Other nodes are reached by it.
     Peers,
-    /// What IPv6 clients have for its tasks becomes IPv4 there.
+    /// What clients have for tasks that have the other family alone becomes theirs there.
     Translated,
 }
 
@@ -202,6 +212,8 @@ pub struct Tables {
     pub resting: BTreeSet<u32>,
     /// Listeners.
     pub listeners: BTreeMap<At, Listener>,
+    /// The addresses of tasks that have IPv6 alone, by what stands in for them.
+    pub stand_ins: BTreeMap<Ipv4Addr, Ipv6Addr>,
     /// Reply sources by the task's endpoint.
     pub endpoints: BTreeMap<At, TaskListener>,
     /// The whole slot table; what no listener names has no meaning.
@@ -227,6 +239,12 @@ impl Tables {
     pub fn slots_of(&self, listener: &Listener) -> Option<&[u32]> {
         let base = listener.slot_base as usize;
         self.slots.get(base..base.checked_add(listener.slot_count as usize)?)
+    }
+
+    /// The addresses that this node's tasks have themselves, by those that they have within it alone.
+    pub fn own_addresses(&self) -> HashMap<IpAddr, IpAddr> {
+        let local = self.backends.values().filter(|entry| entry.backend.kind == Kind::Local as u8);
+        local.filter_map(|entry| Some((entry.label.address, entry.label.own?))).collect()
     }
 
     /// Does to this copy what applying the operation does to the kernel's.
@@ -259,6 +277,8 @@ impl Tables {
                 self.backends.remove(&index);
                 self.resting.insert(index);
             }
+            MapOp::SetStandIn(address, own) => drop(self.stand_ins.insert(address, own)),
+            MapOp::RemoveStandIn(address) => drop(self.stand_ins.remove(&address)),
             MapOp::SetTaskEndpoint(at, task) => drop(self.endpoints.insert(at, task)),
             MapOp::RemoveTaskEndpoint(at) => drop(self.endpoints.remove(&at)),
             MapOp::SetSlots(base, slots) => {
@@ -351,6 +371,14 @@ impl Tables {
                 }
             }
         }
+        for (index, entry) in &self.backends {
+            let (label, local) = (&entry.label, entry.backend.kind == Kind::Local as u8);
+            if let (IpAddr::V4(address), Some(IpAddr::V6(own)), true) = (label.address, label.own, local)
+                && self.stand_ins.get(&address) != Some(&own)
+            {
+                found.push(format!("{address} of backend {index} does not stand in for {own}"));
+            }
+        }
         for (key, index) in &self.tasks {
             if self.backends.get(index).is_none_or(|entry| entry.backend.kind != Kind::Local as u8) {
                 found.push(format!("{key:?} names backend {index}, which is no task of this node"));
@@ -399,6 +427,10 @@ pub enum MapOp {
     SetBackend(u32, BackendEntry),
     /// Free a backend: its connections have lost their task.
     FreeBackend(u32),
+    /// Say which task an address stands in for.
+    SetStandIn(Ipv4Addr, Ipv6Addr),
+    /// Have an address stand in for nobody.
+    RemoveStandIn(Ipv4Addr),
     /// Write what is known of a task's endpoint.
     SetTaskEndpoint(At, TaskListener),
     /// Forget a task's endpoint.

@@ -4,7 +4,7 @@ mod prefer;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::Arc,
 };
 
@@ -17,6 +17,7 @@ use crate::{
         Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Service, Task,
         TaskState, Via,
     },
+    translation::stand_in,
     tunnel_key::Cookies,
 };
 
@@ -89,7 +90,12 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
     for (slot, state, weight, here, via, dual) in tasks {
         let mut addresses: Vec<IpAddr> = vec![format!("10.0.{number}.{}", slot + 1).parse().unwrap()];
         if dual {
-            addresses.push(format!("fd00::{number}:{}", slot + 1).parse().unwrap());
+            let v6: Ipv6Addr = format!("fd00::{number}:{}", slot + 1).parse().unwrap();
+            // One of three has that alone.
+            if slot % 3 == 2 {
+                addresses = vec![stand_in(v6, |_| false).into()];
+            }
+            addresses.push(v6.into());
         }
         let node = if here { "node1" } else { "node2" }.to_owned();
         let name = format!("s{number}.{slot}");
@@ -826,4 +832,36 @@ fn a_silent_node_keeps_its_connections_and_gets_no_new_ones() {
         states,
         [(number, active, None), (number, draining, Some("it sleeps".into())), (number, active, None)]
     );
+}
+
+#[test]
+fn an_address_stands_in_for_a_task_as_long_as_any_service_has_it() {
+    let v6: Ipv6Addr = "fd00::7".parse().unwrap();
+    let instead = stand_in(v6, |_| false);
+    let service = |number: u8, addresses: Vec<IpAddr>| {
+        let mut service = build(number, vec![(0, TaskState::Running, 1, true, Via::Peer, true)], vec![]);
+        service.ports =
+            vec![Port { protocol: Protocol::Tcp, published: 80 + u16::from(number), target: number.into() }];
+        service.tasks[0].addresses = addresses;
+        service.tasks[0].overlay = Some(format!("10.0.9.{number}").parse().unwrap());
+        Arc::new(service)
+    };
+    let both = vec![instead.into(), v6.into()];
+    let (one, other) = (service(1, both.clone()), service(2, both));
+    let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
+    let mut go = |services: Vec<Arc<Service>>| {
+        let cluster = ClusterState { services, ..ClusterState::default() };
+        let plan = plan_by(&mut planner, (&cluster, |(address, _)| way(address)), &tables, &LIMITS);
+        apply(&mut tables, &plan).unwrap();
+        (plan.refused, tables.stand_ins.clone())
+    };
+    let expected = BTreeMap::from([(instead, v6)]);
+    assert_eq!(go(vec![one.clone(), other.clone()]), (vec![], expected.clone()));
+    assert_eq!(go(vec![other.clone()]), (vec![], expected.clone()));
+    // Two tasks that share one cannot be told apart.
+    let stranger = service(3, vec![instead.into(), "fd00::8".parse().unwrap()]);
+    let (refused, stand_ins) = go(vec![other.clone(), stranger]);
+    assert!(refused[0].contains(&format!("{instead} stands in for both")), "{refused:?}");
+    assert_eq!(stand_ins, expected);
+    assert_eq!(go(vec![]), (vec![], BTreeMap::new()));
 }

@@ -1,7 +1,11 @@
 //! The order of changes. Applied one by one, no listener ever leads to a slot or a backend that is not valid:
 //! what is new comes before what names it, what goes after what named it.
 
-use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr};
+use std::{
+    cmp::Reverse,
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use lb_common::{
     backend::State,
@@ -27,6 +31,7 @@ pub(super) struct Next<'a> {
     pub ports: TableDiff<'a, u32, PortLabel>,
     pub backends: TableDiff<'a, u32, BackendEntry>,
     pub listeners: TableDiff<'a, At, Listener>,
+    pub stand_ins: TableDiff<'a, Ipv4Addr, Ipv6Addr>,
     pub endpoints: TableDiff<'a, At, TaskListener>,
     pub access: TableDiff<'a, ClientRange, bool>,
     pub filter: TableDiff<'a, u32, u64>,
@@ -47,6 +52,7 @@ impl<'a> Next<'a> {
             ports: TableDiff::new(&actual.ports),
             backends: TableDiff::new(&actual.backends),
             listeners: TableDiff::new(&actual.listeners),
+            stand_ins: TableDiff::new(&actual.stand_ins),
             endpoints: TableDiff::new(&actual.endpoints),
             access: TableDiff::new(&actual.access),
             filter: TableDiff::new(&actual.filter),
@@ -67,6 +73,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     let actual = next.backends.base;
     let (backends, backends_gone) = next.backends.split();
     let (tasks, tasks_gone) = next.tasks.split();
+    let (stand_ins, stand_ins_gone) = next.stand_ins.split();
     let (endpoints, endpoints_gone) = next.endpoints.split();
     let (listeners, listeners_gone) = next.listeners.split();
     let (mut access, mut access_gone) = next.access.split();
@@ -86,6 +93,8 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(peer_numbers.into_iter().map(|(ip, i)| MapOp::SetPeerNumber(ip, i)));
     ops.extend(services.into_iter().map(|(i, label)| MapOp::SetService(i, label)));
     ops.extend(ports.into_iter().map(|(i, label)| MapOp::SetPort(i, label)));
+    // Whom packets are for, before any are sent there.
+    ops.extend(stand_ins.into_iter().map(|(address, own)| MapOp::SetStandIn(address, own)));
     // Backends that take connections, then what names them: peers, their endpoints, the ports that lead to them.
     ops.extend(promoted.into_iter().map(|(i, entry)| MapOp::SetBackend(i, entry)));
     ops.extend(tasks.into_iter().map(|(key, index)| MapOp::SetTask(key, index)));
@@ -102,6 +111,7 @@ pub(super) fn transition(next: Next<'_>) -> Vec<MapOp> {
     ops.extend(endpoints_gone.into_iter().map(MapOp::RemoveTaskEndpoint));
     ops.extend(tasks_gone.into_iter().map(MapOp::RemoveTask));
     ops.extend(backends_gone.into_iter().map(MapOp::FreeBackend));
+    ops.extend(stand_ins_gone.into_iter().map(MapOp::RemoveStandIn));
     ops.extend(peers_gone.into_iter().map(MapOp::RemovePeer));
     ops.extend(peer_keys_gone.into_iter().map(MapOp::RemovePeerKey));
     ops.extend(after);

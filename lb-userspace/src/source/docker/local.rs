@@ -17,7 +17,7 @@ use crate::{
     check::runner::Checks,
     net::{Net, Snapshot, newest},
     source::facts::{NodeFacts, TaskFacts, task_name},
-    translation::embed,
+    translation::{embed, is_made_up, own, stand_in},
     tunnel_key::PublicKey,
 };
 
@@ -148,10 +148,11 @@ impl Local {
             if let Some(overlay) = network.and_then(|network| network.ip_address.parse().ok()) {
                 let now = behind(&snapshot, overlay);
                 if !now.is_empty() {
-                    addresses = now;
-                    if self.translates {
-                        reach_by_both(&mut addresses);
-                    }
+                    let is_taken = |address: IpAddr| {
+                        let others = facts.tasks.iter().filter(|(other, _)| **other != name).chain(&tasks);
+                        others.flat_map(|(_, task)| &task.addresses).any(|known| *known == address)
+                    };
+                    addresses = reach_by_both(now, &addresses, self.translates, is_taken);
                 }
                 found &= !addresses.is_empty();
             }
@@ -213,14 +214,27 @@ impl Local {
     }
 }
 
-/// Adds the address at which a task is reached by IPv6 clients through translation, after those of its own: of one that has IPv6
-/// others take that.
-fn reach_by_both(addresses: &mut Vec<IpAddr>) {
-    let v4 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(v4) => Some(*v4),
-        IpAddr::V6(_) => None,
-    });
-    addresses.extend(v4.map(embed));
+/// Adds the address at which a task is reached through translation by clients of a family that it may not have, after those of its
+/// own: of one that has both others take those. What stood in for it before still does.
+fn reach_by_both(
+    mut addresses: Vec<IpAddr>,
+    before: &[IpAddr],
+    translates: bool,
+    is_taken: impl Fn(IpAddr) -> bool,
+) -> Vec<IpAddr> {
+    addresses.retain(|address| !is_made_up(*address));
+    let v4 = addresses.iter().find_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
+    let v6 = addresses.iter().find_map(|address| if let IpAddr::V6(v6) = address { Some(*v6) } else { None });
+    match (v4, v6) {
+        (Some(v4), _) if translates => addresses.push(embed(v4)),
+        (None, Some(v6)) => {
+            let kept = before.iter().find(|one| one.is_ipv4() && own(**one, before) == Some(v6.into()));
+            let new = || stand_in(v6, |address| is_taken(address.into())).into();
+            addresses.push(kept.copied().unwrap_or_else(new));
+        }
+        _ => {}
+    }
+    addresses
 }
 
 /// Where a container is reached on this node, found by its address on the cluster's network: both are in one namespace.
@@ -287,5 +301,25 @@ mod tests {
         held.containers.insert(0, container(9, "172.18.0.4"));
         assert_eq!(behind(&held, ip("10.0.0.7")), [ip("172.18.0.4")]);
         assert_eq!(behind(&snapshot, ip("10.0.0.8")), Vec::<IpAddr>::new());
+    }
+
+    #[test]
+    fn a_task_of_one_family_is_reached_by_both_at_the_same_address_while_it_runs() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let free = |_| false;
+        let (v4, v6) = (ip("172.18.0.3"), ip("fd18::3"));
+        assert_eq!(reach_by_both(vec![v4], &[], true, free), [v4, ip("64:ff9b:1:6c62::ac12:3")]);
+        // Without a pool IPv6 clients cannot be translated; IPv4 clients need none.
+        assert_eq!(reach_by_both(vec![v4], &[], false, free), [v4]);
+        let told = reach_by_both(vec![v6], &[], false, free);
+        let [own, first] = told[..] else { panic!("{told:?}") };
+        assert!(own == v6 && first.is_ipv4() && is_made_up(first));
+        // While another task has it, it is the next; and what it was stays.
+        let second = reach_by_both(vec![v6], &[], true, |address| address == first);
+        assert!(second[1] != first && reach_by_both(vec![v6], &second, true, free) == second);
+        // Another task's is not taken over, and who has both needs none.
+        let other = reach_by_both(vec![ip("fd18::4")], &second, true, free);
+        assert_ne!(other[1], second[1]);
+        assert_eq!(reach_by_both(vec![v4, v6], &second, true, free)[..2], [v4, v6]);
     }
 }

@@ -20,7 +20,7 @@ use crate::{
         TaskState, Tunnel, Via, address_range, set_timer, slow_start,
     },
     text,
-    translation::embed,
+    translation::{embed, stand_in},
     tunnel_key::NodeKey,
 };
 
@@ -241,10 +241,12 @@ fn translated(task: &mut Task, family: Family) {
     if family == Family::Same {
         return;
     }
-    let v4 = task.addresses.iter().find_map(|address| match address {
-        IpAddr::V4(v4) => Some(*v4),
-        IpAddr::V6(_) => None,
-    });
+    let v4 = task.addresses.iter().find_map(|one| if let IpAddr::V4(v4) = one { Some(*v4) } else { None });
+    let v6 = task.addresses.iter().find_map(|one| if let IpAddr::V6(v6) = one { Some(*v6) } else { None });
+    if let (None, Some(v6)) = (v4, v6) {
+        // The same one at every node that reads the file; two tasks that had one would be refused.
+        task.addresses.push(stand_in(v6, |_| false).into());
+    }
     task.addresses.extend(v4.map(embed));
     task.addresses = family.choose(&task.addresses);
 }
