@@ -340,7 +340,7 @@ pub struct Attach {
     /// node or in its containers uses, or off
     #[arg(long, value_name = "RANGE", default_value = translation::DEFAULT)]
     pub v6_pool: Pool,
-    /// Log each new connection, from the kernel; costly under load
+    /// Log each new connection, from the kernel, and by which address tasks know which IPv6 client; costly under load
     #[arg(long)]
     pub log_connections: bool,
     /// New connections a second above which they are placed by hash, and stored only once their client goes on; 0 is never

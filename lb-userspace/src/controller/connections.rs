@@ -3,12 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::ErrorKind,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use super::{Controller, refusals::Change};
 use crate::{
     cluster::Idle,
-    datapath::DatapathError,
+    datapath::{Alias, ConnectionLog, DatapathError},
     events::{Event, Kind},
     net::{Reset, Resetter},
     plan::ServiceLabel,
@@ -69,7 +70,33 @@ impl Controller {
             };
             self.record(kind, text);
         }
+        self.log_aliases()?;
         self.look_for_refusals()
+    }
+
+    /// Says by which address of the pool tasks know which client, where connections are logged: a task's own log has nothing else.
+    fn log_aliases(&mut self) -> Result<(), DatapathError> {
+        if self.settings.connection_log == ConnectionLog::Off {
+            return Ok(());
+        }
+        // Who was seen to go on once is one until the address is somebody else's, or nobody's.
+        let is_known =
+            |alias: &Alias| alias.confirmed || self.aliases.get(&alias.address) == Some(&alias.client);
+        let held = self.datapath.aliases()?.into_iter().filter(is_known);
+        let now: BTreeMap<Ipv4Addr, IpAddr> = held.map(|alias| (alias.address, alias.client)).collect();
+        let interface = &self.settings.interface;
+        for (address, client) in
+            self.aliases.iter().filter(|(address, client)| now.get(address) != Some(client))
+        {
+            log::info!("{interface}: {address} stands for {client} no longer");
+        }
+        for (address, client) in
+            now.iter().filter(|(address, client)| self.aliases.get(address) != Some(client))
+        {
+            log::info!("{interface}: tasks know {client} as {address}");
+        }
+        self.aliases = now;
+        Ok(())
     }
 
     /// Says which tasks do not take the connections they are given, and which do again.

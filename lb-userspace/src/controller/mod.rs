@@ -140,6 +140,8 @@ pub struct Controller {
     refusals: Refusals,
     /// What somebody asked to be logged.
     log_level: Option<String>,
+    /// The clients that tasks know by an address of the pool, as was logged.
+    aliases: BTreeMap<Ipv4Addr, IpAddr>,
     /// How full the tables of connections are, by name: entries and room.
     fills: BTreeMap<&'static str, [u64; 2]>,
 }
@@ -229,6 +231,7 @@ impl Controller {
             complaints: BTreeSet::new(),
             watch,
             refusals: Refusals::default(),
+            aliases: BTreeMap::new(),
             fills: BTreeMap::new(),
             log_level: None,
         };

@@ -663,6 +663,14 @@ impl Datapath {
         tools::now(&self.ebpf)
     }
 
+    /// [`TableSet::aliases`].
+    ///
+    /// # Errors
+    /// The table cannot be mapped, or the kernel does not run the program that tells the time.
+    pub fn aliases(&self) -> Result<Vec<Alias>, DatapathError> {
+        self.set.aliases(self.now()?)
+    }
+
     /// Removes all connections that have ended, and those whose client may no longer connect. The numbers of backends that none
     /// names any more are then free to be given again. The resets for those of them that ask for some go to `resets`, whatever else fails.
     ///
