@@ -272,8 +272,16 @@ async fn pool(wanted: Pool) -> Result<Pool> {
     let Some(range) = wanted.0 else { return Ok(wanted) };
     let (net, _) = Net::connect().context("start watching the network")?;
     let snapshot = net.snapshot().await?;
-    let Some((owner, its)) = snapshot.owner_of(&range.into()) else { return Ok(wanted) };
-    let what = format!("{owner} has {its}, of which tasks would know IPv6 clients by {range}");
+    let taken = if let Some((owner, its)) = snapshot.owner_of(&range.into()) {
+        format!("{owner} has {its}")
+    } else if let Some((veth, its)) = snapshot.container_in(&range.into()) {
+        format!("a container behind {veth} has {its}")
+    } else if let Some(to) = net.route_into(&range).await? {
+        format!("there is a route to {to}")
+    } else {
+        return Ok(wanted);
+    };
+    let what = format!("{taken}, of which tasks would know IPv6 clients by {range}");
     if wanted.to_string() != translation::DEFAULT {
         bail!("--v6-pool {range}: {what}; take a range that nothing on this node uses, or off");
     }

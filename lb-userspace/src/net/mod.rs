@@ -24,7 +24,7 @@ use container_netns::ContainerNetnsCache;
 pub use container_netns::{ContainerNetns, newest};
 pub use device::{Device, device};
 use futures::{StreamExt as _, TryStreamExt as _};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use lb_common::abi::inner;
 pub use netdev::xdp_features;
 use netlink_packet_core::NetlinkPayload;
@@ -157,6 +157,15 @@ impl Snapshot {
         // Who has all addresses behind him has none in particular.
         let (index, its) = theirs.find(|(_, its)| its.prefix_len() > 0)?;
         Some((self.links.get(&index).map_or("an interface", |link| &link.name), its))
+    }
+
+    /// An address of a range that a container has, and the host's side of its veth.
+    pub fn container_in(&self, range: &IpNet) -> Option<(&str, IpAddr)> {
+        self.containers.iter().find_map(|container| {
+            let mut all = container.addresses.iter().chain(&container.others);
+            let its = all.find(|address| range.contains(*address))?;
+            Some((self.links.get(&container.port).map_or("a veth", |link| &link.name), *its))
+        })
     }
 
     /// What the ranges behind this node's interfaces are to it, by their first address and prefix; as the kernel routes, the
@@ -369,6 +378,22 @@ impl Net {
         Ok(found)
     }
 
+    /// Where a route leads that is for some of a range, or for all of it and more, but for default ones; of any table.
+    ///
+    /// # Errors
+    /// The kernel refuses the request.
+    pub async fn route_into(&self, range: &Ipv4Net) -> Result<Option<Ipv4Net>, NetError> {
+        let failed = |source| NetError::Request { what: "routes", source: Box::new(source) };
+        let mut routes = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        while let Some(route) = routes.try_next().await.map_err(failed)? {
+            let to = destination(&route).filter(|to| to.contains(range) || range.contains(to));
+            if to.is_some() {
+                return Ok(to);
+            }
+        }
+        Ok(None)
+    }
+
     /// Has the kernel resolve a neighbour, and keep it resolved where it can (`NTF_EXT_MANAGED`, Linux 5.16;
     /// before that it is resolved once). XDP's traffic alone would let the entry go stale.
     ///
@@ -445,6 +470,17 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet6(v6) => Some((*v6).into()),
         _ => None,
     }
+}
+
+/// Where packets go by a route; of a default one, and one that leads nowhere, `None`.
+fn destination(route: &RouteMessage) -> Option<Ipv4Net> {
+    let prefix = route.header.destination_prefix_length;
+    let to = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(to)) => Some(*to),
+        _ => None,
+    })?;
+    let leads = route.header.kind == RouteType::Unicast && prefix > 0;
+    Ipv4Net::new(to, prefix).ok().filter(|_| leads)
 }
 
 /// What a route says if it is a default one of the main table: a hop each.
