@@ -36,6 +36,8 @@ pub struct Task {
     pub name: String,
     /// Index of its node.
     pub node: usize,
+    /// What it has of the two.
+    families: Families,
     /// IPv4 address.
     pub v4: Ipv4Addr,
     /// IPv6 address.
@@ -87,14 +89,26 @@ pub struct Reach {
     pub outer_v6: bool,
     /// Whether the nodes' addresses are those of a network of their own ([`crate::private`]).
     pub private: bool,
-    /// Whether tasks have IPv4 alone, as on Docker's own bridge, and IPv6 clients are translated.
-    pub translated: bool,
+    /// What tasks have.
+    pub families: Families,
+}
+
+/// The families of which tasks have addresses; clients of another one are translated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Families {
+    /// Both.
+    #[default]
+    Both,
+    /// IPv4 alone, as on Docker's own bridge.
+    V4,
+    /// IPv6 alone.
+    V6,
 }
 
 impl Reach {
     /// Through the tunnel to the agents of all nodes, and back the same way.
     pub const PEERS: Self =
-        Self { peers: true, direct: false, outer_v6: false, private: false, translated: false };
+        Self { peers: true, direct: false, outer_v6: false, private: false, families: Families::Both };
 }
 
 /// The name of the file with the key of the tunnel, beside the cluster file.
@@ -118,10 +132,17 @@ impl Node {
 }
 
 impl Task {
+    /// Its address, that of IPv4 if it has both.
+    pub fn address(&self) -> IpAddr {
+        if self.families == Families::V6 { self.v6.into() } else { self.v4.into() }
+    }
+
     /// Has it reach everything through its node.
     pub fn add_routes(&self) {
         let number = self.node + 1;
-        self.netns.ip(&format!("route replace default via 172.18.{number}.1"));
+        if self.address().is_ipv4() {
+            self.netns.ip(&format!("route replace default via 172.18.{number}.1"));
+        }
         if !self.netns.output("ip", &["-6", "address", "show", "dev", "eth0"]).is_empty() {
             self.netns.ip(&format!("route replace default via fd18:{number}::1"));
         }
@@ -287,14 +308,17 @@ impl Cluster {
         let host = &self.nodes[node].netns;
         host.ip(&format!("link add hv{slot} type veth peer name eth0 netns {}", netns.name()));
         host.ip(&format!("link set hv{slot} master gwbridge up"));
-        netns.ip(&format!("addr add {v4}/24 dev eth0"));
+        let families = self.reach.families;
+        if families != Families::V6 {
+            netns.ip(&format!("addr add {v4}/24 dev eth0"));
+        }
         netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"));
         netns.ip("link set eth0 up");
-        if self.reach.translated {
+        if families == Families::V4 {
             run(netns.command("sysctl").args(["-qw", "net.ipv6.conf.all.disable_ipv6=1"]));
         }
         let name = name.to_owned();
-        let task = Task { netns, name, node, v4, v6, processes: Vec::new(), up: None };
+        let task = Task { netns, name, node, families, v4, v6, processes: Vec::new(), up: None };
         task.add_routes();
         self.tasks.push(task);
         self.tasks.len() - 1
@@ -356,7 +380,7 @@ impl Cluster {
     pub fn wait_for_port(&self, task: usize, port: u16) {
         let task = &self.tasks[task];
         crate::netns::eventually("the task listens", || {
-            task.netns.enter(|| std::net::TcpStream::connect((task.v4, port)).is_ok())
+            task.netns.enter(|| std::net::TcpStream::connect((task.address(), port)).is_ok())
         });
     }
 
@@ -409,13 +433,17 @@ impl Cluster {
             );
         }
         let _ = writeln!(text, "[[service]]\nname = \"web\"\nports = [{ports}]");
-        let _ = writeln!(text, "{}", if self.reach.translated { "family = \"auto\"\n" } else { "" });
+        let both = self.reach.families == Families::Both;
+        let _ = writeln!(text, "{}", if both { "" } else { "family = \"auto\"\n" });
         for (task, state) in tasks {
-            let v6 = if self.reach.translated { String::new() } else { format!(", \"{}\"", task.v6) };
+            let addresses = match task.families {
+                Families::Both => format!("\"{}\", \"{}\"", task.v4, task.v6),
+                Families::V4 | Families::V6 => format!("\"{}\"", task.address()),
+            };
             let _ = writeln!(
                 text,
-                "[[service.task]]\nname = \"{}\"\nnode = \"{}\"\naddresses = [\"{}\"{v6}]\nstate = \"{state}\"\n",
-                task.name, self.nodes[task.node].name, task.v4
+                "[[service.task]]\nname = \"{}\"\nnode = \"{}\"\naddresses = [{addresses}]\nstate = \"{state}\"\n",
+                task.name, self.nodes[task.node].name
             );
         }
         text

@@ -157,6 +157,21 @@ impl Swarm {
         swarm
     }
 
+    /// A client with IPv6 behind a router, by a link of this MTU; nodes know the way back.
+    pub fn distant(&self, mtu: u32) -> Netns {
+        let (router, client) = (&self.crowd[0], Netns::new("distant"));
+        router.ip(&format!("link add far type veth peer name eth1 netns {}", client.name()));
+        for (netns, link, number) in [(router, "far", 1), (&client, "eth1", 10)] {
+            netns.ip(&format!("link set {link} mtu {mtu} up"));
+            netns.ip(&format!("addr add 2001:db8:3::{number}/64 dev {link} nodad"));
+        }
+        client.ip("route add default via 2001:db8:3::1");
+        run(router.command("sysctl").args(["-qw", "net.ipv6.conf.all.forwarding=1"]));
+        let own = v6(Ipv4Addr::new(192, 0, 2, 21));
+        self.nodes.iter().for_each(|node| node.netns.ip(&format!("route add 2001:db8:3::/64 via {own}")));
+        client
+    }
+
     /// Where files may be put.
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -470,11 +485,36 @@ fn remove_tree(group: &Path) {
 
 /// busybox serving HTTP on 8080.
 const IMAGE_CHANGE: &str = r#"CMD ["/bin/httpd","-f","-p","8080","-h","/www"]"#;
-const APPLETS: [&str; 12] =
-    ["sh", "httpd", "hostname", "cat", "nc", "ip", "sleep", "kill", "wget", "touch", "rm", "test"];
+const APPLETS: [&str; 14] = [
+    "sh",
+    "httpd",
+    "hostname",
+    "cat",
+    "nc",
+    "ip",
+    "sleep",
+    "kill",
+    "wget",
+    "touch",
+    "rm",
+    "test",
+    "head",
+    "sha256sum",
+];
 /// Says who answers and which client it saw.
 const WHO: &str =
     "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\necho \"$(hostname) saw $REMOTE_ADDR\"\n";
+
+/// Says the hash of what is sent to it.
+const SUM: &str =
+    "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\nhead -c \"$CONTENT_LENGTH\" | sha256sum\n";
+/// Bytes of the file that each task serves at `/big`.
+const BIG: usize = 5_000_000;
+
+/// The file that each task serves at `/big`.
+pub fn big() -> Vec<u8> {
+    (0..BIG as u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
 
 /// An image as `docker import` takes it.
 fn image(folder: &Path) -> Vec<u8> {
@@ -488,9 +528,12 @@ fn image(folder: &Path) -> Vec<u8> {
         symlink("busybox", root.join("bin").join(applet)).expect("link an applet");
     }
     fs::write(root.join("www/index.html"), "here\n").expect("write a page");
-    let who = root.join("www/cgi-bin/who");
-    fs::write(&who, WHO).expect("write a script");
-    fs::set_permissions(&who, fs::Permissions::from_mode(0o755)).expect("make it run");
+    fs::write(root.join("www/big"), big()).expect("write a file");
+    for (name, script) in [("who", WHO), ("sum", SUM)] {
+        let path = root.join("www/cgi-bin").join(name);
+        fs::write(&path, script).expect("write a script");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make it run");
+    }
     copy_program(&root, &program("lb-names"), "bin/names");
     pack(&root)
 }

@@ -281,6 +281,23 @@ pub fn stop_echo(task: &Netns, port: u16) {
     });
 }
 
+/// Has a socket let its datagrams of IPv4 be cut, and believe no error about them (`ip(7)`).
+pub fn let_be_cut(socket: &UdpSocket) {
+    let value = libc::IP_PMTUDISC_OMIT;
+    let (at, length) = ((&raw const value).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the option's value is a number, and the socket lives.
+    let done = unsafe {
+        libc::setsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(socket),
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            at,
+            length,
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// One datagram from a new port, and its answer if one comes soon.
 pub fn ask(to: SocketAddr, text: &str) -> Option<String> {
     let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");

@@ -1,9 +1,7 @@
 //! Datagrams of every length, on networks that let less pass than their senders think: every one arrives.
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr, UdpSocket},
-    os::fd::AsRawFd as _,
     thread::JoinHandle,
     time::Duration,
 };
@@ -15,7 +13,7 @@ use lb_tests::{
     netns::{Netns, eventually, run},
     packet::{Packet, Transport},
     private::Private,
-    traffic::{Direction, stop_echo, transfer},
+    traffic::{Direction, let_be_cut, stop_echo, transfer},
 };
 use nix::{
     sched::{CpuSet, sched_getcpu, sched_setaffinity},
@@ -24,8 +22,6 @@ use nix::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 const PORT: u16 = 5353;
-/// "Let them be cut, and believe no error", for either family.
-static DEAF: libc::c_int = libc::IP_PMTUDISC_OMIT;
 /// With the headers more than one frame of every link here, but for the first.
 const LENGTHS: [usize; 6] = [1_200, 1_392, 1_460, 1_472, 2_900, 4_000];
 /// What a client waits for an answer.
@@ -49,20 +45,7 @@ impl Sender {
     fn bind(self, any: &str, port: u16) -> UdpSocket {
         let socket = UdpSocket::bind((any, port)).expect("bind");
         if self == Self::Deaf {
-            let set = |level, name| {
-                // SAFETY: the option's value is a number, and the socket lives.
-                let done = unsafe {
-                    libc::setsockopt(
-                        socket.as_raw_fd(),
-                        level,
-                        name,
-                        (&raw const DEAF).cast(),
-                        size_of::<libc::c_int>() as u32,
-                    )
-                };
-                assert_eq!(done, 0, "{}", io::Error::last_os_error());
-            };
-            set(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER);
+            let_be_cut(&socket);
         }
         socket
     }

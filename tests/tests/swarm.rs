@@ -15,8 +15,8 @@ use lb_tests::{
     capture::Capture,
     netns::{succeeds, within},
     service::{by_task, create, offered, rotates, serves},
-    swarm::{CLIENT6, Node, PATIENCE, Public, Swarm, packaging},
-    traffic::{Load, in_turns, losses, syns_repeated},
+    swarm::{CLIENT6, Node, PATIENCE, Public, Swarm, big, packaging},
+    traffic::{Load, ask, client, hash, in_turns, losses, refusal, syns_repeated},
 };
 use nix::sys::signal::Signal;
 use rcgen::{
@@ -502,6 +502,30 @@ fn clients_with_ipv6_are_served_by_a_swarm_that_has_none() {
         }
         rotates(&swarm, node, 80, 5);
     }
+    create(manager, "names", 5, "53:5353/udp", &[], &["/bin/names", "5353"]);
+    serves(&swarm, "names", 5);
+    // Behind a path of 1,280 bytes, too.
+    let distant = swarm.distant(1_280);
+    for (client, node) in [&swarm.client, &distant]
+        .into_iter()
+        .flat_map(|client| swarm.nodes.iter().map(move |node| (client, node)))
+    {
+        let whole = client.enter(|| files_are_whole(node.address6()));
+        assert_eq!(whole, Ok(()), "through {}", node.name);
+        let to = SocketAddr::new(node.address6(), 53);
+        let names: BTreeSet<String> = client.enter(|| {
+            // Of what is too long for the path the first is lost while its sender is told.
+            let tries = [64, 1_200, 1_400].into_iter().flat_map(|length| [length; 8]);
+            tries.filter_map(|length| ask(to, &"x".repeat(length))).collect()
+        });
+        assert_eq!(names.len(), 5, "through {}: {names:?}", node.name);
+    }
+    manager.docker(&["service", "update", "-d", "--publish-add", "54:1/udp", "names"]);
+    for node in &swarm.nodes {
+        let to = SocketAddr::new(node.address6(), 54);
+        let refused = || swarm.client.enter(|| refusal(to)) == Some(std::io::ErrorKind::ConnectionRefused);
+        within(PATIENCE, "a task's own error reaches the client", refused);
+    }
     let loads: Vec<Load> = (swarm.crowd.iter().zip(&swarm.nodes))
         .map(|(client, node)| Load::start(client, node.address6(), 1, u64::MAX))
         .collect();
@@ -509,6 +533,23 @@ fn clients_with_ipv6_are_served_by_a_swarm_that_has_none() {
     within(PATIENCE, "the load has made its requests", || loads.iter().all(|load| load.done() >= 1_000));
     let failed: Vec<String> = loads.into_iter().flat_map(Load::stop).collect();
     assert_eq!(failed, Vec::<String>::new());
+}
+
+/// Fetches a file of five megabytes from a task, sends one to a task, and compares both with what they should be.
+fn files_are_whole(at: IpAddr) -> Result<(), String> {
+    let (client, big) = (client(), big());
+    let url = |path: &str| format!("http://{}/{path}", SocketAddr::new(at, 80));
+    let failed = |error: ureq::Error| error.to_string();
+    let fetched = client.get(url("big")).call().map_err(failed)?.body_mut().read_to_vec().map_err(failed)?;
+    if fetched != big {
+        return Err(format!("{} bytes came of {}", fetched.len(), big.len()));
+    }
+    let said = client.post(url("cgi-bin/sum")).send(&big).map_err(failed)?.body_mut().read_to_string();
+    let sum: String = hash(&big).iter().map(|byte| format!("{byte:02x}")).collect();
+    match said.map_err(failed)? {
+        said if said.starts_with(&sum) => Ok(()),
+        said => Err(format!("the task has {said:?}, not {sum}")),
+    }
 }
 
 /// An authority, and a certificate and key by it for an engine and its clients, in a folder as `docker` wants them.
