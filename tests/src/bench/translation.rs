@@ -1,9 +1,11 @@
-//! What it costs that a task has IPv4 alone: datagrams to and fro and a stream, of IPv4 and of IPv6 clients, beside the same of a task
-//! that has both families.
+//! What it costs that a task has one family alone: datagrams to and fro and a stream, of IPv4 and of IPv6 clients, beside the same of
+//! a task that has both.
 
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,10 +14,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::{
+    programs::{ProgramInfo, loaded_programs},
+    sys::{Stats, enable_stats},
+};
+
 use super::figure::{Figure, Report, Samples};
 use crate::{
     agent::{Agent, active_tasks},
-    cluster::{Cluster, Reach},
+    cluster::{Cluster, Families, Reach},
     netns::eventually,
     traffic::listen,
 };
@@ -34,10 +41,10 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(translated: bool) -> Self {
+    fn new(families: Families) -> Self {
         let mut cluster = Cluster::new(1);
         cluster.receive_xdp();
-        cluster.reach = Reach { translated, ..Reach::PEERS };
+        cluster.reach = Reach { families, ..Reach::PEERS };
         cluster.add_task("web.1", 0);
         cluster.keep_connections_on_one_cpu();
         let stop = Arc::new(AtomicBool::new(false));
@@ -102,6 +109,14 @@ impl Rig {
         })
     }
 
+    /// Nanoseconds that our programs run for a datagram to the task and back, by the kernel's own account.
+    fn in_programs(&self, to: IpAddr) -> f64 {
+        let before = run_time();
+        self.exchanges(to);
+        // One more begins the connection.
+        (run_time() - before) as f64 / f64::from(EXCHANGES + 1)
+    }
+
     /// Megabits a second of a stream to the task.
     fn stream(&self, to: IpAddr) -> f64 {
         self.cluster.client.enter(|| {
@@ -126,16 +141,37 @@ impl Drop for Rig {
     }
 }
 
-const NAMES: [&str; 4] = [
+/// Nanoseconds that all loaded programs of ours have run since the kernel counts.
+fn run_time() -> u64 {
+    let ours = ["uplink_xdp", "uplink_tc", "uplink_egress", "task_tc", "task_egress"];
+    let of = |info: &ProgramInfo| {
+        let fd = info.fd().expect("the program's descriptor");
+        let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+        let text = fs::read_to_string(path).expect("what the kernel says of it");
+        let line =
+            text.lines().find_map(|line| line.strip_prefix("run_time_ns:")).expect("the time it has run");
+        line.trim().parse::<u64>().expect("a number")
+    };
+    // One that goes meanwhile is somebody else's.
+    let programs = loaded_programs().flatten();
+    programs
+        .filter(|info| info.name_as_str().is_some_and(|name| ours.contains(&name)))
+        .map(|info| of(&info))
+        .sum()
+}
+
+const NAMES: [&str; 6] = [
     "IPv4, task with both families",
     "IPv6, task with both families",
     "IPv4, task with IPv4 alone",
     "IPv6, task with IPv4 alone: translated",
+    "IPv4, task with IPv6 alone: translated",
+    "IPv6, task with IPv6 alone",
 ];
 
 /// Measures all in turn, round after round.
 pub fn measure(report: &mut Report, quick: bool) {
-    let rigs = [Rig::new(false), Rig::new(true)];
+    let rigs = [Families::Both, Families::V4, Families::V6].map(Rig::new);
     let _agents: Vec<_> = rigs.iter().map(Rig::attach).collect();
     let paths: Vec<(&Rig, IpAddr)> =
         rigs.iter().flat_map(|rig| rig.cluster.addresses(0).map(|address| (rig, address))).collect();
@@ -156,7 +192,7 @@ pub fn measure(report: &mut Report, quick: bool) {
     let figures = |unit: &'static str, samples: Vec<Samples>| -> Vec<Figure> {
         let all: Vec<Figure> =
             NAMES.iter().zip(&samples).map(|(name, samples)| Figure::new(*name, unit, samples)).collect();
-        let beside = |index: usize| if index == 3 { 1 } else { 0 };
+        let beside = |index: usize| if index == 3 || index == 5 { 1 } else { 0 };
         let set = |(index, figure): (usize, &Figure)| match index {
             0 => figure.clone(),
             _ => figure.clone().beside(&all[beside(index)]),
@@ -168,5 +204,10 @@ pub fn measure(report: &mut Report, quick: bool) {
         "is the difference, of two packets. A stream is cut into segments of 64 KB, and made the other family's as a whole.",
     ];
     report.section("A datagram of 64 bytes to and fro", &NOTES, || figures("ns", taken(Rig::exchanges)));
+    let counting = enable_stats(Stats::RunTime).expect("have the kernel count the time that programs run");
+    const COUNTED: [&str; 1] =
+        ["All programs that the two packets pass, without what the kernel does between them."];
+    report.section("The same, in our programs", &COUNTED, || figures("ns", taken(Rig::in_programs)));
+    drop(counting);
     report.section("A stream to the task", &[], || figures("Mbit/s", taken(Rig::stream)));
 }
