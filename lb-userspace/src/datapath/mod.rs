@@ -22,6 +22,7 @@ mod memory;
 mod object;
 mod pin;
 mod pool;
+mod stand_ins;
 mod sys;
 mod tables;
 mod tools;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use aya::{
@@ -55,7 +55,7 @@ pub struct TableSet {
     peer_keys: Array<MapData, PeerKey>,
     peer_numbers: HashMap<MapData, Wide, u32>,
     tasks: HashMap<MapData, TaskKey, u32>,
-    stand_ins: HashMap<MapData, V6, V6>,
+    pub(super) stand_ins: HashMap<MapData, V6, V6>,
     pub(super) inner_ranges: LpmTrie<MapData, Wide, u32>,
     pub(super) access: LpmTrie<MapData, AccessKey, u32>,
     vlans: Array<MapData, u64>,
@@ -273,15 +273,7 @@ impl TableSet {
             let (key, index) = item.map_err(|e| DatapathError::map("read", e))?;
             tables.tasks.insert(key, index);
         }
-        for item in self.stand_ins.iter() {
-            let (address, own) = item.map_err(|e| DatapathError::map("read", e))?;
-            // Each stands there by its own address too; where a change was cut short it does not.
-            if let (IpAddr::V4(v4), IpAddr::V6(v6)) = (unmapped(address.0), unmapped(own.0))
-                && self.stand_in(&own)?.is_some()
-            {
-                tables.stand_ins.insert(v4, v6);
-            }
-        }
+        tables.stand_ins = self.read_stand_ins()?;
         self.read_task_endpoints(&self.task_endpoints4, &mut tables)?;
         self.read_task_endpoints(&self.task_endpoints6, &mut tables)?;
         for word in 0..self.filter.len() {
@@ -586,12 +578,7 @@ impl TableSet {
                 IpAddr::V4(a) => remove(&mut self.listeners4, &endpoint(V4::from(a), at)),
                 IpAddr::V6(a) => remove(&mut self.listeners6, &endpoint(V6::from(a), at)),
             },
-            MapOp::SetStandIn(address, own) => {
-                self.remove_stand_in(*address)?;
-                let (address, own) = (V6(mapped((*address).into())), V6::from(*own));
-                insert(&mut self.stand_ins, &own, &address, STAND_INS)?;
-                insert(&mut self.stand_ins, &address, &own, STAND_INS)
-            }
+            MapOp::SetStandIn(address, own) => self.set_stand_in(*address, *own),
             MapOp::RemoveStandIn(address) => self.remove_stand_in(*address),
             MapOp::SetTaskEndpoint(at, task) => match at.address {
                 IpAddr::V4(a) => {
@@ -609,26 +596,6 @@ impl TableSet {
                 IpAddr::V4(a) => remove(&mut self.task_endpoints4, &endpoint(V4::from(a), at)),
                 IpAddr::V6(a) => remove(&mut self.task_endpoints6, &endpoint(V6::from(a), at)),
             },
-        }
-    }
-
-    /// Has an address stand in for nobody, and whom it stood in for have none, unless another one does already.
-    fn remove_stand_in(&mut self, address: Ipv4Addr) -> Result<(), DatapathError> {
-        let address = V6(mapped(address.into()));
-        let Some(own) = self.stand_in(&address)? else { return Ok(()) };
-        remove(&mut self.stand_ins, &address)?;
-        match self.stand_in(&own)? {
-            Some(known) if known == address => remove(&mut self.stand_ins, &own),
-            _ => Ok(()),
-        }
-    }
-
-    /// What stands beside a task's address, or beside its stand-in.
-    fn stand_in(&self, key: &V6) -> Result<Option<V6>, DatapathError> {
-        match self.stand_ins.get(key, 0) {
-            Ok(value) => Ok(Some(value)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(DatapathError::map("read", error)),
         }
     }
 
@@ -720,7 +687,6 @@ const FILLS: LabelKey = LabelKey { kind: LABEL_SOURCE, index: 1 };
 
 const LISTENERS: (&str, &str) = ("LISTENERS", "--max-listeners");
 const TASK_ENDPOINTS: (&str, &str) = ("TASK_ENDPOINTS", "--max-backends");
-const STAND_INS: (&str, &str) = ("STAND_INS", "--max-backends");
 const LABELS: (&str, &str) = ("LABELS", "--max-backends");
 
 /// Every change that a plan makes goes through this, [`insert`] or [`remove`].
@@ -729,7 +695,7 @@ fn write<T: Pod>(map: &mut Array<MapData, T>, index: u32, value: T) -> Result<()
     map.set(index, value, 0).map_err(|e| DatapathError::map("write", e))
 }
 
-fn insert<K: Pod, V: Pod>(
+pub(super) fn insert<K: Pod, V: Pod>(
     map: &mut HashMap<MapData, K, V>,
     key: &K,
     value: &V,
@@ -751,7 +717,7 @@ fn put<K: Pod, V: Pod>(
     })
 }
 
-fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), DatapathError> {
+pub(super) fn remove<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), DatapathError> {
     fault::point("remove an entry").map_err(DatapathError::Fault)?;
     match map.remove(key) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
