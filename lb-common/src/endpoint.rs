@@ -42,7 +42,7 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`].
+    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`], [`RANDOM`].
     pub flags: u32,
 }
 
@@ -56,6 +56,8 @@ pub const AFFINE: u32 = 4;
 /// There are tasks, and none of them is to get new connections here: those are refused instead of being passed to the host, whose
 /// mesh would give them to one.
 pub const CLOSED: u32 = 8;
+/// New connections are given to any of the slots by chance, and not in turn.
+pub const RANDOM: u32 = 16;
 
 /// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
 /// table.

@@ -93,13 +93,33 @@ pub enum Return {
 /// How the task of a new connection is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
-pub enum Placement {
-    /// Each task in turn.
+pub enum Scheduler {
+    /// Each task in turn, as often as its weight says.
     #[default]
     RoundRobin,
+    /// Any by chance, as often on average.
+    Random,
     /// By a hash of addresses and ports that changes little when tasks come and go: a connection whose entry in the table
     /// of connections is lost goes on with its task.
-    Consistent,
+    #[serde(alias = "consistent")]
+    Maglev,
+    /// By such a hash of the client's address alone.
+    Source,
+}
+
+impl Scheduler {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::RoundRobin, Self::Random, Self::Maglev, Self::Source];
+
+    /// As users write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::RoundRobin => "round-robin",
+            Self::Random => "random",
+            Self::Maglev => "maglev",
+            Self::Source => "source",
+        }
+    }
 }
 
 /// Whether a client's connections go to one task.
@@ -349,9 +369,10 @@ pub struct Service {
     /// How replies travel; `None` is the cluster's way.
     pub returns: Option<Return>,
     /// How new connections find their tasks.
-    #[serde(default)]
-    pub placement: Placement,
-    /// Whether a client's connections go to one task, whatever [`Self::placement`] says. Agents that know none place each by itself.
+    // Agents of before call it so, and know no other name.
+    #[serde(default, alias = "placement")]
+    pub scheduler: Scheduler,
+    /// Whether a client's connections go to one task, whatever [`Self::scheduler`] says. Agents that know none place each by itself.
     #[serde(default, skip_serializing_if = "Affinity::is_none")]
     pub affinity: Affinity,
     /// Whose tasks come first. Agents that know nothing of it take all for equal.

@@ -10,13 +10,14 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
+    endpoint::{AFFINE, CONSISTENT, RANDOM},
     stats::{BackendStats, ServiceStats},
     tunnel::{Peer, PeerKey},
 };
 use serde::Serialize;
 
 use crate::{
-    cluster::{Idle, Port, Prefer, TIMERS, TaskState},
+    cluster::{Idle, Port, Prefer, Scheduler, TIMERS, TaskState},
     datapath::{Counters, DatapathError, TableSet},
     plan::{BackendEntry, NodeLabel, PortLabel, Tables},
     report::{Drain, Drained, SourceReport, Trouble, moment},
@@ -501,11 +502,15 @@ impl Inventory {
             self.ranges(index).next().map(|_| serde_json::json!({ "allow": of(true), "deny": of(false) }));
         let flags = self.tables.listeners.values().filter(|listener| listener.service == index);
         let flags = flags.fold(0, |all, listener| all | listener.flags);
-        let placement =
-            if flags & lb_common::endpoint::CONSISTENT != 0 { "consistent" } else { "round-robin" };
-        let affinity = if flags & lb_common::endpoint::AFFINE != 0 { "client" } else { "none" };
+        let scheduler = match flags {
+            _ if flags & AFFINE != 0 => Scheduler::Source,
+            _ if flags & CONSISTENT != 0 => Scheduler::Maglev,
+            _ if flags & RANDOM != 0 => Scheduler::Random,
+            _ => Scheduler::RoundRobin,
+        };
+        let affinity = if flags & AFFINE != 0 { "client" } else { "none" };
         serde_json::json!({
-            "placement": placement, "affinity": affinity, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
+            "scheduler": scheduler.name(), "affinity": affinity, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
             "access": access
         })
     }

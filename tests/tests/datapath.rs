@@ -22,7 +22,7 @@ use lb_tests::{
         ACK, CLIENT_MAC, Checksum, FIN, NODE_MAC, Packet, RST, SYN, SYN_ACK, Transport, assert_checksums,
     },
 };
-use lb_userspace::cluster::{Access, Placement, Service, TaskState, Via};
+use lb_userspace::cluster::{Access, Scheduler, Service, TaskState, Via};
 
 /// What one family's tests use: client, listener, tasks.
 #[derive(Clone, Copy)]
@@ -245,7 +245,7 @@ fn only_who_may_connect_is_served() {
         let stats = lab.datapath().counters().expect("the counters").services;
         assert_eq!(stats.values().map(|stats| stats.denied).collect::<Vec<_>>(), [0, 0, 0, 0, 3], "by name");
         // What no line is known of is denied before anything else is done for it; the guard counts none of it.
-        lab.update(|cluster| cluster.service_mut(0).placement = Placement::Consistent);
+        lab.update(|cluster| cluster.service_mut(0).scheduler = Scheduler::Maglev);
         let (verdict, counted) = ask(lab, &V4, "198.51.101.1", ACK, 80);
         assert_eq!((verdict.action, counted), (DROP, denied.clone()));
         // A list that shrinks ends what it no longer allows.

@@ -310,7 +310,7 @@ fn a_label_that_nobody_knows_is_shown_on_every_node() {
         "-p",
         "80:8080",
         "--label",
-        "lb.placment=consistent",
+        "lb.schedular=maglev",
         "--label",
         "lb.idle=kill",
         "web",
@@ -321,7 +321,7 @@ fn a_label_that_nobody_knows_is_shown_on_every_node() {
                 json(&node.netns, &["service", "ls"])["services"].as_array().cloned().unwrap_or_default();
             services.iter().any(|service| {
                 service["problem"].as_str().is_some_and(|problem| {
-                    problem.contains("label lb.placment is unknown; did you mean lb.placement?")
+                    problem.contains("label lb.schedular is unknown; did you mean lb.scheduler?")
                         && problem.contains("label lb.idle=kill is neither forget nor reset")
                 })
             })
@@ -339,8 +339,8 @@ fn a_label_that_nobody_knows_is_shown_on_every_node() {
     found(
         &findings,
         "serving",
-        "label lb.placment is unknown",
-        "docker service update --label-rm lb.placment",
+        "label lb.schedular is unknown",
+        "docker service update --label-rm lb.schedular",
     );
     let all: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let all = all["findings"].as_array().cloned().unwrap_or_default();

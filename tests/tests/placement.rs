@@ -1,4 +1,4 @@
-//! Placement by hash: connections go on though their lines in the connection tables are taken away, and clients keep their task.
+//! Scheduler by hash: connections go on though their lines in the connection tables are taken away, and clients keep their task.
 //! Two nodes, real sockets and kernels on every side.
 
 use std::{
@@ -120,7 +120,7 @@ fn cluster(reach: Reach) -> Cluster {
 fn offer(cluster: &Cluster, state: &str) {
     let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, state)).collect();
     let text = cluster.file("\"80:8080\"", &tasks);
-    cluster.write(&text.replace("name = \"web\"\n", "name = \"web\"\nplacement = \"consistent\"\n"));
+    cluster.write(&text.replace("name = \"web\"\n", "name = \"web\"\nscheduler = \"maglev\"\n"));
 }
 
 fn attach(cluster: &Cluster) -> Vec<Agent<'_>> {

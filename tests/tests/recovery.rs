@@ -17,7 +17,7 @@ use lb_tests::{
         states,
     },
 };
-use lb_userspace::cluster::{Placement, Service, Via};
+use lb_userspace::cluster::{Scheduler, Service, Via};
 
 const BOTH: u32 = ANSWERED | ESTABLISHED;
 const NONE: Vec<u32> = vec![];
@@ -25,7 +25,7 @@ const NONE: Vec<u32> = vec![];
 /// The services, each with consistent placement.
 fn by_hash() -> Vec<Service> {
     let mut services = services();
-    services.iter_mut().for_each(|service| service.placement = Placement::Consistent);
+    services.iter_mut().for_each(|service| service.scheduler = Scheduler::Maglev);
     services
 }
 

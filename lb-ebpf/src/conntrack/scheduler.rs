@@ -1,9 +1,11 @@
-//! Choosing a task: exact round robin over a listener's slots, one atomic add a new connection, or by a hash of its five-tuple.
+//! Choosing a task: exact round robin over a listener's slots, one atomic add a new connection; by chance; or by a hash of its
+//! five-tuple.
 
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use lb_common::{
     backend::{Backend, Kind, State},
     conntrack::line::FiveTuple,
-    endpoint::{AFFINE, CONSISTENT, Listener},
+    endpoint::{AFFINE, CONSISTENT, Listener, RANDOM},
     net::Address,
 };
 
@@ -21,8 +23,8 @@ const TRIES: u64 = 4;
 pub const PORT_IS_TAKEN: u64 = 1 << 32;
 
 /// The index of the backend that takes this connection of the packet's listener, with [`PORT_IS_TAKEN`] or not, or [`NOBODY`].
-/// It is the next in turn that can take it; that of the connection's hash where the listener asks for it, or the next that can;
-/// or, where it may have to be found again without a line, that of the hash, and nothing else is looked at. Where clients stay with
+/// It is the next in turn that can take it; that of the connection's hash, or any, where the listener asks for it, or the next that
+/// can; or, where it may have to be found again without a line, that of the hash, and nothing else is looked at. Where clients stay with
 /// a task, its port is translated before another task is taken.
 #[inline(always)]
 pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
@@ -40,6 +42,9 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
         // A SYN that is sent again tries others.
         let turn = if by_hash {
             hash(&listener, &packet.key) + packet.search.retries as u64 * TRIES + attempt
+        } else if attempt == 0 && listener.flags & RANDOM != 0 {
+            // SAFETY: the helper has no preconditions.
+            unsafe { bpf_get_prandom_u32() as u64 }
         } else {
             take_turn(cursor)
         };
@@ -76,7 +81,11 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
 /// What decides over the slot of a connection that is placed by hash; `tuple` is its client's.
 #[inline(always)]
 pub fn hash<A: Address>(listener: &Listener, tuple: &FiveTuple<A>) -> u64 {
-    (if listener.flags & AFFINE != 0 { tuple.source_hash() } else { tuple.flow_hash() }) as u64
+    (if listener.flags & AFFINE != 0 {
+        tuple.source_hash()
+    } else {
+        tuple.flow_hash()
+    }) as u64
 }
 
 /// The backend in the slot of a listener that a turn, or a hash, falls on; [`NOBODY`] in none. Not an `Option`, whose empty half

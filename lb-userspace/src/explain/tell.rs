@@ -8,7 +8,7 @@ use std::{
 use lb_common::{
     abi::{Config, Mode, TC_ALONE},
     backend::{Kind, RETURN_DIRECT, State, TRANSLATED},
-    endpoint::{AFFINE, CLOSED, CONSISTENT, Listener, RESTRICTED},
+    endpoint::{AFFINE, CLOSED, CONSISTENT, Listener, RANDOM, RESTRICTED},
     outcome::Outcome,
     tunnel::{Peer, overhead},
 };
@@ -251,6 +251,7 @@ impl<'a> Teller<'a> {
             None if self.listener.is_some_and(|listener| self.takers(&listener) == 1) => "the only one",
             None if flags & AFFINE != 0 => "by a hash of the client's address",
             None if flags & CONSISTENT != 0 => "by a hash of both ends' addresses and ports",
+            None if flags & RANDOM != 0 => "by chance; the next connection may get any task",
             None => "whose turn it is; the next connection gets the next task",
         };
         let node = self.names.node(&entry.label.node);

@@ -17,7 +17,7 @@ use super::{
     tables::{BackendLabel, NodeLabel, ServiceLabel},
 };
 use crate::{
-    cluster::{Affinity, ClusterState, Node, Placement, Port, Prefer, Return, Service, Task, TaskState, Via},
+    cluster::{Affinity, ClusterState, Node, Port, Prefer, Return, Scheduler, Service, Task, TaskState, Via},
     translation::{is_made_up, own},
     tunnel_key::Cookies,
 };
@@ -127,8 +127,8 @@ pub struct DesiredService {
     /// Published ports and where they listen.
     pub ports: Vec<DesiredPort>,
     /// How new connections find their tasks.
-    pub placement: Placement,
-    /// Whether a client's address alone decides, whatever the placement.
+    pub scheduler: Scheduler,
+    /// Whether a client's address alone decides, whatever the scheduler.
     pub affinity: Affinity,
     /// Whether tasks that are not preferred get new connections where none that is takes any.
     pub falls_over: bool,
@@ -251,7 +251,7 @@ impl<'a> Scene<'a> {
             },
             backends: self.backends(service),
             ports: ports(self.view, service),
-            placement: service.placement,
+            scheduler: service.scheduler,
             affinity: service.affinity,
             falls_over: service.prefer != Prefer::LocalOnly,
             access: service.access.ranges(),

@@ -22,7 +22,7 @@ use super::{
     transition::Next,
 };
 use crate::{
-    cluster::{Affinity, Placement, Port, Protocol},
+    cluster::{Affinity, Port, Protocol, Scheduler},
     slots,
 };
 
@@ -410,8 +410,8 @@ impl<'a> TableBuilder<'a> {
             let able = eligible(v4);
             let closed = !service.falls_over || able.as_ref().is_some_and(Vec::is_empty);
             let mut eligible = able.unwrap_or_default();
-            let affine = service.affinity == Affinity::Client;
-            let by_hash = affine || service.placement == Placement::Consistent;
+            let affine = service.affinity == Affinity::Client || service.scheduler == Scheduler::Source;
+            let by_hash = affine || service.scheduler == Scheduler::Maglev;
             let known_as = |name: &'b str| if affine { place(&service.label.name, name) } else { name };
             if by_hash {
                 eligible.sort_unstable_by_key(|(_, _, name)| (known_as(name), *name));
@@ -419,6 +419,9 @@ impl<'a> TableBuilder<'a> {
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| known_as(name)).collect();
             let (order, flags) = match by_hash {
+                false if service.scheduler == Scheduler::Random => {
+                    (slots::smooth_wrr(&weights), endpoint::RANDOM)
+                }
                 false => (slots::smooth_wrr(&weights), 0),
                 true => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
             };

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     cluster::{
-        Access, Affinity, ClusterState, Idle, Node, Placement, Port, Prefer, Protocol, Service, Task,
+        Access, Affinity, ClusterState, Idle, Node, Port, Prefer, Protocol, Scheduler, Service, Task,
         TaskState, Via,
     },
     translation::stand_in,
@@ -42,7 +42,9 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
         any::<bool>(),
     );
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
-    let placement = prop_oneof![7 => Just(Placement::RoundRobin), 1 => Just(Placement::Consistent)];
+    let scheduler = prop_oneof![
+        6 => Just(Scheduler::RoundRobin), 1 => Just(Scheduler::Random), 1 => Just(Scheduler::Maglev), 1 => Just(Scheduler::Source)
+    ];
     let idle = prop_oneof![3 => Just(Idle::Forget), 1 => Just(Idle::Reset)];
     let range = || prop::sample::select(vec!["10.0.0.0/8", "10.1.0.0/16", "2001:db8::/32"]);
     let ranges = move || prop::collection::vec(range().prop_map(|range| range.parse().unwrap()), 0..3);
@@ -52,7 +54,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     let prefer = prop_oneof![
         3 => Just(Prefer::Any), 1 => Just(Prefer::Local), 1 => Just(Prefer::Zone), 1 => Just(Prefer::LocalOnly)
     ];
-    let settings = (placement, affinity, prefer, idle, access);
+    let settings = (scheduler, affinity, prefer, idle, access);
     let service = (prop::collection::vec(task, 0..6), prop::collection::vec(port, 1..3), settings);
     // A third node comes and goes, the second one's agent, and what zones they lie in.
     let others = (any::<bool>(), any::<bool>(), any::<[bool; 3]>());
@@ -68,8 +70,8 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
             let mut nodes = vec![node(1, true), node(2, agent)];
             nodes.extend(third.then(|| node(3, true)));
             let services = services.into_iter().map(
-                |(number, (tasks, ports, (placement, affinity, prefer, idle, access)))| Service {
-                    placement,
+                |(number, (tasks, ports, (scheduler, affinity, prefer, idle, access)))| Service {
+                    scheduler,
                     affinity,
                     prefer,
                     idle,
@@ -483,7 +485,7 @@ fn a_task_inherits_the_clients_of_the_one_whose_place_it_takes() {
 #[test]
 fn consistent_placement_changes_few_slots_when_a_task_goes() {
     let mut cluster = one_service(&[TaskState::Running; 5]);
-    cluster.service_mut(0).placement = Placement::Consistent;
+    cluster.service_mut(0).scheduler = Scheduler::Maglev;
     let limits = Limits { slots: 8_192, ..LIMITS };
     let mut tables = Tables::empty(limits.slots);
     let mut slots = Vec::new();
@@ -502,7 +504,7 @@ fn consistent_placement_changes_few_slots_when_a_task_goes() {
     let moved = slots[0].iter().zip(&slots[1]).filter(|(before, after)| *before != "s1.2" && before != after);
     assert!(moved.count() * 20 < slots[0].len());
     // Back in turn, with as few slots as tasks.
-    cluster.service_mut(0).placement = Placement::RoundRobin;
+    cluster.service_mut(0).scheduler = Scheduler::RoundRobin;
     let plan = plan_for(&cluster, &tables, &limits);
     apply(&mut tables, &plan).unwrap();
     assert!(tables.listeners.values().all(|listener| listener.flags == 0 && listener.slot_count <= 4));

@@ -8,7 +8,7 @@ use super::model;
 use crate::{
     check::{Check, CheckSpec},
     cluster::{
-        self, Access, Affinity, Family, Idle, Node, Placement, Port, Prefer, Return, Service, TIMERS,
+        self, Access, Affinity, Family, Idle, Node, Port, Prefer, Return, Scheduler, Service, TIMERS,
         TimerError, address_range, served_address, set_timer,
     },
     datapath::Hint,
@@ -18,7 +18,9 @@ use crate::{
 /// Service label: how the replies of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
 /// Service label: how new connections find their tasks, `round-robin` or `consistent`.
-pub const PLACEMENT_LABEL: &str = "lb.placement";
+pub const SCHEDULER_LABEL: &str = "lb.scheduler";
+/// What it was called before, with fewer choices.
+const FORMER_SCHEDULER_LABEL: &str = "lb.placement";
 /// Service label: whose tasks come first, `any`, `local`, `zone` or `local-only`.
 pub const PREFER_LABEL: &str = "lb.prefer";
 /// Node label: the share of new connections that each of its tasks gets, beside one of other nodes.
@@ -57,7 +59,7 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
     let mut problems = unknown_labels(service);
     let described = Service {
         returns: returns(service, &mut problems),
-        placement: placement(service, &mut problems),
+        scheduler: scheduler(service, &mut problems),
         affinity: affinity(service, &mut problems),
         prefer: prefer(service, &mut problems),
         family: family(service, &mut problems),
@@ -99,11 +101,12 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 11] = [
         FAMILY_LABEL,
         SLOW_START_LABEL,
         RETURN_LABEL,
-        PLACEMENT_LABEL,
+        SCHEDULER_LABEL,
+        FORMER_SCHEDULER_LABEL,
         AFFINITY_LABEL,
         PREFER_LABEL,
         IDLE_LABEL,
@@ -198,9 +201,17 @@ fn returns(service: &model::Service, problems: &mut Vec<String>) -> Option<Retur
     choice(service, RETURN_LABEL, &[("tunnel", Return::Tunnel), ("direct", Return::Direct)], problems)
 }
 
-fn placement(service: &model::Service, problems: &mut Vec<String>) -> Placement {
-    let choices = [("round-robin", Placement::RoundRobin), ("consistent", Placement::Consistent)];
-    choice(service, PLACEMENT_LABEL, &choices, problems).unwrap_or_default()
+fn scheduler(service: &model::Service, problems: &mut Vec<String>) -> Scheduler {
+    let choices = Scheduler::ALL.map(|scheduler| (scheduler.name(), scheduler));
+    let before = service.spec.labels.get(FORMER_SCHEDULER_LABEL);
+    let chosen = choice(service, SCHEDULER_LABEL, &choices, problems);
+    if before.is_some() {
+        problems.push(format!(
+            "label {FORMER_SCHEDULER_LABEL} is called {SCHEDULER_LABEL} now, and consistent maglev"
+        ));
+    }
+    let before = before.filter(|value| *value == "consistent").map(|_| Scheduler::Maglev);
+    chosen.or(before).unwrap_or_default()
 }
 
 fn affinity(service: &model::Service, problems: &mut Vec<String>) -> Affinity {
@@ -395,19 +406,27 @@ mod tests {
     }
 
     #[test]
-    fn placement_is_set_by_a_label() {
-        let placement = |value: &str| {
+    fn the_scheduler_is_set_by_a_label() {
+        let set = |value: &str| {
             let service: model::Service = serde_json::from_value(serde_json::json!({
-                "ID": "s1", "Spec": {"Name": "web", "Labels": {PLACEMENT_LABEL: value}}
+                "ID": "s1", "Spec": {"Name": "web", "Labels": {SCHEDULER_LABEL: value}}
             }))
             .unwrap();
             let mut notes = Vec::new();
-            (placement(&service, &mut notes), notes.pop())
+            (scheduler(&service, &mut notes), notes.pop())
         };
-        assert_eq!(placement("round-robin"), (Placement::RoundRobin, None));
-        assert_eq!(placement("consistent"), (Placement::Consistent, None));
-        let said = "label lb.placement=sticky is neither round-robin nor consistent";
-        assert_eq!(placement("sticky"), (Placement::RoundRobin, Some(said.to_owned())));
+        for known in Scheduler::ALL {
+            assert_eq!(set(known.name()), (known, None));
+        }
+        let before: model::Service = serde_json::from_value(serde_json::json!({
+            "ID": "s1", "Spec": {"Name": "web", "Labels": {"lb.placement": "consistent"}}
+        }))
+        .unwrap();
+        let mut notes = unknown_labels(&before);
+        assert_eq!(scheduler(&before, &mut notes), Scheduler::Maglev);
+        assert_eq!(notes, ["label lb.placement is called lb.scheduler now, and consistent maglev"]);
+        let said = "label lb.scheduler=sticky is none of round-robin, random, maglev, source";
+        assert_eq!(set("sticky"), (Scheduler::RoundRobin, Some(said.to_owned())));
     }
 
     #[test]
@@ -442,8 +461,7 @@ mod tests {
     #[test]
     fn unknown_labels_and_wrong_values_go_with_their_service() {
         let mut listing = listing();
-        for (label, value) in [("lb.placment", "consistent"), ("lb.idle", "kill"), ("com.example.lb.x", "1")]
-        {
+        for (label, value) in [("lb.schedular", "maglev"), ("lb.idle", "kill"), ("com.example.lb.x", "1")] {
             listing.services[0].spec.labels.insert(label.into(), value.into());
         }
         let problem = &listing.view(Tunnel::default()).cluster.services[1].problem;
@@ -452,7 +470,7 @@ mod tests {
         assert_eq!(
             *problem,
             format!(
-                "label lb.placment is unknown; did you mean lb.placement?; label lb.timers.idle=9: {timer}; \
+                "label lb.schedular is unknown; did you mean lb.scheduler?; label lb.timers.idle=9: {timer}; \
                  label lb.idle=kill is neither forget nor reset"
             )
         );

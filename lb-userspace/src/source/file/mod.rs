@@ -270,7 +270,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::{
-        Access, Affinity, Idle, Placement, Port, Prefer, Protocol, Return, TaskState, Tunnel, Via,
+        Access, Affinity, Idle, Port, Prefer, Protocol, Return, Scheduler, TaskState, Tunnel, Via,
     };
 
     const GOOD: &str = r#"
@@ -392,18 +392,18 @@ weight = 3
                 "agent = false\n\n[tunnel]\nport = 6082\nreturn = \"direct\"\n\n[[service]]",
             )
             .replace("state =", "via = \"routed\"\noverlay = \"10.0.0.3\"\nstate =")
-            .replace("ports =", "return = \"tunnel\"\nplacement = \"consistent\"\nports =");
+            .replace("ports =", "return = \"tunnel\"\nscheduler = \"maglev\"\nports =");
         let state = parse(&text).ok().unwrap();
         assert_eq!(state.tunnel, Tunnel { port: 6082, returns: Return::Direct });
         assert_eq!(state.services[0].returns, Some(Return::Tunnel));
-        assert_eq!(state.services[0].placement, Placement::Consistent);
+        assert_eq!(state.services[0].scheduler, Scheduler::Maglev);
         assert!(!state.nodes[0].agent);
         let task = &state.services[0].tasks[0];
         assert_eq!((task.via, task.cluster_address()), (Via::Routed, "10.0.0.3".parse().ok()));
         // Without a word: an agent everywhere, answers through the tunnel, a task's own address for its name.
         let state = parse(GOOD).ok().unwrap();
         assert_eq!((state.tunnel, state.services[0].returns), (Tunnel::default(), None));
-        assert_eq!(state.services[0].placement, Placement::RoundRobin);
+        assert_eq!(state.services[0].scheduler, Scheduler::RoundRobin);
         assert_eq!(state.services[0].affinity, Affinity::None);
         let sticky = parse(&GOOD.replace("ports =", "affinity = \"client\"\nports =")).ok().unwrap();
         assert_eq!(sticky.services[0].affinity, Affinity::Client);
@@ -415,7 +415,7 @@ weight = 3
         fails(&GOOD.replacen("addresses =", &long, 1), 4, "the name of a zone may have 32 bytes at most");
         fails(&GOOD.replace("ports =", "prefer = \"near\"\nports ="), 8, "unknown variant `near`");
         fails(&GOOD.replace("ports =", "affinity = \"cookie\"\nports ="), 8, "unknown variant `cookie`");
-        fails(&GOOD.replace("ports =", "placement = \"sticky\"\nports ="), 8, "unknown variant `sticky`");
+        fails(&GOOD.replace("ports =", "scheduler = \"sticky\"\nports ="), 8, "unknown variant `sticky`");
         assert!(state.nodes[0].agent);
         let task = &state.services[0].tasks[0];
         assert_eq!((task.via, task.cluster_address()), (Via::Peer, "172.18.0.3".parse().ok()));

@@ -16,7 +16,7 @@ use toml::Spanned;
 use crate::{
     check::CheckSpec,
     cluster::{
-        Access, Affinity, ClusterState, Family, Idle, Node, Placement, Port, Prefer, Return, Service, Task,
+        Access, Affinity, ClusterState, Family, Idle, Node, Port, Prefer, Return, Scheduler, Service, Task,
         TaskState, Tunnel, Via, address_range, set_timer, slow_start,
     },
     text,
@@ -66,8 +66,8 @@ pub(super) struct RawService {
     ports: Vec<Spanned<String>>,
     #[serde(rename = "return")]
     returns: Option<Return>,
-    #[serde(default)]
-    placement: Placement,
+    #[serde(default, alias = "placement")]
+    scheduler: Scheduler,
     #[serde(default)]
     affinity: Affinity,
     #[serde(default)]
@@ -195,7 +195,7 @@ pub(super) fn service<'a>(
     }
     let name = raw.name.get_ref().clone();
     let (addresses, returns) = (raw.addresses.clone(), raw.returns);
-    let (placement, affinity, prefer, idle) = (raw.placement, raw.affinity, raw.prefer, raw.idle);
+    let (scheduler, affinity, prefer, idle) = (raw.scheduler, raw.affinity, raw.prefer, raw.idle);
     // Who reads the file cannot know whether each node's agent translates.
     let family = raw.family.unwrap_or(Family::Same);
     tasks.iter_mut().filter(|task| task.via == Via::Peer).for_each(|task| translated(task, family));
@@ -222,7 +222,7 @@ pub(super) fn service<'a>(
         ports,
         tasks,
         returns,
-        placement,
+        scheduler,
         affinity,
         prefer,
         family,
