@@ -56,6 +56,8 @@ pub const AFFINE: u32 = 4;
 /// There are tasks, and none of them is to get new connections here: those are refused instead of being passed to the host, whose
 /// mesh would give them to one.
 pub const CLOSED: u32 = 8;
+/// From this bit on, beside [`AFFINE`]: how many of the last bits of a client's address do not count, of IPv6 none or at least 64.
+pub const IGNORED_SHIFT: u32 = 24;
 /// New connections are given to any of the slots by chance, and not in turn.
 pub const RANDOM: u32 = 16;
 

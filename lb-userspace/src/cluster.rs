@@ -122,6 +122,61 @@ impl Scheduler {
     }
 }
 
+/// Which clients are one where a client's address decides: those of one network, by the length of its prefix of either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientPrefix {
+    /// Of IPv4, 1 to 32.
+    #[serde(default = "ClientPrefix::whole4")]
+    pub v4: u8,
+    /// Of IPv6, 1 to 64, or 128.
+    #[serde(default = "ClientPrefix::whole6")]
+    pub v6: u8,
+}
+
+impl ClientPrefix {
+    /// Each address is a client of its own.
+    pub const WHOLE: Self = Self { v4: 32, v6: 128 };
+
+    const fn whole4() -> u8 {
+        Self::WHOLE.v4
+    }
+
+    const fn whole6() -> u8 {
+        Self::WHOLE.v6
+    }
+
+    /// Whether each address is a client of its own.
+    pub fn is_whole(&self) -> bool {
+        *self == Self::WHOLE
+    }
+
+    /// How many of the last bits of an address do not count.
+    pub fn ignored(self, v4: bool) -> u32 {
+        if v4 { 32 - u32::from(self.v4) } else { 128 - u32::from(self.v6) }
+    }
+
+    /// Whether there are such prefixes.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(self) -> Result<Self, String> {
+        if !(1..=32).contains(&self.v4) {
+            return Err(format!("a prefix of IPv4 has a length from 1 to 32, not {}", self.v4));
+        }
+        if !(1..=64).contains(&self.v6) && self.v6 != 128 {
+            return Err(format!("a prefix of IPv6 has a length from 1 to 64, or 128, not {}", self.v6));
+        }
+        Ok(self)
+    }
+}
+
+impl Default for ClientPrefix {
+    fn default() -> Self {
+        Self::WHOLE
+    }
+}
+
 /// Whether a client's connections go to one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
@@ -375,6 +430,9 @@ pub struct Service {
     /// Whether a client's connections go to one task, whatever [`Self::scheduler`] says. Agents that know none place each by itself.
     #[serde(default, skip_serializing_if = "Affinity::is_none")]
     pub affinity: Affinity,
+    /// Which clients are one then. Agents of before take each address for one.
+    #[serde(default, skip_serializing_if = "ClientPrefix::is_whole")]
+    pub client_prefix: ClientPrefix,
     /// Whose tasks come first. Agents that know nothing of it take all for equal.
     #[serde(default, skip_serializing_if = "Prefer::is_any")]
     pub prefer: Prefer,

@@ -10,7 +10,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
-    endpoint::{AFFINE, CONSISTENT, RANDOM},
+    endpoint::{AFFINE, CONSISTENT, IGNORED_SHIFT, RANDOM},
     stats::{BackendStats, ServiceStats},
     tunnel::{Peer, PeerKey},
 };
@@ -509,8 +509,17 @@ impl Inventory {
             _ => Scheduler::RoundRobin,
         };
         let affinity = if flags & AFFINE != 0 { "client" } else { "none" };
+        let prefix = |v4: bool, bits: u32| {
+            let its = self
+                .tables
+                .listeners
+                .iter()
+                .find(|(at, one)| one.service == index && at.address.is_ipv4() == v4);
+            its.map(|(_, one)| bits - (one.flags >> IGNORED_SHIFT)).filter(|_| flags & AFFINE != 0)
+        };
+        let client_prefix = serde_json::json!({ "v4": prefix(true, 32), "v6": prefix(false, 128) });
         serde_json::json!({
-            "scheduler": scheduler.name(), "affinity": affinity, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
+            "scheduler": scheduler.name(), "affinity": affinity, "client_prefix": client_prefix, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
             "access": access
         })
     }

@@ -44,7 +44,8 @@ fn by_chance_each_gets_its_share_on_average() {
         let heavy = given.iter().filter(|task| **task == 2).count();
         // Three of four: 3,000, and 27 of standard deviation.
         assert!((2_850..3_150).contains(&heavy), "{heavy} of 4,000");
-        let exact = given.chunks(4).filter(|turn| turn.iter().filter(|task| **task == 2).count() == 3).count();
+        let exact =
+            given.chunks(4).filter(|turn| turn.iter().filter(|task| **task == 2).count() == 3).count();
         assert!(exact < 900, "{exact} of 1,000 turns are exact: by chance it is some 422");
         // A client whose SYN is not answered gets the other one.
         lab.update(|cluster| cluster.service_mut(0).tasks[1].weight = 1);
@@ -79,6 +80,23 @@ fn by_the_client_s_address_each_client_has_a_task() {
             assert!((125..=175).contains(&counts["web.2"]), "{counts:?}");
         });
     }
+}
+
+#[test]
+fn clients_of_one_network_have_one_task_if_they_are_one() {
+    let mut services = scheduled(Scheduler::RoundRobin);
+    services[0].affinity = Affinity::Client;
+    services[0].client_prefix.v4 = 24;
+    with_lab(services, |lab| {
+        let mut tasks = BTreeMap::<String, u32>::new();
+        for network in 0..60 {
+            let of = |host: u8| lab.delivered_to(&from(&format!("198.51.{network}.{host}"), 40_000));
+            let first = of(1);
+            assert!([2, 77, 254].into_iter().all(|host| of(host) == first), "198.51.{network}.0/24");
+            *tasks.entry(first).or_default() += 1;
+        }
+        assert_eq!(tasks.len(), 2, "networks are apart: {tasks:?}");
+    });
 }
 
 #[test]

@@ -85,15 +85,22 @@ impl<A> FiveTuple<A> {
     }
 
     /// The same for all packets of one sender, whatever it sends and where to. Of its words, not of their sum, which is the same for
-    /// 10.1.0.5 and 10.0.1.5.
+    /// 10.1.0.5 and 10.0.1.5. So many of its last bits do not count, of IPv6 none or at least 64: senders of one network have one
+    /// hash.
     #[inline(always)]
-    pub fn source_hash(&self) -> u32
+    pub fn source_hash(&self, ignored: u32) -> u32
     where
         A: Address,
     {
-        let words = self.source.to_wide();
-        let first = mix(words[0]);
-        if A::IS_V4 { first } else { mix(mix(mix(first ^ words[1]) ^ words[2]) ^ words[3]) }
+        let [first, second, third, fourth] = self.source.to_wide();
+        if A::IS_V4 {
+            return mix(first & (u32::MAX << (ignored & 31)).to_be());
+        }
+        // Of none that are left out the shift is none too.
+        let network = u64::MAX << (ignored.wrapping_sub(64) & 63);
+        let (high, low) = (((network >> 32) as u32).to_be(), (network as u32).to_be());
+        let host = if ignored == 0 { u32::MAX } else { 0 };
+        mix(mix(mix(mix(first & high) ^ second & low) ^ third & host) ^ fourth & host)
     }
 
     /// Whether a line has this five-tuple; its generation is not compared.
@@ -402,6 +409,41 @@ mod tests {
     }
 
     #[test]
+    fn clients_of_one_network_have_one_hash() {
+        let v4 = |text: &str| FiveTuple {
+            source: V4::from(text.parse::<core::net::Ipv4Addr>().unwrap()),
+            ..FiveTuple::default()
+        };
+        let v6 = |text: &str| FiveTuple {
+            source: V6::from(text.parse::<core::net::Ipv6Addr>().unwrap()),
+            ..FiveTuple::default()
+        };
+        let of = |text: &str, prefix: u32| match text.contains(':') {
+            true => v6(text).source_hash(128 - prefix),
+            false => v4(text).source_hash(32 - prefix),
+        };
+        for (one, other, prefix) in [
+            ("198.51.100.7", "198.51.100.200", 24),
+            ("198.51.100.7", "198.51.107.200", 20),
+            ("10.1.2.3", "10.200.2.3", 8),
+            ("2001:db8:1:2::7", "2001:db8:1:2:ffff::1", 64),
+            ("2001:db8:1:2::7", "2001:db8:1:ff::7", 56),
+            ("2001:db8:1:2::7", "2001:db8:ffff::7", 32),
+            ("2001:db8::7", "2001:db9::7", 31),
+        ] {
+            assert_eq!(of(one, prefix), of(other, prefix), "{one} and {other} are of one /{prefix}");
+            let most = if one.contains(':') { 64 } else { 32 };
+            for longer in prefix + 1..=most {
+                if of(one, longer) != of(other, longer) {
+                    break;
+                }
+                assert!(longer < most, "{one} and {other} are of two networks somewhere above /{prefix}");
+            }
+        }
+        assert_ne!(v6("2001:db8::1").source_hash(0), v6("2001:db8::2").source_hash(0));
+    }
+
+    #[test]
     fn few_tasks_share_clients_that_differ_in_one_number() {
         let port = |number: u16| {
             FiveTuple::new(V4(0x0100_a8c0), V4(0x0200_a8c0), Be16::new(number), Be16::new(80), 6)
@@ -414,13 +456,13 @@ mod tests {
         };
         let of_address = |number: u16| {
             let source = V4(0x0000_a8c0 | (number as u32) << 24);
-            FiveTuple { source, ..port(number) }.source_hash()
+            FiveTuple { source, ..port(number) }.source_hash(0)
         };
         let of_site = |number: u16| {
             let source = V4(0x0500_000a | (number as u32) << 8 | (255 - number as u32) << 16);
-            FiveTuple { source, ..port(number) }.source_hash()
+            FiveTuple { source, ..port(number) }.source_hash(0)
         };
-        assert_eq!(port(1).source_hash(), FiveTuple { destination: V4(7), ..port(2) }.source_hash());
+        assert_eq!(port(1).source_hash(0), FiveTuple { destination: V4(7), ..port(2) }.source_hash(0));
         let by: [(&str, &dyn Fn(u16) -> u32); 5] = [
             ("port", &at_high_port),
             ("port's other byte", &at_port_apart),

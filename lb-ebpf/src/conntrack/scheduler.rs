@@ -5,7 +5,7 @@ use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use lb_common::{
     backend::{Backend, Kind, State},
     conntrack::line::FiveTuple,
-    endpoint::{AFFINE, CONSISTENT, Listener, RANDOM},
+    endpoint::{AFFINE, CONSISTENT, IGNORED_SHIFT, Listener, RANDOM},
     net::Address,
 };
 
@@ -82,7 +82,7 @@ pub fn choose<A: Tracked>(packet: &mut Packet<A>) -> u64 {
 #[inline(always)]
 pub fn hash<A: Address>(listener: &Listener, tuple: &FiveTuple<A>) -> u64 {
     (if listener.flags & AFFINE != 0 {
-        tuple.source_hash()
+        tuple.source_hash(listener.flags >> IGNORED_SHIFT)
     } else {
         tuple.flow_hash()
     }) as u64

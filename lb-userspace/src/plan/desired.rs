@@ -17,7 +17,10 @@ use super::{
     tables::{BackendLabel, NodeLabel, ServiceLabel},
 };
 use crate::{
-    cluster::{Affinity, ClusterState, Node, Port, Prefer, Return, Scheduler, Service, Task, TaskState, Via},
+    cluster::{
+        Affinity, ClientPrefix, ClusterState, Node, Port, Prefer, Return, Scheduler, Service, Task,
+        TaskState, Via,
+    },
     translation::{is_made_up, own},
     tunnel_key::Cookies,
 };
@@ -130,6 +133,8 @@ pub struct DesiredService {
     pub scheduler: Scheduler,
     /// Whether a client's address alone decides, whatever the scheduler.
     pub affinity: Affinity,
+    /// Which clients are one then.
+    pub client_prefix: ClientPrefix,
     /// Whether tasks that are not preferred get new connections where none that is takes any.
     pub falls_over: bool,
     /// Whether clients may connect, by ranges; empty if all may.
@@ -253,6 +258,7 @@ impl<'a> Scene<'a> {
             ports: ports(self.view, service),
             scheduler: service.scheduler,
             affinity: service.affinity,
+            client_prefix: service.client_prefix,
             falls_over: service.prefer != Prefer::LocalOnly,
             access: service.access.ranges(),
         }

@@ -425,7 +425,8 @@ impl<'a> TableBuilder<'a> {
                 false => (slots::smooth_wrr(&weights), 0),
                 true => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
             };
-            let flags = flags | if affine { endpoint::AFFINE } else { 0 };
+            let ignored = service.client_prefix.ignored(v4) << endpoint::IGNORED_SHIFT;
+            let flags = flags | if affine { endpoint::AFFINE | ignored } else { 0 };
             let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
             let flags = flags | if closed && eligible.is_empty() { endpoint::CLOSED } else { 0 };
             let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();

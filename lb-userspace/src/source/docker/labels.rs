@@ -8,8 +8,8 @@ use super::model;
 use crate::{
     check::{Check, CheckSpec},
     cluster::{
-        self, Access, Affinity, Family, Idle, Node, Port, Prefer, Return, Scheduler, Service, TIMERS,
-        TimerError, address_range, served_address, set_timer,
+        self, Access, Affinity, ClientPrefix, Family, Idle, Node, Port, Prefer, Return, Scheduler, Service,
+        TIMERS, TimerError, address_range, served_address, set_timer,
     },
     datapath::Hint,
     text,
@@ -17,7 +17,7 @@ use crate::{
 
 /// Service label: how the replies of its tasks travel, `tunnel` or `direct`.
 pub const RETURN_LABEL: &str = "lb.return";
-/// Service label: how new connections find their tasks, `round-robin` or `consistent`.
+/// Service label: how new connections find their tasks, `round-robin`, `random`, `maglev` or `source`.
 pub const SCHEDULER_LABEL: &str = "lb.scheduler";
 /// What it was called before, with fewer choices.
 const FORMER_SCHEDULER_LABEL: &str = "lb.placement";
@@ -29,6 +29,10 @@ pub const WEIGHT_LABEL: &str = "lb.weight";
 pub const ZONE_LABEL: &str = "zone";
 /// Service label: whether a client's connections go to one task, `none` or `client`.
 pub const AFFINITY_LABEL: &str = "lb.affinity";
+/// Service label: which clients are one where the address decides, by the length of a network's prefix; of IPv4.
+pub const V4_PREFIX_LABEL: &str = "lb.affinity.v4-prefix";
+/// The same of IPv6.
+pub const V6_PREFIX_LABEL: &str = "lb.affinity.v6-prefix";
 /// Service label, with a timer's name after it: the silence in seconds after which its connections have ended.
 pub const TIMER_LABEL: &str = "lb.timers.";
 /// Service label: what becomes of its established TCP connections that have ended by silence, `forget` or `reset`.
@@ -61,6 +65,7 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
         returns: returns(service, &mut problems),
         scheduler: scheduler(service, &mut problems),
         affinity: affinity(service, &mut problems),
+        client_prefix: client_prefix(service, &mut problems),
         prefer: prefer(service, &mut problems),
         family: family(service, &mut problems),
         timers: timers(service, &mut problems),
@@ -101,13 +106,15 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 11] = [
+    const KNOWN: [&str; 13] = [
         FAMILY_LABEL,
         SLOW_START_LABEL,
         RETURN_LABEL,
         SCHEDULER_LABEL,
         FORMER_SCHEDULER_LABEL,
         AFFINITY_LABEL,
+        V4_PREFIX_LABEL,
+        V6_PREFIX_LABEL,
         PREFER_LABEL,
         IDLE_LABEL,
         ADDRESSES_LABEL,
@@ -217,6 +224,23 @@ fn scheduler(service: &model::Service, problems: &mut Vec<String>) -> Scheduler 
 fn affinity(service: &model::Service, problems: &mut Vec<String>) -> Affinity {
     choice(service, AFFINITY_LABEL, &[("none", Affinity::None), ("client", Affinity::Client)], problems)
         .unwrap_or_default()
+}
+
+/// Which clients are one; each address by itself where a length is wrong, and where no address decides.
+fn client_prefix(service: &model::Service, problems: &mut Vec<String>) -> ClientPrefix {
+    let mut prefix = ClientPrefix::WHOLE;
+    for (label, of_v4) in [(V4_PREFIX_LABEL, true), (V6_PREFIX_LABEL, false)] {
+        let Some(text) = service.spec.labels.get(label) else { continue };
+        let length = text.parse::<u8>().map_err(|_| "the length of a prefix is a number".to_owned());
+        let with = |length| {
+            if of_v4 { ClientPrefix { v4: length, ..prefix } } else { ClientPrefix { v6: length, ..prefix } }
+        };
+        match length.and_then(|length| with(length).check()) {
+            Ok(checked) => prefix = checked,
+            Err(error) => problems.push(format!("label {label}={text}: {error}")),
+        }
+    }
+    prefix
 }
 
 fn prefer(service: &model::Service, problems: &mut Vec<String>) -> Prefer {
@@ -403,6 +427,34 @@ mod tests {
         let (chosen, problem) = affinity("cookie");
         assert_eq!(chosen, Affinity::None);
         assert!(problem.contains("label lb.affinity=cookie is neither none nor client"), "{problem}");
+    }
+
+    #[test]
+    fn clients_of_a_network_are_one_if_labels_say_so() {
+        let prefix = |labels: serde_json::Value| {
+            let service: model::Service = serde_json::from_value(
+                serde_json::json!({ "ID": "s1", "Spec": { "Name": "web", "Labels": labels } }),
+            )
+            .unwrap();
+            let mut notes = Vec::new();
+            (client_prefix(&service, &mut notes), notes.join("; "))
+        };
+        let (v4, v6) = (V4_PREFIX_LABEL, V6_PREFIX_LABEL);
+        assert_eq!(prefix(serde_json::json!({})), (ClientPrefix::WHOLE, String::new()));
+        let both = prefix(serde_json::json!({ v4: "24", v6: "56" }));
+        assert_eq!(both, (ClientPrefix { v4: 24, v6: 56 }, String::new()));
+        let (one, said) = prefix(serde_json::json!({ v4: "33", v6: "64" }));
+        assert_eq!(one, ClientPrefix { v4: 32, v6: 64 });
+        assert_eq!(
+            said,
+            "label lb.affinity.v4-prefix=33: a prefix of IPv4 has a length from 1 to 32, not 33"
+        );
+        let (_, said) = prefix(serde_json::json!({ v6: "96" }));
+        assert_eq!(
+            said,
+            "label lb.affinity.v6-prefix=96: a prefix of IPv6 has a length from 1 to 64, or 128, not 96"
+        );
+        assert!(prefix(serde_json::json!({ v4: "wide" })).1.contains("is a number"));
     }
 
     #[test]

@@ -16,8 +16,8 @@ use toml::Spanned;
 use crate::{
     check::CheckSpec,
     cluster::{
-        Access, Affinity, ClusterState, Family, Idle, Node, Port, Prefer, Return, Scheduler, Service, Task,
-        TaskState, Tunnel, Via, address_range, set_timer, slow_start,
+        Access, Affinity, ClientPrefix, ClusterState, Family, Idle, Node, Port, Prefer, Return, Scheduler,
+        Service, Task, TaskState, Tunnel, Via, address_range, set_timer, slow_start,
     },
     text,
     translation::{embed, stand_in},
@@ -70,6 +70,8 @@ pub(super) struct RawService {
     scheduler: Scheduler,
     #[serde(default)]
     affinity: Affinity,
+    #[serde(rename = "client-prefix")]
+    client_prefix: Option<Spanned<ClientPrefix>>,
     #[serde(default)]
     prefer: Prefer,
     family: Option<Family>,
@@ -211,6 +213,10 @@ pub(super) fn service<'a>(
             .check(Port::first_tcp(&ports))
             .map_err(|error| Wrong::at(spec, error.to_string()))?,
     };
+    let client_prefix = match &raw.client_prefix {
+        None => ClientPrefix::WHOLE,
+        Some(prefix) => prefix.get_ref().check().map_err(|error| Wrong::at(prefix, error))?,
+    };
     let slow_start = match &raw.slow_start {
         None => Duration::ZERO,
         Some(text) => slow_start(text.get_ref()).map_err(|error| Wrong::at(text, error))?,
@@ -224,6 +230,7 @@ pub(super) fn service<'a>(
         returns,
         scheduler,
         affinity,
+        client_prefix,
         prefer,
         family,
         access,
