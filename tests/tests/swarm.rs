@@ -513,12 +513,12 @@ fn clients_with_ipv6_are_served_by_a_swarm_that_has_none() {
         let whole = client.enter(|| files_are_whole(node.address6()));
         assert_eq!(whole, Ok(()), "through {}", node.name);
         let to = SocketAddr::new(node.address6(), 53);
-        let names: BTreeSet<String> = client.enter(|| {
-            // Of what is too long for the path the first is lost while its sender is told.
-            let tries = [64, 1_200, 1_400].into_iter().flat_map(|length| [length; 8]);
-            tries.filter_map(|length| ask(to, &"x".repeat(length))).collect()
-        });
-        assert_eq!(names.len(), 5, "through {}: {names:?}", node.name);
+        in_turns(5, || client.enter(|| (0..10).filter_map(|_| ask(to, "who?")).collect()));
+        // Of what is too long for the path the first is lost while its sender is told.
+        let long = [1_200, 1_200, 1_200, 1_400, 1_400, 1_400];
+        let answered =
+            client.enter(|| long.iter().filter(|length| ask(to, &"x".repeat(**length)).is_some()).count());
+        assert!(answered >= 5, "through {}: {answered}", node.name);
     }
     manager.docker(&["service", "update", "-d", "--publish-add", "54:1/udp", "names"]);
     for node in &swarm.nodes {
