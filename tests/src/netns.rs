@@ -16,6 +16,7 @@ use std::{
 
 use lb_userspace::datapath::{PinDir, remove_abandoned};
 use nix::{
+    fcntl::{Flock, FlockArg},
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
     unistd::{Pid, geteuid},
@@ -250,6 +251,9 @@ fn bpffs() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         let path = "/sys/fs/bpf";
+        // Two suites at once would both mount it, one on the other.
+        let lock = File::create(std::env::temp_dir().join("lb-tests-bpffs")).expect("a file to lock");
+        let _locked = Flock::lock(lock, FlockArg::LockExclusive).expect("lock it");
         let kind = nix::sys::statfs::statfs(path).map(|stat| stat.filesystem_type());
         if kind != Ok(nix::sys::statfs::BPF_FS_MAGIC) {
             run(Command::new("mount").args(["-t", "bpf", "bpf", path]));

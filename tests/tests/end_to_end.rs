@@ -557,13 +557,15 @@ fn mistakes_are_said_with_the_next_step() {
     // Without its capabilities the agent says which it needs.
     let mut command = node.command("setpriv");
     command.args(["--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon", "--inh-caps=-all"]);
-    command.arg(lb_tests::agent::program()).args(["attach", "--iface", "eth1", "--cluster", path]);
+    // Who is not refused would serve for ever.
+    command.args(["timeout", "60"]).arg(lb_tests::agent::program());
+    command.args(["attach", "--iface", "eth1", "--cluster", path]);
     let output = command.output().expect("start setpriv");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && errors.contains("CAP_BPF"), "{errors}");
     // In a mount namespace without bpffs the agent says how to mount one.
     let script = format!(
-        "umount -l /sys/fs/bpf && exec {} attach --iface eth1 --cluster {path}",
+        "while umount -l /sys/fs/bpf 2> /dev/null; do :; done; exec timeout 60 {} attach --iface eth1 --cluster {path}",
         lb_tests::agent::program().display()
     );
     let output =
