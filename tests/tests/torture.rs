@@ -2,6 +2,8 @@
 //! while user space removes lines. What is found is never another's, and at rest the table is whole.
 //!
 //! `LB_TORTURE_SECONDS` says for how long, ten seconds by default.
+//!
+//! Runs alone: its two threads want a processor each.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
