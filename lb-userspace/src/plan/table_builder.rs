@@ -289,6 +289,7 @@ impl<'a> TableBuilder<'a> {
                 ));
             }
         }
+        self.stand_in_conflicts(backends)?;
         for (_, entry) in backends {
             let at = endpoint(entry);
             // Bridges have the same range on every node: the address of a peer's task means nothing here.
@@ -301,21 +302,6 @@ impl<'a> TableBuilder<'a> {
                     at.address, at.port, at.protocol, entry.label.task, owner.label.task
                 );
                 return Err(self.taken(owner.backend.service, reason));
-            }
-            if let Some((address, own)) = stand_in(entry) {
-                let room = size::stand_ins(self.limits.backends as usize) / 2;
-                match self.stand_ins.get(&address) {
-                    Some(known) if *known == own => {}
-                    Some(other) => {
-                        let reason = format!(
-                            "{address} stands in for both {own} of task {} and {other}; give the task another address",
-                            entry.label.task
-                        );
-                        return Err(Refusal::Taken(String::new(), reason));
-                    }
-                    None if self.stand_ins.len() >= room => return Err(full("backends")),
-                    None => {}
-                }
             }
             // Peers could not say which of the two they mean.
             let named = self.next.tasks.get(&task_key(entry)).and_then(|index| self.next.backends.get(index));
@@ -330,6 +316,28 @@ impl<'a> TableBuilder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What stands in for another task already, and what there is no room for.
+    fn stand_in_conflicts(&self, backends: &[(u32, BackendEntry)]) -> Result<(), Refusal> {
+        let room = size::stand_ins(self.limits.backends as usize) / 2;
+        let mut new: BTreeMap<Ipv4Addr, Ipv6Addr> = BTreeMap::new();
+        for (_, entry) in backends {
+            let Some((address, own)) = stand_in(entry) else { continue };
+            let other = self.stand_ins.get(&address).or(new.get(&address)).filter(|other| **other != own);
+            if let Some(other) = other {
+                let reason = format!(
+                    "{address} stands in for both {own} of task {} and {other}; give the task another address",
+                    entry.label.task
+                );
+                return Err(Refusal::Taken(String::new(), reason));
+            }
+            if !self.stand_ins.contains_key(&address) {
+                new.insert(address, own);
+            }
+        }
+        let fits = new.is_empty() || self.stand_ins.len() + new.len() <= room;
+        if fits { Ok(()) } else { Err(full("backends")) }
     }
 
     fn taken(&self, owner: u32, reason: String) -> Refusal {

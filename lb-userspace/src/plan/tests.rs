@@ -867,3 +867,40 @@ fn an_address_stands_in_for_a_task_as_long_as_any_service_has_it() {
     assert_eq!(stand_ins, expected);
     assert_eq!(go(vec![]), (vec![], BTreeMap::new()));
 }
+
+#[test]
+fn more_stand_ins_than_there_is_room_for_leave_their_service_out_and_no_other() {
+    let room = lb_common::abi::size::stand_ins(LIMITS.backends as usize) / 2;
+    let of = |number: u8, tasks: usize| {
+        let mut service = build(
+            number,
+            vec![(0, TaskState::Running, 1, true, Via::Peer, true)],
+            vec![(0, Protocol::Tcp, 0)],
+        );
+        let first = service.tasks.remove(0);
+        service.tasks.extend((0..tasks).map(|task| {
+            let v6: Ipv6Addr = format!("fd00::{number}:{:x}", 0x100 + task).parse().unwrap();
+            let (name, overlay) =
+                (format!("s{number}.{task}"), Some(format!("10.{number}.1.{task}").parse().unwrap()));
+            Task {
+                name,
+                overlay,
+                addresses: vec![stand_in(v6, |_| false).into(), v6.into()],
+                ..first.clone()
+            }
+        }));
+        Arc::new(service)
+    };
+    let cluster = ClusterState { services: vec![of(1, room - 1), of(2, 2)], ..ClusterState::default() };
+    let mut tables = Tables::empty(LIMITS.slots);
+    let plan = plan_for(&cluster, &tables, &LIMITS);
+    apply(&mut tables, &plan).unwrap();
+    assert_eq!(plan.refused.len(), 1, "{:?}", plan.refused);
+    assert!(
+        plan.refused[0].contains("service s2 is left out: the table of backends is full"),
+        "{:?}",
+        plan.refused
+    );
+    assert_eq!(tables.stand_ins.len(), room - 1);
+    assert_eq!(tables.services.len(), 1);
+}
