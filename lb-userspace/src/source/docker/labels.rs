@@ -76,6 +76,14 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
         slow_start: slow_start(service, &mut problems),
         ..Service::default()
     };
+    let by_address = described.affinity == Affinity::Client || described.scheduler == Scheduler::Source;
+    for label in [V4_PREFIX_LABEL, V6_PREFIX_LABEL] {
+        if !by_address && service.spec.labels.contains_key(label) {
+            problems.push(format!(
+                "label {label} has no effect: clients' addresses decide with {AFFINITY_LABEL}=client or {SCHEDULER_LABEL}=source"
+            ));
+        }
+    }
     Service { problem: problems.join("; "), ..described }
 }
 
@@ -455,6 +463,19 @@ mod tests {
             "label lb.affinity.v6-prefix=96: a prefix of IPv6 has a length from 1 to 64, or 128, not 96"
         );
         assert!(prefix(serde_json::json!({ v4: "wide" })).1.contains("is a number"));
+        for (labels, has_effect) in [
+            (serde_json::json!({ v6: "64" }), false),
+            (serde_json::json!({ v6: "64", AFFINITY_LABEL: "client" }), true),
+            (serde_json::json!({ v6: "64", SCHEDULER_LABEL: "source" }), true),
+        ] {
+            let labelled: model::Service = serde_json::from_value(
+                serde_json::json!({ "ID": "s1", "Spec": { "Name": "web", "Labels": labels } }),
+            )
+            .unwrap();
+            let problem = service(&labelled, &[]).problem;
+            assert_eq!(problem.is_empty(), has_effect, "{problem}");
+            assert!(has_effect || problem.contains("label lb.affinity.v6-prefix has no effect"), "{problem}");
+        }
     }
 
     #[test]
