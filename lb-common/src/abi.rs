@@ -246,9 +246,9 @@ pub struct Config {
     pub pool: u32,
     /// How many addresses it has, as a power of two; zero if there is none.
     pub pool_bits: u32,
-    /// Third word of the prefix behind which tasks know IPv4 clients ([`crate::translation::embed_in`]), network order: each of several
+    /// Third word of the prefix behind which tasks know IPv4 clients (RFC 7050 calls one Pref64; [`crate::translation::embed_in`]), network order: each of several
     /// datapaths of a node has its own, so that what a task sends is for one of them.
-    pub client_prefix: u32,
+    pub pref64: u32,
     /// Zero.
     pub _pad3: u32,
 }

@@ -42,7 +42,7 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`], [`RANDOM`].
+    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`], [`RANDOM`]; from [`IGNORED_SHIFT`] on a number.
     pub flags: u32,
 }
 
@@ -56,10 +56,10 @@ pub const AFFINE: u32 = 4;
 /// There are tasks, and none of them is to get new connections here: those are refused instead of being passed to the host, whose
 /// mesh would give them to one.
 pub const CLOSED: u32 = 8;
-/// From this bit on, beside [`AFFINE`]: how many of the last bits of a client's address do not count, of IPv6 none or at least 64.
-pub const IGNORED_SHIFT: u32 = 24;
 /// New connections are given to any of the slots by chance, and not in turn.
 pub const RANDOM: u32 = 16;
+/// From this bit on, beside [`AFFINE`]: how many of the last bits of a client's address do not count, of IPv6 none or at least 64.
+pub const IGNORED_SHIFT: u32 = 24;
 
 /// What is known of one port of one task, keyed by its [`Endpoint`]: for packets of it that have no line in the connection
 /// table.

@@ -695,8 +695,8 @@ pub fn task_egress(context: TcContext) -> i32 {
     let (Some(config), Some(scratch)) = (maps::config(), maps::scratch(4)) else {
         return TC_ACT_UNSPEC;
     };
-    let is_for_task = config.pool_bits != 0 && to_v4::may_be_for(&frame) || to_v6::may_be_for(&frame);
-    if !frame.is_signed(config.nonce) || !is_for_task {
+    let is_for_task = |frame| config.pool_bits != 0 && to_v4::may_be_for(frame) || to_v6::may_be_for(frame);
+    if !frame.is_signed(config.nonce) || !is_for_task(&frame) {
         return TC_ACT_UNSPEC;
     }
     frame.pull_headers();

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::{
     cluster::{Protocol, TIMERS},
-    datapath::{Alias, Known, Seen},
+    datapath::{Alias, Seen, Translations},
     inventory::{Inventory, via},
     translation::client_in_six,
     units::Time,
@@ -67,13 +67,13 @@ pub struct Names<'a> {
     nodes: BTreeMap<&'a str, String>,
     config: Config,
     /// Clients as this node's tasks know them.
-    known: Known,
+    known: Translations,
 }
 
 impl<'a> Names<'a> {
     /// Of what was read.
     pub fn of(inventory: &'a Inventory, config: Config, aliases: &[Alias]) -> Self {
-        let known = Known::new(config, aliases, &inventory.tables);
+        let known = Translations::new(config, aliases, &inventory.tables);
         Self { inventory, nodes: inventory.node_names(), config, known }
     }
 

@@ -26,11 +26,11 @@ pub fn embed(address: Ipv4Addr) -> IpAddr {
 
 /// The IPv6 address by which tasks that have it alone know an IPv4 client, where the programs are configured so.
 pub fn client_in_six(client: Ipv4Addr, config: &Config) -> IpAddr {
-    translation::embed_in(config.client_prefix, V4::from(client)).to_ip()
+    translation::embed_in(config.pref64, V4::from(client)).to_ip()
 }
 
 /// The third word of the prefix of IPv4 clients for one of several interfaces, each of which has tables of its own.
-pub fn client_prefix(interface: usize) -> u32 {
+pub fn pref64(interface: usize) -> u32 {
     (interface as u32).to_be()
 }
 

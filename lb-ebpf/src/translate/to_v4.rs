@@ -57,7 +57,7 @@ pub fn to_task(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> Result<
 /// Makes what a task that has IPv6 alone sends to an IPv4 client a packet of IPv4, from the task's stand-in.
 #[inline(always)]
 pub fn from_task(frame: &mut Skb, packet: &Packet<V6>, config: &Config) -> u32 {
-    let Some(client) = embedded_in(config.client_prefix, &packet.key.destination) else {
+    let Some(client) = embedded_in(config.pref64, &packet.key.destination) else {
         return NOT_OURS;
     };
     let Some(task) = stand_in::of(&packet.key.source) else {

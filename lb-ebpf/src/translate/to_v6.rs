@@ -45,9 +45,9 @@ pub fn to_task(frame: &mut Skb, packet: &Packet<V4>, config: &Config) -> Result<
         return Err(Outcome::Untranslatable);
     }
     let done = if packet.kind == ERROR {
-        error(frame, packet, task, config.client_prefix)
+        error(frame, packet, task, config.pref64)
     } else {
-        datagram(frame, packet, task, config.client_prefix)
+        datagram(frame, packet, task, config.pref64)
     };
     verifier::unpack(done).map(|_| ())
 }

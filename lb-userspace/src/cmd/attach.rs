@@ -321,7 +321,7 @@ fn controller_settings(
         addresses: arguments.address.clone(),
         snat_ports: arguments.snat_ports,
         v6_pool: arguments.v6_pool.part(index, arguments.iface.len()),
-        client_prefix: translation::client_prefix(index),
+        pref64: translation::pref64(index),
         connection_log: if arguments.log_connections { ConnectionLog::On } else { ConnectionLog::Off },
         secret,
         peer_timeout: arguments.peer_timeout,

@@ -15,7 +15,7 @@ use crate::{
     cluster::Protocol,
     connection::{Connection, Filter, Names},
     controller::counted,
-    datapath::{Known, Seen, TableSet, Tools},
+    datapath::{Seen, TableSet, Tools, Translations},
     inventory::Inventory,
     net::{Reset, Resetter},
     text,
@@ -212,7 +212,7 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
         let mut left: Option<HashSet<Ends>> = None;
         for _ in 0..TRIES {
             let aliases = datapath.set.aliases(datapath.tools.now()?)?;
-            let known = Known::new(datapath.set.config()?, &aliases, &datapath.inventory.tables);
+            let known = Translations::new(datapath.set.config()?, &aliases, &datapath.inventory.tables);
             let mut end =
                 Killing { datapath, arguments, resetter: &resetter, batch: Vec::new(), stay: HashSet::new() };
             datapath.each(arguments, |seen, connection, resets| {
@@ -221,7 +221,7 @@ fn kill(arguments: &ConnectionArgs) -> Result<()> {
                     return Ok(());
                 }
                 let mut resets = resets();
-                known.address(&mut resets);
+                known.readdress(&mut resets);
                 end.add(seen, connection, resets, &mut done)
             })?;
             end.end(&mut done)?;

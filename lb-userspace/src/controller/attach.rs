@@ -75,7 +75,7 @@ impl Controller {
             uplink_mac: uplink.mac,
             pool: self.settings.v6_pool.first(),
             pool_bits: self.settings.v6_pool.bits(),
-            client_prefix: self.settings.client_prefix,
+            pref64: self.settings.pref64,
             stale_after: self.settings.stale_after.map_or(0, |time| time.as_secs().max(1) as u32),
             ..Config::default()
         };

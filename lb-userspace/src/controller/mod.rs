@@ -66,8 +66,8 @@ pub struct Settings {
     pub snat_ports: [u16; 2],
     /// By what addresses tasks that have IPv4 alone know IPv6 clients.
     pub v6_pool: Pool,
-    /// [`lb_common::abi::Config::client_prefix`].
-    pub client_prefix: u32,
+    /// [`lb_common::abi::Config::pref64`].
+    pub pref64: u32,
     /// Whether each new connection is logged.
     pub connection_log: ConnectionLog,
     /// This node's key for the tunnel.

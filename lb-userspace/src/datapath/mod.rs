@@ -66,7 +66,7 @@ pub use loader::{ConnectionLog, Programs, would_adopt};
 pub use map_spec::Sizes;
 pub use object::{ProgramFacts, is_embedded, program_facts};
 pub use pin::{Lock, PinDir, attached_interfaces, netns_cookie, pinned_namespaces, remove_abandoned};
-pub use pool::{Alias, Known};
+pub use pool::{Alias, Translations};
 pub use tables::{Drains, TableSet, Vlans, kept_secret};
 pub use tools::Tools;
 

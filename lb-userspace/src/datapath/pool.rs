@@ -149,7 +149,7 @@ fn take(
 }
 
 /// How clients and tasks of different families know each other.
-pub struct Known {
+pub struct Translations {
     config: Config,
     /// By what address tasks know an IPv6 client.
     clients: HashMap<IpAddr, Ipv4Addr>,
@@ -157,7 +157,7 @@ pub struct Known {
     tasks: HashMap<IpAddr, IpAddr>,
 }
 
-impl Known {
+impl Translations {
     /// Of these aliases and tasks.
     pub fn new(config: Config, aliases: &[Alias], tables: &Tables) -> Self {
         let clients = aliases.iter().map(|alias| (alias.client, alias.address)).collect();
@@ -174,7 +174,7 @@ impl Known {
 
     /// Has resets for tasks that are reached by translation go to them as they know the client; who is known by no address any more
     /// has nothing open there, nor has a task that is gone.
-    pub fn address(&self, resets: &mut Vec<Reset>) {
+    pub fn readdress(&self, resets: &mut Vec<Reset>) {
         resets.retain_mut(|reset| {
             let Some(task) = self.tasks.get(&reset.to.ip()) else { return !is_made_up(reset.to.ip()) };
             let Some(from) = self.client(reset.from.ip()) else { return false };
@@ -224,7 +224,7 @@ impl TableSet {
         Ok(held.map(|(_, client)| client.to_ip()))
     }
 
-    /// [`Known::address`] of resets for whom it matters.
+    /// [`Translations::readdress`] of resets for whom it matters.
     pub(super) fn send_as_tasks_know(
         &self,
         (config, tables): (&Config, &Tables),
@@ -238,7 +238,7 @@ impl TableSet {
             log::debug!("who tasks know IPv6 clients as: {error}");
             Vec::new()
         });
-        Known::new(*config, &known, tables).address(resets);
+        Translations::new(*config, &known, tables).readdress(resets);
     }
 
     /// Frees the addresses of clients who were silent for long and have no connection; how many are held. Where more than half are,
