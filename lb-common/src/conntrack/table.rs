@@ -361,8 +361,9 @@ pub fn remove<S: SharedSet>(set: S, at: At, still: impl FnOnce() -> bool) -> boo
     true
 }
 
-/// Says that no line of a home lies in other sets any more, as was found after `hints` was read. False if something was
-/// inserted for its endpoints meanwhile.
+/// Says that no line of a home lies in other sets any more, as was found after `hints` was read: that the other sets' lines are
+/// free, or of other homes. One that is claimed may be of this home and told of already (between steps 7 and 8). False if
+/// something was inserted for its endpoints meanwhile.
 #[inline(always)]
 pub fn gather<S: SharedSet>(set: S, home: u32, hints: u32) -> bool {
     set.swap_home(home, hints, hints & !SPILLED)

@@ -155,6 +155,12 @@ impl<A: Address> Mapping<A> {
         unsafe { (&raw const (*self.line(at)).home).read_volatile() }
     }
 
+    /// Whether nobody has a line, nor is making one there.
+    fn is_free(&self, at: u32) -> bool {
+        // SAFETY: as above.
+        Control(unsafe { (&raw const (*self.line(at)).control).read_volatile() }).is_free()
+    }
+
     /// A line that is somebody's, as it is now; `None` of any other, and of one that is given away while it is read.
     pub(super) fn live(&self, at: u32) -> Option<(Control, Line<A>)> {
         let line = self.line(at);
@@ -312,8 +318,13 @@ fn collect<A: Address>(
         .map(|at| (at, mapping.home(at)))
         .filter(|(_, home)| home & SPILLED != 0)
         .collect();
+    // One that is claimed is told at home already, and its five-tuple is nobody's to read: the marks stay until the next time.
+    let mut settled = true;
     for at in 0..mapping.lines() {
-        let Some((control, line)) = mapping.live(at) else { continue };
+        let Some((control, line)) = mapping.live(at) else {
+            settled &= mapping.is_free(at);
+            continue;
+        };
         done.seen += 1;
         // Also what is over: it may come to life before it is removed, and the mark goes with the next collection.
         if !marked.is_empty() {
@@ -363,7 +374,7 @@ fn collect<A: Address>(
             }
         }
     }
-    let empty = marked.into_iter().filter(|(at, _)| !away.contains(at));
+    let empty = marked.into_iter().filter(|(at, _)| settled && !away.contains(at));
     let marks = empty.map(|(at, home)| Ended {
         removal: Removal { control: 0, slot: at, seen: home, what: spilled, done: 0 },
         resets: Vec::new(),
