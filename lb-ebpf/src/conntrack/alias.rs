@@ -36,7 +36,7 @@ pub fn is_taken<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> bool {
         let (source, port) = (packet.key.source, packet.key.source_port);
         set_pair(packet, backend, &source, port);
         packet.search.forgetful = 0;
-        A::probe(packet) == TAKEN
+        !is_free(packet)
     }
 }
 
@@ -59,8 +59,26 @@ fn set_pair<A: Family>(packet: &mut Packet<A>, backend: &Backend, client: &A, po
     sought.generation = 0;
 }
 
+/// Whether the pair that is asked for is free, or becomes so.
+#[inline(always)]
+fn is_free<A: Tracked>(packet: &mut Packet<A>) -> bool {
+    for _ in 0..LOOKS {
+        let probed = A::probe(packet);
+        if probed != GIVEN_BACK {
+            return probed == FREE;
+        }
+    }
+    false
+}
+
+/// Looks for one pair: two lines have it at most, of a connection that was placed by its hash and had no choice, and of who had it
+/// before.
+const LOOKS: usize = 3;
+
 const FREE: u32 = 0;
 const TAKEN: u32 = 1;
+/// One who had the pair has it no more, and there may be another: look again.
+const GIVEN_BACK: u32 = 2;
 
 /// Whether a pair is taken. What has ended, or never began, gives it back.
 #[inline(always)]
@@ -77,12 +95,15 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
                 let remembered = search.forgetful == 0 && lingers(&alias) && alias.backend() != origin(key);
                 fresh && alias.client_next() == RESERVED || table::leads_on(&alias) || remembered
             });
-            return (kept || !forget::<A>(probe)) as u32;
+            return if !kept && forget::<A>(probe) { GIVEN_BACK } else { TAKEN };
         }
         Found::Line => {}
     }
     // The line that is given anew to this very connection.
     let own = line.anew != 0 && line.slot == probed.slot;
+    if own && probe.alias == NOBODY {
+        return FREE;
+    }
     let Some(entry) = table::entry::<A>(probed.slot) else {
         return FREE;
     };
@@ -94,7 +115,7 @@ pub fn probe<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         // What was changed meanwhile is somebody's again.
         let gone = (probe.alias == NOBODY || forget::<A>(probe))
             && (own || table::remove::<A>(probed.slot, probed.control));
-        return if gone { FREE } else { TAKEN };
+        return if gone { GIVEN_BACK } else { TAKEN };
     }
     TAKEN
 }
@@ -138,12 +159,14 @@ pub fn free_port<A: Tracked>(packet: &mut Packet<A>, backend: &Backend, snat: u3
         packet.sought.destination_port = port;
         // Where nothing else is found, a pair that the task may remember costs a second, and none at all the connection.
         packet.search.forgetful = (attempt >= TRIES / 2 || packet.search.guarded != 0) as u32;
-        if A::probe(packet) == FREE {
-            match claim(packet, (RESERVED, 0), (0, NOBODY)) {
+        match A::probe(packet) {
+            FREE => match claim(packet, (RESERVED, 0), (0, NOBODY)) {
                 Inserted::AtHome | Inserted::Elsewhere => return port.raw() as u32,
                 Inserted::Full => return NO_PLACE,
                 Inserted::Again => continue,
-            }
+            },
+            GIVEN_BACK => continue,
+            _ => {}
         }
         port = if snat { any(config) } else { another() };
     }
@@ -206,7 +229,7 @@ pub fn follow_home<A: Tracked>(packet: &mut Packet<A>, backend: &Backend) -> Res
         set_pair(packet, backend, &source, port);
         // What was placed by its hash has no choice.
         packet.search.forgetful = packet.search.guarded;
-        if A::probe(packet) != FREE {
+        if !is_free(packet) {
             // Another CPU was first with this pair.
             return Err(Outcome::SourceCollision);
         }
