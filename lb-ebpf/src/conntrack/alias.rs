@@ -268,7 +268,8 @@ pub fn is_remembered(seen: u32) -> bool {
 }
 
 /// Before a line is given anew: keeps the pair that the task knew its closed connection by, for as long as the task may remember
-/// it. What came there by another listener or node meanwhile would not be taken for a new connection.
+/// it. What came there by another listener or node meanwhile would not be taken for a new connection. Not 0 if another CPU was at
+/// work with this client: it is to be tried again.
 #[inline(always)]
 pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
     let Some(entry) = table::entry::<A>(packet.line.slot) else {
@@ -295,7 +296,7 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
     let Packet { sought, alias_tuple, probed, probe, line, .. } = packet;
     let found = table::find_reply(sought, alias_tuple, probed, probe, 0);
     if found != Found::Line || probed.slot != line.slot {
-        return 0;
+        return (found == Found::Busy) as u32;
     }
     let (at, seen) = ((line.slot, control.version()), entry.seen());
     if probe.alias == NOBODY {
@@ -305,11 +306,13 @@ pub fn linger<A: Tracked>(packet: &mut Packet<A>) -> u32 {
         }
         // Without room it is not remembered: the client may have to send again.
         let of = origin(&packet.key);
-        if claim(packet, at, (RESET, of)) == Inserted::AtHome
+        let claimed = claim(packet, at, (RESET, of));
+        if claimed == Inserted::AtHome
             && let Some(alias) = table::entry::<A>(packet.alias_line.slot)
         {
             alias.set_seen(seen);
         }
+        return (claimed == Inserted::Again) as u32;
     } else if let Some(alias) = table::entry::<A>(probe.alias) {
         // Where the task was shown another port, what is late must not leave by the host.
         let translated = control.state() & ALIASED;

@@ -174,8 +174,9 @@ const PLACE_TRIES: u32 = 8;
 #[inline(always)]
 pub fn place<A: Tracked>(packet: &mut Packet<A>) -> Result<u32, Outcome> {
     let backend = BACKENDS.get(packet.draft.backend).ok_or(Outcome::NoBackend)?;
-    if packet.line.anew != 0 {
-        A::linger(packet);
+    let mut tries = if packet.line.anew != 0 { PLACE_TRIES } else { 0 };
+    while tries > 0 && A::linger(packet) != 0 {
+        tries -= 1;
     }
     packet.search.stays = 0;
     let placed = place_again(packet, backend);
