@@ -203,6 +203,9 @@ pub const STAGES_ONLY: u32 = 64;
 /// to what XDP has come to, and does not count it again.
 pub const XDP_IS_NEW: u32 = 128;
 
+/// There are clients whom no service takes: [`crate::access::EVERY_SERVICE`].
+pub const DENIES: u32 = 256;
+
 /// The configuration of the programs; read on the fly, so that it may change.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -212,7 +215,7 @@ pub struct Config {
     /// Interface index of the uplink.
     pub uplink: u32,
     /// [`TC_ALONE`], [`XDP_TRANSMITS`], [`XDP_REDIRECTS`], [`PARTIAL_CHECKSUMS`],
-    /// [`XDP_GENERIC`], [`XDP_FRAGS`], [`STAGES_ONLY`], [`XDP_IS_NEW`].
+    /// [`XDP_GENERIC`], [`XDP_FRAGS`], [`STAGES_ONLY`], [`XDP_IS_NEW`], [`DENIES`].
     pub flags: u32,
     /// Lowest and highest source port for snat, host order, inclusive.
     pub snat_ports: [u16; 2],

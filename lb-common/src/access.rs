@@ -1,5 +1,5 @@
 //! Who may connect to a service whose listeners are [`crate::endpoint::RESTRICTED`]: of the ranges that have a client's address
-//! the narrowest decides.
+//! the narrowest decides. And whom no service takes ([`EVERY_SERVICE`]), which is asked if [`crate::abi::DENIES`] is set.
 
 use crate::{net::Wide, pod};
 
@@ -17,6 +17,9 @@ pub struct AccessKey {
 pub const SERVICE_BITS: u32 = u32::BITS;
 /// All bits of a key.
 pub const KEY_BITS: u32 = SERVICE_BITS + 128;
+
+/// Stands for every service: whom its ranges deny no service takes, whatever its own list says.
+pub const EVERY_SERVICE: u32 = u32::MAX;
 
 /// Its clients may connect.
 pub const ALLOWED: u32 = 1;

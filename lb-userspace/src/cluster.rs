@@ -1,7 +1,7 @@
 //! The cluster as a source describes it: plain data, no I/O, no numbers of the datapath.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::IpAddr,
     str::FromStr,
@@ -28,6 +28,9 @@ pub struct ClusterState {
     /// The services that publish ports. One that has not changed is the same one from a state to the next, so that it need
     /// be neither copied nor compared.
     pub services: Vec<Arc<Service>>,
+    /// Clients whom no service takes.
+    #[serde(default)]
+    pub denied: Vec<IpNet>,
     /// How nodes send packets to each other.
     pub tunnel: Tunnel,
     /// Name of the node that this was found out on, where the source knows.
@@ -49,6 +52,11 @@ impl ClusterState {
     /// There are not so many services.
     pub fn service_mut(&mut self, index: usize) -> &mut Service {
         Arc::make_mut(&mut self.services[index])
+    }
+
+    /// Clients whom no service takes, as they are known.
+    pub fn denied_ranges(&self) -> BTreeSet<IpNet> {
+        self.denied.iter().map(|range| as_known(*range)).collect()
     }
 
     /// Takes services that are as they were before for the same ones.

@@ -263,6 +263,31 @@ fn only_who_may_connect_is_served() {
         lab.update(|cluster| cluster.service_mut(0).access = Access::default());
         let (_, counted) = ask(lab, &V4, "198.51.101.1", SYN, 80);
         assert_eq!(counted.get(&Outcome::Denied), None);
+        // Whom no service takes none takes, whatever its list says.
+        let (before, before6) = (lab.lines().len(), lab.lines6().len());
+        lab.update(|cluster| {
+            cluster.denied = ranges(&["198.51.100.0/29", "2001:db8:9::1/128"]);
+            cluster.service_mut(0).access.allow = Some(ranges(&["198.51.100.7/32"]));
+        });
+        for (family, source) in [(&V4, "198.51.100.7"), (&V6, "2001:db8:9::1")] {
+            for (transport, to) in [(SYN, 80), (Transport::Udp, 81)] {
+                let fresh = family.packet(transport, 40_001, to).with(|p| p.source = ip(source)).bytes();
+                assert_eq!(lab.counting(|lab| lab.xdp(&fresh)).1, denied, "{source} to {to}");
+            }
+        }
+        let fresh = V4.packet(Transport::Udp, 40_001, 81).with(|p| p.source = ip("198.51.100.8")).bytes();
+        assert_eq!(lab.counting(|lab| lab.xdp(&fresh)).1, BTreeMap::from([(Outcome::Routed, 1)]));
+        lab.collect();
+        let lines = lab.lines();
+        let is_denied = |source| ip("198.51.100.0") <= source && source <= ip("198.51.100.7");
+        assert!(lines.len() < before && lab.lines6().len() < before6, "their connections end");
+        assert!(!lines.iter().any(|(_, _, line)| is_denied(line.tuple.source.to_ip())), "{lines:?}");
+        lab.update(|cluster| {
+            cluster.denied.clear();
+            cluster.service_mut(0).access = Access::default();
+        });
+        let (_, counted) = ask(lab, &V4, "198.51.100.7", SYN, 80);
+        assert_eq!(counted.get(&Outcome::Denied), None);
     });
 }
 

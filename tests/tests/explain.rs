@@ -176,6 +176,14 @@ fn each_step_says_what_decides_there_and_what_to_do() {
         );
         assert!(denied.next.as_deref().is_some_and(|next| next.contains("lb.deny")), "{denied:?}");
         assert_eq!((denied.verdict, denied.service.as_deref()), (Verdict::Dropped, Some("web")));
+        lab.update(|cluster| cluster.denied = vec!["203.0.113.0/28".parse().expect("a range")]);
+        let denied = tcp(("203.0.113.9", 41_001), (LISTENER, 80));
+        assert!(
+            said(&denied, "access").contains("may not connect: no service takes 203.0.113.0/28"),
+            "{denied:?}"
+        );
+        assert!(denied.next.as_deref().is_some_and(|next| next.contains("lb.cluster.deny")), "{denied:?}");
+        assert_eq!(denied.verdict, Verdict::Dropped);
         let elsewhere = tcp((CLIENT, 41_001), ("192.0.2.77", 80));
         assert!(
             said(&elsewhere, "listener").contains("the port is served on 192.0.2.1, 2001:db8::1"),

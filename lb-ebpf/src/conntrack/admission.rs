@@ -55,7 +55,9 @@ pub fn open<A: Tracked>(packet: &mut Packet<A>) -> Result<Step, Outcome> {
     if !packet.is_tcp() && is_of_a_listener(&packet.key) {
         return Err(Outcome::Martian);
     }
-    if listener.flags & RESTRICTED != 0 && !maps::may_connect(listener.service, source) {
+    if maps::is_denied(source)
+        || listener.flags & RESTRICTED != 0 && !maps::may_connect(listener.service, source)
+    {
         counters::denied(listener.service);
         return Err(Outcome::Denied);
     }

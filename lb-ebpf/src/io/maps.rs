@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    abi::{Config, Label, LabelKey, inner, size},
+    abi::{Config, DENIES, Label, LabelKey, inner, size},
     access::{self, AccessKey},
     backend::Backend,
     budget::Budget,
@@ -238,11 +238,24 @@ pub fn inner<A: Address>(address: &A) -> u32 {
     INNER_RANGES.get(&Key::new(128, address.to_mapped())).copied().unwrap_or(inner::OUTSIDE)
 }
 
-/// Whether a client may connect to a service that not everybody may connect to. A function of its own: the key is large.
-#[inline(never)]
+/// Whether a client may connect to a service that not everybody may connect to.
+#[inline(always)]
 pub fn may_connect<A: Address>(service: u32, client: &A) -> bool {
+    listed(service, client) == access::ALLOWED
+}
+
+/// Whether no service takes a client.
+#[inline(always)]
+pub fn is_denied<A: Address>(client: &A) -> bool {
+    config().is_some_and(|config| config.flags & DENIES != 0)
+        && listed(access::EVERY_SERVICE, client) == access::DENIED
+}
+
+/// What a list says of a client; 0 if nothing. A function of its own: the key is large.
+#[inline(never)]
+fn listed<A: Address>(service: u32, client: &A) -> u32 {
     let key = Key::new(access::KEY_BITS, AccessKey { service, address: client.to_mapped() });
-    ACCESS.get(&key).copied() == Some(access::ALLOWED)
+    ACCESS.get(&key).copied().unwrap_or_default()
 }
 
 /// Whether a frame with these tags is one of this node's: it has no VLAN, or one that the node has on the uplink. A tag that

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{inventories, out};
 use crate::{
     cli::{Output, Read},
+    controller::counted,
     datapath::{self, PinDir, TableSet, TcHook},
     health::{AgentState, Health, Verdict, assess},
     inventory::{self, Agent, Inventory},
@@ -85,6 +86,9 @@ fn say(inventory: &Inventory, around: &AgentState, health: &Health, memory: u64)
     let by = if ways.is_empty() { String::new() } else { format!("; the others are reached by {ways}") };
     out::line(format!("  nodes       {answer} of {agents} answer{by}"))?;
     out::line(format!("  tables      {:.1} MiB{fullest}", memory as f64 / f64::from(1 << 20)))?;
+    if let denied @ 1.. = inventory.tables.denied().count() {
+        out::line(format!("  denied      {} of clients, by every service", counted(denied, "range")))?;
+    }
     for drain in &inventory.drains {
         let what = match drain.what {
             Drained::Task => "task",
@@ -149,6 +153,7 @@ pub(super) fn describe(
         "flooded": report.flooded,
         "abi_version": config.abi_version,
         "fills": around.fills,
+        "denied": inventory.tables.denied().map(|range| range.to_string()).collect::<Vec<_>>(),
         "drains": inventory.drains,
         "connection_room": size::connections(set.entries(table::CONNECTIONS4)?),
         "memory_bytes": total,

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{MapError, lpm_trie::Key};
 use ipnet::IpNet;
 use lb_common::{
-    access::{ALLOWED, AccessKey, DENIED, SERVICE_BITS},
+    access::{ALLOWED, AccessKey, DENIED, EVERY_SERVICE, SERVICE_BITS},
     endpoint::RESTRICTED,
     tunnel::{mapped, unmapped},
 };
@@ -64,6 +64,8 @@ impl TableSet {
 /// Answers for many clients, as the kernel's trie does for one.
 pub(super) struct AccessLists {
     by_service: HashMap<u32, AccessList>,
+    /// Of every service.
+    everywhere: AccessList,
 }
 
 #[derive(Default)]
@@ -73,32 +75,46 @@ struct AccessList {
     lengths: [BTreeSet<u8>; 2],
 }
 
+impl AccessList {
+    fn insert(&mut self, range: IpNet, allowed: bool) {
+        self.ranges.insert(range, allowed);
+        self.lengths[usize::from(range.addr().is_ipv6())].insert(range.prefix_len());
+    }
+
+    /// What the narrowest range says that has the client.
+    fn says(&self, client: IpAddr) -> Option<bool> {
+        let lengths = &self.lengths[usize::from(client.is_ipv6())];
+        let of = |length: &u8| self.ranges.get(&IpNet::new(client, *length).ok()?.trunc()).copied();
+        lengths.iter().rev().find_map(of)
+    }
+}
+
 impl AccessLists {
     /// Those of the services whose listeners ask for them: others may be half written.
     pub(super) fn of(tables: &Tables) -> Self {
         let asking = tables.listeners.values().filter(|listener| listener.flags & RESTRICTED != 0);
         let mut by_service: HashMap<u32, AccessList> =
             asking.map(|listener| (listener.service, AccessList::default())).collect();
+        let mut everywhere = AccessList::default();
         for ((service, range), allowed) in &tables.access {
-            let Some(list) = by_service.get_mut(service) else { continue };
-            list.ranges.insert(*range, *allowed);
-            list.lengths[usize::from(range.addr().is_ipv6())].insert(range.prefix_len());
+            match by_service.get_mut(service) {
+                Some(list) => list.insert(*range, *allowed),
+                None if *service == EVERY_SERVICE => everywhere.insert(*range, *allowed),
+                None => {}
+            }
         }
-        Self { by_service }
+        Self { by_service, everywhere }
     }
 
     /// Whether everybody may connect to all services.
     pub(super) fn is_empty(&self) -> bool {
-        self.by_service.is_empty()
+        self.by_service.is_empty() && self.everywhere.ranges.is_empty()
     }
 
     /// Whether the client may connect to the service.
     pub(super) fn allow(&self, service: u32, client: IpAddr) -> bool {
-        self.by_service.get(&service).is_none_or(|list| {
-            let lengths = &list.lengths[usize::from(client.is_ipv6())];
-            let of = |length: &u8| list.ranges.get(&IpNet::new(client, *length).ok()?.trunc()).copied();
-            lengths.iter().rev().find_map(of).unwrap_or(false)
-        })
+        self.everywhere.says(client) != Some(false)
+            && self.by_service.get(&service).is_none_or(|list| list.says(client).unwrap_or(false))
     }
 }
 
@@ -139,5 +155,12 @@ mod tests {
         let clients = ["10.0.0.1", "10.1.0.1", "11.0.0.1", "fd00::1", "2001:db8::1"];
         assert_eq!(clients.map(allowed), [true, false, false, false, true]);
         assert!(lists.allow(2, "11.0.0.1".parse().unwrap()), "a service without lists is everybody's");
+        // But for whom no service takes, whatever its own list says.
+        tables.access.insert((EVERY_SERVICE, "10.0.0.0/24".parse().unwrap()), false);
+        let lists = AccessLists::of(&tables);
+        let allowed = |service| {
+            ["10.0.0.1", "10.0.1.1", "11.0.0.1"].map(|client| lists.allow(service, client.parse().unwrap()))
+        };
+        assert_eq!((allowed(1), allowed(2)), ([false, true, false], [false, true, true]));
     }
 }

@@ -9,7 +9,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use lb_common::{
-    abi::{Config, PARTIAL_CHECKSUMS, TC_ALONE, XDP_FRAGS, program, table},
+    abi::{Config, DENIES, PARTIAL_CHECKSUMS, TC_ALONE, XDP_FRAGS, program, table},
     conntrack::{
         Control, FiveTuple, Set,
         hash::{home, others},
@@ -114,7 +114,7 @@ impl<'a> DryRun<'a> {
             }
         };
         let mut run = Self { set, tables, ebpf, config, wanted };
-        let flags = config.flags & (PARTIAL_CHECKSUMS | XDP_FRAGS) | TC_ALONE;
+        let flags = config.flags & (PARTIAL_CHECKSUMS | XDP_FRAGS | DENIES) | TC_ALONE;
         run.own(table::CONFIG)?.set(0, Config { flags, ..config }, 0).map_err(written)?;
         run.copy::<Guard>(table::GUARD, [0])?;
         run.copy::<PeerKey>(table::PEER_KEYS, tables.nodes.keys().copied())?;

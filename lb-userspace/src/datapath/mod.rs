@@ -48,7 +48,8 @@ pub use foreign::{Loaded, loaded, own};
 pub use inner_ranges::InnerRanges;
 use journal::{Journal, Place};
 use lb_common::{
-    abi::{ABI_VERSION, Config, Mode, TC_ALONE, XDP_FRAGS, program, table},
+    abi::{ABI_VERSION, Config, DENIES, Mode, TC_ALONE, XDP_FRAGS, program, table},
+    access::EVERY_SERVICE,
     backend::Backend,
     conntrack::{
         Phase, Timers,
@@ -325,7 +326,8 @@ impl Datapath {
     /// The kernel refuses the write.
     pub fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
         let frags = if self.features.frags { XDP_FRAGS } else { 0 };
-        let flags = config.flags & !XDP_FRAGS | frags;
+        let denies = if self.tables.denied().next().is_some() { DENIES } else { 0 };
+        let flags = config.flags & !(XDP_FRAGS | DENIES) | frags | denies;
         // What was made with the tables stays as long as they do.
         let Config { nonce, hash_keys, .. } = self.config;
         let longest = self.longest(config.jiffies_per_second);
@@ -397,7 +399,13 @@ impl Datapath {
         if matches!(op, MapOp::SetAccess(..) | MapOp::RemoveAccess(_) | MapOp::SetListener(..)) {
             self.access_looks = ACCESS_LOOKS;
         }
+        let of_every_service =
+            matches!(&op, MapOp::SetAccess(of, _) | MapOp::RemoveAccess(of) if of.0 == EVERY_SERVICE);
         self.tables.apply(op);
+        // Asked for each new connection, and only where there is somebody.
+        if of_every_service && self.tables.denied().next().is_some() != (self.config.flags & DENIES != 0) {
+            self.set_config(self.config)?;
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use ipnet::IpNet;
 use lb_common::{
     abi::{Config, Mode, TC_ALONE},
     backend::{Kind, RETURN_DIRECT, State, TRANSLATED},
@@ -228,7 +229,17 @@ impl<'a> Teller<'a> {
         format!("the port is served on {}", shown.join(", "))
     }
 
+    /// The range by which no service takes the client.
+    fn denied(&self) -> Option<IpNet> {
+        let client = self.question.client.ip();
+        self.inventory.tables.denied().filter(|range| range.contains(&client)).max_by_key(IpNet::prefix_len)
+    }
+
     fn access(&mut self, listener: &Listener) {
+        if let Some(range) = self.denied() {
+            let client = self.question.client.ip();
+            return self.say("access", format!("{client} may not connect: no service takes {range}"));
+        }
         if listener.flags & RESTRICTED == 0 {
             return self.say("access", "everybody may connect");
         }
@@ -411,6 +422,9 @@ impl<'a> Teller<'a> {
             }
             Outcome::NoBackend | Outcome::Reset | Outcome::BackendGone | Outcome::BackendUnreachable => {
                 format!("`lb-userspace service ps {service}` says why each task takes no connections")
+            }
+            Outcome::Denied if self.denied().is_some() => {
+                "take that range out of the label lb.cluster.deny, or of `deny` in the cluster file".to_owned()
             }
             Outcome::Denied => format!("change lb.allow or lb.deny of {service}; `lb-userspace service inspect {service}`"),
             Outcome::Martian => {

@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use super::{
     Plan,
     allocation_index::AllocationIndex,
@@ -75,6 +77,10 @@ struct Around {
     nodes: Vec<DesiredNode>,
     /// What was left out of them.
     refused: Vec<String>,
+    /// Whom no service takes.
+    denied: BTreeSet<IpNet>,
+    /// That some of them are taken after all, for want of room.
+    undenied: Option<String>,
 }
 
 /// A service was left out for something that another service has which would come after it: only a plan of all of them
@@ -207,6 +213,7 @@ impl Planner {
         self.look_around(view, complete, &mut builder);
         let due = std::mem::take(&mut self.due);
         orphans.iter().for_each(|in_tables| builder.withdraw(in_tables));
+        self.deny(view, complete, &mut builder);
         let mut before: HashMap<&str, ServiceEntries> = HashMap::new();
         for name in &due {
             if let Some(entry) = self.entries.get_mut(name) {
@@ -282,6 +289,25 @@ impl Planner {
         Ok(())
     }
 
+    /// Whom no service takes, after those of before were withdrawn.
+    fn deny(&mut self, view: &View<'_>, complete: bool, builder: &mut TableBuilder<'_>) {
+        let (around, wanted) = (&mut self.around, view.cluster.denied_ranges());
+        if !complete && around.denied == wanted && around.undenied.is_none() {
+            return;
+        }
+        let known = if complete { BTreeSet::new() } else { std::mem::take(&mut around.denied) };
+        let left_out = builder.deny(&known, &wanted);
+        around.undenied = (left_out > 0).then(|| {
+            format!(
+                "{left_out} of {} ranges of clients whom no service is to take are not denied: there is room for {} \
+                 beside the lists of services; deny fewer, wider ones",
+                wanted.len(),
+                builder.room_for_denied()
+            )
+        });
+        around.denied = wanted;
+    }
+
     /// Looks at what services depend on, and marks those that must be planned anew.
     fn look_around(&mut self, view: &View<'_>, complete: bool, builder: &mut TableBuilder<'_>) {
         let returns = view.cluster.tunnel.returns;
@@ -332,7 +358,7 @@ impl Planner {
     /// What was left out, nodes first.
     fn refused(&self) -> Vec<String> {
         let said = self.noted.iter().filter_map(|name| self.entries.get(name)).flat_map(|entry| &entry.said);
-        self.around.refused.iter().chain(said).cloned().collect()
+        self.around.undenied.iter().chain(&self.around.refused).chain(said).cloned().collect()
     }
 
     /// Finds out what belongs to whom in the tables, and what to no service that has a name.

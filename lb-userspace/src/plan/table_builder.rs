@@ -1,13 +1,14 @@
 //! Giving numbers to what is desired: those in use are kept, freed ones rest as long as possible.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
 use lb_common::{
     abi::size::{self, NODE_ADDRESSES},
+    access::EVERY_SERVICE,
     backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
     net::{Be16, Wide},
@@ -366,6 +367,28 @@ impl<'a> TableBuilder<'a> {
             |range: &&IpNet| before.number.is_none_or(|number| self.is_new_range(&(number, **range)));
         let new = service.access.keys().filter(is_new).count();
         new == 0 || self.allocations.access + new <= self.limits.ranges as usize
+    }
+
+    /// Has no service take these clients, in place of those known before; how many ranges find no room.
+    pub fn deny(&mut self, known: &BTreeSet<IpNet>, wanted: &BTreeSet<IpNet>) -> usize {
+        known.iter().for_each(|range| self.next.access.remove((EVERY_SERVICE, *range)));
+        let mut denied = 0;
+        for range in wanted {
+            let of = (EVERY_SERVICE, *range);
+            let is_new = self.is_new_range(&of);
+            let full = self.allocations.access >= self.limits.ranges as usize;
+            if denied < self.room_for_denied() && !(is_new && full) {
+                self.allocations.access += usize::from(is_new);
+                self.next.access.set(of, false);
+                denied += 1;
+            }
+        }
+        wanted.len() - denied
+    }
+
+    /// How many ranges of clients whom no service takes there is room for: the lists of services find as much.
+    pub fn room_for_denied(&self) -> usize {
+        self.limits.ranges as usize / 2
     }
 
     /// How many ranges in lists there is room for.

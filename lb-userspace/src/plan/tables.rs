@@ -7,6 +7,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
+    access::EVERY_SERVICE,
     backend::{Backend, Kind, State, TRANSLATED},
     endpoint::{Listener, RESTRICTED},
     net::{Address as _, V4, V6},
@@ -331,6 +332,12 @@ impl Tables {
                 if v4 { V4::from_wide(peer.address).to_ip() } else { V6::from_wide(peer.address).to_ip() };
             (address, peer.mtu.into())
         })
+    }
+
+    /// The ranges of clients whom no service takes.
+    pub fn denied(&self) -> impl Iterator<Item = IpNet> {
+        let first = (EVERY_SERVICE, IpNet::V4(Ipv4Net::default()));
+        self.access.range(first..).map(|((_, range), _)| *range)
     }
 
     /// The services that listen, by their numbers, and whether new connections to each find a task.

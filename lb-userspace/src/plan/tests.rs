@@ -602,6 +602,40 @@ fn a_service_whose_list_finds_no_room_is_closed_and_keeps_its_connections() {
 }
 
 #[test]
+fn whom_no_service_takes_is_denied_as_far_as_there_is_room() {
+    let ranges = |count: u8| -> Vec<ipnet::IpNet> {
+        (0..count).map(|number| format!("10.9.{number}.7/24").parse().unwrap()).collect()
+    };
+    let mut cluster = one_service(&[TaskState::Running]);
+    let mut tables = Tables::empty(LIMITS.slots);
+    let mut planner = Planner::default();
+    let mut follow = |tables: &mut Tables, cluster: &ClusterState| {
+        let plan = plan_by(&mut planner, (cluster, |(address, _)| way(address)), tables, &LIMITS);
+        apply(tables, &plan).unwrap();
+        plan.refused
+    };
+    for count in [0, 3, 2, 32, 1] {
+        cluster.denied = ranges(count);
+        assert_eq!(follow(&mut tables, &cluster), Vec::<String>::new());
+        let denied: Vec<_> = ranges(count).iter().map(ipnet::IpNet::trunc).collect();
+        assert_eq!(tables.denied().collect::<Vec<_>>(), denied);
+        // A service's own list is its own.
+        assert_eq!(may_connect(&tables, "10.9.0.1"), None);
+        // Who begins anew has nothing to change.
+        assert!(plan_for(&cluster, &tables, &LIMITS).ops.is_empty());
+    }
+    cluster.denied = ranges(38);
+    let said = follow(&mut tables, &cluster);
+    assert!(
+        said[0].starts_with("6 of 38 ranges of clients whom no service is to take are not denied"),
+        "{said:?}"
+    );
+    assert_eq!(tables.denied().count(), 32);
+    cluster.denied = ranges(9);
+    assert_eq!((follow(&mut tables, &cluster), tables.denied().count()), (Vec::new(), 9));
+}
+
+#[test]
 fn what_two_services_claim_goes_to_the_first_and_is_said() {
     let mut cluster = one_service(&[TaskState::Running]);
     let twin = |name: &str, port: u16| {
