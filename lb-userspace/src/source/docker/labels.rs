@@ -2,6 +2,7 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use ipnet::IpNet;
 use lb_common::conntrack::Timers;
 
 use super::model;
@@ -46,6 +47,9 @@ pub const ALLOW_LABEL: &str = "lb.allow";
 /// Service label: who may not connect, likewise.
 pub const DENY_LABEL: &str = "lb.deny";
 
+/// Label of any service: clients whom no service of the cluster takes, likewise.
+pub const CLUSTER_DENY_LABEL: &str = "lb.cluster.deny";
+
 /// Service label: how its tasks are asked whether they take connections, `docker`, `tcp` or `http`; with what is said of that after
 /// it, as in `lb.health.path`.
 pub const HEALTH_LABEL: &str = "lb.health";
@@ -84,7 +88,19 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
             ));
         }
     }
+    let wrong = entries(service, CLUSTER_DENY_LABEL).filter_map(|entry| address_range(entry).err());
+    problems.extend(wrong.map(|error| format!("label {CLUSTER_DENY_LABEL}: {error}; the others are denied")));
     Service { problem: problems.join("; "), ..described }
+}
+
+/// Clients whom no service of the cluster is to take, as this one's label says; without what is wrong with it.
+pub fn denied(service: &model::Service) -> Vec<IpNet> {
+    entries(service, CLUSTER_DENY_LABEL).filter_map(|entry| address_range(entry).ok()).collect()
+}
+
+/// What a label lists between commas.
+fn entries<'a>(service: &'a model::Service, label: &str) -> impl Iterator<Item = &'a str> {
+    service.spec.labels.get(label).into_iter().flat_map(|list| list.split(',').map(str::trim))
 }
 
 /// What a node's label says of its tasks' share.
@@ -114,7 +130,8 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 13] = [
+    const KNOWN: [&str; 14] = [
+        CLUSTER_DENY_LABEL,
         FAMILY_LABEL,
         SLOW_START_LABEL,
         RETURN_LABEL,
@@ -500,6 +517,19 @@ mod tests {
         assert_eq!(notes, ["label lb.placement is called lb.scheduler now, and consistent maglev"]);
         let said = "label lb.scheduler=sticky is none of round-robin, random, maglev, source";
         assert_eq!(set("sticky"), (Scheduler::RoundRobin, Some(said.to_owned())));
+    }
+
+    #[test]
+    fn whom_no_service_takes_is_a_label_of_any_and_what_is_wrong_in_it_is_said() {
+        let of: model::Service = serde_json::from_value(serde_json::json!({ "ID": "s1", "Spec": {
+            "Name": "quiet", "Labels": {"lb.cluster.deny": "192.0.2.66, office,2001:db8::1/32"}
+        }}))
+        .unwrap();
+        assert_eq!(denied(&of), ["192.0.2.66/32", "2001:db8::/32"].map(|text| text.parse().unwrap()));
+        let described = service(&of, &[]);
+        let wrong = "label lb.cluster.deny: \"office\" is neither an address nor a range of them, as in 192.0.2.0/24 or \
+                     2001:db8::/32; the others are denied";
+        assert_eq!((described.problem.as_str(), described.access.is_open()), (wrong, true));
     }
 
     #[test]

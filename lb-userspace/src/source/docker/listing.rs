@@ -7,6 +7,8 @@ use std::{
     time::SystemTime,
 };
 
+use ipnet::IpNet;
+
 use super::{labels, model};
 use crate::{
     cluster::{ClusterState, Node, Port, Protocol, Service, Task, TaskState, Tunnel, Via},
@@ -102,7 +104,10 @@ impl Listing {
             services.push(Arc::new(Service { name, ports, tasks, left, ..described }));
         }
         services.sort_by(|a, b| a.name.cmp(&b.name));
-        let cluster = ClusterState { nodes, services, tunnel, checks: true, ..ClusterState::default() };
+        let denied: BTreeSet<IpNet> = self.services.iter().flat_map(labels::denied).collect();
+        let denied = denied.into_iter().collect();
+        let cluster =
+            ClusterState { nodes, services, denied, tunnel, checks: true, ..ClusterState::default() };
         ManagerView { cluster, members, notes }
     }
 

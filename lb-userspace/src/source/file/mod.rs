@@ -443,6 +443,29 @@ weight = 3
     }
 
     #[test]
+    fn whom_no_service_takes_stands_before_all() {
+        let range = |text: &str| text.parse().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cluster.toml");
+        let mut reader = Reader::new(&path);
+        for (list, denied) in [
+            (
+                "deny = [\"192.0.2.66\", \"2001:db8::1/32\"]\n",
+                vec![range("192.0.2.66/32"), range("2001:db8::/32")],
+            ),
+            ("", vec![]),
+        ] {
+            let text = format!("{list}{GOOD}");
+            assert_eq!(parse(&text).ok().unwrap().denied, denied);
+            // In pieces, too.
+            fs::write(&path, &text).unwrap();
+            assert_eq!(reader.read().unwrap().denied, denied);
+            assert_eq!(reader.read().unwrap().denied, denied);
+        }
+        fails(&format!("deny = [\"office\"]\n{GOOD}"), 1, "\"office\" is neither an address nor a range");
+    }
+
+    #[test]
     fn timers_are_seconds_by_name() {
         let with = |timers: &str| {
             GOOD.replace("[[service.task]]", &format!("[service.timers]\n{timers}\n[[service.task]]"))

@@ -28,6 +28,8 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub(super) struct RawCluster {
     #[serde(default)]
+    pub(super) deny: Vec<Spanned<String>>,
+    #[serde(default)]
     pub(super) node: Vec<Spanned<RawNode>>,
     pub(super) service: Option<Vec<Spanned<RawService>>>,
     pub(super) tunnel: Option<RawTunnel>,
@@ -148,7 +150,8 @@ pub(super) fn cluster(raw: &RawCluster) -> Result<ClusterState, Wrong> {
         services.push(Arc::new(service(raw.get_ref(), &known, &mut names, &mut published)?));
     }
     let tunnel = tunnel(raw.tunnel.as_ref(), &published)?;
-    Ok(ClusterState { nodes, services, tunnel, ..ClusterState::default() })
+    let denied = ranges(&raw.deny)?;
+    Ok(ClusterState { nodes, services, tunnel, denied, ..ClusterState::default() })
 }
 
 /// Names that were given, by kind, and where.
@@ -259,7 +262,8 @@ fn translated(task: &mut Task, family: Family) {
 }
 
 /// Ranges of clients' addresses.
-fn ranges(texts: &[Spanned<String>]) -> Result<Vec<IpNet>, Wrong> {
+/// Ranges of addresses.
+pub(super) fn ranges(texts: &[Spanned<String>]) -> Result<Vec<IpNet>, Wrong> {
     let range = |text: &Spanned<String>| {
         address_range(text.get_ref()).map_err(|error| Wrong::at(text, error.to_string()))
     };

@@ -13,6 +13,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 use super::parse::{self, Published, RawCluster};
 use crate::cluster::{ClusterState, Node, Port, Service, Tunnel};
 
@@ -26,6 +28,7 @@ pub(super) struct Pieces {
     /// Where the first service begins.
     head: usize,
     nodes: Vec<Node>,
+    denied: Vec<IpNet>,
     /// Their names.
     known: HashSet<String>,
     tunnel: Tunnel,
@@ -94,6 +97,7 @@ impl Pieces {
             nodes: self.nodes.clone(),
             services,
             tunnel: self.tunnel,
+            denied: self.denied.clone(),
             ..ClusterState::default()
         })
     }
@@ -106,6 +110,7 @@ impl Pieces {
             return None;
         }
         self.nodes = parse::nodes(&raw, &mut HashMap::new()).ok()?;
+        self.denied = parse::ranges(&raw.deny).ok()?;
         self.known = self.nodes.iter().map(|node| node.name.clone()).collect();
         self.tunnel = parse::tunnel(raw.tunnel.as_ref(), &Published::new()).ok()?;
         self.key_file = parse::key_file(&raw).map(|(at, path)| (at, path.to_owned()));

@@ -29,6 +29,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use lines::LineError;
 pub use pace::Pace;
 use serde::{Deserialize, Serialize};
@@ -182,6 +183,9 @@ struct Changes {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     checks: bool,
     tunnel: Tunnel,
+    /// Whom no service takes; all of them, if any changed. Older agents know of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    denied: Option<Vec<IpNet>>,
     /// All of them, if any changed.
     nodes: Option<Vec<Node>>,
     services: Vec<Arc<Service>>,
@@ -218,6 +222,7 @@ impl Changes {
             changed: after.changed,
             checks: after.checks,
             tunnel: after.tunnel,
+            denied: before.is_none_or(|before| before.denied != after.denied).then(|| after.denied.clone()),
             nodes: before.is_none_or(|before| before.nodes != after.nodes).then(|| after.nodes.clone()),
             services: new
                 .into_iter()
@@ -240,7 +245,7 @@ impl Changes {
                 part.push(next);
             }
             // The first part says all that there is but once.
-            let rest = Self { whole: false, nodes: None, gone: Vec::new(), ..self.clone() };
+            let rest = Self { whole: false, denied: None, nodes: None, gone: Vec::new(), ..self.clone() };
             parts.push(Self { more: true, services: part, ..std::mem::replace(&mut self, rest) });
         }
         match parts.last_mut() {
@@ -257,6 +262,9 @@ impl Changes {
         }
         (state.this, state.changed, state.tunnel) = (self.this, self.changed, self.tunnel);
         state.checks = self.checks;
+        if let Some(denied) = self.denied {
+            state.denied = denied;
+        }
         if let Some(nodes) = self.nodes {
             state.nodes = nodes;
         }
@@ -316,6 +324,10 @@ mod tests {
             cluster(&[("a", "80:80"), ("b", "81:81")], &["node1"]),
             cluster(&[("a", "80:80"), ("b", "82:81"), ("c", "83:83")], &["node1"]),
             cluster(&[("c", "83:83")], &["node1", "node2"]),
+            ClusterState {
+                denied: vec!["192.0.2.66/32".parse().unwrap()],
+                ..cluster(&[("c", "83:83")], &["node1", "node2"])
+            },
         ];
         for before in &states {
             for after in &states {
