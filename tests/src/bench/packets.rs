@@ -17,7 +17,7 @@ use lb_common::{
     outcome::Outcome,
 };
 use lb_userspace::{
-    cluster::{Access, Via, address_range},
+    cluster::{Access, Scheduler, Service, Via, address_range},
     datapath::Sizes,
 };
 
@@ -363,19 +363,25 @@ impl<'a> Bench<'a> {
                 figures.push(Figure::new(name, "ns", &Samples::new(moved)));
             }
             self.lab.forget_connections();
-            for (what, access) in
-                [("a list of 1,000 ranges", list(family.client, 1_000)), ("denied", Access::closed())]
-            {
-                self.set_access("routed", access);
-                let mut samples = vec![];
-                for _ in 0..self.rounds.min(21) {
-                    self.lab.forget_connections();
-                    samples.push(self.timed(syn, 1_000_000, 8_192));
-                }
-                let name = format!("SYN, {}, {what}", family.name);
-                figures.push(Figure::new(name, "ns", &Samples::new(samples)));
+            let others = if family.name == "IPv4" { "203.0.113.1" } else { "2001:db8:ffff::1" };
+            let others = list(others, 1_000).allow.expect("ranges");
+            let listed = [
+                ("a list of 1,000 ranges", list(family.client, 1_000), vec![]),
+                ("denied", Access::closed(), vec![]),
+                ("1,000 ranges of others whom no service takes", Access::default(), others),
+            ];
+            for (what, access, denied) in listed {
+                self.change("routed", |service| service.access = access);
+                self.lab.update(|cluster| cluster.denied = denied);
+                figures.push(self.opens(syn, &format!("SYN, {}, {what}", family.name)));
             }
-            self.set_access("routed", Access::default());
+            self.lab.update(|cluster| cluster.denied.clear());
+            self.change("routed", |service| service.access = Access::default());
+            for scheduler in Scheduler::ALL {
+                self.change("routed", |service| service.scheduler = scheduler);
+                figures.push(self.opens(syn, &format!("SYN, {}, {}", family.name, scheduler.name())));
+            }
+            self.change("routed", |service| service.scheduler = Scheduler::default());
             self.lab.configure(|config| config.flood_rate = 1);
             // The first of them is what makes the guard take over.
             self.feeder.set(&syn.bytes, &Clients { count: CLIENTS, ..syn.clients });
@@ -398,11 +404,21 @@ impl<'a> Bench<'a> {
         figures
     }
 
-    /// Says who may connect to a service.
-    fn set_access(&mut self, service: &str, access: Access) {
+    /// What a connection costs that begins in an empty table.
+    fn opens(&mut self, syn: &Frames, name: &str) -> Figure {
+        let mut samples = vec![];
+        for _ in 0..self.rounds.min(21) {
+            self.lab.forget_connections();
+            samples.push(self.timed(syn, 1_000_000, 8_192));
+        }
+        Figure::new(name, "ns", &Samples::new(samples))
+    }
+
+    /// Changes what is said of a service.
+    fn change(&mut self, service: &str, change: impl FnOnce(&mut Service)) {
         self.lab.update(|cluster| {
             let index = cluster.services.iter().position(|known| known.name == service).expect("the service");
-            cluster.service_mut(index).access = access;
+            change(cluster.service_mut(index));
         });
     }
 
