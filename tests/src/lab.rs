@@ -20,7 +20,7 @@ use lb_userspace::{
     cluster::{ClusterState, Node, Service, Task, TaskState, Via},
     datapath::{Collection, ConnectionLog, Counters, Datapath, InnerRanges, PinDir, Sizes, TableSet},
     net::Reset,
-    plan::{Planner, Reach, View, Way},
+    plan::{NextHop, Planner, Reach, View},
     tunnel_key::{Cookies, NodeKey},
 };
 
@@ -215,9 +215,9 @@ pub struct Lab {
     pub uplink: u32,
     /// Of the local tasks' veth.
     pub veth: u32,
-    /// [`lb_common::backend::VIA_TC`] or nothing, for the ways to other nodes; taken up by the next update.
-    pub way_flags: u8,
-    /// MTU of the ways to other nodes; taken up by the next update.
+    /// [`lb_common::backend::VIA_TC`] or nothing, for the next hops to other nodes; taken up by the next update.
+    pub next_hop_flags: u8,
+    /// MTU of the next hops to other nodes; taken up by the next update.
     pub mtu: u32,
     /// The cookies between this node and others, by their names.
     cookies: BTreeMap<String, Cookies>,
@@ -292,7 +292,7 @@ pub fn with_lab_of(sizes: Sizes, services: Vec<Service>, test: impl FnOnce(&mut 
             cluster,
             uplink: index("eth1"),
             veth: index("hv1"),
-            way_flags: 0,
+            next_hop_flags: 0,
             mtu: UPLINK_MTU,
             cookies: BTreeMap::new(),
         };
@@ -373,10 +373,10 @@ impl Lab {
     pub fn update(&mut self, change: impl FnOnce(&mut ClusterState)) {
         change(&mut self.cluster);
         let mut planner = Planner::default();
-        let ways: BTreeMap<_, _> = planner
+        let next_hops: BTreeMap<_, _> = planner
             .destinations(&self.cluster, "node1")
             .into_iter()
-            .map(|(address, reach)| ((address, reach), Ok(self.way(address, reach))))
+            .map(|(address, reach)| ((address, reach), Ok(self.next_hop(address, reach))))
             .collect();
         let view = View {
             cluster: &self.cluster,
@@ -384,7 +384,7 @@ impl Lab {
             addresses: &[ip("192.0.2.1"), ip("2001:db8::1")],
             named: &[],
             cookies: &self.cookies,
-            ways: &ways,
+            next_hops: &next_hops,
         };
         let limits = self.datapath().limits().expect("limits");
         let plan = planner.plan(&view, self.datapath().tables(), &limits);
@@ -394,13 +394,13 @@ impl Lab {
         }
     }
 
-    fn way(&self, address: IpAddr, reach: Reach) -> Way {
+    fn next_hop(&self, address: IpAddr, reach: Reach) -> NextHop {
         let source = Some(if address.is_ipv4() { ip("192.0.2.1") } else { ip("2001:db8::1") });
         let (ifindex, mac, source_mac) = match reach {
             Reach::Local | Reach::Translated => (self.veth, TASK_MAC, BRIDGE_MAC),
             Reach::Snat | Reach::Routed | Reach::Peer => (self.uplink, HOP_MAC, NODE_MAC),
         };
-        Way { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.way_flags, silent: None }
+        NextHop { ifindex, mac, source_mac, source, mtu: self.mtu, flags: self.next_hop_flags, silent: None }
     }
 
     fn xdp_program(&self) -> &Xdp {

@@ -850,7 +850,7 @@ fn a_task_without_a_way_gets_nothing() {
 #[test]
 fn a_way_by_tc_is_left_to_tc() {
     with_lab(services(), |lab| {
-        lab.way_flags = VIA_TC;
+        lab.next_hop_flags = VIA_TC;
         lab.update(|_| {});
         let packet = V4.packet(SYN, 48_000, 81);
         let (verdict, counted) = lab.counting(|lab| lab.xdp(&packet.bytes()));

@@ -196,7 +196,7 @@ fn the_fast_path_and_the_stages_come_to_the_same() {
         for number in 0..PACKETS {
             // What is around changes now and then: the state of tasks, the ways to them, what XDP may do.
             if number % 250 == 0 {
-                lab.way_flags = random.of(&[0, 0, 0, VIA_TC]);
+                lab.next_hop_flags = random.of(&[0, 0, 0, VIA_TC]);
                 let state = random.of(&[TaskState::Running, TaskState::Running, TaskState::Draining]);
                 lab.update(|cluster| {
                     (0..cluster.services.len())

@@ -14,8 +14,8 @@ use super::{Controller, beside, roles};
 use crate::{
     datapath::{DatapathError, TcHook},
     events::Kind,
-    net::{self, Found, Link, Snapshot},
-    plan::{Role, Way},
+    net::{self, Link, Snapshot},
+    plan::{NextHop, NextHops, Role},
 };
 
 /// From the device's driver to TC no frame takes as long: between the two are queues of one CPU's network code.
@@ -138,11 +138,11 @@ impl Controller {
         &mut self,
         snapshot: &Snapshot,
         uplink: u32,
-        ways: &mut Found,
+        next_hops: &mut NextHops,
     ) -> Vec<String> {
         let behind = std::mem::take(&mut self.behind);
         let mut stay = Vec::new();
-        for (kind, index) in beside(ways, uplink) {
+        for (kind, index) in beside(next_hops, uplink) {
             let attached = self.served.is_some()
                 && !behind.contains(&(kind, index))
                 && self.datapath.links_beside(kind).contains(&index);
@@ -161,10 +161,12 @@ impl Controller {
                 stay.push(format!("the former program serves on {name}: {problem}; trying again"));
                 continue;
             }
-            for ((_, reach), way) in ways.iter_mut() {
-                let its = |way: &Way| way.ifindex == index && roles(*reach, way).any(|role| role == kind);
-                if way.as_ref().is_ok_and(its) {
-                    *way = Err(format!("attach to {name}: {problem}"));
+            for ((_, reach), next_hop) in next_hops.iter_mut() {
+                let its = |next_hop: &NextHop| {
+                    next_hop.ifindex == index && roles(*reach, next_hop).any(|role| role == kind)
+                };
+                if next_hop.as_ref().is_ok_and(its) {
+                    *next_hop = Err(format!("attach to {name}: {problem}"));
                 }
             }
         }

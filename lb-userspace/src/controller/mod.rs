@@ -33,8 +33,8 @@ use crate::{
     events::{Event, Kind, Recorder},
     limits::Watch,
     logging,
-    net::{Changes, Found, Link, Net, Prober, Resetter, Snapshot, Ways},
-    plan::{MapOp, Planner, Reach, Role, View, Way},
+    net::{Changes, Link, Net, NextHopResolver, Prober, Resetter, Snapshot},
+    plan::{MapOp, NextHop, NextHops, Planner, Reach, Role, View},
     report::{self, Drain, SourceReport},
     serve::Changed,
     source::{Origin, Update},
@@ -99,7 +99,7 @@ pub struct Controller {
     net: Net,
     changes: Changes,
     updates: mpsc::Receiver<Update>,
-    ways: Ways,
+    next_hops: NextHopResolver,
     /// The network as it was looked at last, unless something has changed in it since.
     network: Option<Arc<Snapshot>>,
     planner: Planner,
@@ -146,7 +146,7 @@ pub struct Controller {
     fills: BTreeMap<&'static str, [u64; 2]>,
 }
 
-/// A destination without a way is looked for again after this time, though nothing was heard of it.
+/// A destination without a next hop is looked for again after this time, though nothing was heard of it.
 const RETRY: Duration = Duration::from_secs(1);
 /// Connections are looked after once in this time.
 const TICK: Duration = Duration::from_secs(1);
@@ -204,14 +204,14 @@ impl Controller {
         let adopted = datapath.adopted();
         report.started = report::now();
         let watch = Watch::new(|outcome| datapath.outcome(outcome).ok());
-        let ways = Ways::new(settings.v6_pool.0.is_some());
+        let next_hops = NextHopResolver::new(settings.v6_pool.0.is_some());
         let mut controller = Self {
             settings,
             datapath,
             net,
             changes,
             updates,
-            ways,
+            next_hops,
             network: None,
             planner: Planner::default(),
             told: cluster,
@@ -429,7 +429,7 @@ impl Controller {
     /// Leaves things as they were found.
     async fn give_up(&mut self) {
         if !self.datapath.adopted() {
-            self.ways.release(&self.net, true).await;
+            self.next_hops.release(&self.net, true).await;
         }
         let qdiscs = self.datapath.roll_back();
         let links = self.net.snapshot().await.map(|snapshot| snapshot.links).unwrap_or_default();
@@ -440,7 +440,7 @@ impl Controller {
 
     /// Takes the datapath away, and lets go of what was asked of the kernel.
     pub async fn remove(mut self) {
-        self.ways.release(&self.net, true).await;
+        self.next_hops.release(&self.net, true).await;
         let links = self.net.snapshot().await.map(|snapshot| snapshot.links).unwrap_or_default();
         let names: Vec<String> = links.values().map(|link| link.name.clone()).collect();
         let clsact = self.datapath.tc_hook() == TcHook::Clsact;
@@ -526,7 +526,7 @@ impl Controller {
         Ok(())
     }
 
-    /// The network: as it was looked at last, if that tells the way to all that the cluster asks for, else as it is. What
+    /// The network: as it was looked at last, if that tells the next hop to all that the cluster asks for, else as it is. What
     /// has just come may not have been there.
     async fn look(&mut self) -> Result<Arc<Snapshot>> {
         if let (Some(network), Some(cluster)) =
@@ -534,7 +534,7 @@ impl Controller {
         {
             let node = self.node(cluster, &network, &mut BTreeSet::new());
             let wanted = self.planner.destinations(cluster, &node);
-            if self.ways.found(&wanted).is_some() {
+            if self.next_hops.found(&wanted).is_some() {
                 return Ok(network);
             }
         }
@@ -556,19 +556,19 @@ impl Controller {
         let cluster = offered.as_ref().unwrap_or(cluster);
         let addresses = snapshot.addresses_of(uplink.index);
         let wanted = self.planner.destinations(cluster, &node);
-        let mut ways = self.find_ways(snapshot, uplink.index, &wanted).await;
-        self.keep_one_interface(cluster, snapshot, &mut ways);
-        complaints.extend(self.attach_beside(snapshot, uplink.index, &mut ways));
-        let beside = beside(&ways, uplink.index);
+        let mut next_hops = self.find_next_hops(snapshot, uplink.index, &wanted).await;
+        self.keep_one_interface(cluster, snapshot, &mut next_hops);
+        complaints.extend(self.attach_beside(snapshot, uplink.index, &mut next_hops));
+        let beside = beside(&next_hops, uplink.index);
         let peers = beside.iter().filter(|(role, _)| *role == Role::Peers).map(|(_, index)| *index);
         let named = |index| Some((index, snapshot.links.get(&index)?.name.clone()));
         let interfaces = peers.chain([uplink.index]).filter_map(named).collect();
         self.open_tunnel(cluster.tunnel.port, &interfaces)?;
         let cookies = self.cookies(cluster, &node);
-        self.ask_peers(&mut ways, &outgoing(cluster, &cookies)).await;
+        self.ask_peers(&mut next_hops, &outgoing(cluster, &cookies)).await;
         let named = self.settings.addresses.clone();
         let (addresses, named) = (addresses.as_slice(), named.as_slice());
-        let view = View { cluster, node: &node, addresses, named, cookies: &cookies, ways: &ways };
+        let view = View { cluster, node: &node, addresses, named, cookies: &cookies, next_hops: &next_hops };
         let limits = self.datapath.limits()?;
         let mut plan = self.planner.plan(&view, self.datapath.tables(), &limits);
         let mut changes = plan.ops.len();
@@ -598,21 +598,21 @@ impl Controller {
         Ok(changes > 0)
     }
 
-    /// The way to each destination; those that are known stand as long as nothing changes in the network.
-    async fn find_ways(
+    /// The next hop to each destination; those that are known stand as long as nothing changes in the network.
+    async fn find_next_hops(
         &mut self,
         snapshot: &Arc<Snapshot>,
         uplink: u32,
         wanted: &BTreeSet<(IpAddr, Reach)>,
-    ) -> Found {
+    ) -> NextHops {
         if self.network.is_some()
-            && let Some(found) = self.ways.found(wanted)
+            && let Some(found) = self.next_hops.found(wanted)
         {
             return found;
         }
         let mut network = snapshot.clone();
         let others = self.other_uplinks(&network);
-        let mut found = self.ways.find(&self.net, &network, (uplink, &others), wanted).await;
+        let mut found = self.next_hops.find(&self.net, &network, (uplink, &others), wanted).await;
         // Neighbours that were asked for just now: tables that are filled without them are filled twice.
         let deadline = Instant::now() + ANSWER;
         while self.served.is_none()
@@ -621,7 +621,7 @@ impl Controller {
             && let Ok(latest) = self.net.snapshot().await
         {
             network = Arc::new(latest);
-            found = self.ways.find(&self.net, &network, (uplink, &others), wanted).await;
+            found = self.next_hops.find(&self.net, &network, (uplink, &others), wanted).await;
         }
         self.network = Some(network);
         found
@@ -758,15 +758,16 @@ async fn first(
 }
 
 /// The interfaces beside the uplink, and what for.
-fn beside(ways: &Found, uplink: u32) -> BTreeSet<(Role, u32)> {
-    let known = ways.iter().filter_map(|((_, reach), way)| Some((*reach, way.as_ref().ok()?)));
-    let there = known.flat_map(|(reach, way)| roles(reach, way).map(|role| (role, way.ifindex)));
+fn beside(next_hops: &NextHops, uplink: u32) -> BTreeSet<(Role, u32)> {
+    let known = next_hops.iter().filter_map(|((_, reach), next_hop)| Some((*reach, next_hop.as_ref().ok()?)));
+    let there =
+        known.flat_map(|(reach, next_hop)| roles(reach, next_hop).map(|role| (role, next_hop.ifindex)));
     there.filter(|(_, index)| *index != uplink).collect()
 }
 
-/// What the interface of a way is there for.
-fn roles(reach: Reach, way: &Way) -> impl Iterator<Item = Role> + use<> {
-    let translated = way.flags & TRANSLATED != 0;
+/// What the interface of a next hop is there for.
+fn roles(reach: Reach, next_hop: &NextHop) -> impl Iterator<Item = Role> + use<> {
+    let translated = next_hop.flags & TRANSLATED != 0;
     [role(reach)].into_iter().chain(translated.then_some(Role::Translated))
 }
 

@@ -1,4 +1,4 @@
-//! The other nodes' datapaths: whether they are there, and how long a packet the ways to them let pass.
+//! The other nodes' datapaths: whether they are there, and how long a packet the next hops to them let pass.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -12,8 +12,8 @@ use lb_common::{abi::Config, net::Be16, outcome::Outcome};
 use super::{ANSWER, Controller};
 use crate::{
     cluster::{ClusterState, Node},
-    net::{Found, Prober, Snapshot, Wanted},
-    plan::Reach,
+    net::{Prober, Snapshot, Wanted},
+    plan::{NextHops, Reach},
     tunnel_key::{Cookies, NodeKey},
 };
 
@@ -37,10 +37,15 @@ impl Controller {
         cookies.collect()
     }
 
-    /// Leaves of the ways to a node those by the interface that leads to its first address: what was to stay in one network goes by no
+    /// Leaves of the next hops to a node those by the interface that leads to its first address: what was to stay in one network goes by no
     /// other while that is silent, or gone. An address of a family that this machine has not is nobody's choice. Several uplinks
-    /// have their own ways each.
-    pub(super) fn keep_one_interface(&self, cluster: &ClusterState, snapshot: &Snapshot, ways: &mut Found) {
+    /// have their own next hops each.
+    pub(super) fn keep_one_interface(
+        &self,
+        cluster: &ClusterState,
+        snapshot: &Snapshot,
+        next_hops: &mut NextHops,
+    ) {
         if !self.other_uplinks(snapshot).is_empty() {
             return;
         }
@@ -52,25 +57,28 @@ impl Controller {
             let Some(first) = possible().next() else {
                 continue;
             };
-            match self.ways.leads_by(first) {
-                Some(by) => {
-                    kept.extend(possible().filter(|address| self.ways.leads_by(address) == Some(by)).copied())
-                }
+            match self.next_hops.leads_by(first) {
+                Some(by) => kept.extend(
+                    possible().filter(|address| self.next_hops.leads_by(address) == Some(by)).copied(),
+                ),
                 None => drop(kept.insert(*first)),
             }
         }
-        ways.retain(|(address, reach), _| *reach != Reach::Peer || kept.contains(address));
+        next_hops.retain(|(address, reach), _| *reach != Reach::Peer || kept.contains(address));
     }
 
-    /// Asks the datapaths of the other nodes whether they are there, and marks the ways to those that are not.
-    pub(super) async fn ask_peers(&mut self, ways: &mut Found, cookies: &BTreeMap<IpAddr, u64>) {
+    /// Asks the datapaths of the other nodes whether they are there, and marks the next hops to those that are not.
+    pub(super) async fn ask_peers(&mut self, next_hops: &mut NextHops, cookies: &BTreeMap<IpAddr, u64>) {
         let known: BTreeMap<IpAddr, u32> = self.datapath.tables().peer_mtus().collect();
         for (index, prober) in &self.probers {
-            let peers = ways.iter().filter_map(|((address, reach), way)| {
-                let way = way.as_ref().ok().filter(|way| *reach == Reach::Peer && way.ifindex == *index)?;
+            let peers = next_hops.iter().filter_map(|((address, reach), next_hop)| {
+                let next_hop = next_hop
+                    .as_ref()
+                    .ok()
+                    .filter(|next_hop| *reach == Reach::Peer && next_hop.ifindex == *index)?;
                 let cookie = cookies.get(address).copied().unwrap_or_default();
                 let known = known.get(address).copied();
-                Some((*address, Wanted { mtu: way.mtu, known, cookie }))
+                Some((*address, Wanted { mtu: next_hop.mtu, known, cookie }))
             });
             prober.follow(&peers.collect());
         }
@@ -80,19 +88,19 @@ impl Controller {
                 prober.settle(deadline).await;
             }
             for (address, reason) in prober.silent() {
-                if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                    way.silent = Some(reason);
+                if let Some(Ok(next_hop)) = next_hops.get_mut(&(address, Reach::Peer)) {
+                    next_hop.silent = Some(reason);
                 }
             }
             for (address, mtu) in prober.mtus() {
-                if let Some(Ok(way)) = ways.get_mut(&(address, Reach::Peer)) {
-                    way.mtu = way.mtu.min(mtu);
+                if let Some(Ok(next_hop)) = next_hops.get_mut(&(address, Reach::Peer)) {
+                    next_hop.mtu = next_hop.mtu.min(mtu);
                 }
             }
         }
     }
 
-    /// Has the ways to nodes looked at again when somebody says that a packet in the tunnel was too long.
+    /// Has the next hops to nodes looked at again when somebody says that a packet in the tunnel was too long.
     pub(super) fn look_at_tunnel_errors(&mut self) {
         let errors = self.datapath.outcome(Outcome::TunnelError).unwrap_or(self.tunnel_errors);
         if std::mem::replace(&mut self.tunnel_errors, errors) != errors {

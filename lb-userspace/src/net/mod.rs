@@ -1,17 +1,17 @@
 //! What the kernel knows of the network around this node: links, addresses, neighbours, routes.
 //!
 //! It reads by netlink and, where a neighbour is not resolved, asks the kernel to resolve it and keep it so. It
-//! knows nothing of services; the ways it finds are what the planner turns into backends.
+//! knows nothing of services; the next hops it finds are what the planner turns into backends.
 
 mod container_netns;
 mod device;
 mod netdev;
+mod next_hop;
 mod path_mtu;
 mod probe;
 mod reset;
 pub mod sockets;
 mod uplink;
-mod ways;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -43,12 +43,12 @@ use netlink_packet_route::{
         RouteType,
     },
 };
+pub use next_hop::NextHopResolver;
 pub use probe::{Asked, Prober, Wanted, ask_once};
 pub use reset::{Reset, Resetter, Sent};
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, sys::AsyncSocket as _};
 use tokio::sync::mpsc;
 pub use uplink::{Choice, DefaultRoute, choose};
-pub use ways::{Found, Ways};
 
 /// Why the kernel could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -241,7 +241,7 @@ pub struct Net {
     containers: ContainerNetnsCache,
 }
 
-/// Something changed that ways may depend on.
+/// Something changed that next hops may depend on.
 pub type Changes = mpsc::Receiver<()>;
 
 /// A burst of netlink events is one change.

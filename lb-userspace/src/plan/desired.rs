@@ -25,9 +25,12 @@ use crate::{
     tunnel_key::Cookies,
 };
 
-/// The way from this node to a task, as the kernel's tables have it.
+/// The next hop to each destination, or why there is none.
+pub type NextHops = BTreeMap<(IpAddr, Reach), Result<NextHop, String>>;
+
+/// The next hop from this node to a task, as the kernel's tables have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct NextHop {
     /// Host-side veth of a local task, or the interface of the next hop.
     pub ifindex: u32,
     /// Hardware address of the task or the next hop; zero if a local task's is not known.
@@ -40,7 +43,7 @@ pub struct Way {
     pub mtu: u32,
     /// [`lb_common::backend::VIA_TC`].
     pub flags: u8,
-    /// Why new connections should go elsewhere, though the way is known: who is there does not answer.
+    /// Why new connections should go elsewhere, though the next hop is known: who is there does not answer.
     pub silent: Option<String>,
 }
 
@@ -57,8 +60,8 @@ pub struct View<'a> {
     pub named: &'a [IpAddr],
     /// The cookies of nodes, by name; of those that have none there is none.
     pub cookies: &'a BTreeMap<String, Cookies>,
-    /// The way to each of [`super::Planner::destinations`], or why there is none.
-    pub ways: &'a BTreeMap<(IpAddr, Reach), Result<Way, String>>,
+    /// The next hop to each of [`super::Planner::destinations`], or why there is none.
+    pub next_hops: &'a NextHops,
 }
 
 impl View<'_> {
@@ -103,8 +106,8 @@ pub struct DesiredNode {
     pub label: NodeLabel,
     /// Its addresses, as far as they tell where tunnel packets come from or go to.
     pub addresses: Vec<IpAddr>,
-    /// The way to its agent, or why there is none; `None` if it has no agent, or is this machine.
-    pub way: Option<Result<(IpAddr, Way), String>>,
+    /// The next hop to its agent, or why there is none; `None` if it has no agent, or is this machine.
+    pub next_hop: Option<Result<(IpAddr, NextHop), String>>,
     /// The cookies of packets between it and this machine, where both have keys.
     pub cookies: Option<Cookies>,
     /// Whether it lies in this machine's zone, where that has one.
@@ -114,8 +117,10 @@ pub struct DesiredNode {
 impl DesiredNode {
     /// As the datapath reaches its agent; `None` if it has none, or is this machine.
     pub fn peer(&self) -> Option<Peer> {
-        let way = self.way.as_ref()?;
-        let peer = way.as_ref().map_or_else(|_| Peer::default(), |(address, way)| peer(*address, way));
+        let next_hop = self.next_hop.as_ref()?;
+        let peer = next_hop
+            .as_ref()
+            .map_or_else(|_| Peer::default(), |(address, next_hop)| peer(*address, next_hop));
         Some(Peer { cookie: self.cookies.map_or(0, |cookies| cookies.outgoing), ..peer })
     }
 }
@@ -152,7 +157,7 @@ pub struct DesiredBackend {
     pub weight: u16,
     /// Whether it comes first.
     pub preferred: bool,
-    /// Whether no way leads to it that should.
+    /// Whether no next hop leads to it that should.
     pub unreached: bool,
 }
 
@@ -189,7 +194,7 @@ impl<'a> Reaching<'a> {
         }
     }
 
-    /// The addresses of a service's tasks to which a way must be known, and how each is to be reached.
+    /// The addresses of a service's tasks to which a next hop must be known, and how each is to be reached.
     pub fn destinations(&self, service: &Service) -> Vec<(IpAddr, Reach)> {
         let tasks = if service.ports.is_empty() { &[] } else { service.tasks.as_slice() };
         let wanted = tasks.iter().map(|task| (task, self.of(task)));
@@ -201,7 +206,7 @@ impl<'a> Reaching<'a> {
     }
 }
 
-/// What a way is asked for to reach a task at one of its addresses.
+/// What a next hop is asked for to reach a task at one of its addresses.
 fn to(task: &Task, address: IpAddr, reach: Reach) -> (IpAddr, Reach) {
     own(address, &task.addresses).map_or((address, reach), |own| (own, Reach::Translated))
 }
@@ -270,8 +275,8 @@ impl<'a> Scene<'a> {
         let direct = service.returns.unwrap_or(self.view.cluster.tunnel.returns) == Return::Direct;
         let usable = |task: &Task| {
             let reach = self.reaching.of(task);
-            let ways = reached(task, reach).map(|address| self.way(task, (address, reach)));
-            task.weight > 0 && ways.flatten().any(|way| way.silent.is_none())
+            let next_hops = reached(task, reach).map(|address| self.next_hop(task, (address, reach)));
+            task.weight > 0 && next_hops.flatten().any(|next_hop| next_hop.silent.is_none())
         };
         for (task, judged) in service.tasks.iter().zip(judge(&service.tasks, usable)) {
             let reach = self.reaching.of(task);
@@ -284,9 +289,10 @@ impl<'a> Scene<'a> {
                 Prefer::Zone => self.nodes.get(task.node.as_str()).is_some_and(|node| node.near),
             };
             for address in &Vec::from_iter(reached(task, reach)) {
-                let way = self.way(task, (*address, reach));
+                let next_hop = self.next_hop(task, (*address, reach));
                 for (protocol, target) in &targets {
-                    let (mut backend, problem) = backend((task, state), (*address, reach), *target, &way);
+                    let (mut backend, problem) =
+                        backend((task, state), (*address, reach), *target, &next_hop);
                     if reach == Reach::Peer && direct {
                         backend.flags |= RETURN_DIRECT;
                     }
@@ -316,23 +322,23 @@ impl<'a> Scene<'a> {
         backends
     }
 
-    /// The way to a task's address: by its node, where that has an agent.
-    fn way(&self, task: &Task, (address, reach): (IpAddr, Reach)) -> Result<&Way, String> {
+    /// The next hop to a task's address: by its node, where that has an agent.
+    fn next_hop(&self, task: &Task, (address, reach): (IpAddr, Reach)) -> Result<&NextHop, String> {
         if reach == Reach::Peer {
-            let way = self.nodes.get(task.node.as_str()).and_then(|node| node.way.as_ref());
-            let way = way.ok_or_else(|| format!("there is no node {}", task.node))?;
-            return way.as_ref().map(|(_, way)| way).map_err(Clone::clone);
+            let next_hop = self.nodes.get(task.node.as_str()).and_then(|node| node.next_hop.as_ref());
+            let next_hop = next_hop.ok_or_else(|| format!("there is no node {}", task.node))?;
+            return next_hop.as_ref().map(|(_, next_hop)| next_hop).map_err(Clone::clone);
         }
-        let way = match self.view.ways.get(&to(task, address, reach)) {
-            Some(way) => way.as_ref().map_err(Clone::clone),
+        let next_hop = match self.view.next_hops.get(&to(task, address, reach)) {
+            Some(next_hop) => next_hop.as_ref().map_err(Clone::clone),
             None => Err("the way to it is not known yet".to_owned()),
         };
         if reach == Reach::Snat && task.via == Via::Peer {
             let node =
                 self.nodes.get(task.node.as_str()).map_or(task.node.as_str(), |node| node.label.shown());
-            return way.map_err(|reason| format!("{node} has no agent, and by snat {reason}"));
+            return next_hop.map_err(|reason| format!("{node} has no agent, and by snat {reason}"));
         }
-        way
+        next_hop
     }
 }
 
@@ -377,9 +383,9 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
             }
             owner == node.name
         });
-        let way = (!this && node.agent).then(|| peer_way(view, node));
-        let silent = way.as_ref().and_then(|way| way.as_ref().ok()?.1.silent.clone());
-        let problem = way.as_ref().and_then(|way| way.as_ref().err().cloned()).or(silent);
+        let next_hop = (!this && node.agent).then(|| peer_next_hop(view, node));
+        let silent = next_hop.as_ref().and_then(|next_hop| next_hop.as_ref().ok()?.1.silent.clone());
+        let problem = next_hop.as_ref().and_then(|next_hop| next_hop.as_ref().err().cloned()).or(silent);
         // One that has left and joined again has the other's address; nothing more is wrong with it.
         let problem = if node.down { Some(DOWN.to_owned()) } else { problem };
         let label_problem = Some(node.label_problem.clone()).filter(|text| !text.is_empty());
@@ -394,23 +400,24 @@ pub(super) fn nodes(view: &View<'_>, refused: &mut Vec<String>) -> Vec<DesiredNo
             zone: node.zone.clone(),
         };
         let near = !zone.is_empty() && node.zone == zone;
-        let way = way.map(|way| way.map(|(address, way)| (address, way.clone())));
+        let next_hop =
+            next_hop.map(|next_hop| next_hop.map(|(address, next_hop)| (address, next_hop.clone())));
         let cookies = view.cookies.get(&node.name).copied();
-        nodes.push(DesiredNode { label, addresses, way, cookies, near });
+        nodes.push(DesiredNode { label, addresses, next_hop, cookies, near });
     }
     nodes
 }
 
-/// The first address of a node that answers, and the way; else the first that a way leads to, or why there is none.
-fn peer_way<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a Way), String> {
+/// The first address of a node that answers, and the next hop; else the first that a next hop leads to, or why there is none.
+fn peer_next_hop<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a NextHop), String> {
     let (mut silent, mut problem) = (None, None);
     for address in &node.addresses {
-        match view.ways.get(&(*address, Reach::Peer)) {
-            Some(Ok(way)) if way.source.is_some_and(|own| own.is_ipv4() == address.is_ipv4()) => {
-                if way.silent.is_none() {
-                    return Ok((*address, way));
+        match view.next_hops.get(&(*address, Reach::Peer)) {
+            Some(Ok(next_hop)) if next_hop.source.is_some_and(|own| own.is_ipv4() == address.is_ipv4()) => {
+                if next_hop.silent.is_none() {
+                    return Ok((*address, next_hop));
                 }
-                silent = silent.or(Some((*address, way)));
+                silent = silent.or(Some((*address, next_hop)));
             }
             Some(Err(reason)) => problem = problem.or_else(|| Some(reason.clone())),
             _ => {}
@@ -421,14 +428,14 @@ fn peer_way<'a>(view: &View<'a>, node: &Node) -> Result<(IpAddr, &'a Way), Strin
     })
 }
 
-fn peer(address: IpAddr, way: &Way) -> Peer {
+fn peer(address: IpAddr, next_hop: &NextHop) -> Peer {
     Peer {
         address: wide(address),
-        source: way.source.map(wide).unwrap_or_default(),
-        mac: way.mac,
-        mtu: way.mtu.min(u16::MAX.into()) as u16,
-        source_mac: way.source_mac,
-        ifindex: way.ifindex,
+        source: next_hop.source.map(wide).unwrap_or_default(),
+        mac: next_hop.mac,
+        mtu: next_hop.mtu.min(u16::MAX.into()) as u16,
+        source_mac: next_hop.source_mac,
+        ifindex: next_hop.ifindex,
         family: if address.is_ipv4() { 4 } else { 6 },
         reachable: 1,
         ..Peer::default()
@@ -439,12 +446,12 @@ fn backend(
     (task, state): (&Task, TaskState),
     (address, reach): (IpAddr, Reach),
     target: u16,
-    known: &Result<&Way, String>,
+    known: &Result<&NextHop, String>,
 ) -> (Backend, Option<String>) {
     let state = match (known, state) {
         (Err(_), _) | (_, TaskState::Starting) => State::Unavailable,
         // Its connections go on: if it is the probes alone that get lost, nothing else is.
-        (Ok(Way { silent: Some(_), .. }), _) | (Ok(_), TaskState::Draining) => State::Draining,
+        (Ok(NextHop { silent: Some(_), .. }), _) | (Ok(_), TaskState::Draining) => State::Draining,
         (Ok(_), TaskState::Running) => State::Active,
     };
     let mut backend = Backend {
@@ -454,20 +461,20 @@ fn backend(
         },
         port: Be16::new(target),
         state: state as u8,
-        // Known without a way: a task that cannot be reached for a moment stays the backend it is, and keeps
+        // Known without a next hop: a task that cannot be reached for a moment stays the backend it is, and keeps
         // its connections.
         kind: reach.kind() as u8,
         family: if address.is_ipv4() { 4 } else { 6 },
         ..Backend::default()
     };
     match known {
-        Ok(way) => {
-            backend.ifindex = way.ifindex;
-            backend.mac = way.mac;
-            backend.source_mac = way.source_mac;
-            backend.source = way.source.map(wide).unwrap_or_default();
-            backend.flags = way.flags;
-            (backend, way.silent.clone())
+        Ok(next_hop) => {
+            backend.ifindex = next_hop.ifindex;
+            backend.mac = next_hop.mac;
+            backend.source_mac = next_hop.source_mac;
+            backend.source = next_hop.source.map(wide).unwrap_or_default();
+            backend.flags = next_hop.flags;
+            (backend, next_hop.silent.clone())
         }
         Err(problem) => (backend, Some(problem.clone())),
     }

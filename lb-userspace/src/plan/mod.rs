@@ -14,7 +14,7 @@ mod table_diff;
 mod tables;
 mod transition;
 
-pub use desired::{Reach, View, Way};
+pub use desired::{NextHop, NextHops, Reach, View};
 pub use planner::Planner;
 pub use table_builder::Limits;
 pub use tables::{

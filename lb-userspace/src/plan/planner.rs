@@ -15,15 +15,12 @@ use ipnet::IpNet;
 use super::{
     Plan,
     allocation_index::AllocationIndex,
-    desired::{self, DesiredNode, Reach, Reaching, Scene, View, Way, is_shown},
+    desired::{self, DesiredNode, NextHops, Reach, Reaching, Scene, View, is_shown},
     table_builder::{Limits, Refusal, ServiceEntries, TableBuilder},
     tables::{MapOp, Tables},
     transition::transition,
 };
 use crate::cluster::{Access, ClusterState, Node, Return, Service};
-
-/// The ways to destinations, or why there is none.
-type Ways = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
 
 /// Plans, and remembers what it has planned.
 #[derive(Default)]
@@ -34,7 +31,7 @@ pub struct Planner {
     services: Vec<Arc<Service>>,
     nodes: Vec<Node>,
     node: String,
-    /// How many tasks ask for the way to an address.
+    /// How many tasks ask for the next hop to an address.
     destinations: BTreeMap<(IpAddr, Reach), u32>,
     /// Services to plan anew.
     due: BTreeSet<String>,
@@ -73,7 +70,7 @@ struct Around {
     returns: Return,
     /// Whether this node lies in a zone.
     zoned: bool,
-    ways: Ways,
+    next_hops: NextHops,
     nodes: Vec<DesiredNode>,
     /// What was left out of them.
     refused: Vec<String>,
@@ -88,7 +85,7 @@ struct Around {
 struct Unordered;
 
 impl Planner {
-    /// The addresses to which a way must be known, and how each is to be reached.
+    /// The addresses to which a next hop must be known, and how each is to be reached.
     pub fn destinations(&mut self, cluster: &ClusterState, node: &str) -> BTreeSet<(IpAddr, Reach)> {
         self.follow(cluster, node);
         let peers = cluster.nodes.iter().filter(|other| other.agent && other.name != node);
@@ -311,7 +308,7 @@ impl Planner {
     /// Looks at what services depend on, and marks those that must be planned anew.
     fn look_around(&mut self, view: &View<'_>, complete: bool, builder: &mut TableBuilder<'_>) {
         let returns = view.cluster.tunnel.returns;
-        let ways = changed_ways(&self.around.ways, view.ways);
+        let next_hops = changed_next_hops(&self.around.next_hops, view.next_hops);
         let served = view.served();
         let zoned = !desired::zone(view).is_empty();
         let same =
@@ -345,13 +342,13 @@ impl Planner {
         for name in self.entries.iter().filter(|(_, entry)| {
             let leads = |service: &Arc<Service>| service.tasks.iter().any(|task| nodes.contains(&task.node));
             all || entry.refused
-                || !ways.is_empty() && entry.destinations.iter().any(|to| ways.contains(to))
+                || !next_hops.is_empty() && entry.destinations.iter().any(|to| next_hops.contains(to))
                 || !nodes.is_empty() && entry.service.as_ref().is_some_and(leads)
         }) {
             self.due.insert(name.0.clone());
         }
-        if !ways.is_empty() {
-            self.around.ways.clone_from(view.ways);
+        if !next_hops.is_empty() {
+            self.around.next_hops.clone_from(view.next_hops);
         }
     }
 
@@ -396,9 +393,9 @@ impl Planner {
     }
 }
 
-/// The destinations to which the way is another than before.
-fn changed_ways(before: &Ways, now: &Ways) -> HashSet<(IpAddr, Reach)> {
+/// The destinations to which the next hop is another than before.
+fn changed_next_hops(before: &NextHops, now: &NextHops) -> HashSet<(IpAddr, Reach)> {
     let gone = before.keys().filter(|to| !now.contains_key(to));
-    let other = now.iter().filter(|(to, way)| before.get(to) != Some(way)).map(|(to, _)| to);
+    let other = now.iter().filter(|(to, next_hop)| before.get(to) != Some(next_hop)).map(|(to, _)| to);
     gone.chain(other).copied().collect()
 }

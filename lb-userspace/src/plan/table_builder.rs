@@ -75,7 +75,7 @@ impl Refusal {
     }
 }
 
-/// What makes a backend of a service the same from one plan to the next. The address and the way belong to it: connections
+/// What makes a backend of a service the same from one plan to the next. The address and the next hop belong to it: connections
 /// carry both.
 type Identity<'a> = (&'a str, Protocol, u16, (IpAddr, bool), u8);
 

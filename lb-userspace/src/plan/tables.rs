@@ -324,7 +324,7 @@ impl Tables {
         self.peer_keys.iter().filter_map(of).collect()
     }
 
-    /// The nodes to which a way is known, and the longest packets that it lets pass, in bytes.
+    /// The nodes to which a next hop is known, and the longest packets that it lets pass, in bytes.
     pub fn peer_mtus(&self) -> impl Iterator<Item = (IpAddr, u32)> {
         self.peers.values().filter(|peer| peer.reachable != 0).map(|peer| {
             let v4 = peer.family == 4;

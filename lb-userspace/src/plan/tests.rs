@@ -30,7 +30,7 @@ fn addresses() -> Vec<IpAddr> {
     vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap(), "2001:db8::1".parse().unwrap()]
 }
 
-/// A cluster of a few services with a few tasks, and the ways of one node.
+/// A cluster of a few services with a few tasks, and the next hops of one node.
 fn cluster() -> impl Strategy<Value = ClusterState> {
     let state = prop_oneof![Just(TaskState::Starting), Just(TaskState::Running), Just(TaskState::Draining)];
     let task = (
@@ -120,12 +120,12 @@ fn build(number: u8, tasks: Vec<RawTask>, ports: Vec<(u16, Protocol, u16)>) -> S
     }
 }
 
-fn way(address: IpAddr) -> Result<Way, String> {
-    // Some have no way at all.
+fn next_hop(address: IpAddr) -> Result<NextHop, String> {
+    // Some have no next hop at all.
     if address.to_string().ends_with('4') {
         return Err("no route".into());
     }
-    Ok(Way {
+    Ok(NextHop {
         ifindex: 7,
         mac: [2; 6],
         source_mac: [4; 6],
@@ -136,30 +136,29 @@ fn way(address: IpAddr) -> Result<Way, String> {
     })
 }
 
-type Ways = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
-
 /// A plan by a planner that remembers, for a cluster seen from its first node.
 fn plan_by(
     planner: &mut Planner,
-    (cluster, ways): (&ClusterState, impl Fn((IpAddr, Reach)) -> Result<Way, String>),
+    (cluster, next_hops): (&ClusterState, impl Fn((IpAddr, Reach)) -> Result<NextHop, String>),
     actual: &Tables,
     limits: &Limits,
 ) -> Plan {
-    let ways: Ways = planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
+    let next_hops: NextHops =
+        planner.destinations(cluster, "node1").into_iter().map(|to| (to, next_hops(to))).collect();
     let view = View {
         cluster,
         node: "node1",
         addresses: &addresses(),
         named: &[],
         cookies: &BTreeMap::new(),
-        ways: &ways,
+        next_hops: &next_hops,
     };
     planner.plan(&view, actual, limits)
 }
 
 /// A plan by one that remembers nothing.
 fn plan_for(cluster: &ClusterState, actual: &Tables, limits: &Limits) -> Plan {
-    plan_by(&mut Planner::default(), (cluster, |(address, _)| way(address)), actual, limits)
+    plan_by(&mut Planner::default(), (cluster, |(address, _)| next_hop(address)), actual, limits)
 }
 
 fn apply(tables: &mut Tables, plan: &Plan) -> Result<(), TestCaseError> {
@@ -190,7 +189,7 @@ proptest! {
         let mut tables = Tables::empty(LIMITS.slots);
         let mut planner = Planner::default();
         for state in &states {
-            let plan = plan_by(&mut planner, (state, |(address, _)| way(address)), &tables, &LIMITS);
+            let plan = plan_by(&mut planner, (state, |(address, _)| next_hop(address)), &tables, &LIMITS);
             prop_assert_eq!(&plan.refused, &Vec::<String>::new());
             apply(&mut tables, &plan)?;
             let mut fresh = Tables::empty(LIMITS.slots);
@@ -210,7 +209,7 @@ proptest! {
     }
 
     /// What a planner remembers changes nothing: through states in which services claim each other's ports and addresses,
-    /// ways come and go and tables are too small, its plans are those of one that remembers nothing.
+    /// next hops come and go and tables are too small, its plans are those of one that remembers nothing.
     #[test]
     fn what_is_remembered_changes_nothing(
         states in prop::collection::vec((cluster(), any::<[u8; 3]>(), stir()), 1..12),
@@ -228,9 +227,9 @@ proptest! {
             }
             keep(&mut state, &before, &stir);
             state.share(&before);
-            let ways = |to| way_at_times(to, if stir.ways { chance[1] } else { 0 });
-            let fresh = plan_by(&mut Planner::default(), (&state, ways), &tables, &limits);
-            let plan = plan_by(&mut planner, (&state, ways), &tables, &limits);
+            let next_hops = |to| next_hop_at_times(to, if stir.next_hops { chance[1] } else { 0 });
+            let fresh = plan_by(&mut Planner::default(), (&state, next_hops), &tables, &limits);
+            let plan = plan_by(&mut planner, (&state, next_hops), &tables, &limits);
             prop_assert_eq!(&plan, &fresh);
             let problems = |tables: &Tables| tables.backends.values().filter(|e| e.label.problem.is_some()).count();
             // Cut short at times: then all is forgotten.
@@ -295,14 +294,20 @@ struct Stir {
     nodes: bool,
     quarrel: bool,
     returns: bool,
-    ways: bool,
+    next_hops: bool,
 }
 
 fn stir() -> impl Strategy<Value = Stir> {
     let seldom = || prop::bool::weighted(0.15);
     let services = (any::<u8>(), any::<u8>()).prop_map(|(one, other)| one & other);
     (services, seldom(), seldom(), seldom(), seldom()).prop_map(
-        |(services, nodes, quarrel, returns, ways)| Stir { services, nodes, quarrel, returns, ways },
+        |(services, nodes, quarrel, returns, next_hops)| Stir {
+            services,
+            nodes,
+            quarrel,
+            returns,
+            next_hops,
+        },
     )
 }
 
@@ -339,14 +344,14 @@ fn quarrel(state: &mut ClusterState, chance: u8) {
     }
 }
 
-/// Ways that come, go and fall silent, by chance.
-fn way_at_times((address, reach): (IpAddr, Reach), chance: u8) -> Result<Way, String> {
-    let way = way(address)?;
+/// Next hops that come, go and fall silent, by chance.
+fn next_hop_at_times((address, reach): (IpAddr, Reach), chance: u8) -> Result<NextHop, String> {
+    let next_hop = next_hop(address)?;
     match (chance % 4, reach) {
         (1, Reach::Local) => Err("the veth is down".into()),
-        (2, Reach::Peer) => Ok(Way { silent: Some("it sleeps".into()), ..way }),
-        (3, _) => Ok(Way { ifindex: 8, flags: 1, ..way }),
-        _ => Ok(way),
+        (2, Reach::Peer) => Ok(NextHop { silent: Some("it sleeps".into()), ..next_hop }),
+        (3, _) => Ok(NextHop { ifindex: 8, flags: 1, ..next_hop }),
+        _ => Ok(next_hop),
     }
 }
 
@@ -378,7 +383,7 @@ fn what_one_service_leaves_the_next_has_by_a_second_plan() {
     let mut tables = Tables::empty(LIMITS.slots);
     let mut planner = Planner::default();
     let mut go = |cluster: &ClusterState| {
-        let plan = plan_by(&mut planner, (cluster, |(address, _)| way(address)), &tables, &limits);
+        let plan = plan_by(&mut planner, (cluster, |(address, _)| next_hop(address)), &tables, &limits);
         plan.ops.iter().for_each(|op| tables.apply(op.clone()));
         let there = tables.services.values().map(|label| label.name.clone()).collect::<Vec<_>>();
         (there, plan.refused.len(), plan.again)
@@ -440,8 +445,8 @@ fn a_way_that_is_lost_and_found_leaves_the_backend_what_it_was() {
     let cluster = one_service(&[TaskState::Running]);
     let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut seen = Vec::new();
-    for way in [way(addresses()[0]), Err("lost".into()), way(addresses()[0])] {
-        plan_by(&mut planner, (&cluster, |_| way.clone()), &tables, &LIMITS)
+    for next_hop in [next_hop(addresses()[0]), Err("lost".into()), next_hop(addresses()[0])] {
+        plan_by(&mut planner, (&cluster, |_| next_hop.clone()), &tables, &LIMITS)
             .ops
             .into_iter()
             .for_each(|op| tables.apply(op));
@@ -474,7 +479,7 @@ fn a_task_inherits_the_clients_of_the_one_whose_place_it_takes() {
     cluster.service_mut(0).affinity = Affinity::Client;
     let before = slots(&cluster);
     assert_eq!(before.0, lb_common::endpoint::CONSISTENT | lb_common::endpoint::AFFINE);
-    // The way to one of the five is none.
+    // The next hop to one of the five is none.
     assert_eq!(before.1.iter().collect::<BTreeSet<_>>().len(), 4);
     for slot in [3, 0] {
         cluster.service_mut(0).tasks[slot].name = name(slot, "bbbbbbbbbbbb");
@@ -610,7 +615,7 @@ fn whom_no_service_takes_is_denied_as_far_as_there_is_room() {
     let mut tables = Tables::empty(LIMITS.slots);
     let mut planner = Planner::default();
     let mut follow = |tables: &mut Tables, cluster: &ClusterState| {
-        let plan = plan_by(&mut planner, (cluster, |(address, _)| way(address)), tables, &LIMITS);
+        let plan = plan_by(&mut planner, (cluster, |(address, _)| next_hop(address)), tables, &LIMITS);
         apply(tables, &plan).unwrap();
         plan.refused
     };
@@ -668,14 +673,14 @@ fn a_task_behind_two_listeners_is_marked_and_knows_both() {
 fn every_address_of_a_node_may_lead_to_a_task() {
     let cluster = one_service(&[TaskState::Running]);
     let addresses: Vec<IpAddr> = (1..=9).map(|i| format!("192.0.2.{i}").parse().unwrap()).collect();
-    let ways = BTreeMap::new();
+    let next_hops = BTreeMap::new();
     let view = View {
         cluster: &cluster,
         node: "node1",
         addresses: &addresses,
         named: &[],
         cookies: &BTreeMap::new(),
-        ways: &ways,
+        next_hops: &next_hops,
     };
     let plan = Planner::default().plan(&view, &Tables::empty(LIMITS.slots), &LIMITS);
     let listeners = plan.ops.iter().filter(|op| matches!(op, MapOp::SetListener(..)));
@@ -746,12 +751,12 @@ fn peers_are_numbered_and_a_task_is_named_by_its_address_in_the_cluster() {
 /// A peer's packets are judged by its own cookie from the first on that is taken for its; what is sent to it has the other one.
 #[test]
 fn cookies_come_before_the_addresses_of_their_peers_and_go_after_them() {
-    let (cluster, ways) = (nodes(&[1, 2, 3]), |(address, _)| way(address));
+    let (cluster, next_hops) = (nodes(&[1, 2, 3]), |(address, _)| next_hop(address));
     let mut tables = Tables::empty(LIMITS.slots);
     let mut planner = Planner::default();
     let plan = |planner: &mut Planner, tables: &Tables, cluster: &ClusterState, cookies: &[(&str, u64)]| {
-        let ways: Ways =
-            planner.destinations(cluster, "node1").into_iter().map(|to| (to, ways(to))).collect();
+        let next_hops: NextHops =
+            planner.destinations(cluster, "node1").into_iter().map(|to| (to, next_hops(to))).collect();
         let both = |(name, cookie): &(&str, u64)| {
             ((*name).to_owned(), Cookies { outgoing: *cookie, incoming: cookie + 1 })
         };
@@ -763,7 +768,7 @@ fn cookies_come_before_the_addresses_of_their_peers_and_go_after_them() {
             addresses: &addresses,
             named: &[],
             cookies: &cookies,
-            ways: &ways,
+            next_hops: &next_hops,
         };
         planner.plan(&view, tables, &LIMITS).ops
     };
@@ -847,12 +852,14 @@ fn a_silent_node_keeps_its_connections_and_gets_no_new_ones() {
     let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut states = Vec::new();
     for silent in [None, Some("it sleeps".to_owned()), None] {
-        let to_peer = |way: Result<Way, String>| way.map(|way| Way { silent: silent.clone(), ..way });
-        let ways = |(address, reach)| {
-            let way = way(address);
-            if reach == Reach::Peer { to_peer(way) } else { way }
+        let to_peer = |next_hop: Result<NextHop, String>| {
+            next_hop.map(|next_hop| NextHop { silent: silent.clone(), ..next_hop })
         };
-        plan_by(&mut planner, (&cluster, ways), &tables, &LIMITS)
+        let next_hops = |(address, reach)| {
+            let next_hop = next_hop(address);
+            if reach == Reach::Peer { to_peer(next_hop) } else { next_hop }
+        };
+        plan_by(&mut planner, (&cluster, next_hops), &tables, &LIMITS)
             .ops
             .into_iter()
             .for_each(|op| tables.apply(op));
@@ -887,7 +894,7 @@ fn an_address_stands_in_for_a_task_as_long_as_any_service_has_it() {
     let (mut planner, mut tables) = (Planner::default(), Tables::empty(LIMITS.slots));
     let mut go = |services: Vec<Arc<Service>>| {
         let cluster = ClusterState { services, ..ClusterState::default() };
-        let plan = plan_by(&mut planner, (&cluster, |(address, _)| way(address)), &tables, &LIMITS);
+        let plan = plan_by(&mut planner, (&cluster, |(address, _)| next_hop(address)), &tables, &LIMITS);
         apply(&mut tables, &plan).unwrap();
         (plan.refused, tables.stand_ins.clone())
     };

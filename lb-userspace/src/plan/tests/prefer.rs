@@ -21,9 +21,9 @@ fn five() -> ClusterState {
 
 /// The tasks that new connections get in turn, after the tables have come from what they were to this.
 fn turns(planner: &mut Planner, tables: &mut Tables, cluster: &ClusterState) -> Vec<String> {
-    // All ways are there, whatever the addresses.
-    let ways = |_| way("192.0.2.250".parse().unwrap());
-    let plan = plan_by(planner, (cluster, ways), tables, &LIMITS);
+    // All next hops are there, whatever the addresses.
+    let next_hops = |_| next_hop("192.0.2.250".parse().unwrap());
+    let plan = plan_by(planner, (cluster, next_hops), tables, &LIMITS);
     assert_eq!(plan.refused, Vec::<String>::new());
     apply(tables, &plan).unwrap();
     let v4 = |at: &&At| at.address.is_ipv4();

@@ -1,4 +1,4 @@
-//! Finding the way to each task: its host-side veth on this node, or the next hop to another.
+//! Finding the next hop to each task: its host-side veth on this node, or the next hop to another.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -11,35 +11,32 @@ use lb_common::{
 };
 
 use super::{Link, Net, Route, Snapshot, newest};
-use crate::plan::{Reach, Way};
+use crate::plan::{NextHop, NextHops, Reach};
 
 /// What is remembered from one search to the next.
 #[derive(Default)]
-pub struct Ways {
+pub struct NextHopResolver {
     /// Ports behind which local tasks were seen: a bridge forgets a silent task after five minutes.
     ports: HashMap<IpAddr, (u32, [u8; 6])>,
     /// Neighbours that the kernel was asked to keep.
     managed: BTreeSet<(u32, IpAddr)>,
-    /// Neighbours that the ways of the last search lead by.
+    /// Neighbours that the next hops of the last search lead by.
     wanted: BTreeSet<(u32, IpAddr)>,
     /// Whether IPv6 clients of tasks that have IPv4 alone are translated here.
     translates: bool,
     /// What the last search has found.
-    found: Found,
-    /// The interfaces by which the routes to nodes lead, whether there is a way or not.
+    found: NextHops,
+    /// The interfaces by which the routes to nodes lead, whether there is a next hop or not.
     by: BTreeMap<IpAddr, u32>,
 }
 
-/// The way to each destination, or why there is none.
-pub type Found = BTreeMap<(IpAddr, Reach), Result<Way, String>>;
-
-impl Ways {
+impl NextHopResolver {
     /// Of a node that translates IPv6 clients of tasks that have IPv4 alone, or does not.
     pub fn new(translates: bool) -> Self {
         Self { translates, ..Self::default() }
     }
 
-    /// The way to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
+    /// The next hop to each destination, or why there is none. Neighbours that are not resolved yet are asked for;
     /// their answer is a change that calls for another search. `others` are the uplinks of this machine's other datapaths.
     pub async fn find(
         &mut self,
@@ -47,15 +44,15 @@ impl Ways {
         snapshot: &Snapshot,
         (uplink, others): (u32, &BTreeSet<String>),
         destinations: &BTreeSet<(IpAddr, Reach)>,
-    ) -> Found {
-        let mut ways = BTreeMap::new();
+    ) -> NextHops {
+        let mut next_hops = BTreeMap::new();
         self.by.clear();
         for (address, reach) in destinations {
             let route = net.route(*address).await;
             if let (Ok(route), Reach::Peer) = (&route, reach) {
                 self.by.insert(*address, route.interface);
             }
-            let way = match route {
+            let next_hop = match route {
                 Err(reason) => Err(reason),
                 Ok(route) => match reach {
                     Reach::Local => self.local(net, snapshot, uplink, *address, &route).await,
@@ -64,23 +61,23 @@ impl Ways {
                     Reach::Peer => self.peer(net, snapshot, (uplink, others), *address, &route).await,
                 },
             };
-            ways.insert((*address, *reach), way);
+            next_hops.insert((*address, *reach), next_hop);
         }
         let is_here = |address: &IpAddr| [Reach::Local, Reach::Translated].map(|reach| (*address, reach));
         self.ports.retain(|address, _| is_here(address).iter().any(|to| destinations.contains(to)));
         self.release(net, false).await;
-        self.found.clone_from(&ways);
-        ways
+        self.found.clone_from(&next_hops);
+        next_hops
     }
 
-    /// What the last search has found, if it has found a way to all of these: what there was none to may have come up since,
+    /// What the last search has found, if it has found a next hop to all of these: what there was none to may have come up since,
     /// within a container's namespace without a word.
-    pub fn found(&self, destinations: &BTreeSet<(IpAddr, Reach)>) -> Option<Found> {
+    pub fn found(&self, destinations: &BTreeSet<(IpAddr, Reach)>) -> Option<NextHops> {
         let found = |to: &(IpAddr, Reach)| Some((*to, Ok(self.found.get(to)?.clone().ok()?)));
         destinations.iter().map(found).collect()
     }
 
-    /// The interface by which the route to a node's address led at the last search, whether there is a way or not.
+    /// The interface by which the route to a node's address led at the last search, whether there is a next hop or not.
     pub fn leads_by(&self, address: &IpAddr) -> Option<u32> {
         self.by.get(address).copied()
     }
@@ -92,7 +89,7 @@ impl Ways {
         uplink: u32,
         address: IpAddr,
         route: &Route,
-    ) -> Result<Way, String> {
+    ) -> Result<NextHop, String> {
         let device = link(snapshot, route.interface)?;
         if route.gateway.is_some() || device.index == uplink {
             return Err(format!(
@@ -139,7 +136,7 @@ impl Ways {
         let mac = mac.unwrap_or_default();
         let source_mac = device.mac;
         let mtu = device.mtu;
-        Ok(Way {
+        Ok(NextHop {
             ifindex: port.index,
             mac,
             source_mac,
@@ -150,7 +147,7 @@ impl Ways {
         })
     }
 
-    /// The way to a task of this node for what is translated there: by its veth's own queue, so that it must be known whom the frame
+    /// The next hop to a task of this node for what is translated there: by its veth's own queue, so that it must be known whom the frame
     /// is for.
     async fn translated(
         &mut self,
@@ -159,19 +156,19 @@ impl Ways {
         uplink: u32,
         task: IpAddr,
         route: &Route,
-    ) -> Result<Way, String> {
+    ) -> Result<NextHop, String> {
         if task.is_ipv4() && !self.translates {
             return Err("IPv6 clients are not translated here: --v6-pool is off".to_owned());
         }
-        let way = self.local(net, snapshot, uplink, task, route).await?;
-        if way.mac == [0; 6] {
+        let next_hop = self.local(net, snapshot, uplink, task, route).await?;
+        if next_hop.mac == [0; 6] {
             return Err(format!("the hardware address of {task} is not known yet"));
         }
         // Its own address on the task's network is one of the other family.
-        Ok(Way { flags: way.flags | TRANSLATED, source: None, ..way })
+        Ok(NextHop { flags: next_hop.flags | TRANSLATED, source: None, ..next_hop })
     }
 
-    /// The way to another node's agent: by whatever interface leads there, but one that leads to containers alone. Of several
+    /// The next hop to another node's agent: by whatever interface leads there, but one that leads to containers alone. Of several
     /// datapaths on this machine one would take the answers to another, so that each has its own uplink's.
     async fn peer(
         &mut self,
@@ -180,7 +177,7 @@ impl Ways {
         (uplink, others): (u32, &BTreeSet<String>),
         address: IpAddr,
         route: &Route,
-    ) -> Result<Way, String> {
+    ) -> Result<NextHop, String> {
         let (device, uplink) = (link(snapshot, route.interface)?, link(snapshot, uplink)?);
         if device.index == uplink.index {
             return self.remote(net, snapshot, uplink.index, address, route).await;
@@ -200,14 +197,14 @@ impl Ways {
                 device.name
             ));
         }
-        let way = if device.ethernet {
+        let next_hop = if device.ethernet {
             self.remote(net, snapshot, uplink.index, address, route).await?
         } else {
             pointed(device, address, route)?
         };
         // What comes out of the tunnel leaves by the uplink, or came by it.
-        let mtu = way.mtu.min(uplink.mtu + overhead(address.is_ipv4()) as u32);
-        Ok(Way { mtu, ..way })
+        let mtu = next_hop.mtu.min(uplink.mtu + overhead(address.is_ipv4()) as u32);
+        Ok(NextHop { mtu, ..next_hop })
     }
 
     /// The bridge's port behind which a task is, now or when it was last heard of.
@@ -233,7 +230,7 @@ impl Ways {
         uplink: u32,
         address: IpAddr,
         route: &Route,
-    ) -> Result<Way, String> {
+    ) -> Result<NextHop, String> {
         let device = link(snapshot, route.interface)?;
         if !device.up {
             return Err(format!("{}, which leads to {address}, is down", device.name));
@@ -255,7 +252,7 @@ impl Ways {
         // Drivers send what XDP redirects to them only while they have XDP themselves, and drop it in silence else.
         let flags = if device.index == uplink { 0 } else { VIA_TC };
         let mtu = route.mtu.map_or(device.mtu, |mtu| mtu.min(device.mtu));
-        Ok(Way {
+        Ok(NextHop {
             ifindex: device.index,
             mac,
             source_mac: device.mac,
@@ -285,7 +282,7 @@ impl Ways {
         known.map(|neighbour| neighbour.mac)
     }
 
-    /// Lets go of every neighbour that is not wanted: `all` of them, or those no way leads by any more.
+    /// Lets go of every neighbour that is not wanted: `all` of them, or those no next hop leads by any more.
     pub async fn release(&mut self, net: &Net, all: bool) {
         let wanted = if all { BTreeSet::new() } else { std::mem::take(&mut self.wanted) };
         for (interface, address) in self.managed.difference(&wanted) {
@@ -295,13 +292,13 @@ impl Ways {
     }
 }
 
-/// The way by an interface without link headers: there is no neighbour to ask for.
-fn pointed(device: &Link, address: IpAddr, route: &Route) -> Result<Way, String> {
+/// The next hop by an interface without link headers: there is no neighbour to ask for.
+fn pointed(device: &Link, address: IpAddr, route: &Route) -> Result<NextHop, String> {
     if !device.up {
         return Err(format!("{}, which leads to {address}, is down", device.name));
     }
     let source = route.source.ok_or_else(|| format!("there is no own address to reach {address} from"))?;
-    Ok(Way {
+    Ok(NextHop {
         ifindex: device.index,
         mac: [0; 6],
         source_mac: [0; 6],
