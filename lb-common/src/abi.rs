@@ -203,7 +203,7 @@ pub const STAGES_ONLY: u32 = 64;
 /// to what XDP has come to, and does not count it again.
 pub const XDP_IS_NEW: u32 = 128;
 
-/// There are clients whom no service takes: [`crate::access::EVERY_SERVICE`].
+/// There are clients whom no service takes: [`crate::access::every_service`].
 pub const DENIES: u32 = 256;
 
 /// The configuration of the programs; read on the fly, so that it may change.

@@ -1,5 +1,5 @@
 //! Who may connect to a service whose listeners are [`crate::endpoint::RESTRICTED`]: of the ranges that have a client's address
-//! the narrowest decides. And whom no service takes ([`EVERY_SERVICE`]), which is asked if [`crate::abi::DENIES`] is set.
+//! the narrowest decides. And whom no service takes ([`every_service`]), which is asked if [`crate::abi::DENIES`] is set.
 
 use crate::{net::Wide, pod};
 
@@ -18,8 +18,15 @@ pub const SERVICE_BITS: u32 = u32::BITS;
 /// All bits of a key.
 pub const KEY_BITS: u32 = SERVICE_BITS + 128;
 
-/// Stands for every service: whom its ranges deny no service takes, whatever its own list says.
-pub const EVERY_SERVICE: u32 = u32::MAX;
+/// What stands for every service in a key, by the family of the clients: whom its ranges deny no service takes, whatever its own list
+/// says. A number for each family, because a range of IPv6 may have all IPv4 addresses in it, as they are mapped.
+#[inline(always)]
+pub const fn every_service(v4: bool) -> u32 {
+    if v4 { u32::MAX } else { LAST_SERVICE + 1 }
+}
+
+/// No service has a greater number.
+pub const LAST_SERVICE: u32 = u32::MAX - 2;
 
 /// Its clients may connect.
 pub const ALLOWED: u32 = 1;

@@ -282,6 +282,16 @@ fn only_who_may_connect_is_served() {
         let is_denied = |source| ip("198.51.100.0") <= source && source <= ip("198.51.100.7");
         assert!(lines.len() < before && lab.lines6().len() < before6, "their connections end");
         assert!(!lines.iter().any(|(_, _, line)| is_denied(line.tuple.source.to_ip())), "{lines:?}");
+        // All of IPv6 is none of IPv4, which stands as mapped addresses in the same trie.
+        lab.update(|cluster| {
+            cluster.denied = ranges(&["::/0"]);
+            cluster.service_mut(0).access = Access::default();
+        });
+        for (family, is_denied) in [(&V4, false), (&V6, true)] {
+            let fresh = family.packet(SYN, 40_002, 80).bytes();
+            let counted = lab.counting(|lab| lab.xdp(&fresh)).1;
+            assert_eq!(counted == denied, is_denied, "{}: {counted:?}", family.client);
+        }
         lab.update(|cluster| {
             cluster.denied.clear();
             cluster.service_mut(0).access = Access::default();

@@ -248,7 +248,7 @@ pub fn may_connect<A: Address>(service: u32, client: &A) -> bool {
 #[inline(always)]
 pub fn is_denied<A: Address>(client: &A) -> bool {
     config().is_some_and(|config| config.flags & DENIES != 0)
-        && listed(access::EVERY_SERVICE, client) == access::DENIED
+        && listed(access::every_service(A::IS_V4), client) == access::DENIED
 }
 
 /// What a list says of a client; 0 if nothing. A function of its own: the key is large.

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{MapError, lpm_trie::Key};
 use ipnet::IpNet;
 use lb_common::{
-    access::{ALLOWED, AccessKey, DENIED, EVERY_SERVICE, SERVICE_BITS},
+    access::{ALLOWED, AccessKey, DENIED, LAST_SERVICE, SERVICE_BITS},
     endpoint::RESTRICTED,
     tunnel::{mapped, unmapped},
 };
@@ -99,7 +99,7 @@ impl AccessLists {
         for ((service, range), allowed) in &tables.access {
             match by_service.get_mut(service) {
                 Some(list) => list.insert(*range, *allowed),
-                None if *service == EVERY_SERVICE => everywhere.insert(*range, *allowed),
+                None if *service > LAST_SERVICE => everywhere.insert(*range, *allowed),
                 None => {}
             }
         }
@@ -120,7 +120,7 @@ impl AccessLists {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::endpoint::Listener;
+    use lb_common::{access::every_service, endpoint::Listener};
 
     use super::*;
     use crate::{cluster::Protocol, plan::At};
@@ -156,11 +156,17 @@ mod tests {
         assert_eq!(clients.map(allowed), [true, false, false, false, true]);
         assert!(lists.allow(2, "11.0.0.1".parse().unwrap()), "a service without lists is everybody's");
         // But for whom no service takes, whatever its own list says.
-        tables.access.insert((EVERY_SERVICE, "10.0.0.0/24".parse().unwrap()), false);
+        for range in ["10.0.0.0/24", "::/1"] {
+            let range: IpNet = range.parse().unwrap();
+            tables.access.insert((every_service(range.addr().is_ipv4()), range), false);
+        }
         let lists = AccessLists::of(&tables);
         let allowed = |service| {
             ["10.0.0.1", "10.0.1.1", "11.0.0.1"].map(|client| lists.allow(service, client.parse().unwrap()))
         };
         assert_eq!((allowed(1), allowed(2)), ([false, true, false], [false, true, true]));
+        assert!(
+            !lists.allow(2, "2001:db8::1".parse().unwrap()) && lists.allow(2, "fd00::1".parse().unwrap())
+        );
     }
 }

@@ -49,7 +49,7 @@ pub use inner_ranges::InnerRanges;
 use journal::{Journal, Place};
 use lb_common::{
     abi::{ABI_VERSION, Config, DENIES, Mode, TC_ALONE, XDP_FRAGS, program, table},
-    access::EVERY_SERVICE,
+    access::LAST_SERVICE,
     backend::Backend,
     conntrack::{
         Phase, Timers,
@@ -326,8 +326,7 @@ impl Datapath {
     /// The kernel refuses the write.
     pub fn set_config(&mut self, config: Config) -> Result<(), DatapathError> {
         let frags = if self.features.frags { XDP_FRAGS } else { 0 };
-        let denies = if self.tables.denied().next().is_some() { DENIES } else { 0 };
-        let flags = config.flags & !(XDP_FRAGS | DENIES) | frags | denies;
+        let flags = config.flags & !(XDP_FRAGS | DENIES) | frags | self.denies();
         // What was made with the tables stays as long as they do.
         let Config { nonce, hash_keys, .. } = self.config;
         let longest = self.longest(config.jiffies_per_second);
@@ -335,6 +334,11 @@ impl Datapath {
         self.set.set_config(config)?;
         self.config = config;
         Ok(())
+    }
+
+    /// [`DENIES`], if there are clients whom no service takes.
+    fn denies(&self) -> u32 {
+        if self.tables.denied().next().is_some() { DENIES } else { 0 }
     }
 
     /// Has tasks that have IPv4 alone know IPv6 clients by addresses of this pool; those of another one are nobody's any more.
@@ -400,10 +404,10 @@ impl Datapath {
             self.access_looks = ACCESS_LOOKS;
         }
         let of_every_service =
-            matches!(&op, MapOp::SetAccess(of, _) | MapOp::RemoveAccess(of) if of.0 == EVERY_SERVICE);
+            matches!(&op, MapOp::SetAccess(of, _) | MapOp::RemoveAccess(of) if of.0 > LAST_SERVICE);
         self.tables.apply(op);
         // Asked for each new connection, and only where there is somebody.
-        if of_every_service && self.tables.denied().next().is_some() != (self.config.flags & DENIES != 0) {
+        if of_every_service && self.config.flags & DENIES != self.denies() {
             self.set_config(self.config)?;
         }
         Ok(())
@@ -720,8 +724,10 @@ impl Datapath {
     pub fn beat(&mut self) -> Result<(), DatapathError> {
         let now = self.now()?;
         self.set.set_heartbeat(now)?;
-        // Services come and go, with timers of their own.
-        if self.config.longest != self.longest(self.config.jiffies_per_second) {
+        // Services come and go, with timers of their own; and what a write that failed has left behind.
+        if self.config.longest != self.longest(self.config.jiffies_per_second)
+            || self.config.flags & DENIES != self.denies()
+        {
             self.set_config(self.config)?;
         }
         Ok(())

@@ -230,6 +230,7 @@ impl Planner {
         self.allocations = Some(allocations);
         let ops = transition(next);
         let crowded = !self.around.refused.is_empty()
+            || self.around.undenied.is_some()
             || self.noted.iter().filter_map(|name| self.entries.get(name)).any(|entry| entry.crowded);
         Ok(Plan { again: crowded && ops.iter().any(MapOp::frees), ops, refused: self.refused() })
     }

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 use lb_common::{
     abi::size::{self, NODE_ADDRESSES},
-    access::EVERY_SERVICE,
+    access::every_service,
     backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
     net::{Be16, Wide},
@@ -371,10 +371,11 @@ impl<'a> TableBuilder<'a> {
 
     /// Has no service take these clients, in place of those known before; how many ranges find no room.
     pub fn deny(&mut self, known: &BTreeSet<IpNet>, wanted: &BTreeSet<IpNet>) -> usize {
-        known.iter().for_each(|range| self.next.access.remove((EVERY_SERVICE, *range)));
+        let of = |range: &IpNet| (every_service(range.addr().is_ipv4()), *range);
+        known.iter().for_each(|range| self.next.access.remove(of(range)));
         let mut denied = 0;
         for range in wanted {
-            let of = (EVERY_SERVICE, *range);
+            let of = of(range);
             let is_new = self.is_new_range(&of);
             let full = self.allocations.access >= self.limits.ranges as usize;
             if denied < self.room_for_denied() && !(is_new && full) {

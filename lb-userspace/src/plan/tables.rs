@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
-    access::EVERY_SERVICE,
+    access::LAST_SERVICE,
     backend::{Backend, Kind, State, TRANSLATED},
     endpoint::{Listener, RESTRICTED},
     net::{Address as _, V4, V6},
@@ -336,7 +336,7 @@ impl Tables {
 
     /// The ranges of clients whom no service takes.
     pub fn denied(&self) -> impl Iterator<Item = IpNet> {
-        let first = (EVERY_SERVICE, IpNet::V4(Ipv4Net::default()));
+        let first = (LAST_SERVICE + 1, IpNet::V4(Ipv4Net::default()));
         self.access.range(first..).map(|((_, range), _)| *range)
     }
 

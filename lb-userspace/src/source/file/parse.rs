@@ -262,7 +262,6 @@ fn translated(task: &mut Task, family: Family) {
 }
 
 /// Ranges of clients' addresses.
-/// Ranges of addresses.
 pub(super) fn ranges(texts: &[Spanned<String>]) -> Result<Vec<IpNet>, Wrong> {
     let range = |text: &Spanned<String>| {
         address_range(text.get_ref()).map_err(|error| Wrong::at(text, error.to_string()))
