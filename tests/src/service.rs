@@ -43,7 +43,7 @@ pub fn failovers(node: &Node, service: &str) -> u64 {
 }
 
 /// Asks through a node in whole turns: each task exactly once a turn. Asks again if Swarm changed the tasks meanwhile, or
-/// a SYN was lost.
+/// a SYN was lost; three times at most where a task was passed over, because it knows the client's port through another node.
 pub fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
     let service = |node: &Node| {
         let services =
@@ -57,6 +57,7 @@ pub fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
         service["name"].as_str().expect("a name").to_owned()
     };
     let service = service(node);
+    let mut passed_over = 0;
     within(PATIENCE, &format!("{} keeps its tasks for two turns", node.name), || {
         let before = (offered(node, &service), failovers(node, &service));
         let answers = swarm.ask_often(node, port, 2 * tasks);
@@ -65,8 +66,10 @@ pub fn rotates(swarm: &Swarm, node: &Node, port: u16, tasks: usize) {
         }
         let counts = by_task(&answers);
         assert_eq!(counts.len(), tasks, "through {}: {counts:?}", node.name);
-        assert!(counts.values().all(|count| *count == 2), "through {}: {counts:?}", node.name);
-        true
+        let even = counts.values().all(|count| *count == 2);
+        passed_over += u8::from(!even);
+        assert!(passed_over <= 3, "through {}: {counts:?}", node.name);
+        even
     });
 }
 
