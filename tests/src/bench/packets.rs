@@ -132,7 +132,7 @@ fn sizes(connections: u32) -> Sizes {
         services: Some(64),
         listeners: Some(16_384),
         backends: Some(256),
-        slots: Some(1024),
+        slots: Some(8_192),
         ..Sizes::default()
     }
 }
