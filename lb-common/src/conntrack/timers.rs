@@ -21,7 +21,7 @@ const SKEW: u32 = 64;
 pub const TIME_WAIT: u32 = 60;
 
 /// Whether `then` lies not further back than so many jiffies. For what nobody takes away when it is over:
-/// unlike with [`elapsed`], what the clock has turned since looks new for a moment only.
+/// unlike with [`elapsed`], what the clock has turned since looks new for a moment only. Not for who has read `now` a while ago.
 #[inline(always)]
 pub const fn is_within(then: u32, now: u32, jiffies: u32) -> bool {
     now.wrapping_sub(then).wrapping_add(SKEW) <= jiffies.saturating_add(SKEW)

@@ -15,7 +15,6 @@ use lb_common::{
     conntrack::{
         Control, Line, Phase, Set, TIME_WAIT, Timers, elapsed,
         hash::{HashKeys, home},
-        is_within,
         line::{ALIAS, DIRECT, ESTABLISHED, RESET, UDP, WAYS, set_of, slot, way_of},
         table::SPILLED,
     },
@@ -242,6 +241,12 @@ impl Clock<'_> {
         })
     }
 
+    /// Whether a task may remember the connection of an alias that lingers since then. A walk reads the clock once, and may take
+    /// long: what came since is new, however much.
+    fn remembers(&self, seen: u32) -> bool {
+        elapsed(seen, self.now) <= TIME_WAIT * self.jiffies_per_second
+    }
+
     /// The resets for a connection whose client may no longer connect.
     fn farewell<A: Address>(&self, control: Control, line: &Line<A>) -> Vec<Reset> {
         let lives = control.has(ESTABLISHED) && !control.has(UDP) && !control.is_over();
@@ -400,7 +405,7 @@ fn collect<A: Address>(
 /// lingers as long as the task may remember it.
 fn is_orphan<A: Address>(mapping: &Mapping<A>, control: Control, alias: &Line<A>, clock: Clock<'_>) -> bool {
     let (at, version) = (alias.client_next, alias.task_next);
-    if control.has(RESET) && is_within(alias.seen, clock.now, TIME_WAIT * clock.jiffies_per_second) {
+    if control.has(RESET) && clock.remembers(alias.seen) {
         return false;
     }
     if at >= mapping.lines() {
@@ -523,6 +528,29 @@ fn count<A: Address>(mapping: &Mapping<A>, tables: &Tables, open: &mut BTreeMap<
         let its = entry.is_some_and(|entry| entry.backend.generation as u16 == line.tuple.generation);
         if its && !control.has(ALIAS) && !control.is_closing() {
             *open.entry(line.backend).or_default() += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_takes_away_nothing_that_came_while_it_went_on() {
+        let (tables, hash_keys) = (Tables::empty(0), HashKeys::default());
+        let now = 1_000_000;
+        let clock =
+            Clock { tables: &tables, access: None, now, jiffies_per_second: 250, hash_keys: &hash_keys };
+        let minute = TIME_WAIT * 250;
+        for (seen, remembered) in [
+            (now - minute - 1, false),
+            (now - minute, true),
+            (now, true),
+            (now + 100, true),
+            (now + minute, true),
+        ] {
+            assert_eq!(clock.remembers(seen), remembered, "{seen}");
         }
     }
 }
