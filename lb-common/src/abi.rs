@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Changes whenever a table's key, value or meaning does. Tables pinned by another version are not adopted.
-pub const ABI_VERSION: u32 = 13;
+pub const ABI_VERSION: u32 = 14;
 
 /// Names of the tables, in the object and as pins.
 pub mod table {
@@ -23,7 +23,7 @@ pub mod table {
     pub const TASK_ENDPOINTS4: &str = "TASK_ENDPOINTS4";
     /// The same, IPv6.
     pub const TASK_ENDPOINTS6: &str = "TASK_ENDPOINTS6";
-    /// Backend indexes, in ranges that listeners name.
+    /// [`crate::slot::Slot`]s, in ranges that listeners name.
     pub const SLOTS: &str = "SLOTS";
     /// [`crate::backend::Backend`] by index.
     pub const BACKENDS: &str = "BACKENDS";
@@ -33,8 +33,10 @@ pub mod table {
     pub const CONNECTIONS4: &str = "CONNECTIONS4";
     /// The same, IPv6.
     pub const CONNECTIONS6: &str = "CONNECTIONS6";
-    /// [`crate::conntrack::Timers`] by service.
-    pub const TIMERS: &str = "TIMERS";
+    /// [`crate::service::Settings`] by service.
+    pub const SERVICES: &str = "SERVICES";
+    /// [`crate::stats::Open`] by backend.
+    pub const OPEN: &str = "OPEN";
     /// [`crate::guard::Guard`], one entry.
     pub const GUARD: &str = "GUARD";
     /// [`crate::guard::Rate`], by CPU.
@@ -85,7 +87,7 @@ pub mod table {
     pub const LABELS: &str = "LABELS";
 
     /// All of them.
-    pub const ALL: [&str; 35] = [
+    pub const ALL: [&str; 36] = [
         CONFIG,
         FILTER,
         LISTENERS4,
@@ -97,7 +99,8 @@ pub mod table {
         CURSORS,
         CONNECTIONS4,
         CONNECTIONS6,
-        TIMERS,
+        SERVICES,
+        OPEN,
         GUARD,
         RATES,
         ERROR_BUDGETS,
@@ -124,9 +127,10 @@ pub mod table {
     ];
 
     /// Those that the programs of an uplink's ingress write: who runs one to see what it would do gives it others.
-    pub const WRITTEN: [&str; 15] = [
+    pub const WRITTEN: [&str; 16] = [
         CONFIG,
         CURSORS,
+        OPEN,
         CONNECTIONS4,
         CONNECTIONS6,
         GUARD,

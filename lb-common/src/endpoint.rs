@@ -42,7 +42,7 @@ pub struct Listener {
     pub slot_count: u32,
     /// Index of the published port's round-robin cursor.
     pub cursor: u32,
-    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`], [`RANDOM`]; from [`IGNORED_SHIFT`] on a number.
+    /// [`CONSISTENT`], [`RESTRICTED`], [`AFFINE`], [`CLOSED`], [`RANDOM`], [`LEAST`], [`LIMITED`]; from [`IGNORED_SHIFT`] on a number.
     pub flags: u32,
 }
 
@@ -58,6 +58,10 @@ pub const AFFINE: u32 = 4;
 pub const CLOSED: u32 = 8;
 /// New connections are given to any of the slots by chance, and not in turn.
 pub const RANDOM: u32 = 16;
+/// New connections are given to the task that has the fewest open ones for its weight, [`crate::slot::Slot`].
+pub const LEAST: u32 = 32;
+/// A task may have no more than so many connections: [`crate::service::Settings::task_connections`].
+pub const LIMITED: u32 = 64;
 /// From this bit on, beside [`AFFINE`]: how many of the last bits of a client's address do not count, of IPv6 none or at least 64.
 pub const IGNORED_SHIFT: u32 = 24;
 

@@ -19,6 +19,8 @@ pub mod guard;
 pub mod host_flow;
 pub mod net;
 pub mod outcome;
+pub mod service;
+pub mod slot;
 pub mod stats;
 pub mod tags;
 pub mod translation;

@@ -71,6 +71,8 @@ outcomes! {
     NoConnection = "no_connection",
     /// A new connection for a listener without an eligible task.
     NoBackend = "no_backend",
+    /// A new connection for a service whose tasks each have as many as they may have: dropped, so that its client asks again.
+    TasksFull = "tasks_full",
     /// A new connection for a listener from an address that nobody can have out there: loopback, multicast, unspecified, one of
     /// this node's own, or one behind a bridge of its containers; or a datagram from a published port of another node.
     Martian = "martian",
@@ -145,6 +147,7 @@ impl Outcome {
         matches!(
             self,
             Self::BackendUnreachable
+                | Self::TasksFull
                 | Self::Martian
                 | Self::Denied
                 | Self::TaskRefused

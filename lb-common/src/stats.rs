@@ -1,6 +1,9 @@
 //! Per-CPU counters of services, backends and connection tables.
 
-use crate::pod;
+use crate::{
+    conntrack::line::{ALIAS, ANSWERED, CLIENT_FIN, ESTABLISHED, FOREIGN, ONE_WAY, RESET, is_over},
+    pod,
+};
 
 /// What passed through one backend.
 #[repr(C)]
@@ -10,6 +13,10 @@ pub struct BackendStats {
     pub connections: u64,
     /// Connections given to another task because this one did not answer, or refused.
     pub failovers: u64,
+    /// Connections that the task has answered; the low 32 bits.
+    pub answered: u32,
+    /// Connections that it refused, or that were given up, or given to another, before it had answered, likewise.
+    pub unanswered: u32,
     /// Packets sent to the task.
     pub request_packets: u64,
     /// Bytes of them, from the network header on.
@@ -18,6 +25,41 @@ pub struct BackendStats {
     pub reply_packets: u64,
     /// Bytes of them, from the network header on.
     pub reply_bytes: u64,
+}
+
+/// The connections of a backend: those of clients that came to this node, and those of all that are established. Changed by one
+/// atomic addition ([`Open::unit`]), so that none is lost or counted twice whichever CPUs are at work.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Open(pub u64);
+
+impl Open {
+    /// What one connection in this state counts for: nothing if it is over, or an alias. One that was refused counts until it is
+    /// another task's, or forgotten. Where replies pass elsewhere the client's end is all that is seen of it. Whoever forges
+    /// clients establishes nothing.
+    #[inline(always)]
+    pub const fn unit(state: u32) -> u64 {
+        let one_way = state & ONE_WAY != 0;
+        let over =
+            if one_way { state & (RESET | CLIENT_FIN) != 0 } else { is_over(state) && state & ANSWERED != 0 };
+        if state & ALIAS != 0 || over {
+            return 0;
+        }
+        let (own, established) = (state & FOREIGN == 0, state & ESTABLISHED != 0);
+        own as u64 | (established as u64) << 32
+    }
+
+    /// Those of clients that came to this node, from their first packets on.
+    #[inline(always)]
+    pub const fn own(self) -> u64 {
+        self.0 & u32::MAX as u64
+    }
+
+    /// Those of all nodes' clients that are established: the client went on after the task's answer.
+    #[inline(always)]
+    pub const fn established(self) -> u64 {
+        self.0 >> 32
+    }
 }
 
 /// What a service did with new connections; the rest of a service's figures is the sum over its backends.
@@ -53,6 +95,8 @@ impl BackendStats {
         Self {
             connections: self.connections + other.connections,
             failovers: self.failovers + other.failovers,
+            answered: self.answered.wrapping_add(other.answered),
+            unanswered: self.unanswered.wrapping_add(other.unanswered),
             request_packets: self.request_packets + other.request_packets,
             request_bytes: self.request_bytes + other.request_bytes,
             reply_packets: self.reply_packets + other.reply_packets,
@@ -92,4 +136,4 @@ impl ServiceStats {
     }
 }
 
-pod!(BackendStats, ServiceStats, TableStats);
+pod!(BackendStats, ServiceStats, TableStats, Open);

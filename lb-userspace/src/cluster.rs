@@ -105,6 +105,8 @@ pub enum Scheduler {
     /// Each task in turn, as often as its weight says.
     #[default]
     RoundRobin,
+    /// The one that has the fewest open connections of this node's clients for its weight.
+    LeastConnections,
     /// Any by chance, as often on average.
     Random,
     /// By a hash of addresses and ports that changes little when tasks come and go: a connection whose entry in the table
@@ -117,12 +119,14 @@ pub enum Scheduler {
 
 impl Scheduler {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::RoundRobin, Self::Random, Self::Maglev, Self::Source];
+    pub const ALL: [Self; 5] =
+        [Self::RoundRobin, Self::LeastConnections, Self::Random, Self::Maglev, Self::Source];
 
     /// As users write it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-connections",
             Self::Random => "random",
             Self::Maglev => "maglev",
             Self::Source => "source",
@@ -468,6 +472,30 @@ pub struct Service {
     /// give it at once.
     #[serde(default, skip_serializing_if = "Duration::is_zero")]
     pub slow_start: Duration,
+    /// Connections that one of its tasks may have, those of all nodes' clients; zero is any number. Agents that know none give it more.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub task_max_connections: u32,
+    /// After how many connections in a row that it refuses, or does not answer, a task is asked by its node's agent whether it takes any,
+    /// and gets none while it does not; zero is never. Agents that know none give it its turn.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub eject: u16,
+}
+
+/// Whether nobody is ejected.
+fn is_off(after: &u16) -> bool {
+    *after == 0
+}
+
+impl Service {
+    /// Whether what a task's node finds of it decides over new connections.
+    pub fn minds_findings(&self) -> bool {
+        self.health.is_some() || self.eject != 0 || self.task_max_connections != 0
+    }
+}
+
+/// Whether a number stands for none.
+fn is_none(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Timers as they travel between nodes.
@@ -513,6 +541,30 @@ pub fn slow_start(text: &str) -> Result<Duration, String> {
     let time: Option<Duration> = text.parse::<Time>().ok().map(Into::into);
     let time = time.filter(|time| (Duration::from_secs(1)..=Duration::from_secs(3_600)).contains(time));
     time.ok_or_else(|| format!("{text:?} is no time from 1s to 1h"))
+}
+
+/// How many connections a task may have.
+///
+/// # Errors
+/// It is no number, or out of range.
+pub fn task_max_connections(number: Option<u32>) -> Result<u32, String> {
+    let number = number.filter(|number| (1..=1_000_000).contains(number));
+    number.ok_or_else(|| "a task may have 1 to 1000000 connections".to_owned())
+}
+
+/// After how many connections in a row a task is ejected where nobody says: of those with the fewest one that refuses is the first.
+pub fn ejects(scheduler: Scheduler) -> u16 {
+    if scheduler == Scheduler::LeastConnections { 3 } else { 0 }
+}
+
+/// After how many connections in a row a task is ejected, from `off` or a number; zero is never.
+///
+/// # Errors
+/// It is neither, or out of range.
+pub fn eject(text: &str) -> Result<u16, String> {
+    let after =
+        if text == "off" { Some(0) } else { text.parse().ok().filter(|after| (1..=100).contains(after)) };
+    after.ok_or_else(|| format!("{text:?} is neither off nor a number from 1 to 100"))
 }
 
 /// Sets one of a service's timers by its name.

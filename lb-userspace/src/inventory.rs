@@ -10,7 +10,7 @@ use std::{
 use ipnet::{IpNet, Ipv4Net};
 use lb_common::{
     backend::{Kind, State},
-    endpoint::{AFFINE, CONSISTENT, IGNORED_SHIFT, RANDOM},
+    endpoint::{AFFINE, CONSISTENT, IGNORED_SHIFT, LEAST, RANDOM},
     stats::{BackendStats, ServiceStats},
     tunnel::{Peer, PeerKey},
 };
@@ -269,10 +269,10 @@ impl Inventory {
                 continue;
             }
             let mut slots: BTreeMap<u32, u64> = BTreeMap::new();
-            for backend in self.tables.slots_of(listener).into_iter().flatten() {
-                *slots.entry(*backend).or_default() += 1;
+            for slot in self.tables.slots_of(listener).into_iter().flatten() {
+                *slots.entry(slot.backend()).or_default() += u64::from(slot.weight());
             }
-            let all = u64::from(listener.slot_count);
+            let all: u64 = slots.values().sum();
             for (backend, count) in slots {
                 // Nobody who gets some is said to get none.
                 let percent = ((count * 100 + all / 2) / all).max(1) as u32;
@@ -505,6 +505,7 @@ impl Inventory {
         let scheduler = match flags {
             _ if flags & AFFINE != 0 => Scheduler::Source,
             _ if flags & CONSISTENT != 0 => Scheduler::Maglev,
+            _ if flags & LEAST != 0 => Scheduler::LeastConnections,
             _ if flags & RANDOM != 0 => Scheduler::Random,
             _ => Scheduler::RoundRobin,
         };
@@ -519,7 +520,7 @@ impl Inventory {
         };
         let client_prefix = serde_json::json!({ "v4": prefix(true, 32), "v6": prefix(false, 128) });
         serde_json::json!({
-            "scheduler": scheduler.name(), "affinity": affinity, "client_prefix": client_prefix, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "timers": timers, "idle": idle,
+            "scheduler": scheduler.name(), "affinity": affinity, "client_prefix": client_prefix, "prefer": label.prefer.name(), "family": label.family.name(), "health": label.health, "slow_start": label.slow_start, "task_max_connections": label.task_max_connections, "eject": label.eject, "timers": timers, "idle": idle,
             "access": access
         })
     }

@@ -142,7 +142,7 @@ pub fn setting_of(table: &str) -> &'static str {
         | table::LABELS
         | table::TASK_ENDPOINTS4
         | table::TASK_ENDPOINTS6 => "--max-backends",
-        table::SERVICE_STATS | table::TIMERS => "--max-services",
+        table::SERVICE_STATS | table::SERVICES => "--max-services",
         table::PEERS | table::PEER_KEYS | table::PEER_NUMBERS => "--max-nodes",
         other => setting(other).1,
     }

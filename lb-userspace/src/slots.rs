@@ -29,6 +29,18 @@ pub fn smooth_wrr(weights: &[u16]) -> Vec<usize> {
     order
 }
 
+/// Weights as slots have them where open connections are compared: in eight bits, none of them zero.
+pub fn compared(weights: &[u16]) -> Vec<u8> {
+    let divisor = weights.iter().fold(0, |a, b| gcd(a, *b)).max(1);
+    let heaviest = u32::from(weights.iter().copied().max().unwrap_or_default() / divisor).max(1);
+    let scaled = |weight: &u16| {
+        let weight = u32::from(weight / divisor);
+        let fits = if heaviest > 255 { (weight * 255 + heaviest / 2) / heaviest } else { weight };
+        fits.clamp(1, 255) as u8
+    };
+    weights.iter().map(scaled).collect()
+}
+
 /// Numbers of slots for consistent placement, primes. The share of a task is right to a hundredth as long as there are a
 /// hundred slots for each; from one number to the other nearly all connections would be placed anew.
 const TABLES: [usize; 2] = [1_021, 16_381];
@@ -123,6 +135,14 @@ mod tests {
     fn unequal_weights_are_spread() {
         assert_eq!(smooth_wrr(&[5, 1, 1]), [0, 0, 1, 0, 2, 0, 0]);
         assert_eq!(smooth_wrr(&[4, 2]), [0, 1, 0]);
+    }
+
+    #[test]
+    fn weights_that_are_compared_fit_a_byte() {
+        assert_eq!(compared(&[1, 1]), [1, 1]);
+        assert_eq!(compared(&[30, 10, 20]), [3, 1, 2]);
+        assert_eq!(compared(&[1_000, 100, 1]), [255, 26, 1]);
+        assert_eq!(compared(&[]), [0_u8; 0]);
     }
 
     /// How often each of the tasks stands in the table.

@@ -14,6 +14,7 @@ use lb_common::{
     conntrack::{Control, FiveTuple, Line, Set},
     net::{Be16, V4, V6},
     outcome::Outcome,
+    stats::Open,
     tunnel::DEFAULT_PORT,
 };
 use lb_userspace::{
@@ -536,6 +537,11 @@ impl Lab {
     /// The counters.
     pub fn counters(&self) -> Counters {
         self.datapath().counters().expect("counters")
+    }
+
+    /// What is open at a backend, as the programs count it.
+    pub fn open(&self, backend: u32) -> Open {
+        self.datapath().counted_open(backend).expect("a count")
     }
 
     /// Runs something and says which outcomes were counted meanwhile.

@@ -25,9 +25,9 @@ const PROGRAMS: [&str; 7] = [
 /// Instructions the verifier walks through, by kernel: each walks other ways. One that is not listed is bounded as the
 /// worst that is. What looks at frames beside the uplink walks with and without a link header.
 const VERIFIED: [((u32, u32), [u32; 7]); 3] = [
-    ((6, 1), [306_000, 487_000, 66_000, 238_000, 227_000, 83_000, 147_000]),
+    ((6, 1), [338_000, 487_000, 66_000, 245_000, 228_000, 83_000, 182_000]),
     ((6, 12), [284_000, 364_000, 31_000, 190_000, 102_000, 46_000, 97_000]),
-    ((6, 18), [287_000, 385_000, 31_000, 200_000, 109_000, 92_000, 97_000]),
+    ((6, 18), [310_000, 397_000, 31_000, 200_000, 110_000, 92_000, 135_000]),
 ];
 
 /// What no program may be above on any kernel: half of what a kernel walks through.
@@ -35,7 +35,7 @@ const MOST_VERIFIED: u32 = 500_000;
 
 /// Bytes of the translated programs, nearly the same everywhere. What is given anew looks for its pair at each try, and asks who may
 /// connect; three programs of TC cut datagrams.
-const BYTES: [u32; 7] = [224_000, 257_000, 11_000, 129_000, 100_000, 42_000, 2_300];
+const BYTES: [u32; 7] = [224_000, 257_000, 11_000, 129_000, 100_000, 42_000, 3_400];
 
 /// Bytes of the stack that the frames of a chain of calls may take together: the kernel's 512 (`MAX_BPF_STACK`), of which 64 stay
 /// free for what is built next.
@@ -100,7 +100,7 @@ fn tables_stay_within_their_memory() {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let per_cpu: u64 =
         [table::BACKEND_STATS, table::SERVICE_STATS, table::OUTCOMES].map(|name| tables[name]).iter().sum();
-    assert!(per_cpu / cpus <= 4 << 20, "{per_cpu} bytes of counters on {cpus} CPUs");
+    assert!(per_cpu / cpus <= 9 << 19, "{per_cpu} bytes of counters on {cpus} CPUs");
     let rest: u64 = tables.values().sum::<u64>() - per_cpu;
     // Older kernels count tables that grow on demand as if they were full; five are the ranges of who may connect.
     let most = if version() >= COUNTED_MEMORY { 120 } else { 160 };

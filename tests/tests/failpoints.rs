@@ -117,7 +117,7 @@ fn described(tables: &Tables) -> BTreeSet<String> {
     }
     for (at, listener) in &tables.listeners {
         let slots = tables.slots_of(listener).expect("slots");
-        let tasks: Vec<_> = slots.iter().map(task).collect();
+        let tasks: Vec<_> = slots.iter().map(|slot| task(&slot.backend())).collect();
         all.insert(format!(
             "{at:?} of {:?} {} leads to {tasks:?}",
             service(&listener.service),

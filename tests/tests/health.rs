@@ -3,8 +3,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use lb_tests::{
@@ -13,7 +16,7 @@ use lb_tests::{
     netns::{Netns, succeeds, within},
     service::{create, serves},
     swarm::{Node, PATIENCE, Swarm},
-    traffic::{Load, request_over, requests},
+    traffic::{Load, listen, request_over, requests},
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -207,6 +210,137 @@ fn a_task_that_comes_gets_its_share_by_and_by() {
     assert_eq!(load.stop(), Vec::<String>::new());
 }
 
+/// Answers requests in this namespace, one after the other, until it is over.
+fn answer_as(name: &str, over: &AtomicBool) {
+    let listener = listen("[::]:8080");
+    for stream in listener.incoming() {
+        if over.load(Ordering::Acquire) {
+            return;
+        }
+        let mut stream = stream.expect("a connection");
+        let (mut head, body) = ([0; 4096], format!("{name} saw somebody\n"));
+        // Its node's agent says nothing.
+        if stream.read(&mut head).is_ok_and(|length| length > 0) {
+            let length = body.len();
+            let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+            let _ = stream.write_all((head + &body).as_bytes());
+        }
+    }
+}
+
+/// Writes the cluster file with a setting of the service; all tasks run.
+fn write_with(cluster: &Cluster, setting: &str) -> PathBuf {
+    let tasks: Vec<(&Task, &str)> = cluster.tasks.iter().map(|task| (task, "running")).collect();
+    cluster.write(&cluster.file("\"80:8080\"", &tasks).replace("ports =", &format!("{setting}\nports =")))
+}
+
+/// How many connections were given to another task because this one did not take them, as a node has counted.
+fn failovers(netns: &Netns, name: &str) -> u64 {
+    task(netns, name)["failovers"].as_u64().unwrap_or_default()
+}
+
+#[test]
+fn a_task_that_refuses_in_a_row_is_left_until_its_node_finds_that_it_takes() {
+    let mut cluster = cluster_of(1, &[("web.1", 0)]);
+    // Nobody listens there.
+    cluster.add_task("web.2", 0);
+    cluster.add_nginx("web.3", 0);
+    let path = write_with(&cluster, "eject = 3");
+    let agent = attach(&cluster, 0, &path);
+    let netns = &cluster.nodes[0].netns;
+    assert_eq!(json(netns, &["service", "inspect", "web"])["settings"]["eject"], 3);
+    let load = Load::start(&cluster.client, cluster.addresses(0)[0], 2, u64::MAX);
+    offers(&cluster, 0, "one refuses", &["web.1", "web.3"]);
+    let said = problem(netns, "web.2");
+    assert!(said.starts_with("does not take connections: "), "{said}");
+    assert!(said.ends_with(":8080: Connection refused"), "{said}");
+    let met = failovers(netns, "web.2");
+    assert!((2..20).contains(&met), "{met} clients met it");
+    let events = text(netns, &["events", "--filter", "task=web.2"]);
+    assert!(events.contains("gets no new connections: does not take connections"), "{events}");
+    let before = load.done();
+    within(PATIENCE, "a thousand requests", || load.done() > before + 1_000);
+    assert_eq!(failovers(netns, "web.2"), met, "nobody meets it any more");
+    // Until somebody does.
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| cluster.tasks[1].netns.enter(|| answer_as("web.2", &over)));
+        offers(&cluster, 0, "it takes again", &["web.1", "web.2", "web.3"]);
+        assert_eq!(load.stop(), Vec::<String>::new());
+        over.store(true, Ordering::Release);
+        cluster.tasks[1].netns.enter(|| TcpStream::connect("127.0.0.1:8080")).expect("the last one");
+    });
+    drop(agent);
+
+    // The only one is left to nobody.
+    let cluster = {
+        let mut cluster = cluster_of(1, &[]);
+        cluster.add_task("web.1", 0);
+        cluster
+    };
+    let path = write_with(&cluster, "eject = 1");
+    let _agent = attach(&cluster, 0, &path);
+    let to = SocketAddr::new(cluster.addresses(0)[0], 80);
+    let node = &cluster.nodes[0].netns;
+    within(PATIENCE, "it is asked", || {
+        let refused = cluster.client.enter(|| TcpStream::connect(to)).map_err(|error| error.kind());
+        assert_eq!(refused.err(), Some(std::io::ErrorKind::ConnectionRefused));
+        problem(node, "web.1").ends_with("offered all the same, for no task passes")
+    });
+}
+
+/// Who cannot be answered, because the task's own network has his range or because he forges where he is, makes no task look dead.
+#[test]
+fn clients_who_are_not_answered_eject_nobody() {
+    let cluster = cluster_of(1, &[("web.1", 0), ("web.2", 0)]);
+    let netns = &cluster.nodes[0].netns;
+    // What this task says to the client goes nowhere.
+    for range in ["192.0.2.0/24", "2001:db8::/32"] {
+        cluster.tasks[1].netns.ip(&format!("route add blackhole {range} metric 1"));
+    }
+    let path = write_with(&cluster, "eject = 2");
+    let _agent = attach(&cluster, 0, &path);
+    let load = Load::start(&cluster.client, cluster.addresses(0)[0], 4, u64::MAX);
+    within(PATIENCE * 2, "it has not answered many", || failovers(netns, "web.2") >= 12);
+    assert_eq!(takers(netns), names(&["web.1", "web.2"]));
+    let events = text(netns, &["events", "--filter", "task=web.2"]);
+    assert!(!events.contains("gets no new connections"), "{events}");
+    assert_eq!(load.stop(), Vec::<String>::new());
+}
+
+#[test]
+fn a_task_has_no_more_connections_than_it_may_whoever_s_clients_they_are() {
+    let cluster = cluster_of(2, &[("web.1", 0), ("web.2", 1)]);
+    let path = write_with(&cluster, "task-max-connections = 3");
+    let _agents = [0, 1].map(|node| attach(&cluster, node, &path));
+    let hold = |node: usize| {
+        let to = SocketAddr::new(cluster.addresses(node)[0], 80);
+        let connect = || TcpStream::connect_timeout(&to, Duration::from_secs(4));
+        let mut stream = cluster.client.enter(connect).ok()?;
+        request_over(&mut stream).ok()?;
+        Some(stream)
+    };
+    (0..2).for_each(|node| offers(&cluster, node, "both have room", &["web.1", "web.2"]));
+    // Those of the requests have to be forgotten as ended first: they are closed by both sides.
+    let mut open: Vec<TcpStream> = (0..6).map(|number| hold(number % 2).expect("there is room")).collect();
+    for node in 0..2 {
+        assert!(hold(node).is_none(), "both have three");
+        let full = json(&cluster.nodes[node].netns, &["stats"])["outcomes"]["tasks_full"].as_u64();
+        assert!(full > Some(0), "{full:?}");
+    }
+    let node = &cluster.nodes[0].netns;
+    within(PATIENCE, "it is said", || problem(node, "web.1") == "has 3 connections, as many as it may have");
+    for stream in &mut open {
+        request_over(stream).expect("those that are open go on");
+    }
+    open.pop();
+    open.push(succeeds(PATIENCE, "one that ends makes room", || {
+        hold(0).ok_or_else(|| "none yet".to_owned())
+    }));
+    open.clear();
+    (0..2).for_each(|node| offers(&cluster, node, "all have room", &["web.1", "web.2"]));
+}
+
 /// A server that takes its time until it listens, as many do, of an image without a health check.
 const SLOW: [&str; 3] = ["/bin/sh", "-c", "sleep 2; exec /bin/httpd -f -p 8080 -h /www"];
 /// One task after the other, and time for each.
@@ -284,6 +418,73 @@ fn an_update_of_a_swarm_without_docker_s_health_check_refuses_nobody() {
     }
     node.docker(&["exec", &container, "touch", "/www/index.html"]);
     serves(&swarm, "web", 2);
+}
+
+/// One that listens at once, and one that takes so long that many are refused meanwhile.
+const QUICK: [&str; 5] = ["/bin/httpd", "-f", "-p8080", "-h", "/www"];
+const LATE: &str = "/bin/sh -c 'sleep 8; exec /bin/httpd -f -p 8080 -h /www'";
+
+#[test]
+fn what_a_task_s_node_counts_of_its_connections_every_node_knows() {
+    let swarm = Swarm::new(2);
+    let [first, second] = &swarm.nodes[..] else { unreachable!("two nodes were asked for") };
+    let _agents = swarm.attach();
+    let update = |change: &[&str]| {
+        first.docker(&[&["service", "update", "-d"], change, &["web"]].concat());
+    };
+    create(first, "web", 2, "80:8080", &UPDATE, &QUICK);
+    serves(&swarm, "web", 2);
+    let problems = |node: &Node| -> Vec<String> {
+        let tasks = json(&node.netns, &["service", "ps", "web"])["tasks"].clone();
+        let said = tasks.as_array().into_iter().flatten().filter_map(|task| task["problem"].as_str());
+        said.filter(|said| !said.is_empty()).map(str::to_owned).collect()
+    };
+
+    update(&["--label-add", "lb.task-max-connections=2"]);
+    let set = |node: &Node| json(&node.netns, &["service", "inspect", "web"])["settings"].clone();
+    for node in [first, second] {
+        within(PATIENCE, "the label is known", || set(node)["task_max_connections"] == 2);
+    }
+    let connect = |node: &Node| {
+        let to = SocketAddr::new(node.address(), 80);
+        let connect = || TcpStream::connect_timeout(&to, Duration::from_secs(4));
+        swarm.crowd[0].enter(connect).map_err(|error| error.to_string())
+    };
+    let full = "has 2 connections, as many as it may have";
+    let open: Vec<TcpStream> =
+        (0..4).map(|number| connect([first, second][number % 2]).expect("there is room")).collect();
+    for node in [first, second] {
+        within(PATIENCE, "both are full", || {
+            let said = problems(node);
+            said.len() == 2 && said.iter().all(|said| said.starts_with(full))
+        });
+        assert!(connect(node).is_err(), "nobody has room");
+    }
+    drop(open);
+    serves(&swarm, "web", 2);
+
+    update(&["--label-rm", "lb.task-max-connections", "--label-add", "lb.eject=2"]);
+    for node in [first, second] {
+        within(PATIENCE, "the label is known", || set(node)["eject"] == 2);
+    }
+    let machines = swarm.crowd.iter().zip(&swarm.nodes);
+    let loads: Vec<Load> =
+        machines.map(|(client, node)| Load::start(client, node.address(), 1, u64::MAX)).collect();
+    update(&["--args", LATE, "--update-delay", "10s"]);
+    let refuses = |said: &String| said.starts_with("does not take connections: ");
+    let mut known = [false; 2];
+    within(PATIENCE, "both nodes know of one that does not listen yet", || {
+        for (known, node) in known.iter_mut().zip([first, second]) {
+            *known |= problems(node).iter().any(refuses);
+        }
+        known == [true; 2]
+    });
+    let format = "{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}";
+    within(PATIENCE * 3, "the update is completed", || {
+        first.docker(&["service", "inspect", "web", "--format", format]) == "completed"
+    });
+    serves(&swarm, "web", 2);
+    assert_eq!(loads.into_iter().flat_map(Load::stop).collect::<Vec<_>>(), Vec::<String>::new());
 }
 
 /// The containers of the service on a node.

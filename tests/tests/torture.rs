@@ -21,7 +21,7 @@ use lb_common::{
     },
     net::Address as _,
     outcome::Outcome,
-    stats::TableStats,
+    stats::{Open, TableStats},
 };
 use lb_tests::{
     lab::{DROP, Lab, ip, service, task, with_lab_of},
@@ -143,10 +143,18 @@ fn assert_at_rest(lab: &Lab) -> BTreeMap<u32, Control> {
     live
 }
 
-/// The programs' account of the table is exact.
+/// The programs' account of the table is exact: of its lines, and of what is open at each backend.
 fn assert_accounted(lab: &Lab, live: usize) -> TableStats {
     let counted = lab.counters().connections[0];
     assert_eq!(counted.live(), live as u64, "{counted:?}");
+    let mut open = BTreeMap::<u32, u64>::new();
+    for (_, control, line) in lab.lines() {
+        *open.entry(line.backend).or_default() += Open::unit(control.state());
+    }
+    for backend in lab.datapath().tables().backends.keys() {
+        let expected = Open(open.get(backend).copied().unwrap_or_default());
+        assert_eq!(lab.open(*backend), expected, "open at backend {backend}");
+    }
     counted
 }
 

@@ -147,6 +147,8 @@ pub const UDP: u32 = 512;
 pub const ALIAS: u32 = 1024;
 /// The connection has an alias: its replies find it by that alone.
 pub const ALIASED: u32 = 2048;
+/// Its client came through another node when the line was made.
+pub const FOREIGN: u32 = 4096;
 /// Replies go straight to the client, and pass here only until it is established.
 pub const ONE_WAY: u32 = 8192;
 

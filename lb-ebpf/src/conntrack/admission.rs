@@ -5,10 +5,12 @@ use lb_common::{
     backend::{Backend, Kind},
     conntrack::{
         Control, FiveTuple,
-        line::{ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast},
+        line::{
+            ANSWERED, CLIENT_FIN, CONNECTION, DIRECT, FOREIGN, ONE_WAY, OTHERS, RESET, RETRY, UDP, with_fast,
+        },
         tcp::{FIN, RST, SYN},
     },
-    endpoint::{AFFINE, CLOSED, CONSISTENT, Endpoint, Listener, RESTRICTED},
+    endpoint::{AFFINE, CLOSED, CONSISTENT, Endpoint, LIMITED, Listener, RESTRICTED},
     net::Be16,
     outcome::Outcome,
     tags::Tags,
@@ -148,6 +150,9 @@ fn try_take<A: Tracked>(packet: &mut Packet<A>, chosen: u64) -> Result<Step, Out
 /// What becomes of a packet for which there is no task.
 #[inline(always)]
 fn nobody<A: Family>(packet: &Packet<A>, goes_on: bool) -> Outcome {
+    if packet.listener.flags & LIMITED != 0 && packet.listener.slot_count != 0 && packet.search.guarded == 0 {
+        return Outcome::TasksFull;
+    }
     if packet.listener.flags & CLOSED == 0 || goes_on {
         return Outcome::NoBackend;
     }
@@ -368,6 +373,10 @@ fn try_from_peer<A: Tracked>(
     if maps::inner(&packet.key.source) == inner::BRIDGE {
         return Err(Outcome::Martian);
     }
+    // The nodes that clients use each know their own alone. Who sends a SYN again is given to another task there.
+    if counters::is_full(backend.service, index) && (!packet.is_tcp() || packet.opens()) {
+        return Err(Outcome::TasksFull);
+    }
     draft_by_peer(packet, tunnel, index, backend);
     packet.search.port_is_taken = alias::is_taken(packet, backend) as u32;
     // The node that the client used has counted it.
@@ -388,7 +397,7 @@ fn draft_by_peer<A: Family>(packet: &mut Packet<A>, tunnel: &TunnelMeta, index: 
     draft.tci = [Be16::from_raw(0); 2];
     draft.link = if tunnel.flags & RETURN_DIRECT != 0 { DIRECT } else { 0 };
     let udp = if key.protocol == lb_common::net::UDP { UDP } else { 0 };
-    draft.state = with_fast(udp | ended(packet.tcp_flags));
+    draft.state = with_fast(udp | FOREIGN | ended(packet.tcp_flags));
     draft.client_next = if opens { segment.sequence.wrapping_add(1) } else { segment.end() };
     draft.task_next = if opens { 0 } else { segment.acknowledgment };
 }

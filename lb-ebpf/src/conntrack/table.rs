@@ -6,8 +6,8 @@ use lb_common::{
     conntrack::{
         Control, FiveTuple, Line, Set,
         hash::{self, Place},
-        line::{self, ALIAS_KEY, CONNECTION, WAYS},
-        table::{self, AT_HOME, At, OVER, SPILLED, SharedSet},
+        line::{self, ALIAS, ALIAS_KEY, CONNECTION, RESET, WAYS},
+        table::{self, AT_HOME, At, Claim, OVER, SPILLED, SharedSet},
     },
     net::Be16,
     verifier::zero_of,
@@ -17,7 +17,7 @@ use super::tracked::Tracked;
 use crate::io::{
     atomic, clock, counters,
     family::Family,
-    maps::{self, BACKENDS, TIMERS},
+    maps::{self, BACKENDS, SERVICES},
     packet::{Connection, Draft, Located, NOBODY, Packet, Search},
     verifier::opaque,
 };
@@ -207,7 +207,12 @@ impl<A: Family> Entry<A> {
     /// Changes the state from what it was; false if it was changed meanwhile.
     #[inline(always)]
     pub fn set_state(&self, from: Control, state: u32) -> bool {
-        swap_control(self.line, from, from.with_state(state))
+        let backend = self.backend();
+        let set = swap_control(self.line, from, from.with_state(state));
+        if set {
+            counters::heard(backend, from.state(), state);
+        }
+        set
     }
 
     /// Whether it was made for the task that the backend is now.
@@ -243,10 +248,10 @@ impl<A: Family> Entry<A> {
 /// A function of its own: few packets come to it.
 #[inline(never)]
 fn expired(control: Control, seen: u32, now: u32, service: u32) -> bool {
-    let (Some(config), Some(timers)) = (maps::config(), TIMERS.get(service)) else {
+    let (Some(config), Some(settings)) = (maps::config(), SERVICES.get(service)) else {
         return false;
     };
-    timers.expired(control, seen, now, config.jiffies_per_second)
+    settings.timers.expired(control, seen, now, config.jiffies_per_second)
 }
 
 /// The line of a number.
@@ -447,14 +452,14 @@ pub fn by_task<A: Family>(
     } else if search.hints & SPILLED == 0 || !spilled(alias, line, search) {
         return if search.busy != 0 { Found::Busy as u32 } else { Found::Nothing as u32 };
     }
-    if Control(line.control).has(line::ALIAS) { follow::<A>(line, search) } else { Found::Line as u32 }
+    if Control(line.control).has(ALIAS) { follow::<A>(line, search) } else { Found::Line as u32 }
 }
 
 /// Whether a line is only there for what a task may remember of a closed connection under the client's own port. It leads no packet
 /// anywhere: a connection that was placed by its hash meanwhile may have the same pair.
 #[inline(always)]
 fn remembers(control: Control) -> bool {
-    control.state() & (line::ALIAS | line::RESET | line::ALIASED) == line::ALIAS | line::RESET
+    control.state() & (ALIAS | RESET | line::ALIASED) == ALIAS | RESET
 }
 
 /// Whether a line is a connection of the client that an alias would begin with.
@@ -582,11 +587,12 @@ pub fn insert_anew<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sea
     let Some(claim) = table::claim_anew(set, At { way, control: Control(line.control) }) else {
         return Inserted::Again as u32;
     };
-    write(set.line(way), draft);
+    give(set.line(way), claim, draft);
     let settled = table::settle_anew((home, search.way), search.hints, set, claim, draft.state);
     line.anew = 0;
     let Some(live) = settled else {
         counters::line::<A>(|lines| lines.removed += 1);
+        counters::open(draft.backend, draft.state, NOT_COUNTED);
         return Inserted::Again as u32;
     };
     line.control = live.0;
@@ -656,7 +662,7 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
         let missed = victim.class() < OVER;
         counters::line::<A>(|lines| *(if missed { &mut lines.displaced } else { &mut lines.reused }) += 1);
     }
-    write(chosen.line(claim.way), draft);
+    give(chosen.line(claim.way), claim, draft);
     let here = place.set == search.set;
     let settled = if here {
         table::settle_at_home(chosen, place.way, search.hints, claim, draft.state)
@@ -664,12 +670,32 @@ pub fn insert_new<A: Family>(line: &mut Located, draft: &Draft<A>, search: &Sear
         table::settle_elsewhere((home, search.way), search.hints, (chosen, place.way), claim, draft.state)
     };
     let Some(live) = settled else {
+        counters::open(draft.backend, draft.state, NOT_COUNTED);
         return Inserted::Again as u32;
     };
     counters::line::<A>(|lines| lines.inserted += 1);
     line.control = live.0;
     line.slot = line::slot(place.set, claim.way & (WAYS - 1));
     if here { Inserted::AtHome as u32 } else { Inserted::Elsewhere as u32 }
+}
+
+/// Stands for the state of what counts for no backend.
+const NOT_COUNTED: u32 = ALIAS;
+
+/// What a line was to its backend before it was claimed. Without a branch: the verifier would walk each for all that follows.
+#[inline(always)]
+fn counted_as(before: Control) -> u32 {
+    before.state() | (opaque(!before.is_live() as u64) as u32 * NOT_COUNTED)
+}
+
+/// Gives a claimed line to its new owner: of what each backend has open it is counted before anybody can find it.
+#[inline(always)]
+fn give<A: Family>(line: *mut Line<A>, claim: Claim, draft: &Draft<A>) {
+    // SAFETY: see `KernelSet`; the line is the claimer's alone.
+    let backend = unsafe { (&raw const (*line).backend).read_volatile() };
+    counters::open(backend, counted_as(claim.before), NOT_COUNTED);
+    counters::open(draft.backend, NOT_COUNTED, draft.state);
+    write(line, draft);
 }
 
 /// Writes a claimed line.
@@ -734,13 +760,27 @@ pub fn has_other_task<A: Family>(alias: &FiveTuple<A>, search: &Search, service:
 #[inline(never)]
 pub fn remove<A: Family>(slot: u32, control: u64) -> bool {
     let at = At { way: line::way_of(slot), control: Control(control) };
-    set::<A>(line::set_of(slot)).is_some_and(|set| counted::<A>(table::remove(set, at, || true)))
-}
-
-#[inline(always)]
-fn counted<A: Family>(removed: bool) -> bool {
+    let Some(set) = set::<A>(line::set_of(slot)) else {
+        return false;
+    };
+    let removed = take_out(set, at, || true);
     if removed {
         counters::line::<A>(|lines| lines.removed += 1);
+    }
+    removed
+}
+
+/// Takes a line out of the table, and what is open at its backend with it.
+#[inline(always)]
+fn take_out<A: Family>(set: KernelSet<A>, at: At, still: impl FnOnce() -> bool) -> bool {
+    // SAFETY: see `KernelSet`. What it was when the control word was read, if that has not changed when the line is claimed.
+    let backend = unsafe {
+        let line = set.line(at.way).cast_const();
+        (&raw const (*line).backend).read_volatile()
+    };
+    let removed = table::remove(set, at, still);
+    if removed {
+        counters::open(backend, at.control.state(), NOT_COUNTED);
     }
     removed
 }
@@ -752,7 +792,7 @@ pub fn expire<A: Family>(slot: u32, control: u64, seen: u32, also_if_seen: u32) 
     let Some(set) = set::<A>(line::set_of(slot)) else {
         return false;
     };
-    let removed = table::remove(set, at, || also_if_seen != 0 || set.seen(at.way) == seen);
+    let removed = take_out(set, at, || also_if_seen != 0 || set.seen(at.way) == seen);
     if removed {
         // Before Linux 6.2 a packet may come between the two halves of an addition by who is not called for one.
         counters::line::<A>(|lines| {

@@ -11,7 +11,7 @@ use lb_common::{
     access::{self, AccessKey},
     backend::Backend,
     budget::Budget,
-    conntrack::{Set, Timers, is_within},
+    conntrack::{Set, is_within},
     endpoint::{Endpoint, Listener, TaskEndpoint},
     filter::FILTER_WORDS,
     fragment::{Early, EarlyKey, FragmentKey, Ports},
@@ -19,7 +19,9 @@ use lb_common::{
     host_flow::HostFlow,
     net::{Address, V4, V6, Wide},
     outcome::OUTCOMES as OUTCOME_COUNT,
-    stats::{BackendStats, ServiceStats, TableStats},
+    service::Settings,
+    slot::Slot,
+    stats::{BackendStats, Open, ServiceStats, TableStats},
     tags::Tags,
     translation::PoolEntry,
     tunnel::{Peer, PeerKey, SELF, TaskKey},
@@ -72,7 +74,7 @@ pub static TASK_ENDPOINTS4: TaskEndpoints<V4> = HashMap::new();
 pub static TASK_ENDPOINTS6: TaskEndpoints<V6> = HashMap::new();
 
 #[btf_map]
-pub static SLOTS: Array<u32, { size::SLOTS }> = Array::new();
+pub static SLOTS: Array<Slot, { size::SLOTS }> = Array::new();
 
 #[btf_map]
 pub static BACKENDS: Array<Backend, { size::BACKENDS }, ALIGNED> = Array::new();
@@ -87,7 +89,10 @@ pub static CONNECTIONS4: Connections<V4> = Array::new();
 pub static CONNECTIONS6: Connections<V6> = Array::new();
 
 #[btf_map]
-pub static TIMERS: Array<Timers, { size::SERVICES }> = Array::new();
+pub static SERVICES: Array<Settings, { size::SERVICES }> = Array::new();
+
+#[btf_map]
+pub static OPEN: Array<Open, { size::BACKENDS }> = Array::new();
 
 #[btf_map]
 pub static GUARD: Array<Guard, 1> = Array::new();

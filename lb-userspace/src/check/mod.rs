@@ -29,6 +29,13 @@ pub struct Check {
     pub fall: u16,
 }
 
+impl Check {
+    /// Of a task that did not take what it was given: whether it accepts a connection, the first answer counts either way.
+    pub fn of_suspect(port: u16, interval: u32) -> Self {
+        Self { kind: CheckKind::Tcp, port, path: String::new(), interval, rise: 1, fall: 1 }
+    }
+}
+
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -157,9 +164,22 @@ pub struct Finding {
     /// What was wrong at last; empty if nothing was.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub why: String,
+    /// Whether it has as many connections as it may have, those of all nodes' clients.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
 }
 
 impl Finding {
+    /// Whether it speaks against new connections by itself, without a check that has to pass first.
+    pub fn speaks_against(&self) -> bool {
+        self.full || self.passes == Some(false)
+    }
+
+    /// Whether nothing speaks against new connections but that it is full; of a task that is asked, or not.
+    pub fn is_only_full(&self, asks: bool) -> bool {
+        self.full && (self.passes == Some(true) || !asks && self.passes.is_none())
+    }
+
     /// What was wrong, of a task at this address.
     fn why(at: SocketAddr, what: &str) -> String {
         text::name(&format!("{at}: {what}"), LONGEST_REASON)
@@ -227,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_reason_is_short_and_only_shows() {
-        let long = Finding { passes: Some(false), why: "é\u{202e}".repeat(200) }.checked();
+        let long = Finding { passes: Some(false), why: "é\u{202e}".repeat(200), full: false }.checked();
         assert!(long.why.len() <= LONGEST_REASON && !long.why.contains('\u{202e}'), "{long:?}");
     }
 }

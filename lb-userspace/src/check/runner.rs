@@ -25,14 +25,18 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// One that has never passed is asked this often at first, so that nobody waits for it: for [`EAGER_FOR`].
 const EAGER: Duration = Duration::from_millis(100);
 const EAGER_FOR: Duration = Duration::from_secs(60);
+/// One that is asked ever more seldom waits twice as long each time, so often.
+const DOUBLED: u32 = 5;
 
 /// A task that is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
-    /// Where it listens; none while nobody knows.
-    pub at: Option<SocketAddr>,
+    /// Where it listens; none while nobody knows. It passes if it does so at any of them.
+    pub at: Vec<SocketAddr>,
     /// How.
     pub check: Check,
+    /// Whether it is asked ever more seldom while it does not pass.
+    pub backs_off: bool,
 }
 
 /// The checks of this node's tasks, shared by all who want to know.
@@ -57,6 +61,8 @@ struct State {
     /// The tasks that each interface's controller wants asked.
     wanted: BTreeMap<String, BTreeMap<String, Asked>>,
     running: BTreeMap<String, Running>,
+    /// The tasks that have as many connections as they may have, as each interface's controller counts them.
+    full: BTreeMap<String, BTreeSet<String>>,
     /// Who has asked for some, or for none.
     begun: BTreeSet<String>,
     heeded: bool,
@@ -125,7 +131,7 @@ impl Checks {
             // One that is asked otherwise now is what it was until it answers.
             let finding = match known {
                 Some(known) => known.finding.clone(),
-                None => Finding { passes: assumed(&task), why: String::new() },
+                None => Finding { passes: assumed(&task), ..Finding::default() },
             };
             let job = tokio::spawn(run(self.0.clone(), task.clone(), asked.clone(), finding.clone()));
             state.running.insert(task, Running { asked, finding, job });
@@ -136,9 +142,27 @@ impl Checks {
         }
     }
 
-    /// What was found of a task, if it is asked.
+    /// What was found of a task, if it is asked, or is full.
     pub fn finding(&self, task: &str) -> Option<Finding> {
-        self.0.state().running.get(task).map(|running| running.finding.clone())
+        let state = self.0.state();
+        let full = state.full.values().any(|full| full.contains(task));
+        let asked = state.running.get(task).map(|running| running.finding.clone());
+        let finding = asked.or_else(|| full.then(Finding::default))?;
+        Some(Finding { full, ..finding })
+    }
+
+    /// Says which tasks have as many connections as they may have.
+    pub fn set_full(&self, interface: &str, full: BTreeSet<String>) {
+        let changed = {
+            let mut state = self.0.state();
+            let known = state.full.entry(interface.to_owned()).or_default();
+            let changed = *known != full;
+            *known = full;
+            changed
+        };
+        if changed {
+            self.0.news.send_modify(|count| *count += 1);
+        }
     }
 
     /// Whether who tells of the cluster heeds what is found: only then it tells which services have checks.
@@ -160,38 +184,41 @@ impl Checks {
 
 /// Asks a task again and again.
 async fn run(shared: Arc<Shared>, task: String, asked: Asked, mut finding: Finding) {
-    let Asked { at, check } = &asked;
-    let Some(at) = at else { return };
-    let (begun, mut streak) = (Instant::now(), 0);
+    let Asked { at, check, backs_off } = &asked;
+    if at.is_empty() {
+        return;
+    }
+    let (begun, mut streak, mut doubled) = (Instant::now(), 0, 0);
     loop {
-        let answer = ask(*at, check).await;
-        finding = after(finding, check, *at, answer, &mut streak);
+        let mut answer = Ok(());
+        for at in at {
+            answer = ask(*at, check).await.map_err(|what| Finding::why(*at, &what));
+            if answer.is_ok() {
+                break;
+            }
+        }
+        finding = after(finding, check, answer, &mut streak);
         if !shared.keep(&task, &asked, &finding) {
             return;
         }
         let eager = finding.passes.is_none() && begun.elapsed() < EAGER_FOR;
-        let interval = Duration::from_millis(check.interval.into());
+        let interval = Duration::from_millis(check.interval.into()) * (1 << doubled);
+        doubled = if *backs_off && finding.passes == Some(false) { (doubled + 1).min(DOUBLED) } else { 0 };
         tokio::time::sleep(if eager { EAGER.min(interval) } else { interval }).await;
     }
 }
 
 /// What is known after an answer; `streak` counts those in a row that speak against what was known.
-fn after(
-    known: Finding,
-    check: &Check,
-    at: SocketAddr,
-    answer: Result<(), String>,
-    streak: &mut u16,
-) -> Finding {
-    let why = answer.as_ref().err().map(|what| Finding::why(at, what)).unwrap_or_default();
+fn after(known: Finding, check: &Check, answer: Result<(), String>, streak: &mut u16) -> Finding {
+    let why = answer.as_ref().err().cloned().unwrap_or_default();
     let right = answer.is_ok();
     let Some(passes) = known.passes else {
-        return Finding { passes: right.then_some(true), why };
+        return Finding { passes: right.then_some(true), why, full: false };
     };
     if right == passes {
         *streak = 0;
         // Of one that fails the last reason stands; one that passes has none.
-        return Finding { passes: known.passes, why: if right { String::new() } else { why } };
+        return Finding { passes: known.passes, why: if right { String::new() } else { why }, full: false };
     }
     *streak += 1;
     let enough = if right { check.rise } else { check.fall };
@@ -199,7 +226,7 @@ fn after(
         return known;
     }
     *streak = 0;
-    Finding { passes: Some(right), why }
+    Finding { passes: Some(right), why, full: false }
 }
 
 async fn ask(at: SocketAddr, check: &Check) -> Result<(), String> {
@@ -251,12 +278,11 @@ mod tests {
 
     #[test]
     fn a_task_rises_and_falls_after_answers_in_a_row() {
-        let at = "127.0.0.1:1".parse().unwrap();
         let (mut finding, mut streak) = (Finding::default(), 0);
         let mut passes = |answers: &str| -> Vec<Option<bool>> {
             let found = answers.chars().map(|answer| {
                 let answer = if answer == '+' { Ok(()) } else { Err("no".to_owned()) };
-                finding = after(finding.clone(), &check(CheckKind::Tcp), at, answer, &mut streak);
+                finding = after(finding.clone(), &check(CheckKind::Tcp), answer, &mut streak);
                 finding.passes
             });
             found.collect()
@@ -313,9 +339,10 @@ mod tests {
         let checks = Checks::default();
         let mut news = checks.news();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let at = Some(listener.local_addr().unwrap());
-        let asked = |at| Asked { at, check: check(CheckKind::Tcp) };
-        let wanted = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), asked(at))).collect();
+        let at = vec![listener.local_addr().unwrap()];
+        let asked =
+            |at: &[SocketAddr]| Asked { at: at.to_vec(), check: check(CheckKind::Tcp), backs_off: false };
+        let wanted = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), asked(&at))).collect();
         assert!(!checks.has_begun() && checks.finding("old").is_none());
         checks.follow("eth1", wanted(&["old"]), |_| Some(false));
         assert!(!checks.has_begun(), "nobody heeds it");
@@ -337,7 +364,7 @@ mod tests {
         checks.follow("eth1", BTreeMap::new(), |_| None);
         assert!(checks.finding("new").is_none() && passes("old"));
         // Nothing is known of where it is by now: what was found stands.
-        checks.follow("eth2", BTreeMap::from([("old".to_owned(), asked(None))]), |_| None);
+        checks.follow("eth2", BTreeMap::from([("old".to_owned(), asked(&[]))]), |_| None);
         assert!(passes("old"));
         checks.follow("eth2", BTreeMap::new(), |_| None);
         assert!(checks.finding("old").is_none());

@@ -4,17 +4,24 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::ErrorKind,
     net::{IpAddr, Ipv4Addr},
+    time::Duration,
 };
+
+use lb_common::backend;
+use tokio::time::Instant;
 
 use super::{Controller, refusals::Change};
 use crate::{
-    cluster::Idle,
+    cluster::{Idle, Protocol},
     datapath::{Alias, ConnectionLog, DatapathError},
     events::{Event, Kind},
     net::{Reset, Resetter},
     plan::ServiceLabel,
     report,
 };
+
+/// A task that is full is told to be so for this time at least.
+const FULL_FOR: Duration = Duration::from_secs(5);
 
 impl Controller {
     /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, removes connections
@@ -71,6 +78,7 @@ impl Controller {
             self.record(kind, text);
         }
         self.log_aliases()?;
+        self.look_for_full()?;
         self.look_for_refusals()
     }
 
@@ -99,6 +107,36 @@ impl Controller {
         Ok(())
     }
 
+    /// Says which of this node's tasks have as many connections as they may have: the nodes that clients use each know their own alone.
+    fn look_for_full(&mut self) -> Result<(), DatapathError> {
+        let tables = self.datapath.tables();
+        let mut open: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+        for (index, entry) in &tables.backends {
+            let most = tables.services.get(&entry.backend.service).map_or(0, |it| it.task_max_connections);
+            if most != 0 && entry.backend.kind == backend::Kind::Local as u8 {
+                // Of each port and family; that which has most.
+                let known = open.entry(&entry.label.task).or_default();
+                *known = (known.0.max(self.datapath.counted_open(*index)?.established()), most.into());
+            }
+        }
+        // Who was full is so until there is room for some, and for a while: each change is told to all nodes.
+        let now = Instant::now();
+        let since = |task: &str, open: u64, most: u64| {
+            let known = self.full.get(task).copied();
+            let stays = |since: &Instant| {
+                now.saturating_duration_since(*since) < FULL_FOR || open > most - (most / 4).max(1)
+            };
+            if open >= most { Some(known.unwrap_or(now)) } else { known.filter(stays) }
+        };
+        let full = open
+            .iter()
+            .filter_map(|(task, (open, most))| Some(((*task).to_owned(), since(task, *open, *most)?)));
+        let full: BTreeMap<String, Instant> = full.collect();
+        self.settings.checks.set_full(&self.settings.interface, full.keys().cloned().collect());
+        self.full = full;
+        Ok(())
+    }
+
     /// Says which tasks do not take the connections they are given, and which do again.
     fn look_for_refusals(&mut self) -> Result<(), DatapathError> {
         let now = report::now();
@@ -108,7 +146,16 @@ impl Controller {
         for index in self.refusals.due(self.datapath.tables().backends.keys().copied()) {
             let stats = self.datapath.backend_stats(index)?;
             let Some(entry) = self.datapath.tables().backends.get(&index) else { continue };
-            let Some(change) = self.refusals.look(index, entry.backend.generation, stats, now) else {
+            let change = self.refusals.look(index, entry.backend.generation, stats, now);
+            // Where its service has a check, that alone counts.
+            let service = self.datapath.tables().services.get(&entry.backend.service);
+            let eject = service.filter(|service| service.health.is_none()).map_or(0, |service| service.eject);
+            let is_here =
+                entry.backend.kind == backend::Kind::Local as u8 && entry.label.protocol == Protocol::Tcp;
+            if is_here && self.refusals.took_none_of(index, eject.into()) {
+                self.offers.suspect(&entry.label.task);
+            }
+            let Some(change) = change else {
                 continue;
             };
             let (label, service) =

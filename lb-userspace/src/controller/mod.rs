@@ -138,6 +138,8 @@ pub struct Controller {
     watch: Watch,
     /// Tasks that do not take connections.
     refusals: Refusals,
+    /// Tasks of this node that have as many connections as they may have, and since when.
+    full: BTreeMap<String, Instant>,
     /// What somebody asked to be logged.
     log_level: Option<String>,
     /// The clients that tasks know by an address of the pool, as was logged.
@@ -231,6 +233,7 @@ impl Controller {
             complaints: BTreeSet::new(),
             watch,
             refusals: Refusals::default(),
+            full: BTreeMap::new(),
             aliases: BTreeMap::new(),
             fills: BTreeMap::new(),
             log_level: None,

@@ -2,7 +2,7 @@
 //! those tasks get that have just come.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -11,8 +11,11 @@ use std::{
 use lb_common::backend::State;
 
 use crate::{
-    check::runner::{Asked, Checks},
-    cluster::{ClusterState, Service, Task, TaskState},
+    check::{
+        Check,
+        runner::{Asked, Checks},
+    },
+    cluster::{ClusterState, Protocol, Service, Task, TaskState},
     plan::Tables,
     translation::own,
 };
@@ -30,10 +33,28 @@ pub struct Offers {
     /// The tasks of services that start gently, by name, that take new connections here; and how far those are that have just
     /// come.
     takers: HashMap<String, Option<Rise>>,
+    /// Tasks of this node that did not take what they were given, by name: asked whether they do.
+    suspects: HashMap<String, Suspect>,
     /// Whether anybody has looked: who takes them before that has not just come.
     begun: bool,
     /// The services that were offered otherwise than they are told, by name: one that is so again is the same one to the planner.
     last: HashMap<String, Arc<Service>>,
+}
+
+/// A task that did not take what it was given may be asked by whoever could make it look so: what counts is what it answers its own
+/// node, a second from one answer to the next question, and more while it answers none.
+const ASKED_EACH: u32 = 1_000;
+/// A suspect is asked at so many ports at most, each of which may take two seconds.
+const MOST_ASKED: usize = 8;
+/// A suspect that takes connections when it is asked is none after this time.
+const CLEARED: Duration = Duration::from_secs(5);
+
+/// A task that is asked whether it takes connections.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    since: Instant,
+    /// Whether it is asked already.
+    asked: bool,
 }
 
 /// A task on its way to its whole share.
@@ -60,6 +81,7 @@ impl Offers {
             interface: interface.to_owned(),
             checks,
             takers: HashMap::new(),
+            suspects: HashMap::new(),
             begun: false,
             last: HashMap::new(),
         }
@@ -91,24 +113,63 @@ impl Offers {
     pub fn is_due(&self) -> bool {
         let now = Instant::now();
         self.takers.values().flatten().any(|rise| rise.step(now) != rise.step)
+            || self
+                .suspects
+                .iter()
+                .any(|(task, suspect)| !suspect.asked || self.is_cleared(task, suspect, now))
     }
 
-    /// Has this node's tasks asked whose services want it.
-    fn follow_checks(&self, cluster: &ClusterState, node: &str, tables: &Tables) {
+    /// Has a task of this node asked whether it takes connections, and get none while it does not.
+    pub fn suspect(&mut self, task: &str) {
+        let suspect = Suspect { since: Instant::now(), asked: false };
+        self.suspects.entry(task.to_owned()).or_insert(suspect);
+    }
+
+    /// Whether a suspect was asked for a while, and takes connections.
+    fn is_cleared(&self, task: &str, suspect: &Suspect, now: Instant) -> bool {
+        let passes = || self.checks.finding(task).is_some_and(|finding| finding.passes == Some(true));
+        suspect.asked && now.saturating_duration_since(suspect.since) >= CLEARED && passes()
+    }
+
+    /// How a task of a service is asked, and by which ports, if it is. A suspect takes connections if it does so at any of its own: by a
+    /// port that only some tasks serve nobody is ejected.
+    fn check_of(&self, service: &Service, task: &Task) -> Option<(Check, Vec<u16>)> {
+        if let Some(check) = &service.health {
+            return Some((check.clone(), vec![check.port]));
+        }
+        self.suspects.get(&task.name).filter(|_| service.eject != 0)?;
+        let tcp = service.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+        let ports: BTreeSet<u16> = tcp.map(|port| port.target).collect();
+        Some((Check::of_suspect(*ports.first()?, ASKED_EACH), ports.into_iter().collect()))
+    }
+
+    /// Has this node's tasks asked whose services want it, and those that are suspected.
+    fn follow_checks(&mut self, cluster: &ClusterState, node: &str, tables: &Tables) {
         self.checks.set_heeded(cluster.checks);
+        let now = Instant::now();
+        let cleared =
+            |(task, suspect): (&String, &Suspect)| self.is_cleared(task, suspect, now).then(|| task.clone());
+        for task in self.suspects.iter().filter_map(cleared).collect::<Vec<_>>() {
+            self.suspects.remove(&task);
+        }
         let mut wanted = BTreeMap::new();
         for service in &cluster.services {
-            let Some(check) = &service.health else { continue };
-            for task in service.tasks.iter().filter(|task| task.node == node) {
+            let asks = service.health.is_some() || service.eject != 0 && !self.suspects.is_empty();
+            for task in service.tasks.iter().filter(|task| asks && task.node == node) {
+                let Some((check, ports)) = self.check_of(service, task) else { continue };
                 // In a swarm a task is known by its address in the overlay before it is found here.
                 let is_here = |address: &&IpAddr| cluster.this.is_none() || Some(**address) != task.overlay;
-                let address = task.addresses.iter().find(is_here);
-                let address = address.filter(|_| task.state != TaskState::Starting);
-                let own = |address: IpAddr| own(address, &task.addresses).unwrap_or(address);
-                let at = address.map(|address| SocketAddr::new(own(*address), check.port));
-                wanted.insert(task.name.clone(), Asked { at, check: check.clone() });
+                let addresses = task.addresses.iter().filter(is_here);
+                let addresses = addresses.filter(|_| task.state != TaskState::Starting);
+                let own = |address: &IpAddr| own(*address, &task.addresses).unwrap_or(*address);
+                let suspect = service.health.is_none();
+                let at = addresses.flat_map(|address| ports.iter().map(move |port| (own(address), *port)));
+                let at = at.map(SocketAddr::from).take(if suspect { MOST_ASKED } else { 1 }).collect();
+                wanted.insert(task.name.clone(), Asked { at, check, backs_off: suspect });
             }
         }
+        self.suspects.retain(|task, _| wanted.contains_key(task));
+        self.suspects.values_mut().for_each(|suspect| suspect.asked = true);
         self.checks.follow(&self.interface, wanted, |task| {
             let its = || tables.backends.values().filter(|entry| entry.label.task == task);
             match its().any(|entry| entry.backend.state == State::Active as u8) {
@@ -121,18 +182,25 @@ impl Offers {
     /// The cluster with what this node's own checks found; none where they have nothing to say that it does not know. A swarm's source
     /// has heard of them, or will.
     fn found(&self, cluster: &ClusterState, node: &str) -> Option<ClusterState> {
-        let is_new = |task: &Task| task.node == node && task.finding.is_none();
-        let is_asked = |service: &Arc<Service>| service.health.is_some() && service.tasks.iter().any(is_new);
-        if !cluster.services.iter().any(is_asked) {
-            return None;
-        }
-        let mut found = cluster.clone();
-        for service in found.services.iter_mut().filter(|service| is_asked(service)) {
-            for task in Arc::make_mut(service).tasks.iter_mut().filter(|task| is_new(task)) {
-                task.finding = self.checks.finding(&task.name);
+        // What there is to say of a task that is not known of it.
+        let new = |service: &Service, task: &Task| {
+            if task.node != node || task.finding.is_some() || !service.minds_findings() {
+                return None;
+            }
+            let asks = service.health.is_some();
+            let finding = self.checks.finding(&task.name);
+            finding.filter(|finding| asks || finding.speaks_against())
+        };
+        let mut found: Option<ClusterState> = None;
+        for (index, service) in cluster.services.iter().enumerate() {
+            for (number, task) in service.tasks.iter().enumerate() {
+                if let Some(finding) = new(service, task) {
+                    let found = found.get_or_insert_with(|| cluster.clone());
+                    found.service_mut(index).tasks[number].finding = Some(finding);
+                }
             }
         }
-        Some(found)
+        found
     }
 
     /// The cluster with less weight for tasks that have just come; none where all have their whole share.
@@ -143,7 +211,7 @@ impl Offers {
         let mut eased: Option<ClusterState> = None;
         for (index, service) in cluster.services.iter().enumerate().filter(|(_, service)| gentle(service)) {
             let passes =
-                |task: &&Task| task.finding.as_ref().is_none_or(|finding| finding.passes == Some(true));
+                |task: &&Task| task.finding.as_ref().is_none_or(|it| it.full || it.passes == Some(true));
             let running = |task: &&Task| task.state == TaskState::Running;
             let takers = service.tasks.iter().filter(running).filter(passes);
             for task in takers.clone() {

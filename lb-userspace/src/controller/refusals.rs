@@ -29,6 +29,8 @@ struct Seen {
     stats: BackendStats,
     /// New connections when it last failed.
     connections: u64,
+    /// Connections in a row that the task did not take, of all nodes' clients.
+    in_a_row: u64,
     /// When it was first given a connection after that: whether it has taken it shows a second later, as the client asks again.
     given: Option<u64>,
 }
@@ -69,9 +71,19 @@ impl Refusals {
         gone
     }
 
+    /// Whether a task of this node has refused, or not answered, so many connections in a row as of the last look; they are counted
+    /// anew then.
+    pub fn took_none_of(&mut self, index: u32, many: u64) -> bool {
+        self.seen.get_mut(&index).is_some_and(|seen| {
+            let enough = many != 0 && seen.in_a_row >= many;
+            seen.in_a_row *= u64::from(!enough);
+            enough
+        })
+    }
+
     /// Looks at a backend's counters at a moment, in seconds since 1970.
     pub fn look(&mut self, index: u32, generation: u32, stats: BackendStats, now: u64) -> Option<Change> {
-        let new = Seen { generation, stats, connections: stats.connections, given: None };
+        let new = Seen { generation, stats, connections: stats.connections, in_a_row: 0, given: None };
         let seen = self.seen.entry(index).or_insert(new);
         // What was counted before this controller came is not news; another task has counters of its own.
         if seen.generation != generation || stats.failovers < seen.stats.failovers {
@@ -79,6 +91,10 @@ impl Refusals {
             return self.troubled.remove(&index).map(|_| Change::Takes);
         }
         let failed = stats.failovers - seen.stats.failovers;
+        seen.in_a_row = match stats.answered.wrapping_sub(seen.stats.answered) {
+            0 => seen.in_a_row + u64::from(stats.unanswered.wrapping_sub(seen.stats.unanswered)),
+            _ => 0,
+        };
         seen.stats = stats;
         if failed > 0 {
             (seen.connections, seen.given) = (stats.connections, None);
@@ -148,6 +164,25 @@ mod tests {
         assert!(matches!(refusals.look(7, 1, stats(2, 1), 2), Some(Change::Refuses(_))));
         assert_eq!(refusals.look(7, 2, stats(0, 0), 3), Some(Change::Takes));
         assert_eq!(refusals.look(7, 2, stats(9, 0), 30), None);
+    }
+
+    #[test]
+    fn those_in_a_row_end_with_one_that_is_answered() {
+        let mut refusals = Refusals::default();
+        let mut row = |generation, answered, unanswered| {
+            let stats = BackendStats { answered, unanswered, ..BackendStats::default() };
+            refusals.look(7, generation, stats, 1);
+            refusals.seen[&7].in_a_row
+        };
+        // What was counted before is no news.
+        assert_eq!(
+            [(1, 5, 9), (1, 5, 9), (1, 5, 11), (1, 5, 12)].map(|(g, a, u)| row(g, a, u)),
+            [0, 0, 2, 3]
+        );
+        assert_eq!(
+            [(1, 6, 14), (1, 6, 15), (2, 0, 0), (2, 0, 1)].map(|(g, a, u)| row(g, a, u)),
+            [0, 1, 0, 1]
+        );
     }
 
     #[test]

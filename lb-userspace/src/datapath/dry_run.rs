@@ -1,7 +1,10 @@
 //! What the datapath would do with a frame, found by having it do so: the same program, once, with tables of its own in the place of
 //! those that programs write, so that no turn is taken, nothing is counted or kept, and nothing leaves.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use aya::{
     Ebpf, Pod,
@@ -18,6 +21,7 @@ use lb_common::{
     guard::Guard,
     net::{Address, Be16, V4, V6},
     outcome::Outcome,
+    stats::Open,
     tunnel::{PeerKey, mapped},
 };
 
@@ -119,7 +123,10 @@ impl<'a> DryRun<'a> {
         run.copy::<Guard>(table::GUARD, [0])?;
         run.copy::<PeerKey>(table::PEER_KEYS, tables.nodes.keys().copied())?;
         let at = At { address: listener.ip(), protocol, port: listener.port() };
-        run.copy::<u64>(table::CURSORS, tables.listeners.get(&at).map(|listener| listener.cursor))?;
+        let listener = tables.listeners.get(&at);
+        run.copy::<u64>(table::CURSORS, listener.map(|listener| listener.cursor))?;
+        let slots = listener.and_then(|listener| tables.slots_of(listener)).into_iter().flatten();
+        run.copy::<Open>(table::OPEN, BTreeSet::from_iter(slots.map(|slot| slot.backend())))?;
         match wanted {
             Wanted::V4(_, places) => run.copy::<Set<V4>>(table::CONNECTIONS4, places)?,
             Wanted::V6(_, places) => run.copy::<Set<V6>>(table::CONNECTIONS6, places)?,

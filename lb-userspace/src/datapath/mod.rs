@@ -59,7 +59,7 @@ use lb_common::{
     },
     guard::HOLD_SECONDS,
     outcome::Outcome,
-    stats::BackendStats,
+    stats::{BackendStats, Open},
 };
 pub use links::{AttachProblem, TcHook};
 use loader::On;
@@ -482,6 +482,14 @@ impl Datapath {
     /// The kernel refuses the read.
     pub fn backend_stats(&self, index: u32) -> Result<BackendStats, DatapathError> {
         self.set.backend(index)
+    }
+
+    /// The open connections of a backend, as the programs count them.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn counted_open(&self, index: u32) -> Result<Open, DatapathError> {
+        self.set.counted_open(index)
     }
 
     /// What a controller said last of its source.

@@ -21,7 +21,9 @@ use lb_common::{
     filter::{Side, position},
     guard::{Guard, Rate},
     net::{Address, Be16, V4, V6, Wide},
-    stats::{BackendStats, ServiceStats, TableStats},
+    service::Settings,
+    slot::Slot,
+    stats::{BackendStats, Open, ServiceStats, TableStats},
     tunnel::{Peer, PeerKey, TaskKey, mapped, unmapped},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -49,7 +51,7 @@ pub struct TableSet {
     listeners6: Listeners<V6>,
     task_endpoints4: TaskEndpoints<V4>,
     task_endpoints6: TaskEndpoints<V6>,
-    slots: Array<MapData, u32>,
+    slots: Array<MapData, Slot>,
     backends: Array<MapData, Backend>,
     peers: Array<MapData, Peer>,
     peer_keys: Array<MapData, PeerKey>,
@@ -60,7 +62,8 @@ pub struct TableSet {
     pub(super) access: LpmTrie<MapData, AccessKey, u32>,
     vlans: Array<MapData, u64>,
     labels: HashMap<MapData, LabelKey, Label>,
-    timers: Array<MapData, Timers>,
+    settings: Array<MapData, Settings>,
+    open: Array<MapData, Open>,
     guard: Array<MapData, Guard>,
     rates: PerCpuArray<MapData, Rate>,
     heartbeat: Array<MapData, u32>,
@@ -128,7 +131,8 @@ impl TableSet {
             access: open(pins, table::ACCESS)?,
             vlans: open(pins, table::VLANS)?,
             labels: open(pins, table::LABELS)?,
-            timers: open(pins, table::TIMERS)?,
+            settings: open(pins, table::SERVICES)?,
+            open: open(pins, table::OPEN)?,
             guard: open(pins, table::GUARD)?,
             rates: open(pins, table::RATES)?,
             heartbeat: open(pins, table::HEARTBEAT)?,
@@ -504,6 +508,14 @@ impl TableSet {
         self.set_label(LABEL_BACKEND, index, &fitted(&entry.label, &[|label| &mut label.problem]))
     }
 
+    /// The open connections of a backend, as the programs count them.
+    ///
+    /// # Errors
+    /// The kernel refuses the read.
+    pub fn counted_open(&self, index: u32) -> Result<Open, DatapathError> {
+        self.open.get(&index, 0).map_err(|e| DatapathError::map("read", e))
+    }
+
     /// Frees a backend.
     pub(super) fn free_backend(&mut self, index: u32, free: Backend) -> Result<(), DatapathError> {
         self.remove_label(LABEL_BACKEND, index)?;
@@ -520,7 +532,7 @@ impl TableSet {
         if new {
             zero(&mut self.service_stats, index)?;
         }
-        write(&mut self.timers, index, timers(label))?;
+        write(&mut self.settings, index, settings(label))?;
         self.set_label(
             LABEL_SERVICE,
             index,
@@ -619,14 +631,14 @@ impl TableSet {
     }
 }
 
-/// A service's timers as the programs have them. They forget a connection that has ended with the next packet of it, and tell
+/// A service's settings as the programs have them. They forget a connection that has ended with the next packet of it, and tell
 /// nobody: where the ends of an idle connection are to be told, only the walk may find it, which goes by the label.
-fn timers(label: &ServiceLabel) -> Timers {
+fn settings(label: &ServiceLabel) -> Settings {
     let mut timers = Timers { seconds: label.timers };
     if label.idle == Idle::Reset {
         timers.seconds[Phase::Established as usize] = Timers::MOST;
     }
-    timers
+    Settings { timers, task_connections: label.task_max_connections, ..Settings::default() }
 }
 
 fn json_of(label: &(impl Serialize + ?Sized)) -> Vec<u8> {

@@ -211,7 +211,7 @@ impl<'a> Teller<'a> {
     /// How many tasks take new connections of a listener.
     fn takers(&self, listener: &Listener) -> usize {
         let slots = self.tables().slots_of(listener).unwrap_or_default();
-        slots.iter().collect::<BTreeSet<_>>().len()
+        slots.iter().map(|slot| slot.backend()).collect::<BTreeSet<_>>().len()
     }
 
     /// Where the port is served instead.

@@ -258,6 +258,8 @@ impl<'a> Scene<'a> {
                 family: service.family,
                 health: service.health.as_ref().map(ToString::to_string),
                 slow_start: u32::try_from(service.slow_start.as_secs()).unwrap_or(u32::MAX),
+                task_max_connections: service.task_max_connections,
+                eject: service.eject.into(),
             },
             backends: self.backends(service),
             ports: ports(self.view, service),
@@ -278,7 +280,7 @@ impl<'a> Scene<'a> {
             let next_hops = reached(task, reach).map(|address| self.next_hop(task, (address, reach)));
             task.weight > 0 && next_hops.flatten().any(|next_hop| next_hop.silent.is_none())
         };
-        for (task, judged) in service.tasks.iter().zip(judge(&service.tasks, usable)) {
+        for (task, judged) in service.tasks.iter().zip(judge(service, usable)) {
             let reach = self.reaching.of(task);
             // Another node may think otherwise of one that has not passed yet, and this one did before: what it has goes on.
             let held = task.state == TaskState::Running && judged.state == TaskState::Starting;

@@ -12,6 +12,7 @@ use lb_common::{
     backend::{self, Kind, SINGLE, State},
     endpoint::{self, Listener},
     net::{Be16, Wide},
+    slot::Slot,
     tunnel::{SELF, TaskKey, mapped, name},
 };
 
@@ -450,18 +451,23 @@ impl<'a> TableBuilder<'a> {
             }
             let weights: Vec<u16> = eligible.iter().map(|(_, weight, _)| *weight).collect();
             let names: Vec<&str> = eligible.iter().map(|(_, _, name)| known_as(name)).collect();
-            let (order, flags) = match by_hash {
-                false if service.scheduler == Scheduler::Random => {
-                    (slots::smooth_wrr(&weights), endpoint::RANDOM)
-                }
-                false => (slots::smooth_wrr(&weights), 0),
-                true => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
+            let (order, flags) = match service.scheduler {
+                _ if by_hash => (slots::maglev_table(&names, &weights), endpoint::CONSISTENT),
+                Scheduler::LeastConnections => ((0..eligible.len()).collect(), endpoint::LEAST),
+                Scheduler::Random => (slots::smooth_wrr(&weights), endpoint::RANDOM),
+                _ => (slots::smooth_wrr(&weights), 0),
+            };
+            let compared = match flags & endpoint::LEAST {
+                0 => vec![0; eligible.len()],
+                _ => slots::compared(&weights),
             };
             let ignored = service.client_prefix.ignored(v4) << endpoint::IGNORED_SHIFT;
             let flags = flags | if affine { endpoint::AFFINE | ignored } else { 0 };
             let flags = flags | if service.access.is_empty() { 0 } else { endpoint::RESTRICTED };
             let flags = flags | if closed && eligible.is_empty() { endpoint::CLOSED } else { 0 };
-            let slots: Vec<u32> = order.into_iter().map(|i| eligible[i].0).collect();
+            let limited = service.label.task_max_connections != 0;
+            let flags = flags | if limited { endpoint::LIMITED } else { 0 };
+            let slots: Vec<Slot> = order.into_iter().map(|i| Slot::new(eligible[i].0, compared[i])).collect();
             let at = |address: &IpAddr| at(port, *address);
             let slot_count = slots.len() as u32;
             let slot_base = match self.stands(&slots, addresses.iter().map(at)) {
@@ -483,7 +489,7 @@ impl<'a> TableBuilder<'a> {
     }
 
     /// Where these slots stand already; those of nobody stand anywhere.
-    fn stands(&self, slots: &[u32], listeners: impl Iterator<Item = At>) -> Option<u32> {
+    fn stands(&self, slots: &[Slot], listeners: impl Iterator<Item = At>) -> Option<u32> {
         if slots.is_empty() {
             return Some(0);
         }
@@ -594,7 +600,7 @@ struct PlannedPort {
     label: PortLabel,
     listeners: Vec<(At, Listener)>,
     /// New ranges of slots.
-    ranges: Vec<(u32, Vec<u32>)>,
+    ranges: Vec<(u32, Vec<Slot>)>,
 }
 
 fn full(what: &str) -> Refusal {

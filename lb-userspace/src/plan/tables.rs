@@ -11,6 +11,7 @@ use lb_common::{
     backend::{Backend, Kind, State, TRANSLATED},
     endpoint::{Listener, RESTRICTED},
     net::{Address as _, V4, V6},
+    slot::Slot,
     tunnel::{Peer, SELF, TaskKey},
 };
 use serde::{Deserialize, Serialize};
@@ -64,6 +65,12 @@ pub struct ServiceLabel {
     /// Seconds in which a task that comes gets its whole share of new connections; zero is at once.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub slow_start: u32,
+    /// Connections that one of its tasks may have; zero is any number.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub task_max_connections: u32,
+    /// After how many connections in a row that it does not take a task gets no new ones; zero is never.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub eject: u32,
 }
 
 /// Whether a number is none.
@@ -218,7 +225,7 @@ pub struct Tables {
     /// Reply sources by the task's endpoint.
     pub endpoints: BTreeMap<At, TaskListener>,
     /// The whole slot table; what no listener names has no meaning.
-    pub slots: Vec<u32>,
+    pub slots: Vec<Slot>,
     /// Whether clients may connect to services that not everybody may connect to; the narrowest range counts.
     pub access: BTreeMap<ClientRange, bool>,
     /// Words of the port filter that are not zero.
@@ -233,11 +240,11 @@ impl Tables {
 
     /// Empty tables with room for `slots` slots.
     pub fn empty(slots: u32) -> Self {
-        Self { slots: vec![0; slots as usize], ..Self::default() }
+        Self { slots: vec![Slot::default(); slots as usize], ..Self::default() }
     }
 
     /// The slots that a listener names; `None` if it names some that do not exist.
-    pub fn slots_of(&self, listener: &Listener) -> Option<&[u32]> {
+    pub fn slots_of(&self, listener: &Listener) -> Option<&[Slot]> {
         let base = listener.slot_base as usize;
         self.slots.get(base..base.checked_add(listener.slot_count as usize)?)
     }
@@ -362,8 +369,9 @@ impl Tables {
                 found.push(format!("{at:?} names slots that do not exist"));
                 continue;
             };
-            for index in slots {
-                match self.backends.get(index) {
+            for slot in slots {
+                let index = slot.backend();
+                match self.backends.get(&index) {
                     None => found.push(format!("{at:?} leads to backend {index}, which is free")),
                     Some(entry) if entry.backend.state != State::Active as u8 => {
                         found.push(format!("{at:?} leads to backend {index}, which is not active"));
@@ -443,7 +451,7 @@ pub enum MapOp {
     /// Forget a task's endpoint.
     RemoveTaskEndpoint(At),
     /// Write slots that no listener names yet.
-    SetSlots(u32, Vec<u32>),
+    SetSlots(u32, Vec<Slot>),
     /// Point a listener at a range of slots.
     SetListener(At, Listener),
     /// Forget a listener.

@@ -8,7 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::backend::{SINGLE, State};
+use lb_common::{
+    backend::{SINGLE, State},
+    slot::Slot,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -174,7 +177,7 @@ fn apply(tables: &mut Tables, plan: &Plan) -> Result<(), TestCaseError> {
 fn meaning(tables: &Tables) -> BTreeMap<At, Vec<String>> {
     let tasks = |listener| {
         let slots = tables.slots_of(listener).unwrap();
-        slots.iter().map(|index| tables.backends[index].label.task.clone()).collect()
+        slots.iter().map(|slot| tables.backends[&slot.backend()].label.task.clone()).collect()
     };
     tables.listeners.iter().map(|(at, listener)| (*at, tasks(listener))).collect()
 }
@@ -470,7 +473,8 @@ fn a_task_inherits_the_clients_of_the_one_whose_place_it_takes() {
         assert_eq!(plan.refused, Vec::<String>::new());
         apply(&mut tables, &plan).unwrap();
         let listener = tables.listeners.values().find(|listener| listener.slot_count > 0).unwrap();
-        let place = |index: &u32| tables.backends[index].label.task.split('.').nth(1).unwrap().to_owned();
+        let place =
+            |slot: &Slot| tables.backends[&slot.backend()].label.task.split('.').nth(1).unwrap().to_owned();
         let places = tables.slots_of(listener).unwrap().iter().map(place).collect::<Vec<_>>();
         (listener.flags, places)
     };
@@ -503,7 +507,7 @@ fn consistent_placement_changes_few_slots_when_a_task_goes() {
         apply(&mut tables, &plan).unwrap();
         let listener = tables.listeners.values().find(|listener| listener.slot_count > 0).unwrap();
         assert_eq!(listener.flags, lb_common::endpoint::CONSISTENT);
-        let names = |index: &u32| tables.backends[index].label.task.clone();
+        let names = |slot: &Slot| tables.backends[&slot.backend()].label.task.clone();
         slots.push(tables.slots_of(listener).unwrap().iter().map(names).collect::<Vec<_>>());
     }
     let moved = slots[0].iter().zip(&slots[1]).filter(|(before, after)| *before != "s1.2" && before != after);

@@ -36,7 +36,7 @@ pub(super) struct Next<'a> {
     pub access: TableDiff<'a, ClientRange, bool>,
     pub filter: TableDiff<'a, u32, u64>,
     /// Slots by the start of a range that no listener reads today.
-    pub slots: BTreeMap<u32, Vec<u32>>,
+    pub slots: BTreeMap<u32, Vec<lb_common::slot::Slot>>,
 }
 
 impl<'a> Next<'a> {

@@ -57,6 +57,12 @@ pub const HEALTH_LABEL: &str = "lb.health";
 /// Service label: the time in which a task that comes gets its whole share of new connections.
 pub const SLOW_START_LABEL: &str = "lb.slow-start";
 
+/// Service label: connections that one of its tasks may have.
+pub const TASK_CONNECTIONS_LABEL: &str = "lb.task-max-connections";
+
+/// Service label: after how many connections in a row that it does not take a task gets no new ones, `off` or a number.
+pub const EJECT_LABEL: &str = "lb.eject";
+
 /// What is said of a node's labels is cut to so many bytes.
 const LONGEST_PROBLEM: usize = 160;
 /// The largest weight of a node: each service has as many slots as its tasks weigh.
@@ -65,9 +71,10 @@ const HEAVIEST: u16 = 10;
 /// A service as its labels describe it, which publishes these ports; what they do not say is not there.
 pub fn service(service: &model::Service, ports: &[Port]) -> Service {
     let mut problems = unknown_labels(service);
+    let scheduler = scheduler(service, &mut problems);
     let described = Service {
         returns: returns(service, &mut problems),
-        scheduler: scheduler(service, &mut problems),
+        scheduler,
         affinity: affinity(service, &mut problems),
         client_prefix: client_prefix(service, &mut problems),
         prefer: prefer(service, &mut problems),
@@ -78,6 +85,8 @@ pub fn service(service: &model::Service, ports: &[Port]) -> Service {
         access: access(service, &mut problems),
         health: health(service, ports, &mut problems),
         slow_start: slow_start(service, &mut problems),
+        task_max_connections: task_max_connections(service, &mut problems),
+        eject: eject(service, scheduler, &mut problems),
         ..Service::default()
     };
     let by_address = described.affinity == Affinity::Client || described.scheduler == Scheduler::Source;
@@ -130,10 +139,12 @@ const PREFIX: &str = "lb.";
 
 /// Labels of a service that are meant for us and that we do not know.
 fn unknown_labels(service: &model::Service) -> Vec<String> {
-    const KNOWN: [&str; 14] = [
+    const KNOWN: [&str; 16] = [
         CLUSTER_DENY_LABEL,
         FAMILY_LABEL,
         SLOW_START_LABEL,
+        TASK_CONNECTIONS_LABEL,
+        EJECT_LABEL,
         RETURN_LABEL,
         SCHEDULER_LABEL,
         FORMER_SCHEDULER_LABEL,
@@ -170,6 +181,26 @@ fn slow_start(service: &model::Service, problems: &mut Vec<String>) -> Duration 
     cluster::slow_start(label).unwrap_or_else(|error| {
         problems.push(format!("label {SLOW_START_LABEL}: {error}"));
         Duration::ZERO
+    })
+}
+
+fn task_max_connections(service: &model::Service, problems: &mut Vec<String>) -> u32 {
+    let Some(label) = service.spec.labels.get(TASK_CONNECTIONS_LABEL) else {
+        return 0;
+    };
+    cluster::task_max_connections(label.parse().ok()).unwrap_or_else(|error| {
+        problems.push(format!("label {TASK_CONNECTIONS_LABEL}={label}: {error}"));
+        0
+    })
+}
+
+fn eject(service: &model::Service, scheduler: Scheduler, problems: &mut Vec<String>) -> u16 {
+    let Some(label) = service.spec.labels.get(EJECT_LABEL) else {
+        return cluster::ejects(scheduler);
+    };
+    cluster::eject(label).unwrap_or_else(|error| {
+        problems.push(format!("label {EJECT_LABEL}: {error}"));
+        0
     })
 }
 
@@ -381,10 +412,32 @@ mod tests {
                 "label lb.health.path has no effect without lb.health=tcp or http",
             ),
             (&[("lb.slow-start", "soon")], "label lb.slow-start: \"soon\" is no time from 1s to 1h"),
+            (
+                &[("lb.task-max-connections", "x")],
+                "label lb.task-max-connections=x: a task may have 1 to 1000000 connections",
+            ),
+            (&[("lb.eject", "0")], "label lb.eject: \"0\" is neither off nor a number from 1 to 100"),
             (&[("lb.healthy", "tcp")], "label lb.healthy is unknown; did you mean lb.health?"),
         ] {
             assert_eq!(health(labels), wrong(said), "{labels:?}");
         }
+    }
+
+    #[test]
+    fn who_takes_no_more_is_set_by_labels() {
+        let limits = |labels: &[(&str, &str)]| {
+            let mut listing = listing();
+            let pairs = labels.iter().map(|(label, value)| ((*label).to_owned(), (*value).to_owned()));
+            listing.services[0].spec.labels.extend(pairs);
+            let service = &listing.view(Tunnel::default()).cluster.services[1];
+            (service.task_max_connections, service.eject)
+        };
+        assert_eq!(limits(&[]), (0, 0));
+        assert_eq!(limits(&[("lb.task-max-connections", "200"), ("lb.eject", "5")]), (200, 5));
+        // Where the fewest connections decide, a task that refuses all has them.
+        let least = ("lb.scheduler", "least-connections");
+        assert_eq!(limits(&[least]), (0, 3));
+        assert_eq!(limits(&[least, ("lb.eject", "off")]), (0, 0));
     }
 
     #[test]
@@ -515,7 +568,8 @@ mod tests {
         let mut notes = unknown_labels(&before);
         assert_eq!(scheduler(&before, &mut notes), Scheduler::Maglev);
         assert_eq!(notes, ["label lb.placement is called lb.scheduler now, and consistent maglev"]);
-        let said = "label lb.scheduler=sticky is none of round-robin, random, maglev, source";
+        let said =
+            "label lb.scheduler=sticky is none of round-robin, least-connections, random, maglev, source";
         assert_eq!(set("sticky"), (Scheduler::RoundRobin, Some(said.to_owned())));
     }
 

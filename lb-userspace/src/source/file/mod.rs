@@ -492,6 +492,17 @@ weight = 3
         let time = |text: &str| parse(text).ok().map(|state| state.services[0].slow_start.as_secs());
         assert_eq!((time(GOOD), time(&gentle("2m"))), (Some(0), Some(120)));
         fails(&gentle("2h"), 8, "\"2h\" is no time from 1s to 1h");
+        let limited = |line: &str| GOOD.replace("ports =", &format!("{line}\nports ="));
+        let limits = |text: &str| {
+            parse(text).ok().map(|state| (state.services[0].task_max_connections, state.services[0].eject))
+        };
+        assert_eq!(limits(GOOD), Some((0, 0)));
+        assert_eq!(limits(&limited("task-max-connections = 9\neject = 4")), Some((9, 4)));
+        assert_eq!(limits(&limited("scheduler = \"least-connections\"")), Some((0, 3)));
+        assert_eq!(limits(&limited("scheduler = \"least-connections\"\neject = \"off\"")), Some((0, 0)));
+        fails(&limited("task-max-connections = 0"), 8, "a task may have 1 to 1000000 connections");
+        fails(&limited("eject = \"soon\""), 8, "\"soon\" is neither off nor a number from 1 to 100");
+        fails(&limited("eject = 101"), 8, "\"101\" is neither off nor a number from 1 to 100");
         fails(&with("{ kind = \"icmp\" }"), 8, "health \"icmp\" is none of docker, tcp, http");
         fails(&with("{ kind = \"tcp\", path = \"/\" }"), 8, "a path is of use to http alone");
         fails(&with("{ kind = \"tcp\", timeout = 9 }"), 8, "unknown field `timeout`");

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,7 +18,8 @@ use crate::{
     check::CheckSpec,
     cluster::{
         Access, Affinity, ClientPrefix, ClusterState, Family, Idle, Node, Port, Prefer, Return, Scheduler,
-        Service, Task, TaskState, Tunnel, Via, address_range, set_timer, slow_start,
+        Service, Task, TaskState, Tunnel, Via, address_range, eject, ejects, set_timer, slow_start,
+        task_max_connections,
     },
     text,
     translation::{embed, stand_in},
@@ -85,10 +87,30 @@ pub(super) struct RawService {
     health: Option<Spanned<CheckSpec>>,
     #[serde(rename = "slow-start")]
     slow_start: Option<Spanned<String>>,
+    #[serde(rename = "task-max-connections")]
+    task_max_connections: Option<Spanned<u32>>,
+    eject: Option<Spanned<Eject>>,
     #[serde(default)]
     timers: BTreeMap<Spanned<String>, u32>,
     #[serde(default)]
     task: Vec<Spanned<RawTask>>,
+}
+
+/// `"off"` or a number.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Eject {
+    Word(String),
+    After(u16),
+}
+
+impl fmt::Display for Eject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Word(word) => f.write_str(word),
+            Self::After(after) => after.fmt(f),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -224,6 +246,16 @@ pub(super) fn service<'a>(
         None => Duration::ZERO,
         Some(text) => slow_start(text.get_ref()).map_err(|error| Wrong::at(text, error))?,
     };
+    let task_max_connections = match &raw.task_max_connections {
+        None => 0,
+        Some(number) => {
+            task_max_connections(Some(*number.get_ref())).map_err(|error| Wrong::at(number, error))?
+        }
+    };
+    let eject = match &raw.eject {
+        None => ejects(scheduler),
+        Some(after) => eject(&after.get_ref().to_string()).map_err(|error| Wrong::at(after, error))?,
+    };
     let (left, problem) = (String::new(), String::new());
     Ok(Service {
         name,
@@ -241,6 +273,8 @@ pub(super) fn service<'a>(
         idle,
         health,
         slow_start,
+        task_max_connections,
+        eject,
         left,
         problem,
     })
