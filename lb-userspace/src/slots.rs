@@ -120,6 +120,10 @@ fn gcd(a: u16, b: u16) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::{
+        conntrack::FiveTuple,
+        net::{Be16, V4},
+    };
     use proptest::prelude::*;
 
     use super::*;
@@ -182,6 +186,50 @@ mod tests {
                 .filter(|(before, after)| **before != gone && names[**before] != rest[**after])
                 .count();
             assert!(moved * 20 < all.len(), "{moved} of {} when {gone} goes", all.len());
+        }
+    }
+
+    /// By chance a task has as many as its share says, and five standard deviations more or fewer at most; its share of a table's slots
+    /// is right to one slot.
+    #[test]
+    fn clients_that_come_by_chance_are_spread_as_chance_spreads_them() {
+        for count in [5_usize, 1_000] {
+            let names: Vec<String> = (1..=count).map(|number| format!("web.{number}")).collect();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let table = maglev_table(&names, &vec![1; count]);
+            let clients = 400 * count as u32;
+            // Addresses in a row, as those of a provider's network, each with the port after its last one's.
+            let tuple = |client: u32| {
+                let source = V4((0x0a00_0000 + client).to_be());
+                let port = Be16::new(20_000 + (client % 40_000) as u16);
+                FiveTuple::new(source, V4(0x0102_00c0), port, Be16::new(80), 6)
+            };
+            let by: [fn(&FiveTuple<V4>) -> u32; 2] = [FiveTuple::flow_hash, |tuple| tuple.source_hash(0)];
+            for (what, hash) in ["five-tuple", "address"].into_iter().zip(by) {
+                let mut given = vec![0_u32; count];
+                (0..clients)
+                    .for_each(|client| given[table[hash(&tuple(client)) as usize % table.len()]] += 1);
+                let share = 400.0 * (1.0 + count as f64 / table.len() as f64);
+                let off = share - 400.0 + 5.0 * share.sqrt();
+                let (least, most) = (given.iter().min().unwrap(), given.iter().max().unwrap());
+                let fits = f64::from(*least) > 400.0 - off && f64::from(*most) < 400.0 + off;
+                assert!(fits, "by {what}, {count} tasks: {least} to {most} of 400, {off:.0} off at most");
+            }
+        }
+    }
+
+    #[test]
+    fn of_a_thousand_tasks_one_that_goes_moves_little_but_its_own_share() {
+        let names: Vec<String> = (1..=1_000).map(|number| format!("web.{number}")).collect();
+        let all: Vec<&str> = names.iter().map(String::as_str).collect();
+        let before = maglev_table(&all, &[1; 1_000]);
+        for gone in [0, 499, 999] {
+            let rest: Vec<&str> = all.iter().copied().filter(|name| *name != all[gone]).collect();
+            let after = maglev_table(&rest, &[1; 999]);
+            let others = before.iter().zip(&after).filter(|(before, _)| **before != gone);
+            let moved = others.filter(|(before, after)| all[**before] != rest[**after]).count();
+            // Of 16,381 slots 16 were its own.
+            assert!(moved * 50 < before.len(), "{moved} slots of others move when {gone} goes");
         }
     }
 
