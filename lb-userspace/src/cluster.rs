@@ -11,7 +11,7 @@ use std::{
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::conntrack::{Phase, Timers};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
 use crate::{
     check::{Check, Finding},
@@ -437,19 +437,19 @@ pub struct Service {
     pub returns: Option<Return>,
     /// How new connections find their tasks.
     // Agents of before call it so, and know no other name.
-    #[serde(default, alias = "placement")]
+    #[serde(default, alias = "placement", deserialize_with = "known")]
     pub scheduler: Scheduler,
     /// Whether a client's connections go to one task, whatever [`Self::scheduler`] says. Agents that know none place each by itself.
-    #[serde(default, skip_serializing_if = "Affinity::is_none")]
+    #[serde(default, skip_serializing_if = "Affinity::is_none", deserialize_with = "known")]
     pub affinity: Affinity,
     /// Which clients are one then. Agents of before take each address for one.
     #[serde(default, skip_serializing_if = "ClientPrefix::is_whole")]
     pub client_prefix: ClientPrefix,
     /// Whose tasks come first. Agents that know nothing of it take all for equal.
-    #[serde(default, skip_serializing_if = "Prefer::is_any")]
+    #[serde(default, skip_serializing_if = "Prefer::is_any", deserialize_with = "known")]
     pub prefer: Prefer,
     /// How clients are served whose family a task does not have.
-    #[serde(default, skip_serializing_if = "Family::is_auto")]
+    #[serde(default, skip_serializing_if = "Family::is_auto", deserialize_with = "known")]
     pub family: Family,
     /// Who may connect. Agents that know none let everybody.
     #[serde(default, skip_serializing_if = "Access::is_open")]
@@ -463,7 +463,7 @@ pub struct Service {
     #[serde(default, with = "seconds")]
     pub timers: Timers,
     /// What becomes of its established TCP connections that have ended so.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "known")]
     pub idle: Idle,
     /// How its tasks are asked whether they take connections, beside what Docker says. Agents that know none do not ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -496,6 +496,13 @@ impl Service {
 /// Whether a number stands for none.
 fn is_none(number: &u32) -> bool {
     *number == 0
+}
+
+/// A choice as another node tells it: one that this agent does not know yet is as if nothing had been said, for the rest of the cluster
+/// counts.
+fn known<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserializer: D) -> Result<T, D::Error> {
+    let told = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(told).unwrap_or_default())
 }
 
 /// Timers as they travel between nodes.
@@ -801,6 +808,28 @@ mod tests {
         for text in ["", "office", "10.0.0.0/33", "10.0.0/8", "10.0.0.1:80", "2001:db8::/129", "*"] {
             assert_eq!(read(text), Err(RangeError(text.into())));
         }
+    }
+
+    #[test]
+    fn what_a_newer_agent_says_of_a_service_is_read_as_far_as_it_is_known() {
+        let service = Service {
+            name: "web".into(),
+            scheduler: Scheduler::LeastConnections,
+            prefer: Prefer::Zone,
+            affinity: Affinity::Client,
+            ..Service::default()
+        };
+        let text = serde_json::to_string(&service).unwrap();
+        assert_eq!(serde_json::from_str::<Service>(&text).unwrap(), service);
+        let newer = text
+            .replace("least-connections", "fastest")
+            .replace("zone", "planet")
+            .replace("client", "cookie");
+        let (scheduler, prefer, affinity) = <_>::default();
+        let read = serde_json::from_str::<Service>(&newer).unwrap();
+        assert_eq!(read, Service { scheduler, prefer, affinity, ..service });
+        let former = text.replace("\"scheduler\":\"least-connections\"", "\"placement\":\"consistent\"");
+        assert_eq!(serde_json::from_str::<Service>(&former).unwrap().scheduler, Scheduler::Maglev);
     }
 
     #[test]
