@@ -1,9 +1,10 @@
-//! Everything at once, for a while: tasks come and go, controllers are killed and change their mode, the cluster file is
-//! written anew, while clients ask through every node. No request may fail.
+//! Everything at once, for a while: tasks come and go, controllers are killed and change their mode, connections are given to tasks by
+//! one scheduler and another, while clients ask through every node. No request may fail.
 //!
 //! `LB_SOAK_SECONDS` says how long (two minutes; less of it shortens other long tests too), `LB_SOAK_SEED` plays a run again.
 
 use std::{
+    collections::BTreeMap,
     env, process,
     time::{Duration, Instant},
 };
@@ -14,6 +15,7 @@ use lb_tests::{
     netns::{Netns, within},
     traffic::Load,
 };
+use lb_userspace::cluster::Scheduler;
 use nix::sys::signal::Signal;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,6 +43,7 @@ struct Soak<'a> {
     cluster: &'a Cluster,
     /// What the cluster file says of each task; nothing where it is not there.
     states: [Option<&'static str>; TASKS],
+    scheduler: Scheduler,
     agents: Vec<Option<Agent<'a>>>,
     loads: Vec<Load>,
 }
@@ -49,7 +52,8 @@ impl<'a> Soak<'a> {
     fn write(&self) {
         let there = self.cluster.tasks.iter().zip(&self.states);
         let tasks: Vec<(&Task, &str)> = there.filter_map(|(task, state)| Some((task, (*state)?))).collect();
-        self.cluster.write(&self.cluster.file("\"80:8080\"", &tasks));
+        let setting = format!("scheduler = \"{}\"\nports =", self.scheduler.name());
+        self.cluster.write(&self.cluster.file("\"80:8080\"", &tasks).replace("ports =", &setting));
     }
 
     /// Waits until every node sends new connections to exactly the tasks that run.
@@ -116,6 +120,7 @@ fn no_request_fails_whatever_happens() {
     let mut soak = Soak {
         cluster: &cluster,
         states: [Some("running"); TASKS],
+        scheduler: Scheduler::default(),
         agents: (0..3).map(|_| None).collect(),
         loads: Vec::new(),
     };
@@ -132,7 +137,10 @@ fn no_request_fails_whatever_happens() {
     let start = |(client, node): (&Netns, &Node)| Load::start(client, node.v4().into(), 1, u64::MAX);
     soak.loads = crowd.iter().zip(&cluster.nodes).map(start).collect();
     let (mut dice, begin, mut steps) = (Dice(seed), Instant::now(), [0_u32; 4]);
+    let mut by_scheduler: BTreeMap<&str, u64> = BTreeMap::new();
     while begin.elapsed() < length {
+        let done = |soak: &Soak<'_>| soak.loads.iter().map(Load::done).sum::<u64>();
+        let (scheduler, before) = (soak.scheduler.name(), done(&soak));
         let (what, node) = (dice.below(4), dice.below(3));
         steps[what] += 1;
         match what {
@@ -140,15 +148,17 @@ fn no_request_fails_whatever_happens() {
             1 => soak.replace(node, Signal::SIGKILL, "native"),
             2 => soak.replace(node, Signal::SIGTERM, ["native", "tc"][dice.below(2)]),
             _ => {
+                soak.scheduler = Scheduler::ALL[dice.below(Scheduler::ALL.len())];
                 soak.write();
                 soak.go_on();
             }
         }
+        *by_scheduler.entry(scheduler).or_default() += done(&soak) - before;
         let failed: u64 = soak.loads.iter().map(Load::failed).sum();
         assert_eq!(failed, 0, "after {:?}, step {what} on node {node}, {steps:?}", begin.elapsed());
     }
     let done: Vec<u64> = soak.loads.iter().map(Load::done).collect();
-    println!("{steps:?} times scaled, killed, replaced, written; {done:?} requests");
+    println!("{steps:?} times scaled, killed, replaced, rescheduled; {done:?} requests, {by_scheduler:?}");
     assert!(steps.iter().all(|count| *count > 0) || length < Duration::from_secs(60), "{steps:?}");
     let failed: Vec<String> = soak.loads.drain(..).flat_map(Load::stop).collect();
     assert_eq!(failed, Vec::<String>::new());
