@@ -112,8 +112,8 @@ extern "C" fn pick(base: u32, count: u32, turn: u64, how: u32, service: u32) -> 
     let most = counters::most_connections(service);
     let mut at = turn.wrapping_add(seen) % count;
     let mut choice = Choice::NONE;
-    for _ in 0..WINDOW {
-        let Some(slot) = SLOTS.get(base + at as u32).copied() else {
+    for looked in 0..WINDOW as u64 {
+        let Some(slot) = SLOTS.get(base + at as u32).copied().filter(|_| looked < count) else {
             break;
         };
         choice.look(slot, counters::opened(slot.backend()), most, least);
