@@ -179,7 +179,6 @@ mod tests {
         }
     }
 
-    /// Beside it the same without the comparison, which is what chance leaves.
     #[test]
     fn connections_that_end_by_chance_leave_no_task_with_many_more_than_others() {
         let weighted: Vec<u8> = [1, 2, 3].into_iter().cycle().take(1_000).collect();

@@ -1,4 +1,4 @@
-//! Per-CPU counters of services, backends and connection tables.
+//! Counters of services, backends and connection tables: per CPU, but for what is open.
 
 use crate::{
     conntrack::line::{ALIAS, ANSWERED, CLIENT_FIN, ESTABLISHED, FOREIGN, ONE_WAY, RESET, is_over},
