@@ -487,6 +487,34 @@ fn what_a_task_s_node_counts_of_its_connections_every_node_knows() {
     assert_eq!(loads.into_iter().flat_map(Load::stop).collect::<Vec<_>>(), Vec::<String>::new());
 }
 
+/// A node knows the way to its own tasks alone, and the others that it has the task.
+#[test]
+fn a_task_that_its_own_node_cannot_reach_gets_nothing_from_the_others() {
+    let swarm = Swarm::new(2);
+    let [first, second] = &swarm.nodes[..] else { unreachable!("two nodes were asked for") };
+    let _agents = swarm.attach();
+    create(first, "web", 2, "80:8080", &UPDATE, &QUICK);
+    serves(&swarm, "web", 2);
+    let container = containers(second).pop().expect("a task on the second node");
+    // The interface by which its node reaches it: the last one, for Docker's own bridge.
+    let peer = second.docker(&["exec", &container, "sh", "-c", "cat /sys/class/net/eth1/iflink"]);
+    let index = peer.trim().parse::<u32>().expect("the number of an interface");
+    let link = second.netns.enter(|| nix::net::if_::if_indextoname(index)).expect("its name");
+    let link = link.to_str().expect("a name").to_owned();
+    second.netns.ip(&format!("link set {link} down"));
+    for node in [first, second] {
+        within(PATIENCE, "the other task alone is offered", || offered(&node.netns, "web").len() == 1);
+    }
+    let tasks = json(&first.netns, &["service", "ps", "web"])["tasks"].clone();
+    assert!(tasks.to_string().contains("its own node has no way to it: "), "{tasks}");
+    for _ in 0..8 {
+        let answer = swarm.ask(first, 80).expect("an answer");
+        assert!(!container.starts_with(&answer[..12]), "{answer}");
+    }
+    second.netns.ip(&format!("link set {link} up"));
+    serves(&swarm, "web", 2);
+}
+
 /// The containers of the service on a node.
 fn containers(node: &Node) -> Vec<String> {
     let listed =

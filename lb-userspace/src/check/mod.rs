@@ -167,17 +167,22 @@ pub struct Finding {
     /// Whether it has as many connections as it may have, those of all nodes' clients.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub full: bool,
+    /// Why its own node has no way to it; empty if it has one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub unreached: String,
 }
 
 impl Finding {
     /// Whether it speaks against new connections by itself, without a check that has to pass first.
     pub fn speaks_against(&self) -> bool {
-        self.full || self.passes == Some(false)
+        self.full || self.passes == Some(false) || !self.unreached.is_empty()
     }
 
     /// Whether nothing speaks against new connections but that it is full; of a task that is asked, or not.
     pub fn is_only_full(&self, asks: bool) -> bool {
-        self.full && (self.passes == Some(true) || !asks && self.passes.is_none())
+        self.full
+            && self.unreached.is_empty()
+            && (self.passes == Some(true) || !asks && self.passes.is_none())
     }
 
     /// What was wrong, of a task at this address.
@@ -189,6 +194,7 @@ impl Finding {
     #[must_use]
     pub fn checked(mut self) -> Self {
         self.why = text::name(&self.why, LONGEST_REASON);
+        self.unreached = text::name(&self.unreached, LONGEST_REASON);
         self
     }
 }
@@ -247,7 +253,8 @@ mod tests {
 
     #[test]
     fn a_reason_is_short_and_only_shows() {
-        let long = Finding { passes: Some(false), why: "é\u{202e}".repeat(200), full: false }.checked();
+        let long =
+            Finding { passes: Some(false), why: "é\u{202e}".repeat(200), ..Finding::default() }.checked();
         assert!(long.why.len() <= LONGEST_REASON && !long.why.contains('\u{202e}'), "{long:?}");
     }
 }

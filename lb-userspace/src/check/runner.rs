@@ -61,11 +61,20 @@ struct State {
     /// The tasks that each interface's controller wants asked.
     wanted: BTreeMap<String, BTreeMap<String, Asked>>,
     running: BTreeMap<String, Running>,
-    /// The tasks that have as many connections as they may have, as each interface's controller counts them.
-    full: BTreeMap<String, BTreeSet<String>>,
+    /// What each interface's controller sees of the tasks.
+    seen: BTreeMap<String, SeenTasks>,
     /// Who has asked for some, or for none.
     begun: BTreeSet<String>,
     heeded: bool,
+}
+
+/// What a controller sees of this node's tasks by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SeenTasks {
+    /// Those that have as many connections as they may have.
+    pub full: BTreeSet<String>,
+    /// Those to which no way leads, and why.
+    pub unreached: BTreeMap<String, String>,
 }
 
 struct Running {
@@ -142,22 +151,23 @@ impl Checks {
         }
     }
 
-    /// What was found of a task, if it is asked, or is full.
+    /// What was found of a task, if it is asked, or something was seen of it.
     pub fn finding(&self, task: &str) -> Option<Finding> {
         let state = self.0.state();
-        let full = state.full.values().any(|full| full.contains(task));
+        let full = state.seen.values().any(|seen| seen.full.contains(task));
+        let unreached = state.seen.values().find_map(|seen| seen.unreached.get(task)).cloned();
         let asked = state.running.get(task).map(|running| running.finding.clone());
-        let finding = asked.or_else(|| full.then(Finding::default))?;
-        Some(Finding { full, ..finding })
+        let finding = asked.or_else(|| (full || unreached.is_some()).then(Finding::default))?;
+        Some(Finding { full, unreached: unreached.unwrap_or_default(), ..finding })
     }
 
-    /// Says which tasks have as many connections as they may have.
-    pub fn set_full(&self, interface: &str, full: BTreeSet<String>) {
+    /// Says what an interface's controller sees of the tasks.
+    pub fn set_seen(&self, interface: &str, seen: SeenTasks) {
         let changed = {
             let mut state = self.0.state();
-            let known = state.full.entry(interface.to_owned()).or_default();
-            let changed = *known != full;
-            *known = full;
+            let known = state.seen.entry(interface.to_owned()).or_default();
+            let changed = *known != seen;
+            *known = seen;
             changed
         };
         if changed {
@@ -213,12 +223,13 @@ fn after(known: Finding, check: &Check, answer: Result<(), String>, streak: &mut
     let why = answer.as_ref().err().cloned().unwrap_or_default();
     let right = answer.is_ok();
     let Some(passes) = known.passes else {
-        return Finding { passes: right.then_some(true), why, full: false };
+        return Finding { passes: right.then_some(true), why, ..Finding::default() };
     };
     if right == passes {
         *streak = 0;
         // Of one that fails the last reason stands; one that passes has none.
-        return Finding { passes: known.passes, why: if right { String::new() } else { why }, full: false };
+        let why = if right { String::new() } else { why };
+        return Finding { passes: known.passes, why, ..Finding::default() };
     }
     *streak += 1;
     let enough = if right { check.rise } else { check.fall };
@@ -226,7 +237,7 @@ fn after(known: Finding, check: &Check, answer: Result<(), String>, streak: &mut
         return known;
     }
     *streak = 0;
-    Finding { passes: Some(right), why, full: false }
+    Finding { passes: Some(right), why, ..Finding::default() }
 }
 
 async fn ask(at: SocketAddr, check: &Check) -> Result<(), String> {

@@ -12,16 +12,19 @@ use tokio::time::Instant;
 
 use super::{Controller, refusals::Change};
 use crate::{
-    cluster::{Idle, Protocol},
+    check::runner::SeenTasks,
+    cluster::{Idle, Protocol, TaskState},
     datapath::{Alias, ConnectionLog, DatapathError},
     events::{Event, Kind},
     net::{Reset, Resetter},
-    plan::ServiceLabel,
+    plan::{BackendEntry, ServiceLabel},
     report,
 };
 
 /// A task that is full is told to be so for this time at least.
 const FULL_FOR: Duration = Duration::from_secs(5);
+/// No way leads to a task for a moment where it has just come, or its interface is made anew.
+const UNREACHED_FOR: Duration = Duration::from_secs(2);
 
 impl Controller {
     /// What is due once a second: tells the programs that somebody is there, leaves a new XDP to itself, removes connections
@@ -78,7 +81,7 @@ impl Controller {
             self.record(kind, text);
         }
         self.log_aliases()?;
-        self.look_for_full()?;
+        self.look_at_tasks()?;
         self.look_for_refusals()
     }
 
@@ -107,17 +110,35 @@ impl Controller {
         Ok(())
     }
 
-    /// Says which of this node's tasks have as many connections as they may have: the nodes that clients use each know their own alone.
-    fn look_for_full(&mut self) -> Result<(), DatapathError> {
+    /// Tells what is seen here of this node's tasks, and other nodes cannot know.
+    fn look_at_tasks(&mut self) -> Result<(), DatapathError> {
+        self.full = self.full()?;
+        self.unreached = self.unreached();
+        let lasts = |since: &Instant| since.elapsed() >= UNREACHED_FOR;
+        let unreached = self.unreached.iter().filter(|(_, (since, _))| lasts(since));
+        let seen = SeenTasks {
+            full: self.full.keys().cloned().collect(),
+            unreached: unreached.map(|(task, (_, why))| (task.clone(), why.clone())).collect(),
+        };
+        self.settings.checks.set_seen(&self.settings.interface, seen);
+        Ok(())
+    }
+
+    /// The tasks of this node that have as many connections as they may have: the nodes that clients use each know their own alone.
+    fn full(&self) -> Result<BTreeMap<String, Instant>, DatapathError> {
         let tables = self.datapath.tables();
+        let limits = tables.services.iter().map(|(number, label)| (*number, label.task_max_connections));
+        let limits: BTreeMap<u32, u32> = limits.filter(|(_, most)| *most != 0).collect();
+        if limits.is_empty() {
+            return Ok(BTreeMap::new());
+        }
         let mut open: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-        for (index, entry) in &tables.backends {
-            let most = tables.services.get(&entry.backend.service).map_or(0, |it| it.task_max_connections);
-            if most != 0 && entry.backend.kind == backend::Kind::Local as u8 {
-                // Of each port and family; that which has most.
-                let known = open.entry(&entry.label.task).or_default();
-                *known = (known.0.max(self.datapath.counted_open(*index)?.established()), most.into());
-            }
+        let is_here = |entry: &&BackendEntry| entry.backend.kind == backend::Kind::Local as u8;
+        for (index, entry) in tables.backends.iter().filter(|(_, entry)| is_here(entry)) {
+            let Some(most) = limits.get(&entry.backend.service) else { continue };
+            // Of each port and family; that which has most.
+            let known = open.entry(&entry.label.task).or_default();
+            *known = (known.0.max(self.datapath.counted_open(*index)?.established()), u64::from(*most));
         }
         // Who was full is so until there is room for some, and for a while: each change is told to all nodes.
         let now = Instant::now();
@@ -131,10 +152,30 @@ impl Controller {
         let full = open
             .iter()
             .filter_map(|(task, (open, most))| Some(((*task).to_owned(), since(task, *open, *most)?)));
-        let full: BTreeMap<String, Instant> = full.collect();
-        self.settings.checks.set_full(&self.settings.interface, full.keys().cloned().collect());
-        self.full = full;
-        Ok(())
+        Ok(full.collect())
+    }
+
+    /// The running tasks of this node to which no way leads by any address, since when, and why.
+    fn unreached(&self) -> BTreeMap<String, (Instant, String)> {
+        let tables = self.datapath.tables();
+        let is_cut_off = |entry: &&BackendEntry| {
+            entry.backend.state == backend::State::Unavailable as u8
+                && entry.label.state == TaskState::Running
+        };
+        let mut cut_off: BTreeMap<&str, &str> = BTreeMap::new();
+        for entry in tables.backends.values().filter(is_cut_off) {
+            let is_here = || tables.nodes.values().any(|node| node.this && node.name == entry.label.node);
+            if let Some(why) = entry.label.problem.as_deref().filter(|_| is_here()) {
+                cut_off.insert(&entry.label.task, why);
+            }
+        }
+        if !cut_off.is_empty() {
+            for entry in tables.backends.values().filter(|entry| !is_cut_off(entry)) {
+                cut_off.remove(entry.label.task.as_str());
+            }
+        }
+        let since = |task: &str| self.unreached.get(task).map_or_else(Instant::now, |(since, _)| *since);
+        cut_off.into_iter().map(|(task, why)| (task.to_owned(), (since(task), why.to_owned()))).collect()
     }
 
     /// Says which tasks do not take the connections they are given, and which do again.

@@ -140,6 +140,8 @@ pub struct Controller {
     refusals: Refusals,
     /// Tasks of this node that have as many connections as they may have, and since when.
     full: BTreeMap<String, Instant>,
+    /// Running tasks of this node to which no way leads, since when, and why.
+    unreached: BTreeMap<String, (Instant, String)>,
     /// What somebody asked to be logged.
     log_level: Option<String>,
     /// The clients that tasks know by an address of the pool, as was logged.
@@ -234,6 +236,7 @@ impl Controller {
             watch,
             refusals: Refusals::default(),
             full: BTreeMap::new(),
+            unreached: BTreeMap::new(),
             aliases: BTreeMap::new(),
             fills: BTreeMap::new(),
             log_level: None,

@@ -31,11 +31,15 @@ pub(super) fn judge(service: &Service, usable: impl Fn(&Task) -> bool) -> Vec<Ju
             Some(finding) if finding.passes == Some(false) => {
                 (TaskState::Draining, format!("does not take connections{}", why(finding)))
             }
+            // Who cannot be reached from here either says so by itself.
+            Some(finding) if !finding.unreached.is_empty() && usable(task) => {
+                (TaskState::Draining, format!("its own node has no way to it: {}", finding.unreached))
+            }
             Some(finding) if finding.full => {
                 let most = service.task_max_connections;
                 (TaskState::Draining, format!("has {most} connections, as many as it may have"))
             }
-            Some(finding) if finding.passes.is_none() => {
+            Some(finding) if finding.passes.is_none() && service.health.is_some() => {
                 (TaskState::Starting, format!("has not passed its health check yet{}", why(finding)))
             }
             _ => return Judged { state: task.state, problem: None },
@@ -151,5 +155,20 @@ mod tests {
         assert_eq!(states(&service), [draining, TaskState::Running]);
         service.tasks.pop();
         assert_eq!(states(&service), [TaskState::Running]);
+    }
+
+    #[test]
+    fn whom_his_own_node_does_not_reach_nobody_is_sent_to() {
+        let mut service = service(&[TaskState::Running; 2], &[Some(None), None]);
+        service.health = None;
+        service.tasks[0].finding.as_mut().unwrap().unreached = "veth1 is down".to_owned();
+        let said = |usable: bool| {
+            let judged = judge(&service, |task| usable || task.name != "web.0");
+            (judged[0].state, judged[0].problem.clone())
+        };
+        let why = "its own node has no way to it: veth1 is down".to_owned();
+        assert_eq!(said(true), (TaskState::Draining, Some(why)));
+        // Its node itself, and whoever does not reach it either, has a word of his own.
+        assert_eq!(said(false), (TaskState::Running, None));
     }
 }

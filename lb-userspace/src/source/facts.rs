@@ -160,17 +160,15 @@ fn complete(service: &Arc<Service>, facts: &BTreeMap<String, NodeReport>) -> Arc
         }
     });
     let asks = service.health.is_some();
-    if service.minds_findings() {
-        for task in &mut Arc::make_mut(&mut service).tasks {
-            let report = facts.get(&task.node).filter(|report| report.facts.checks);
-            let known = report.and_then(|report| Some((report.now, report.facts.tasks.get(&task.name)?)));
-            // Of one whose agent is not heard it stands that it failed.
-            let found = known.filter(|(now, known)| *now || known.finding.passes == Some(false));
-            // What was told before is by another agent's word.
-            let found = found.map(|(_, known)| known.finding.clone().checked()).or(task.finding.take());
-            // Where nobody asks, nothing that is found is no reason to wait.
-            task.finding = found.filter(|finding| asks || finding.speaks_against());
-        }
+    for task in &mut Arc::make_mut(&mut service).tasks {
+        let report = facts.get(&task.node).filter(|report| report.facts.checks);
+        let known = report.and_then(|report| Some((report.now, report.facts.tasks.get(&task.name)?)));
+        // Of one whose agent is not heard it stands that it failed.
+        let found = known.filter(|(now, known)| *now || known.finding.passes == Some(false));
+        // What was told before is by another agent's word.
+        let found = found.map(|(_, known)| known.finding.clone().checked()).or(task.finding.take());
+        // Where nobody asks, nothing that is found is no reason to wait.
+        task.finding = found.filter(|finding| asks || finding.speaks_against());
     }
     service
 }
