@@ -149,6 +149,8 @@ fn since(mut end: End, before: &Counters) -> End {
         let before = &before.backends[number];
         stats.connections -= before.connections;
         stats.failovers -= before.failovers;
+        stats.answered -= before.answered;
+        stats.unanswered -= before.unanswered;
         stats.request_packets -= before.request_packets;
         stats.request_bytes -= before.request_bytes;
         stats.reply_packets -= before.reply_packets;

@@ -3,7 +3,7 @@
 use std::{fs, io, os::unix::net::UnixDatagram, path::Path, time::Duration};
 
 use lb_tests::{
-    agent::{Agent, active_tasks, json, program},
+    agent::{Agent, active_tasks, json, program, text},
     cluster::Cluster,
     netns::{Netns, Running, eventually, within},
     traffic::{Load, requests},
@@ -128,7 +128,8 @@ fn the_environment_says_everything() {
     let mut running = Running::start(&mut command);
     eventually("both are offered", || active_tasks(netns, "web") == 2);
     // The tables are full before the programs are attached.
-    eventually("the programs are attached", || mode(netns) == "TC alone");
+    eventually("the programs are attached", || text(netns, &["events"]).contains("began to serve"));
+    assert_eq!(mode(netns), "TC alone");
     assert_eq!(requests(&cluster.client, cluster.nodes[0].v4().into(), 4).len(), 4);
     running.stop(Signal::SIGTERM);
     let status = netns.command(program()).arg("status").output().expect("start the agent");
