@@ -481,7 +481,15 @@ fn attach(who: Who, line: &Line) -> Agent<'_> {
     let cluster = cluster.to_str().expect("a path that is text");
     let mode = if who == Who::Tc { "tc" } else { "native" };
     // Everything opens at once, and the other node answers a probe now but none of those that packets pass later.
-    let arguments = ["--cluster", cluster, "--mode", mode, "--flood-rate", "0", "--peer-timeout", "1h"];
+    // Each client's port has a connection to three services, and each of them is to have its line.
+    let arguments = [
+        ["--cluster", cluster],
+        ["--mode", mode],
+        ["--flood-rate", "0"],
+        ["--peer-timeout", "1h"],
+        ["--max-connections", "1000000"],
+    ]
+    .concat();
     let offered = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| line.client.enter(|| answer_probes(&offered)));
