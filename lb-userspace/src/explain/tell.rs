@@ -423,6 +423,10 @@ impl<'a> Teller<'a> {
             Outcome::NoBackend | Outcome::Reset | Outcome::BackendGone | Outcome::BackendUnreachable => {
                 format!("`lb-userspace service ps {service}` says why each task takes no connections")
             }
+            Outcome::TasksFull => format!(
+                "more tasks, `docker service scale {service}=…`, or more connections for each, label lb.task-max-connections; \
+                 `lb-userspace service ps {service}` says which are full"
+            ),
             Outcome::Denied if self.denied().is_some() => {
                 "take that range out of the label lb.cluster.deny, or of `deny` in the cluster file".to_owned()
             }
