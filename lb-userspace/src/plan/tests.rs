@@ -46,7 +46,7 @@ fn cluster() -> impl Strategy<Value = ClusterState> {
     );
     let port = (0_u16..2, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 0_u16..2);
     let scheduler = prop_oneof![
-        6 => Just(Scheduler::RoundRobin), 1 => Just(Scheduler::Random), 1 => Just(Scheduler::Maglev), 1 => Just(Scheduler::Source)
+        6 => Just(Scheduler::RoundRobin), 2 => Just(Scheduler::LeastConnections), 1 => Just(Scheduler::Random), 1 => Just(Scheduler::Maglev), 1 => Just(Scheduler::Source)
     ];
     let idle = prop_oneof![3 => Just(Idle::Forget), 1 => Just(Idle::Reset)];
     let range = || prop::sample::select(vec!["10.0.0.0/8", "10.1.0.0/16", "2001:db8::/32"]);
