@@ -473,17 +473,12 @@ pub struct Service {
     #[serde(default, skip_serializing_if = "Duration::is_zero")]
     pub slow_start: Duration,
     /// Connections that one of its tasks may have, those of all nodes' clients; zero is any number. Agents that know none give it more.
-    #[serde(default, skip_serializing_if = "is_none")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub task_max_connections: u32,
     /// After how many connections in a row that it refuses, or does not answer, a task is asked by its node's agent whether it takes any,
     /// and gets none while it does not; zero is never. Agents that know none give it its turn.
-    #[serde(default, skip_serializing_if = "is_off")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub eject: u16,
-}
-
-/// Whether nobody is ejected.
-fn is_off(after: &u16) -> bool {
-    *after == 0
 }
 
 impl Service {
@@ -493,9 +488,9 @@ impl Service {
     }
 }
 
-/// Whether a number stands for none.
-fn is_none(number: &u32) -> bool {
-    *number == 0
+/// Whether nothing else was said.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// A choice as another node tells it: one that this agent does not know yet is as if nothing had been said, for the rest of the cluster
