@@ -97,9 +97,9 @@ extern "C" fn told(backend: u32, before: u32, after: u32) -> u64 {
     changed(backend, before, after)
 }
 
-/// Counts a SYN that was sent again because a backend has not answered the first.
+/// Counts a connection that was given up, or given to another backend, before this one had answered it.
 #[inline(always)]
-pub fn unanswered(backend: u32) {
+fn unanswered(backend: u32) {
     if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
         // SAFETY: as above.
         unsafe { (*stats).unanswered = (*stats).unanswered.wrapping_add(1) };
